@@ -1,0 +1,45 @@
+"""Hugging Face models: quantize, evaluate, save and load.
+
+Importing this package registers the ``ptqkit`` checkpoint format with transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Imported with the package, not on first use: a stock ``from_pretrained`` of a checkpoint of ours
+# gives random weights unless the format is registered.
+# ``load`` and ``perplexity`` are modules too: importing the functions here makes the names theirs.
+from ptqkit.hf.load import load, read_layers
+from ptqkit.hf.perplexity import perplexity
+from ptqkit.hf.quantizer import register
+
+_LAZY = {
+    "CalibrationSet": "calibration",
+    "CheckpointInfo": "checkpoint",
+    "LayerReport": "report",
+    "PerplexityResult": "perplexity",
+    "ProgressEvent": "progress",
+    "QuantizationInterrupted": "driver",
+    "QuantizationResult": "driver",
+    "Recipe": "recipe",
+    "Report": "report",
+    "prepare_calibration": "calibration",
+    "quantize": "driver",
+    "save_checkpoint": "checkpoint",
+}
+
+__all__ = [*sorted(_LAZY), "load", "perplexity", "read_layers", "register"]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

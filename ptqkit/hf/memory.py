@@ -1,0 +1,112 @@
+"""How much memory a schedule needs beyond the model, and how much there is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ptqkit.hf.calibration import CalibrationSet
+from ptqkit.hf.structure import Target
+
+__all__ = ["MemoryEstimate", "available_memory", "estimate_memory", "parse_bytes", "peak_memory"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that each schedule needs beyond the model itself, from shapes."""
+
+    one_pass: int
+    reforward: int
+
+
+def parse_bytes(value: int | str | None) -> int | None:
+    """Read a memory size: bytes, or text such as ``"8GiB"``, ``"500MB"``, ``"2G"``."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+        if match is None:
+            raise ValueError(f"memory_budget must be bytes or text such as '8GiB', not {value!r}")
+        units = _BINARY if match[3] else _UNITS
+        value = int(float(match[1]) * units[match[2].upper()])
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes, not {value!r}")
+    return value
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Free memory where the activations live; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Largest memory of this process so far: resident, or allocated by torch on a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def estimate_memory(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    groups: Sequence[Sequence[str]],
+    calibration: CalibrationSet,
+) -> MemoryEstimate:
+    """Estimate from shapes.
+
+    While all batches wait at a layer, each holds the residual stream, the block's normalized input,
+    the outputs of the layers before it in the block, and the layer's input; one-pass holds that for
+    all tokens, re-forward for one batch, with one block output (old and new) for all tokens.
+    """
+    size = next(model.parameters()).element_size()
+    hidden: dict[str | None, int] = {}
+    before: dict[str | None, int] = {}
+    live = work = wide = 0
+    for group in groups:
+        target = targets[group[0]]
+        inputs = target.shape[1]
+        outputs = sum(targets[n].shape[0] for n in group)
+        stream = hidden.setdefault(target.block, inputs)
+        live = max(live, 2 * stream + before.get(target.block, 0) + inputs)
+        before[target.block] = outputs
+        wide = max(wide, stream)
+        # H, its factor and the solver's copies; the weight as float32, its result and error.
+        work = max(work, 4 * (4 * inputs * inputs + 4 * inputs * outputs))
+    tokens = [b["input_ids"].numel() for b in calibration.batches]
+    masks = _mask_bytes(model, calibration, size)
+    return MemoryEstimate(
+        one_pass=sum(tokens) * size * live + sum(masks) + work,
+        reforward=sum(tokens) * size * 2 * wide + 4 * max(tokens) * size * live + max(masks) + work,
+    )
+
+
+def _mask_bytes(model: nn.Module, calibration: CalibrationSet, size: int) -> list[int]:
+    """Bytes of the (batch, 1, sequence, sequence) masks, which each batch holds while it waits."""
+    eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+    result = []
+    for batch, mask in zip(calibration.batches, calibration.masks()):
+        rows, length = batch["input_ids"].shape
+        result.append(rows * length * length * size if eager or mask is not None else 0)
+    return result

@@ -1,0 +1,348 @@
+"""The two ways to run the calibration set through a model while it is being quantized.
+
+``one-pass``: every batch is a coroutine through the whole forward that pauses before each linear
+layer. When all wait at the same layer, H is accumulated from the waiting inputs, the layers fed
+by that tensor are quantized in place, and all go on: each operation runs once per batch, and every
+layer sees inputs from layers that are already quantized.
+
+``re-forward``: no coroutines. For each group of layers every batch runs from the model's start to
+that group, with finished blocks replaced by their recorded outputs. It holds one hidden state per
+batch, runs each block several times, and gives bit-identical results. It assumes that a block acts
+on the rest of the model through its return value alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.hf.calibration import CalibrationSet
+from ptqkit.hf.capture import (
+    Coroutine,
+    StopForwardError,
+    forward,
+    hooks,
+    pause,
+    tensor_key,
+    thread_state,
+)
+from ptqkit.hf.solve import accumulator, match_mask, named_error
+from ptqkit.hf.structure import Target
+
+__all__ = ["Run", "run_one_pass", "run_reforward"]
+
+Quantize = Callable[[list[Target], Any, int, float, str], None]
+Fail = Callable[[list[Target], Exception, str], None]
+Notify = Callable[[list[Target]], None]
+
+
+@dataclass
+class Run:
+    """State of a run, shared by both schedules.
+
+    Attributes
+    ----------
+    model : nn.Module
+    targets : dict of str to Target
+    groups : list of list of str
+        In order of execution; those fed by one tensor together.
+    calibration : CalibrationSet
+    blocks : list of str
+        Blocks in order of execution.
+    quantize : callable
+        ``quantize(targets, hessian, tokens, seconds, schedule)`` quantizes a group in place.
+    fail : callable
+        ``fail(targets, error, schedule)`` raises, or marks the layers and returns.
+    notify : callable
+        ``notify(targets)`` once a group is finished, either way; its errors are the caller's.
+    done : set of str
+    """
+
+    model: nn.Module
+    targets: dict[str, Target]
+    groups: list[list[str]]
+    calibration: CalibrationSet
+    blocks: list[str]
+    quantize: Quantize
+    fail: Fail
+    notify: Notify
+    done: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.masks = self.calibration.masks()
+        self.batches = self.calibration.batches
+        self.group_of = {name: i for i, group in enumerate(self.groups) for name in group}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules of all layers not yet quantized."""
+        return {n: t.module for n, t in self.targets.items() if n not in self.done}
+
+    def positions(self) -> list[int]:
+        """Per group, how many blocks have ended before it runs."""
+        result, last = [], -1
+        for group in self.groups:
+            block = self.targets[group[0]].block
+            position = last + 1 if block is None else self.blocks.index(block)
+            last = max(last, position - (block is None))
+            result.append(position)
+        return result
+
+    def late(self, block: str) -> list[str]:
+        """Layers of a block that are in no group: the probe did not reach them."""
+        return [
+            n
+            for n, t in self.targets.items()
+            if t.block == block and n not in self.group_of and n not in self.done
+        ]
+
+    def finish(self, group: list[str], work: _Accumulation, schedule: str) -> None:
+        """Quantize a group from its accumulated H."""
+        members = [self.targets[name] for name in group]
+        try:
+            if work.error is not None:
+                raise work.error
+            start = time.perf_counter()
+            hessian = work.hessian
+            if hasattr(hessian, "finish"):
+                hessian = hessian.finish()
+            seconds = work.seconds + time.perf_counter() - start
+            self.quantize(members, hessian, int(hessian.tokens), seconds, schedule)
+        except Exception as error:
+            self.fail(members, named_error(error, ", ".join(group)), schedule)
+        self.done.update(group)
+        self.notify(members)
+
+
+class _Accumulation:
+    """H of one group, gathered batch by batch; the first error is kept for later."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.run, self.name = run, name
+        self.hessian: Any = None
+        self.seconds = 0.0
+        self.error: Exception | None = None
+
+    def add(self, value: torch.Tensor, index: int) -> None:
+        """Add one batch's input of the layer."""
+        if self.error is not None:
+            return
+        start = time.perf_counter()
+        try:
+            if self.hessian is None:
+                self.hessian = accumulator(value.shape[-1], value.device)
+            mask = match_mask(value, self.run.batches[index], self.run.masks[index])
+            self.hessian.update(value, mask)
+        except Exception as error:
+            self.error = named_error(error, self.name)
+        self.seconds += time.perf_counter() - start
+
+
+def run_one_pass(run: Run) -> str | None:
+    """Quantize everything in one forward pass per batch.
+
+    Returns
+    -------
+    str or None
+        None when every group is done; otherwise why the batches could not go on together. What
+        is done by then stays done, and :func:`run_reforward` takes the rest.
+    """
+    baseline = thread_state()
+    current: list[Coroutine] = []
+
+    def at_layer(name: str, value: torch.Tensor) -> None:
+        if name not in run.done:
+            pause(name, value)
+            return
+        # A layer that was quantized with another one's H: its input must be that one's.
+        seen = current[0].keys.get(run.group_of[name])
+        if seen is not None and seen != tensor_key(value):
+            raise UnsupportedModuleError(
+                f"{name} shared its input with {run.groups[run.group_of[name]][0]} in a short "
+                "probe, but not on the calibration data; quantize with share_inputs=False"
+            )
+
+    coroutines = [
+        Coroutine(lambda batch=batch: forward(run.model, batch))  # type: ignore[misc]
+        for batch in run.batches
+    ]
+
+    def step(coroutine: Coroutine) -> None:
+        current[:] = [coroutine]
+        coroutine.step()
+
+    try:
+        with hooks(run.modules(), at_layer):
+            for group in run.groups:
+                for coroutine in coroutines:
+                    step(coroutine)
+                reason = _met(coroutines, group, baseline)
+                if reason is not None:
+                    return reason
+                _quantize_waiting(run, group, coroutines)
+    finally:
+        for coroutine in coroutines:
+            coroutine.close()
+    return None
+
+
+def _met(coroutines: Sequence[Coroutine], group: list[str], baseline: tuple[Any, ...]) -> str | None:
+    """Why the coroutines do not all wait at the group's first layer; None if they do."""
+    names = {c.name for c in coroutines}
+    if names != {group[0]}:
+        shown = ", ".join(sorted("the end" if n is None else n for n in names)[:4])
+        return f"the batches did not meet at {group[0]} (they reached {shown})"
+    if thread_state() != baseline:
+        return f"{group[0]} runs inside a thread-local mode (such as autocast) set by the model"
+    return None
+
+
+def _quantize_waiting(run: Run, group: list[str], coroutines: Sequence[Coroutine]) -> None:
+    work = _Accumulation(run, group[0])
+    for index, coroutine in enumerate(coroutines):
+        assert coroutine.value is not None
+        work.add(coroutine.value, index)
+        if len(group) > 1:
+            coroutine.keys[run.group_of[group[0]]] = tensor_key(coroutine.value)
+    run.finish(group, work, "one-pass")
+
+
+def run_reforward(run: Run) -> None:
+    """Quantize what is left, running every block once per group and once for its outputs."""
+    replay = _Replay(run)
+    positions = run.positions()
+    with replay.patched():
+        for position, block in enumerate([*run.blocks, None]):
+            groups = [g for g, p in zip(run.groups, positions) if p == position]
+            groups = [g for g in groups if not run.done.issuperset(g)]
+            late = [] if block is None else run.late(block)
+            if not groups and not late:
+                continue
+            replay.advance(position)
+            for group in groups:
+                _reforward_group(run, replay, group)
+            if late:
+                assert block is not None
+                for name in _order_of(run, replay, late, block):
+                    _reforward_group(run, replay, [name])
+
+
+def _reforward_group(run: Run, replay: _Replay, group: list[str]) -> None:
+    work = _Accumulation(run, group[0])
+    target = run.targets[group[0]]
+
+    def at_layer(name: str, value: torch.Tensor) -> None:
+        work.add(value, replay.batch)
+        raise StopForwardError
+
+    with hooks({group[0]: target.module}, at_layer):
+        for index in range(len(run.batches)):
+            replay.forward(index, stop_after=target.block)
+    if work.hessian is None and work.error is None:
+        work.error = CalibrationError(
+            f"{group[0]} saw no token of the calibration data: give more data, or leave it float "
+            "with an override 'skip'"
+        )
+    run.finish(group, work, "re-forward")
+
+
+def _order_of(run: Run, replay: _Replay, names: list[str], block: str) -> list[str]:
+    """Order in which layers of a block first run over all batches; those never run come last."""
+    seen: list[str] = []
+
+    def at_layer(name: str, value: torch.Tensor) -> None:
+        if name not in seen:
+            seen.append(name)
+
+    with hooks({n: run.targets[n].module for n in names}, at_layer):
+        for index in range(len(run.batches)):
+            replay.forward(index, stop_after=block)
+    return seen + [n for n in names if n not in seen]
+
+
+class _Replay:
+    """Runs the model with finished blocks replaced by what they last returned.
+
+    Of each stack only the latest finished block's output is kept, one per batch: the blocks before
+    it return the same, and what the next block receives is right.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.modules = {name: run.model.get_submodule(name) for name in run.blocks}
+        self.finished: set[str] = set()
+        self.outputs: list[dict[str, Any]] = [{} for _ in run.batches]
+        self.batch = 0
+        self.stop_after: str | None = None
+        self.recording: set[str] = set()
+        self.fresh: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """Give every block a forward that replays, records or stops."""
+        own = {n: m.__dict__.get("forward") for n, m in self.modules.items()}
+        try:
+            for name, module in self.modules.items():
+                module.forward = self._forward(name, module.forward)  # type: ignore[method-assign]
+            yield
+        finally:
+            for name, module in self.modules.items():
+                if own[name] is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = own[name]  # type: ignore[method-assign]
+
+    def _forward(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        stack = name.rpartition(".")[0]
+
+        def replayed(*args: Any, **kwargs: Any) -> Any:
+            if name in self.finished:
+                # A copy, because later code may change it in place.
+                return _clone(self.outputs[self.batch][stack])
+            output = original(*args, **kwargs)
+            if name in self.recording:
+                self.fresh[stack] = _clone(output)
+            if name == self.stop_after:
+                raise StopForwardError
+            return output
+
+        return replayed
+
+    def forward(self, index: int, stop_after: str | None) -> None:
+        """Run one batch until a hook or the end of a block stops it."""
+        self.batch, self.stop_after = index, stop_after
+        with contextlib.suppress(StopForwardError):
+            forward(self.run.model, self.run.batches[index])
+
+    def advance(self, position: int) -> None:
+        """Record the outputs of the first ``position`` blocks; they are final now."""
+        new = [b for b in self.run.blocks[:position] if b not in self.finished]
+        if not new:
+            return
+        self.recording = set(new)
+        for index in range(len(self.run.batches)):
+            self.fresh = {}
+            self.forward(index, stop_after=new[-1])
+            self.outputs[index].update(self.fresh)
+        self.recording = set()
+        self.finished.update(new)
+
+
+def _clone(value: Any) -> Any:
+    """Copy the tensors of a block's output; tuples, lists, dicts and model outputs keep their form."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        items = [_clone(v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [_clone(v) for v in value]
+    if isinstance(value, dict):
+        return type(value)((k, _clone(v)) for k, v in value.items())
+    return value

@@ -1,0 +1,312 @@
+"""Quantize the layers that share one input: the thin seam to the functions on arrays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+import ptqkit
+from ptqkit.errors import CalibrationError, PtqkitError
+from ptqkit.hf.calibration import padding_mask
+from ptqkit.hf.recipe import Recipe
+from ptqkit.hf.structure import Target
+from ptqkit.result import QuantizedMatrix
+
+__all__ = ["Solved", "TorchHessian", "accumulator", "match_mask", "rtn_on_grid", "solve_group"]
+
+# Rows of the weight per step of the diagnostics: keeps its temporaries small.
+_ROWS = 512
+
+
+class TorchHessian:
+    """H = (2/N) sum x x^T accumulated by torch in float32, where the activations are.
+
+    The same interface as :class:`ptqkit.Hessian`, for models on a GPU: only the finished matrix
+    travels to the host.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self.in_features = in_features
+        self.tokens = 0
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Add inputs of shape (..., in); ``mask`` (...) tells which positions count."""
+        values = values.reshape(-1, self.in_features)
+        if mask is not None:
+            values = values[mask.reshape(-1).to(values.device)]
+        values = values.float()
+        with _full_float32(values.device):
+            self._sum.addmm_(values.T, values)
+        self.tokens += len(values)
+
+    def finish(self) -> ptqkit.Hessian:
+        """Return the mean as a host :class:`ptqkit.Hessian`.
+
+        Raises
+        ------
+        CalibrationError
+            If an input was not finite.
+        """
+        matrix = (self._sum * (2.0 / max(1, self.tokens))).cpu().numpy()
+        if not np.isfinite(matrix.diagonal()).all():
+            raise CalibrationError("the inputs hold values that are not finite")
+        return ptqkit.Hessian.from_matrix(matrix, self.tokens)
+
+
+class _full_float32:  # noqa: N801 - used like a function
+    """Switch TF32 off for float32 products on a GPU, and back as it was."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __enter__(self) -> None:
+        if self.cuda:
+            self.before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            torch.backends.cuda.matmul.allow_tf32 = self.before
+
+
+def accumulator(in_features: int, device: torch.device) -> Any:
+    """An accumulator of H for inputs on this device."""
+    if device.type == "cpu":
+        return ptqkit.Hessian(in_features)
+    return TorchHessian(in_features, device)
+
+
+def match_mask(
+    value: torch.Tensor, batch: dict[str, torch.Tensor], mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Find the padding mask that belongs to an input of a layer, by its leading shape.
+
+    Raises
+    ------
+    CalibrationError
+        If positions are padded and not exactly one mask of the batch fits the input's shape.
+    """
+    masks = {"input_ids": mask, "decoder_input_ids": padding_mask(batch, "decoder_attention_mask")}
+    if all(m is None for m in masks.values()):
+        return None
+    leading = tuple(value.shape[:-1])
+    fitting = []
+    for key, found in masks.items():
+        shape = tuple(batch[key].shape) if key in batch else None
+        if shape is not None and leading in (shape, (shape[0] * shape[1],)):
+            fitting.append(found)
+    if len(fitting) == 1:
+        return fitting[0]
+    raise CalibrationError(
+        f"an input of shape {tuple(value.shape)} fits {len(fitting)} attention masks of the batch, "
+        "so padding cannot be left out; calibrate without padding"
+    )
+
+
+@dataclass
+class Solved:
+    """Result for one layer.
+
+    Attributes
+    ----------
+    matrix : QuantizedMatrix
+    seconds_solve : float
+        This layer's share of the time, by rows.
+    objective : float
+        tr((W - Q) H (W - Q)^T) with the undamped H.
+    objective_rtn, output_power, weight_power, weight_error : float
+        Diagnostics; NaN where they were not asked for.
+    """
+
+    matrix: QuantizedMatrix
+    seconds_solve: float = 0.0
+    objective: float = float("nan")
+    objective_rtn: float = float("nan")
+    output_power: float = float("nan")
+    weight_power: float = float("nan")
+    weight_error: float = float("nan")
+    seconds_diagnostics: float = 0.0
+    dequantized: np.ndarray | None = field(default=None, repr=False)
+
+
+def solve_group(
+    targets: Sequence[Target],
+    hessian: Any,
+    *,
+    threads: int = 0,
+    diagnostics: bool = True,
+) -> dict[str, Solved]:
+    """Quantize all layers fed by one tensor; nothing is written to the model.
+
+    Layers with equal options are stacked into one matrix and solved at once (each row depends on
+    nothing but itself and H); others share the factor of H where its options agree.
+
+    Parameters
+    ----------
+    targets : sequence of Target
+    hessian : Hessian or None
+        None only for round-to-nearest without calibration.
+    threads : int
+    diagnostics : bool
+        Also compute what the report shows beyond the objective.
+    """
+    stacks: list[list[Target]] = []
+    for target in targets:
+        options = _effective(target)
+        for stack in stacks:
+            if _effective(stack[0]) == options:
+                stack.append(target)
+                break
+        else:
+            stacks.append([target])
+    factors: dict[tuple[Any, ...], Any] = {}
+    solved: dict[str, Solved] = {}
+    for stack in stacks:
+        name = ", ".join(t.name for t in stack)
+        source = hessian
+        if len(stacks) > 1 and hessian is not None and stack[0].options.method == "gptq":
+            source = _factor(factors, hessian, _effective(stack[0]), threads, name)
+        solved.update(_solve_stack(stack, name, source, hessian, threads, diagnostics))
+    return solved
+
+
+def _effective(target: Target) -> Recipe:
+    """Options with the scales' dtype resolved to the weight's."""
+    options = target.options
+    if options.scale_dtype is not None:
+        return options
+    dtype = str(target.module.weight.dtype).removeprefix("torch.")
+    changed = {**options.to_dict(), "scale_dtype": "float32" if dtype == "float64" else dtype}
+    return Recipe(**changed)
+
+
+def _factor(
+    factors: dict[tuple[Any, ...], Any], hessian: Any, options: Recipe, threads: int, name: str
+) -> Any:
+    key = (options.order, options.group_size, options.damping, options.max_damping)
+    if key not in factors:
+        factors[key] = ptqkit.factorize(
+            hessian,
+            order=options.order,
+            group_size=options.group_size,
+            damping=options.damping,
+            max_damping=options.max_damping,
+            threads=threads,
+            name=name,
+        )
+    return factors[key]
+
+
+def _solve_stack(
+    stack: list[Target], name: str, source: Any, hessian: Any, threads: int, diagnostics: bool
+) -> dict[str, Solved]:
+    start = time.perf_counter()
+    options = _effective(stack[0])
+    parts = [t.read() for t in stack]
+    weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    del parts
+    matrix = _quantize(weight, source, options, threads, name)
+    dequantized = matrix.dequantize()
+    middle = time.perf_counter()
+    extra = None
+    if diagnostics:
+        extra = _diagnose(weight, dequantized, matrix, hessian)
+    end = time.perf_counter()
+    results, row = {}, 0
+    for target in stack:
+        rows = slice(row, row + target.shape[0])
+        share = target.shape[0] / len(weight)
+        result = Solved(matrix.rows(rows.start, rows.stop), share * (middle - start))
+        result.dequantized = dequantized[rows]
+        result.objective = result.matrix.objective
+        if extra is not None:
+            for key, values in extra.items():
+                setattr(result, key, float(values[rows].sum()))
+            result.seconds_diagnostics = share * (end - middle)
+        results[target.name] = result
+        row = rows.stop
+    return results
+
+
+def _quantize(
+    weight: np.ndarray, source: Any, options: Recipe, threads: int, name: str
+) -> QuantizedMatrix:
+    common: dict[str, Any] = {
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "symmetric": options.symmetric,
+        "grid": options.grid,
+        "scale_dtype": options.scale_dtype,
+        "min_zero_point": options.min_zero_point,
+        "threads": threads,
+        "name": name,
+    }
+    if options.method == "rtn":
+        return ptqkit.rtn(weight, H=source, **common)
+    return ptqkit.gptq(
+        weight,
+        source,
+        order=options.order,
+        static_groups=options.static_groups,
+        sweeps=options.sweeps,
+        damping=options.damping,
+        max_damping=options.max_damping,
+        feedback=options.feedback,
+        block_size=options.block_size,
+        **common,
+    )
+
+
+def rtn_on_grid(weight: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
+    """Round a weight (out, in) to nearest on a result's own grid; returns the dequantized form."""
+    scales = matrix.scales[:, matrix.g_idx]
+    zeros = matrix.zero_points.astype(np.float32)[:, matrix.g_idx]
+    codes = weight / scales
+    np.rint(codes, out=codes)
+    np.clip(codes, -zeros, matrix.max_code - zeros, out=codes)
+    codes *= scales
+    return codes
+
+
+def _diagnose(
+    weight: np.ndarray, dequantized: np.ndarray, matrix: QuantizedMatrix, hessian: Any
+) -> dict[str, np.ndarray]:
+    """Per row: power of weights and error; with H also RTN's objective and the output's power."""
+    out: dict[str, np.ndarray] = {
+        "weight_power": np.einsum("ij,ij->i", weight, weight, dtype=np.float32).astype(float),
+    }
+    error = np.empty(len(weight))
+    rounded = np.empty_like(weight) if hessian is not None else None
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        difference = weight[rows] - dequantized[rows]
+        error[rows] = np.einsum("ij,ij->i", difference, difference)
+        if rounded is not None:
+            rounded[rows] = rtn_on_grid(weight[rows], matrix.rows(start, start + _ROWS))
+    out["weight_error"] = error
+    if hessian is not None:
+        values = hessian.matrix
+        out["objective_rtn"] = ptqkit.objective(weight, rounded, values)
+        if matrix.row_objectives is None:
+            out["objective"] = ptqkit.objective(weight, dequantized, values)
+        out["output_power"] = ptqkit.objective(weight, np.zeros_like(weight), values)
+    return out
+
+
+def named_error(error: Exception, name: str) -> Exception:
+    """The same error with the layer's name in its message, where it is not there yet."""
+    if name in str(error):
+        return error
+    if isinstance(error, PtqkitError) or type(error) in (ValueError, TypeError, RuntimeError):
+        if error.args and isinstance(error.args[0], str):
+            error.args = (f"{name}: {error.args[0]}", *error.args[1:])
+            return error
+    wrapped = RuntimeError(f"{name}: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
