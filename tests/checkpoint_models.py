@@ -39,9 +39,7 @@ def _config(kind: str):
         return t.Qwen2Config(**_LLAMA, tie_word_embeddings=True)
     if kind == "opt":
         small = {k: v for k, v in _PLAIN.items() if k != "intermediate_size"}
-        return t.OPTConfig(
-            **small, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64
-        )
+        return t.OPTConfig(**small, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64)
     if kind == "gpt2":
         return t.GPT2Config(
             vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1,
@@ -62,7 +60,9 @@ def _config(kind: str):
 def build(kind: str, dtype: torch.dtype = torch.float32):
     """A random model in eval mode, built as from_pretrained builds it (rotary tables in fp32)."""
     config = _config(kind)
-    auto = transformers.AutoModelForMaskedLM if kind == "bert" else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForMaskedLM if kind == "bert" else transformers.AutoModelForCausalLM
+    )
     state = torch.get_rng_state()
     torch.manual_seed(7)
     try:

@@ -83,7 +83,9 @@ def test_half_precision_models_are_exact(kind, grid, dtype, tmp_path):
     loaded = _auto(kind).from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == dtype
     assert torch.equal(logits(loaded), logits(model))
-    assert all(q.scale_dtype == layers[n].scale_dtype for n, q in read_layers(tmp_path / "out").items())
+    assert all(
+        q.scale_dtype == layers[n].scale_dtype for n, q in read_layers(tmp_path / "out").items()
+    )
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
@@ -135,7 +137,10 @@ def test_mixed_precision_and_skipped_layers(kind, tmp_path):
         groups = settings["config_groups"].values()
         assert sorted(g["weights"]["num_bits"] for g in groups) == [4, 8]
         assert {t for g in groups for t in g["targets"]} == set(layers)
-        assert "lm_head" in settings["ignore"] and "model.layers.0.self_attn.q_proj" in settings["ignore"]
+        assert (
+            "lm_head" in settings["ignore"]
+            and "model.layers.0.self_attn.q_proj" in settings["ignore"]
+        )
     loaded = _auto(kind).from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(model))
     assert_same_matrices(read_layers(tmp_path / "out"), layers)

@@ -186,4 +186,5 @@ def native_unpack(packed: np.ndarray, bits: int | str, columns: int) -> np.ndarr
         return np.ascontiguousarray(digits.reshape(len(packed), -1)[:, :columns])
     stream = np.ascontiguousarray(np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4))))
     words = stream.view("<u4").astype(np.uint32, copy=False)
-    return unpack_rows(words, int(bits), columns)
+    whole = 8 * -(-columns // 8)
+    return np.ascontiguousarray(unpack_rows(words, int(bits), whole)[:, :columns])
