@@ -1,0 +1,311 @@
+/* gptq.c - the solver, left-looking over panels of rows (NUMERICS 3.2 to 3.4).
+ *
+ * For column j, in quantization order: q_j = Q(w_j + (sum_{k<j} E_k R_kj) / R_jj), E = W - Q.
+ * A task owns a few panels of rows from start to end, so no task waits for another. Columns go in
+ * blocks: first the sums over all earlier blocks as GEMMs, then strip by strip inside the block. */
+#include <math.h>
+#include <stdatomic.h>
+
+#include "internal.h"
+
+enum {
+    PANELS = 4,  /* panels per task: R is read from memory once for all of them */
+    DEPTH = 256, /* rows of R per GEMM call, so that a chunk stays in the second cache */
+    LANES = 48,
+};
+
+typedef struct {
+    const ptq_gptq_args *a;
+    const ptq_kernels *k;
+    ptq_strips R, H;         /* H: FULL, for sweeps */
+    ptq_grid_blocks blocks;
+    const float *hdiag;      /* (n) diagonal of H in quantization order, 0 for dead inputs */
+    const int32_t *group;    /* (n) group of the i-th quantized column */
+    const int64_t *first;    /* (blocks + 1) first strip of each column block */
+    int64_t block_count;
+    int64_t panels, per_task;
+    int64_t block_columns;   /* widest block */
+    int64_t workspace;       /* floats per thread */
+    float *work;
+    atomic_int nonfinite;
+} solver;
+
+/* One panel's state inside a task. */
+typedef struct {
+    float *W, *E;     /* (n, nr) in quantization order */
+    float *scales, *zeros; /* (groups, nr) */
+    uint8_t *codes;   /* (n, nr) */
+    float *T;         /* (block columns rounded up, nr) */
+    double objective[LANES], error2[LANES];
+} panel;
+
+static int dynamic(const ptq_gptq_args *a) { return !a->static_groups; }
+
+/* Where strip s of a block that starts at strip s0 keeps its T: strips are mr columns apart. */
+static float *strip_T(const solver *v, const panel *p, int64_t s, int64_t s0) {
+    return p->T + (s - s0) * v->k->mr * v->k->nr;
+}
+
+/* T of strips [s0, s1) += M[k0:k1, strip]^T X[k0:k1]. */
+static void accumulate(const solver *v, const ptq_strips *M, const panel *p, const float *X,
+                       int64_t s0, int64_t s1, int64_t base, int64_t k0, int64_t k1) {
+    const int64_t nr = v->k->nr, mr = v->k->mr;
+    for (int64_t s = s0; s < s1 && k1 > k0; s++)
+        v->k->gemm_f32(strip_T(v, p, s, base), M->data + M->offset[s] + k0 * mr, mr, X + k0 * nr,
+                       k1 - k0);
+}
+
+static ptq_strip_args strip_args(const solver *v, panel *p, const ptq_strips *M, int64_t s,
+                                 int64_t s0) {
+    const int64_t nr = v->k->nr, start = M->start[s];
+    return (ptq_strip_args){
+        .width = M->width[s],
+        .feedback = v->a->feedback,
+        .diag = M->data + M->offset[s] + start * v->k->mr,
+        .W = p->W + start * nr,
+        .scales = p->scales,
+        .zeros = p->zeros,
+        .group = v->group + start,
+        .max_code = v->a->grid.max_code,
+        .T = strip_T(v, p, s, s0),
+        .E = p->E + start * nr,
+        .codes = p->codes + start * nr,
+        .objective = p->objective,
+        .error2 = p->error2,
+    };
+}
+
+/* Fit the grid of the group whose strips are [s0, s1) to its updated weights
+ * U = W_g + D with D R_gg = E[:, :g] R[:g, g] (NUMERICS 3.3); T already holds the right side. */
+static void fit_updated(const solver *v, panel *p, int64_t s0, int64_t s1, int64_t base,
+                        float *scratch) {
+    const ptq_strips *R = &v->R;
+    const int64_t nr = v->k->nr, mr = v->k->mr, start = R->start[s0];
+    const int64_t G = v->a->G, g = v->group[start];
+    const float *U = p->W + start * nr;
+    if (v->a->feedback && start > 0) {
+        float *N = scratch, *V = N + G * nr, *fit = V + G * nr, T[8 * LANES];
+        for (int64_t s = s0; s < s1; s++) {
+            const int64_t at = R->start[s] - start;
+            const float *column = R->data + R->offset[s];
+            memcpy(T, strip_T(v, p, s, base), sizeof(float) * (size_t)(mr * nr));
+            v->k->gemm_f32(T, column + start * mr, mr, N, at);
+            v->k->strip_trisolve(R->width[s], column + R->start[s] * mr, T, N + at * nr);
+        }
+        for (int64_t i = 0; i < G * nr; i++) V[i] = U[i] - N[i];
+        ptq_panel_fit(v->k, &v->a->grid, G, V, &v->blocks, start / G, fit, p->scales + g * nr,
+                      p->zeros + g * nr);
+        return;
+    }
+    ptq_panel_fit(v->k, &v->a->grid, G, U, &v->blocks, start / G, scratch, p->scales + g * nr,
+                  p->zeros + g * nr);
+}
+
+/* All that happens inside a block once T holds the sums over earlier blocks. */
+static void solve_block(const solver *v, panel *p, int64_t s0, int64_t s1, float *scratch) {
+    const ptq_strips *R = &v->R;
+    const int64_t start = R->start[s0];
+    int64_t from = s0; /* first strip of the current group */
+    for (int64_t s = s0; s < s1; s++) {
+        const int64_t column = R->start[s];
+        int64_t done = start; /* T of this strip already covers k < done */
+        if (dynamic(v->a) && column % v->a->G == 0) {
+            int64_t end = s;
+            while (end < R->count && R->start[end] < column + v->a->G) end++;
+            if (end > s1) end = s1; /* a per-channel group: its first block is all it needs */
+            if (v->a->feedback) accumulate(v, R, p, p->E, s, end, s0, start, column);
+            fit_updated(v, p, s, end, s0, scratch);
+            from = s;
+        }
+        if (dynamic(v->a)) done = R->start[from];
+        if (v->a->feedback) accumulate(v, R, p, p->E, s, s + 1, s0, done, column);
+        const ptq_strip_args args = strip_args(v, p, R, s, s0);
+        v->k->strip_quantize(&args);
+    }
+}
+
+/* Sums over earlier columns [0, end) for a block of all panels, in chunks of k. */
+static void block_sums(const solver *v, const ptq_strips *M, panel *p, int64_t panels, int64_t s0,
+                       int64_t s1, int64_t end) {
+    const int64_t nr = v->k->nr;
+    for (int64_t q = 0; q < panels; q++)
+        memset(p[q].T, 0, sizeof(float) * (size_t)((s1 - s0) * v->k->mr * nr));
+    for (int64_t k0 = 0; k0 < end; k0 += DEPTH)
+        for (int64_t q = 0; q < panels; q++)
+            accumulate(v, M, &p[q], p[q].E, s0, s1, s0, k0, ptq_min64(k0 + DEPTH, end));
+}
+
+static void sweep_block(const solver *v, panel *p, int64_t s0, int64_t s1, float *dE) {
+    const ptq_strips *H = &v->H;
+    const int64_t nr = v->k->nr, mr = v->k->mr, start = H->start[s0];
+    for (int64_t s = s0; s < s1; s++) {
+        const int64_t at = H->start[s] - start;
+        v->k->gemm_f32(strip_T(v, p, s, s0), H->data + H->offset[s] + start * mr, mr, dE, at);
+        ptq_strip_args args = strip_args(v, p, H, s, s0);
+        args.hdiag = v->hdiag + H->start[s];
+        args.dE = dE + at * nr;
+        v->k->strip_sweep(&args);
+    }
+}
+
+static void load_task_panel(const solver *v, panel *p, int64_t row, float *scratch) {
+    const ptq_gptq_args *a = v->a;
+    const int64_t nr = v->k->nr;
+    float *natural = p->E; /* E is not needed yet */
+    ptq_panel_load(v->k, a->W, a->rows, a->n, row, natural);
+    for (int64_t j = 0; j < a->n; j++)
+        memcpy(p->W + j * nr, natural + a->perm[j] * nr, sizeof(float) * (size_t)nr);
+    for (int64_t g = 0; a->static_groups && g < a->n / a->G; g++)
+        ptq_panel_fit(v->k, &a->grid, a->G, natural + g * a->G * nr, &v->blocks, g, scratch,
+                      p->scales + g * nr, p->zeros + g * nr);
+    memset(p->objective, 0, sizeof p->objective);
+    memset(p->error2, 0, sizeof p->error2);
+}
+
+static void store_history(solver *v, const panel *p, int64_t row, int pass) {
+    const ptq_gptq_args *a = v->a;
+    for (int64_t r = 0; r < v->k->nr && row + r < a->rows; r++) {
+        if (!isfinite(p->objective[r])) v->nonfinite = 1;
+        a->history[pass * a->rows + row + r] = p->objective[r];
+    }
+}
+
+static void store_panel(const solver *v, const panel *p, int64_t row) {
+    const ptq_gptq_args *a = v->a;
+    const int64_t nr = v->k->nr, present = ptq_min64(nr, a->rows - row), groups = a->n / a->G;
+    for (int64_t r = 0; r < present; r++) {
+        uint8_t *out = a->codes + (row + r) * a->n;
+        for (int64_t j = 0; j < a->n; j++) out[a->perm[j]] = p->codes[j * nr + r];
+        for (int64_t g = 0; g < groups; g++) {
+            a->scales[(row + r) * groups + g] = p->scales[g * nr + r];
+            a->zeros[(row + r) * groups + g] = (uint8_t)(int)p->zeros[g * nr + r];
+        }
+    }
+}
+
+static int64_t panel_floats(const solver *v) {
+    const int64_t n = v->a->n, groups = n / v->a->G;
+    return v->k->nr * (2 * n + 2 * groups + v->block_columns) + ptq_ceil_div(n * v->k->nr, 64) * 16;
+}
+
+static float *carve(const solver *v, panel *p, float *at) {
+    const int64_t nr = v->k->nr, n = v->a->n, groups = n / v->a->G;
+    p->W = at;
+    p->E = p->W + n * nr;
+    p->scales = p->E + n * nr;
+    p->zeros = p->scales + groups * nr;
+    p->T = p->zeros + groups * nr;
+    p->codes = (uint8_t *)(p->T + v->block_columns * nr);
+    return at + panel_floats(v);
+}
+
+static void solve_task(void *ctx, int64_t task, int thread) {
+    solver *v = ctx;
+    const ptq_gptq_args *a = v->a;
+    const int64_t first = task * v->per_task, count = ptq_min64(v->per_task, v->panels - first);
+    panel p[PANELS];
+    float *at = v->work + thread * v->workspace;
+    for (int64_t q = 0; q < count; q++) at = carve(v, &p[q], at);
+    for (int64_t q = 0; q < count; q++) load_task_panel(v, &p[q], (first + q) * v->k->nr, at);
+    for (int64_t b = 0; b < v->block_count; b++) {
+        const int64_t s0 = v->first[b], s1 = v->first[b + 1];
+        block_sums(v, &v->R, p, count, s0, s1, a->feedback ? v->R.start[s0] : 0);
+        for (int64_t q = 0; q < count; q++) solve_block(v, &p[q], s0, s1, at);
+    }
+    for (int64_t q = 0; q < count; q++) {
+        for (int64_t r = 0; r < v->k->nr; r++) /* ||E R||^2 = e (H + damping) e^T */
+            p[q].objective[r] -= a->damping * p[q].error2[r];
+        store_history(v, &p[q], (first + q) * v->k->nr, 0);
+    }
+    for (int pass = 1; pass <= a->sweeps; pass++) {
+        for (int64_t b = 0; b < v->block_count; b++) {
+            const int64_t s0 = v->first[b], s1 = v->first[b + 1];
+            block_sums(v, &v->H, p, count, s0, s1, a->n);
+            for (int64_t q = 0; q < count; q++) sweep_block(v, &p[q], s0, s1, at);
+        }
+        for (int64_t q = 0; q < count; q++)
+            store_history(v, &p[q], (first + q) * v->k->nr, pass);
+    }
+    for (int64_t q = 0; q < count; q++) store_panel(v, &p[q], (first + q) * v->k->nr);
+}
+
+/* Cut the strips into blocks of whole groups (dynamic grids) of about `block` columns. */
+static int64_t cut_blocks(const solver *v, int64_t *first) {
+    const ptq_gptq_args *a = v->a;
+    int64_t width = ptq_max64(a->block, v->k->mr);
+    if (dynamic(a) && a->G < a->n) width = ptq_max64(1, width / a->G) * a->G;
+    int64_t count = 0;
+    for (int64_t s = 0; s < v->R.count; s++)
+        if (s == 0 || v->R.start[s] / width != v->R.start[s - 1] / width) first[count++] = s;
+    first[count] = v->R.count;
+    return count;
+}
+
+typedef struct {
+    int32_t *group;
+    int64_t *first;
+    float *hdiag;
+} tables;
+
+static ptq_status prepare(solver *v, tables *t, int threads) {
+    const ptq_gptq_args *a = v->a;
+    /* Dynamic groups need strips that end with the group; strips of H must match those of R. */
+    const int64_t align = dynamic(a) ? a->G : a->n;
+    ptq_status status = ptq_strips_make(&v->R, a->R, a->n, NULL, a->n, align, PTQ_STRIPS_UPPER,
+                                        threads);
+    if (!status && a->sweeps)
+        status = ptq_strips_make(&v->H, a->H, a->n, a->perm, a->n, align, PTQ_STRIPS_FULL, threads);
+    if (!status && a->grid.method == PTQ_GRID_HESSIAN)
+        status = ptq_grid_blocks_make(&v->blocks, a->H, a->n, a->G,
+                                      a->static_groups ? NULL : a->perm, threads);
+    if (status) return status;
+    t->group = ptq_alloc(a->n, sizeof *t->group);
+    t->hdiag = ptq_alloc(a->n, sizeof *t->hdiag);
+    t->first = ptq_alloc(v->R.count + 1, sizeof *t->first);
+    if (!t->group || !t->hdiag || !t->first) return PTQ_NOMEM;
+    for (int64_t j = 0; j < a->n; j++) {
+        t->group[j] = (int32_t)((a->runs ? j : a->perm[j]) / a->G);
+        t->hdiag[j] = a->H[a->perm[j] * a->n + a->perm[j]];
+        a->g_idx[a->perm[j]] = t->group[j];
+    }
+    v->group = t->group;
+    v->hdiag = t->hdiag;
+    v->first = t->first;
+    v->block_count = cut_blocks(v, t->first);
+    for (int64_t b = 0; b < v->block_count; b++)
+        v->block_columns = ptq_max64(v->block_columns,
+                                     (t->first[b + 1] - t->first[b]) * v->k->mr);
+    return PTQ_OK;
+}
+
+static ptq_status solve(solver *v, int threads) {
+    const ptq_gptq_args *a = v->a;
+    const int64_t nr = v->k->nr, team = ptq_thread_count(threads);
+    v->panels = ptq_ceil_div(a->rows, nr);
+    v->per_task = ptq_max64(1, ptq_min64(PANELS, v->panels / (2 * team)));
+    /* scratch: N and V of fit_updated (or dE of a sweep), then the grid search's own */
+    const int64_t fit = 2 * a->G * nr + ptq_panel_fit_work(a->G, &a->grid);
+    const int64_t scratch = ptq_max64(fit, v->block_columns * nr);
+    v->workspace = ptq_ceil_div(v->per_task * panel_floats(v) + scratch, 16) * 16;
+    v->work = ptq_alloc(v->workspace * team, sizeof *v->work);
+    if (!v->work) return PTQ_NOMEM;
+    const ptq_status status =
+        ptq_parallel_for(ptq_ceil_div(v->panels, v->per_task), threads, solve_task, v);
+    return status ? status : v->nonfinite ? PTQ_NONFINITE : PTQ_OK;
+}
+
+ptq_status ptq_gptq(const ptq_gptq_args *a, int threads) {
+    if (a->rows < 1 || a->n < 1 || a->G < 1 || a->n % a->G || a->block < 1) return PTQ_INVALID;
+    solver v = {.a = a, .k = ptq_kernels_get()};
+    tables t = {0};
+    ptq_status status = prepare(&v, &t, threads);
+    if (!status) status = solve(&v, threads);
+    ptq_strips_free(&v.R);
+    ptq_strips_free(&v.H);
+    ptq_grid_blocks_free(&v.blocks);
+    free(t.group);
+    free(t.hdiag);
+    free(t.first);
+    free(v.work);
+    return status;
+}

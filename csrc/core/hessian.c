@@ -1,0 +1,215 @@
+/* hessian.c - S += X^T X by output tiles over packed tokens; one triangle only. */
+#include <limits.h>
+#include <stdatomic.h>
+
+#include "blas.h"
+#include "internal.h"
+
+enum {
+    CHUNK = 1024, /* tokens packed at a time */
+    DEPTH = 256,  /* tokens per register accumulation: two-level summation, and cache size */
+};
+
+typedef struct {
+    const ptq_kernels *k;
+    float *S;
+    int64_t n, panels;
+    const void *X;
+    int64_t ldx;
+    ptq_dtype dtype;
+    const int64_t *rows;
+    int64_t first, count; /* tokens of this chunk */
+    int pairs;            /* packed as bf16 pairs */
+    void *packed;         /* (panels, CHUNK or CHUNK / 2, nr) 32-bit values */
+    int64_t tile;         /* panels per tile side */
+    int64_t tiles;
+    atomic_int bad;
+} update;
+
+static int64_t panel_depth(const update *u) {
+    return u->pairs ? ptq_ceil_div(u->count, 2) : u->count;
+}
+
+static void pack_task(void *ctx, int64_t panel, int thread) {
+    (void)thread;
+    update *u = ctx;
+    const int64_t nr = u->k->nr, at = panel * panel_depth(u) * nr;
+    if (u->pairs)
+        u->k->pack_pairs(u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
+                         (uint32_t *)u->packed + at);
+    else
+        u->k->pack_tokens(u->dtype, u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
+                          (float *)u->packed + at);
+}
+
+/* S tile (mr rows from i, nr columns from j) += C, inside the matrix. */
+static void add_tile(const update *u, const float *C, int64_t i, int64_t j) {
+    const int64_t nr = u->k->nr, height = ptq_min64(u->k->mr, u->n - i);
+    const int64_t width = ptq_min64(nr, u->n - j);
+    for (int64_t a = 0; a < height; a++) {
+        float *s = u->S + (i + a) * u->n + j;
+        for (int64_t b = 0; b < width; b++) s[b] += C[a * nr + b];
+    }
+}
+
+static void multiply(const update *u, int64_t ipanel, int64_t jpanel, int64_t k0, int64_t depth) {
+    const int64_t nr = u->k->nr, mr = u->k->mr, full = panel_depth(u);
+    float C[8 * 48];
+    for (int64_t i = 0; i < nr; i += mr) {
+        if (ipanel * nr + i >= u->n || (ipanel == jpanel && i > nr)) break;
+        memset(C, 0, sizeof(float) * (size_t)(mr * nr));
+        const int64_t a = (ipanel * full + k0) * nr + i, b = (jpanel * full + k0) * nr;
+        if (u->pairs)
+            u->k->gemm_bf16(C, (uint32_t *)u->packed + a, nr, (uint32_t *)u->packed + b, depth);
+        else
+            u->k->gemm_f32(C, (float *)u->packed + a, nr, (float *)u->packed + b, depth);
+        add_tile(u, C, ipanel * nr + i, jpanel * nr);
+    }
+}
+
+/* Task t is the tile (ti, tj), ti <= tj, of the upper triangle. */
+static void tile_task(void *ctx, int64_t t, int thread) {
+    (void)thread;
+    const update *u = ctx;
+    int64_t tj = 0;
+    while ((tj + 1) * (tj + 2) / 2 <= t) tj++;
+    const int64_t ti = t - tj * (tj + 1) / 2, full = panel_depth(u);
+    const int64_t iend = ptq_min64((ti + 1) * u->tile, u->panels);
+    const int64_t jend = ptq_min64((tj + 1) * u->tile, u->panels);
+    const int64_t step = u->pairs ? DEPTH / 2 : DEPTH;
+    for (int64_t k0 = 0; k0 < full; k0 += step)
+        for (int64_t j = tj * u->tile; j < jend; j++)
+            for (int64_t i = ti * u->tile; i < iend && i <= j; i++)
+                multiply(u, i, j, k0, ptq_min64(step, full - k0));
+}
+
+static void finite_task(void *ctx, int64_t i, int thread) {
+    (void)thread;
+    update *u = ctx;
+    const int64_t size = u->dtype == PTQ_F32 ? 4 : 2, end = ptq_min64((i + 1) * 64, u->count);
+    for (int64_t t = i * 64; t < end; t++) {
+        const int64_t row = u->rows ? u->rows[t] : t;
+        if (!u->k->all_finite(u->dtype, (const char *)u->X + row * u->ldx * size, u->n)) u->bad = 1;
+    }
+}
+
+static ptq_status update_blas(float *S, int64_t n, const float *X, int64_t ldx, int64_t tokens) {
+    /* Row-major S upper is column-major lower; row-major X is column-major X^T. */
+    char uplo = 'L', trans = 'N';
+    int in = (int)n, ik = (int)tokens, lda = (int)ldx;
+    float one = 1.0f;
+    ptq_blas_ssyrk()(&uplo, &trans, &in, &ik, &one, (float *)(uintptr_t)X, &lda, &one, S, &in);
+    return PTQ_OK;
+}
+
+static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
+    const int64_t nr = u->k->nr, chunk = ptq_min64(CHUNK, tokens);
+    u->panels = ptq_ceil_div(u->n, nr);
+    /* About 192 columns a side for cache, fewer where that would leave threads idle. */
+    u->tile = ptq_max64(1, 192 / nr);
+    while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * ptq_thread_count(threads))
+        u->tile /= 2;
+    const int64_t side = ptq_ceil_div(u->panels, u->tile);
+    u->packed = ptq_alloc(u->panels * chunk * nr, sizeof(float));
+    if (!u->packed) return PTQ_NOMEM;
+    ptq_status status = PTQ_OK;
+    for (u->first = 0; u->first < tokens && !status; u->first += CHUNK) {
+        u->count = ptq_min64(CHUNK, tokens - u->first);
+        status = ptq_parallel_for(u->panels, threads, pack_task, u);
+        if (!status) status = ptq_parallel_for(side * (side + 1) / 2, threads, tile_task, u);
+    }
+    free(u->packed);
+    return status;
+}
+
+ptq_status ptq_hessian_update(float *S, int64_t n, const void *X, int64_t ldx, ptq_dtype dtype,
+                              const int64_t *rows, int64_t tokens, int threads) {
+    if (n < 1 || tokens < 0 || ldx < n) return PTQ_INVALID;
+    update u = {.k = ptq_kernels_get(), .S = S, .n = n, .X = X, .ldx = ldx, .dtype = dtype,
+                .rows = rows, .count = tokens};
+    ptq_status status = ptq_parallel_for(ptq_ceil_div(tokens, 64), threads, finite_task, &u);
+    if (status) return status;
+    if (u.bad) return PTQ_NONFINITE;
+    u.pairs = dtype == PTQ_BF16 && u.k->gemm_bf16 != NULL;
+    if (dtype == PTQ_F32 && !rows && ptq_blas_ssyrk() && n <= INT_MAX && tokens <= INT_MAX &&
+        ldx <= INT_MAX)
+        return update_blas(S, n, X, ldx, tokens);
+    return update_builtin(&u, tokens, threads);
+}
+
+typedef struct {
+    const float *S;
+    float *out;
+    int64_t n;
+    double factor;
+} finish;
+
+enum { BLOCK = 64 };
+
+/* Block row b: scale the upper part and mirror it, block by block so that both sides stay cached. */
+static void finish_task(void *ctx, int64_t b, int thread) {
+    (void)thread;
+    const finish *f = ctx;
+    const int64_t n = f->n, i0 = b * BLOCK, i1 = ptq_min64(i0 + BLOCK, n);
+    for (int64_t j0 = i0; j0 < n; j0 += BLOCK) {
+        const int64_t j1 = ptq_min64(j0 + BLOCK, n);
+        for (int64_t i = i0; i < i1; i++)
+            for (int64_t j = ptq_max64(i, j0); j < j1; j++)
+                f->out[i * n + j] = (float)(f->factor * (double)f->S[i * n + j]);
+        for (int64_t j = j0; j < j1; j++)
+            for (int64_t i = i0; i < ptq_min64(i1, j); i++) f->out[j * n + i] = f->out[i * n + j];
+    }
+}
+
+ptq_status ptq_hessian_finish(const float *S, float *out, int64_t n, double factor, int threads) {
+    finish f = {S, out, n, factor};
+    return ptq_parallel_for(ptq_ceil_div(n, BLOCK), threads, finish_task, &f);
+}
+
+typedef struct {
+    const ptq_kernels *k;
+    const float *H;
+    int64_t n;
+    float tolerance;
+    atomic_int asymmetric, bad;
+} inspection;
+
+static void inspect_task(void *ctx, int64_t b, int thread) {
+    (void)thread;
+    inspection *c = ctx;
+    const int64_t n = c->n, i0 = b * BLOCK, i1 = ptq_min64(i0 + BLOCK, n);
+    if (!c->k->all_finite(PTQ_F32, c->H + i0 * n, (i1 - i0) * n)) c->bad = 1;
+    for (int64_t j0 = i0; j0 < n; j0 += BLOCK)
+        for (int64_t i = i0; i < i1; i++)
+            for (int64_t j = j0; j < ptq_min64(j0 + BLOCK, n); j++) {
+                const float d = c->H[i * n + j] - c->H[j * n + i];
+                if (d > c->tolerance || d < -c->tolerance) c->asymmetric = 1;
+            }
+}
+
+ptq_status ptq_symmetric_check(const float *H, int64_t n, float tolerance, int threads) {
+    inspection c = {ptq_kernels_get(), H, n, tolerance, 0, 0};
+    const ptq_status status = ptq_parallel_for(ptq_ceil_div(n, BLOCK), threads, inspect_task, &c);
+    if (status) return status;
+    return c.bad ? PTQ_NONFINITE : c.asymmetric ? PTQ_INVALID : PTQ_OK;
+}
+
+typedef struct {
+    const ptq_kernels *k;
+    const float *x;
+    int64_t count;
+    atomic_int bad;
+} scan;
+
+static void scan_task(void *ctx, int64_t b, int thread) {
+    (void)thread;
+    scan *c = ctx;
+    const int64_t from = b << 16;
+    if (!c->k->all_finite(PTQ_F32, c->x + from, ptq_min64(1 << 16, c->count - from))) c->bad = 1;
+}
+
+ptq_status ptq_finite_check(const float *x, int64_t count, int threads) {
+    scan c = {ptq_kernels_get(), x, count, 0};
+    const ptq_status status = ptq_parallel_for(ptq_ceil_div(count, 1 << 16), threads, scan_task, &c);
+    return status ? status : c.bad ? PTQ_NONFINITE : PTQ_OK;
+}

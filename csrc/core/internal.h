@@ -1,0 +1,62 @@
+/* internal.h - helpers shared by the core's own files; not part of its contract. */
+#ifndef PTQ_INTERNAL_H
+#define PTQ_INTERNAL_H
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "../kernels/kernels.h"
+#include "ptq.h"
+
+/* 64-byte aligned memory of `count` items of `size` bytes, or NULL (also on overflow). */
+static inline void *ptq_alloc(int64_t count, size_t size) {
+    void *p = NULL;
+    if (count < 0 || (count > 0 && (size_t)count > (SIZE_MAX - 64) / size)) return NULL;
+    size_t bytes = ((size_t)count * size + 63) / 64 * 64;
+    return posix_memalign(&p, 64, bytes ? bytes : 64) ? NULL : p;
+}
+
+static inline int64_t ptq_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t ptq_min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t ptq_max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* An upper triangular matrix cut into strips of at most mr columns; strip s holds, for
+ * k = 0 .. start+width-1, mr consecutive values of row k (zero beyond width and below the
+ * diagonal): the left operand of the GEMM kernel. Strips never straddle a multiple of `align`. */
+typedef struct {
+    int64_t count;
+    int64_t *start, *offset;
+    int *width;
+    float *data;
+} ptq_strips;
+
+typedef enum { PTQ_STRIPS_UPPER, PTQ_STRIPS_HALF_DIAGONAL, PTQ_STRIPS_FULL } ptq_strips_kind;
+
+/* Cut the n columns of M[index, index] (leading dimension ld, index NULL: as it is) into strips.
+ * UPPER: entries on and above the diagonal. HALF_DIAGONAL: the same with the diagonal halved, so
+ * that 2 * sum_j e_j (strips^T e)_j = e M e^T. FULL: all n rows of every strip. */
+ptq_status ptq_strips_make(ptq_strips *strips, const float *M, int64_t ld, const int64_t *index,
+                           int64_t n, int64_t align, ptq_strips_kind kind, int threads);
+void ptq_strips_free(ptq_strips *strips);
+
+/* The diagonal blocks of H that the Hessian grid of each group reads. */
+typedef struct {
+    int64_t groups, per_group;
+    ptq_strips *block; /* groups * per_group of them, HALF_DIAGONAL */
+    float *diagonal;   /* (n) diagonal of H in the same order */
+} ptq_grid_blocks;
+
+ptq_status ptq_grid_blocks_make(ptq_grid_blocks *blocks, const float *H, int64_t n, int64_t G,
+                                const int64_t *order, int threads);
+void ptq_grid_blocks_free(ptq_grid_blocks *blocks);
+
+/* Floats of scratch that ptq_panel_fit needs. */
+int64_t ptq_panel_fit_work(int64_t G, const ptq_grid *grid);
+/* Fit the grid of group g to U (G, nr): s, z (nr). blocks may be NULL unless the method reads H. */
+void ptq_panel_fit(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
+                   const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z);
+/* Rows [row, row + nr) of W into a panel (n, nr); missing rows are zero. */
+void ptq_panel_load(const ptq_kernels *k, const float *W, int64_t rows, int64_t n, int64_t row,
+                    float *panel);
+
+#endif

@@ -1,0 +1,45 @@
+/* objective.c - e H e^T per row, reading one triangle of H. */
+#include "internal.h"
+
+enum { LANES = 48 };
+
+typedef struct {
+    const ptq_kernels *k;
+    const float *E;
+    int64_t rows, n;
+    ptq_strips H;
+    double *out;
+    float *work;
+} quadratic;
+
+static void panel_task(void *ctx, int64_t p, int thread) {
+    const quadratic *q = ctx;
+    const int64_t nr = q->k->nr, row = p * nr;
+    float *E = q->work + thread * q->n * nr, T[8 * LANES];
+    double sum[LANES] = {0};
+    ptq_panel_load(q->k, q->E, q->rows, q->n, row, E);
+    for (int64_t s = 0; s < q->H.count; s++) {
+        memset(T, 0, sizeof T);
+        q->k->gemm_f32(T, q->H.data + q->H.offset[s], q->k->mr, E, q->H.start[s] + q->H.width[s]);
+        for (int64_t j = 0; j < q->H.width[s]; j++) {
+            const float *e = E + (q->H.start[s] + j) * nr;
+            for (int64_t r = 0; r < nr; r++) sum[r] += (double)e[r] * (double)T[j * nr + r];
+        }
+    }
+    for (int64_t r = 0; r < nr && row + r < q->rows; r++) q->out[row + r] = 2.0 * sum[r];
+}
+
+ptq_status ptq_objective(const float *E, int64_t rows, int64_t n, const float *H, double *out,
+                         int threads) {
+    if (rows < 1 || n < 1) return PTQ_INVALID;
+    quadratic q = {.k = ptq_kernels_get(), .E = E, .rows = rows, .n = n, .out = out};
+    ptq_status status =
+        ptq_strips_make(&q.H, H, n, NULL, n, n, PTQ_STRIPS_HALF_DIAGONAL, threads);
+    if (status) return status;
+    q.work = ptq_alloc(n * q.k->nr * ptq_thread_count(threads), sizeof *q.work);
+    status = q.work ? ptq_parallel_for(ptq_ceil_div(rows, q.k->nr), threads, panel_task, &q)
+                    : PTQ_NOMEM;
+    ptq_strips_free(&q.H);
+    free(q.work);
+    return status;
+}

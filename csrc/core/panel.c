@@ -1,0 +1,145 @@
+/* panel.c - panels of nr rows: loading, and fitting the grid of one group. */
+#include <float.h>
+#include <math.h>
+
+#include "internal.h"
+
+void ptq_panel_load(const ptq_kernels *k, const float *W, int64_t rows, int64_t n, int64_t row,
+                    float *panel) {
+    const int64_t nr = k->nr, present = ptq_min64(nr, rows - row);
+    enum { BLOCK = 16 };
+    for (int64_t j0 = 0; j0 < n; j0 += BLOCK) {
+        const int64_t j1 = ptq_min64(j0 + BLOCK, n);
+        for (int64_t r = 0; r < present; r++) {
+            const float *w = W + (row + r) * n;
+            for (int64_t j = j0; j < j1; j++) panel[j * nr + r] = w[j];
+        }
+        for (int64_t r = present; r < nr; r++)
+            for (int64_t j = j0; j < j1; j++) panel[j * nr + r] = 0.0f;
+    }
+}
+
+ptq_status ptq_grid_blocks_make(ptq_grid_blocks *b, const float *H, int64_t n, int64_t G,
+                                const int64_t *order, int threads) {
+    memset(b, 0, sizeof *b);
+    b->groups = n / G;
+    b->per_group = ptq_ceil_div(G, PTQ_GRID_BLOCK);
+    b->block = ptq_alloc(b->groups * b->per_group, sizeof *b->block);
+    b->diagonal = ptq_alloc(n, sizeof *b->diagonal);
+    int64_t *identity = order ? NULL : ptq_alloc(n, sizeof *identity);
+    if (!b->block || !b->diagonal || (!order && !identity)) {
+        free(identity);
+        b->groups = b->block ? b->groups : 0;
+        if (b->block) memset(b->block, 0, sizeof *b->block * (size_t)(b->groups * b->per_group));
+        ptq_grid_blocks_free(b);
+        return PTQ_NOMEM;
+    }
+    memset(b->block, 0, sizeof *b->block * (size_t)(b->groups * b->per_group));
+    for (int64_t j = 0; identity && j < n; j++) identity[j] = j;
+    const int64_t *index = order ? order : identity;
+    for (int64_t j = 0; j < n; j++) b->diagonal[j] = H[index[j] * n + index[j]];
+    ptq_status status = PTQ_OK;
+    for (int64_t i = 0; i < b->groups * b->per_group && !status; i++) {
+        const int64_t in_group = i % b->per_group * PTQ_GRID_BLOCK;
+        const int64_t at = i / b->per_group * G + in_group;
+        const int64_t width = ptq_min64(PTQ_GRID_BLOCK, G - in_group);
+        status = ptq_strips_make(&b->block[i], H, n, index + at, width, width,
+                                 PTQ_STRIPS_HALF_DIAGONAL, threads);
+    }
+    free(identity);
+    if (status) ptq_grid_blocks_free(b);
+    return status;
+}
+
+void ptq_grid_blocks_free(ptq_grid_blocks *b) {
+    for (int64_t i = 0; b->block && i < b->groups * b->per_group; i++)
+        ptq_strips_free(&b->block[i]);
+    free(b->block);
+    free(b->diagonal);
+    memset(b, 0, sizeof *b);
+}
+
+enum { LANES = 48, TILE = 8 * LANES };
+
+int64_t ptq_panel_fit_work(int64_t G, const ptq_grid *grid) {
+    if (grid->method == PTQ_GRID_MINMAX) return 1;
+    return (G + grid->steps) * LANES;
+}
+
+/* error (nr) = d H_gg d^T of the residual panel D, over the group's diagonal blocks. */
+static void quadratic(const ptq_kernels *k, const ptq_grid_blocks *blocks, int64_t g,
+                      const float *D, float *error) {
+    const int64_t nr = k->nr;
+    float T[TILE];
+    double sum[LANES] = {0};
+    for (int64_t i = 0; i < blocks->per_group; i++) {
+        const ptq_strips *s = &blocks->block[g * blocks->per_group + i];
+        const float *d = D + i * PTQ_GRID_BLOCK * nr;
+        for (int64_t t = 0; t < s->count; t++) {
+            memset(T, 0, sizeof T);
+            k->gemm_f32(T, s->data + s->offset[t], k->mr, d, s->start[t] + s->width[t]);
+            for (int64_t j = 0; j < s->width[t]; j++) {
+                const float *dj = d + (s->start[t] + j) * nr;
+                for (int64_t r = 0; r < nr; r++) sum[r] += (double)(dj[r] * T[j * nr + r]);
+            }
+        }
+    }
+    for (int64_t r = 0; r < nr; r++) error[r] = (float)(2.0 * sum[r]);
+}
+
+/* Take each lane's smallest error out of the table: its factor goes to shrink. */
+static void take_best(const float *factors, float *errors, int steps, int64_t nr, float *shrink) {
+    for (int64_t r = 0; r < nr; r++) {
+        int best = 0;
+        for (int i = 1; i < steps; i++)
+            if (errors[i * nr + r] < errors[best * nr + r]) best = i;
+        errors[best * nr + r] = INFINITY;
+        shrink[r] = factors[best];
+    }
+}
+
+static void fit_search(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
+                       const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z) {
+    const int64_t nr = k->nr;
+    const int hessian = grid->method == PTQ_GRID_HESSIAN;
+    float *errors = work, *D = work + grid->steps * nr;
+    float factors[PTQ_GRID_MAX_STEPS], low[LANES], high[LANES], shrink[LANES], best[LANES];
+    float error[LANES], scale[LANES], zero[LANES];
+    k->fit_minmax(grid, G, U, low, high);
+    for (int i = 0; i < grid->steps; i++) {
+        const double step = grid->steps > 1 ? (double)i / (grid->steps - 1) : 0.0;
+        factors[i] = (float)(1.0 - step * (1.0 - (double)grid->min_shrink));
+        for (int64_t r = 0; r < nr; r++) shrink[r] = factors[i];
+        k->fit_make(grid, low, high, shrink, scale, zero);
+        k->fit_error(grid, G, U, scale, zero, hessian ? blocks->diagonal + g * G : NULL,
+                     errors + i * nr);
+    }
+    for (int64_t r = 0; r < nr; r++) best[r] = INFINITY;
+    const int rounds = hessian ? (grid->candidates < grid->steps ? grid->candidates : grid->steps) : 1;
+    for (int i = 0; i < rounds; i++) {
+        take_best(factors, errors, grid->steps, nr, shrink);
+        k->fit_make(grid, low, high, shrink, scale, zero);
+        if (rounds > 1) {
+            k->fit_residual(grid, G, U, scale, zero, D);
+            quadratic(k, blocks, g, D, error);
+        }
+        for (int64_t r = 0; r < nr; r++) {
+            if (rounds > 1 && !(error[r] < best[r])) continue;
+            if (rounds > 1) best[r] = error[r];
+            s[r] = scale[r];
+            z[r] = zero[r];
+        }
+    }
+}
+
+void ptq_panel_fit(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
+                   const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z) {
+    if (grid->method != PTQ_GRID_MINMAX) {
+        fit_search(k, grid, G, U, blocks, g, work, s, z);
+        return;
+    }
+    float low[LANES], high[LANES], shrink[LANES];
+    k->fit_minmax(grid, G, U, low, high);
+    for (int64_t r = 0; r < k->nr; r++) shrink[r] = 1.0f;
+    k->fit_make(grid, low, high, shrink, s, z);
+}

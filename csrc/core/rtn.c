@@ -1,0 +1,57 @@
+/* rtn.c - round to nearest, panel by panel. */
+#include "internal.h"
+
+enum { LANES = 48 };
+
+typedef struct {
+    const ptq_kernels *k;
+    const float *W;
+    int64_t rows, n, G;
+    const ptq_grid *grid;
+    ptq_grid_blocks blocks;
+    uint8_t *codes, *zeros;
+    float *scales;
+    float *work;
+    int64_t workspace;
+} rounding;
+
+static void round_panel(void *ctx, int64_t p, int thread) {
+    const rounding *t = ctx;
+    const int64_t nr = t->k->nr, row = p * nr, groups = t->n / t->G;
+    const int64_t present = ptq_min64(nr, t->rows - row);
+    float *panel = t->work + thread * t->workspace, *fit = panel + t->n * nr;
+    uint8_t *codes = (uint8_t *)(fit + ptq_panel_fit_work(t->G, t->grid));
+    float scale[LANES], zero[LANES];
+    ptq_panel_load(t->k, t->W, t->rows, t->n, row, panel);
+    for (int64_t g = 0; g < groups; g++) {
+        const float *U = panel + g * t->G * nr;
+        ptq_panel_fit(t->k, t->grid, t->G, U, &t->blocks, g, fit, scale, zero);
+        t->k->quantize(t->G, U, scale, zero, t->grid->max_code, codes);
+        for (int64_t r = 0; r < present; r++) {
+            uint8_t *out = t->codes + (row + r) * t->n + g * t->G;
+            for (int64_t j = 0; j < t->G; j++) out[j] = codes[j * nr + r];
+            t->scales[(row + r) * groups + g] = scale[r];
+            t->zeros[(row + r) * groups + g] = (uint8_t)(int)zero[r];
+        }
+    }
+}
+
+ptq_status ptq_rtn(const float *W, int64_t rows, int64_t n, int64_t G, const ptq_grid *grid,
+                   const float *H, uint8_t *codes, float *scales, uint8_t *zeros, int threads) {
+    if (rows < 1 || n < 1 || G < 1 || n % G) return PTQ_INVALID;
+    rounding t = {.k = ptq_kernels_get(), .W = W, .rows = rows, .n = n, .G = G, .grid = grid,
+                  .codes = codes, .zeros = zeros, .scales = scales};
+    const int64_t nr = t.k->nr;
+    ptq_status status = PTQ_OK;
+    if (grid->method == PTQ_GRID_HESSIAN)
+        status = ptq_grid_blocks_make(&t.blocks, H, n, G, NULL, threads);
+    if (status) return status;
+    t.workspace = n * nr + ptq_panel_fit_work(G, grid) + ptq_ceil_div(G * nr, 64) * 16;
+    t.workspace = ptq_ceil_div(t.workspace, 16) * 16;
+    t.work = ptq_alloc(t.workspace * ptq_thread_count(threads), sizeof *t.work);
+    status = t.work ? ptq_parallel_for(ptq_ceil_div(rows, nr), threads, round_panel, &t)
+                    : PTQ_NOMEM;
+    ptq_grid_blocks_free(&t.blocks);
+    free(t.work);
+    return status;
+}

@@ -1,0 +1,81 @@
+/* kernels.h - the operations that are compiled once per CPU level.
+ *
+ * A panel holds nr rows of W as (columns, nr): lane r of column j at [j * nr + r]. A strip holds
+ * mr columns of the other operand as (k, mr). All lanes are independent of each other.
+ */
+#ifndef PTQ_KERNELS_H
+#define PTQ_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../core/ptq.h"
+
+/* What quantizing a strip of columns reads and writes; per-column arrays start at the strip. */
+typedef struct {
+    int width;            /* columns in the strip, at most mr */
+    int feedback;         /* 0: ignore T */
+    const float *diag;    /* (width, mr) rows start..start+width of the strip: the R triangle */
+    const float *W;       /* (width, nr) */
+    const float *scales;  /* (groups, nr) */
+    const float *zeros;   /* (groups, nr) */
+    const int32_t *group; /* (width) */
+    int max_code;
+    float *T;             /* (mr, nr) in: sum over earlier strips of E_k R_kj */
+    float *E;             /* (width, nr) sweep: in and out; else out */
+    float *dE;            /* (width, nr) sweep only: out, change of E */
+    const float *hdiag;   /* (width) sweep only: undamped diagonal of H, 0 for dead inputs */
+    uint8_t *codes;       /* (width, nr) out */
+    double *objective;    /* (nr) accumulated */
+    double *error2;       /* (nr) solve only: sum of E^2, accumulated */
+} ptq_strip_args;
+
+typedef struct {
+    const char *name;
+    int mr, nr;
+    /* C (mr, nr) += sum over k < K of A[k * sa + i] * B[k * nr + r], k ascending. */
+    void (*gemm_f32)(float *C, const float *A, ptrdiff_t sa, const float *B, ptrdiff_t K);
+    /* The same over pairs of bf16 packed in 32 bits (low half first); NULL where unsupported. */
+    void (*gemm_bf16)(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *B, ptrdiff_t K);
+    /* Round the columns of a strip in turn, feeding each error to the later ones. */
+    void (*strip_quantize)(const ptq_strip_args *args);
+    /* One coordinate-descent step per column of a strip. */
+    void (*strip_sweep)(const ptq_strip_args *args);
+    /* X (width, nr) = (T + in-strip terms) / R_jj: column j of X R = T for one strip. The caller
+     * keeps -X in N, so that the GEMM kernel can accumulate it. */
+    void (*strip_trisolve)(int width, const float *diag, float *T, float *N);
+    /* Round columns to nearest on their grid. */
+    void (*quantize)(int64_t columns, const float *W, const float *scale, const float *zero,
+                     int max_code, uint8_t *codes);
+    /* Grid fitting over a panel U (G, nr). */
+    void (*fit_minmax)(const ptq_grid *grid, int64_t G, const float *U, float *low, float *high);
+    void (*fit_make)(const ptq_grid *grid, const float *low, const float *high, const float *shrink,
+                     float *scale, float *zero);
+    /* error (nr) = sum_j weight_j d_j^2 (weight NULL: |d_j|^norm). */
+    void (*fit_error)(const ptq_grid *grid, int64_t G, const float *U, const float *scale,
+                      const float *zero, const float *weight, float *error);
+    /* D (G, nr) = rounding error. */
+    void (*fit_residual)(const ptq_grid *grid, int64_t G, const float *U, const float *scale,
+                         const float *zero, float *D);
+    /* Columns [c, c + nr) of `count` tokens into (count, nr) floats; absent columns are zero. */
+    void (*pack_tokens)(ptq_dtype dtype, const void *X, int64_t ldx, const int64_t *rows,
+                        int64_t first, int64_t count, int64_t c, int64_t columns, float *out);
+    /* The same for bf16 pairs of tokens: (ceil(count / 2), nr) words. */
+    void (*pack_pairs)(const uint16_t *X, int64_t ldx, const int64_t *rows, int64_t first,
+                       int64_t count, int64_t c, int64_t columns, uint32_t *out);
+    /* 1 when all `count` values are finite. */
+    int (*all_finite)(ptq_dtype dtype, const void *x, int64_t count);
+} ptq_kernels;
+
+extern const ptq_kernels ptq_kernels_base;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PTQ_X86 1
+extern const ptq_kernels ptq_kernels_avx2;
+extern const ptq_kernels ptq_kernels_avx512;
+extern const ptq_kernels ptq_kernels_avx512_bf16;
+#endif
+
+/* The level chosen by ptq_cpu_select. */
+const ptq_kernels *ptq_kernels_get(void);
+
+#endif

@@ -1,0 +1,33 @@
+/* x86 with AVX2 and FMA: 4 x 24 register tile (12 accumulators of 16 registers). */
+#include "kernels.h"
+
+#ifdef PTQ_X86
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define LEVEL(name) name##_avx2
+#define LEVEL_NAME "avx2"
+#define MR 4
+#define NR 24
+#define VL 8
+typedef __m256 vf;
+#define vf_load(p) _mm256_loadu_ps(p)
+#define vf_store(p, v) _mm256_storeu_ps(p, v)
+#define vf_set1(x) _mm256_set1_ps(x)
+#define vf_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#include "kernels.inc"
+
+const ptq_kernels ptq_kernels_avx2 = LEVEL_TABLE(LEVEL_NAME, NULL, NULL);
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

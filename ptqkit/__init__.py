@@ -1,0 +1,74 @@
+"""ptqkit: post-training quantization, compiled and checked against float64 twins.
+
+Functions on NumPy arrays: :class:`Hessian`, :func:`gptq`, :func:`rtn`, :func:`obq`. Whole models:
+:func:`quantize`, :func:`load` (these import PyTorch and transformers when first used).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ptqkit._config import configure as _configure
+from ptqkit._config import show_config
+from ptqkit.errors import (
+    CalibrationError,
+    NotPositiveDefiniteError,
+    PreflightError,
+    PtqkitError,
+    UnsupportedModuleError,
+)
+from ptqkit.factorization import Factorization, factorize
+from ptqkit.hessian import Hessian
+from ptqkit.result import QuantizedMatrix
+from ptqkit.solvers import gptq, objective, obq, rtn
+
+if TYPE_CHECKING:
+    from ptqkit.hf import Recipe, load, quantize
+
+__version__ = "0.1.0"
+__all__ = [
+    "CalibrationError",
+    "Factorization",
+    "Hessian",
+    "NotPositiveDefiniteError",
+    "PreflightError",
+    "PtqkitError",
+    "QuantizedMatrix",
+    "Recipe",
+    "UnsupportedModuleError",
+    "factorize",
+    "gptq",
+    "load",
+    "objective",
+    "obq",
+    "quantize",
+    "rtn",
+    "show_config",
+]
+
+_configure()
+
+# Names that need PyTorch and transformers, imported where first used.
+_LAZY = {"Recipe": "ptqkit.hf", "load": "ptqkit.hf", "quantize": "ptqkit.hf"}
+_MODULES = ("demo", "hf", "packing", "reference")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"ptqkit.{name}")
+    if name in _LAZY:
+        try:
+            return getattr(import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("ptqkit"):
+                raise
+            raise ModuleNotFoundError(
+                f"ptqkit.{name} needs {error.name}; install it with: pip install 'ptqkit[hf]'",
+                name=error.name,
+            ) from error
+    raise AttributeError(f"module 'ptqkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

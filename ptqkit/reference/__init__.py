@@ -1,0 +1,51 @@
+"""Float64 NumPy twins of the C core, written to be read beside the papers.
+
+Every function of :mod:`ptqkit._core` has its twin here. The twins are slow, take no shortcuts and
+use the published form of each algorithm (for GPTQ the Cholesky factor of the inverse Hessian),
+while the core uses an equivalent form that is cheaper; the tests hold one against the other.
+"""
+
+from ptqkit.reference.grids import (
+    dequantize,
+    fit_grid,
+    fit_groups,
+    quantize,
+    round_to_dtype,
+    shrink_factors,
+)
+from ptqkit.reference.hessian import dampen, hessian, merge
+from ptqkit.reference.packing import pack_rows, unpack_rows
+from ptqkit.reference.solvers import (
+    brute_force,
+    gptq,
+    make_order,
+    objective,
+    obq,
+    quantization_targets,
+    rtn,
+    sweep,
+    upper_factor,
+)
+
+__all__ = [
+    "brute_force",
+    "dampen",
+    "dequantize",
+    "fit_grid",
+    "fit_groups",
+    "gptq",
+    "hessian",
+    "make_order",
+    "merge",
+    "objective",
+    "obq",
+    "pack_rows",
+    "quantization_targets",
+    "quantize",
+    "round_to_dtype",
+    "rtn",
+    "shrink_factors",
+    "sweep",
+    "unpack_rows",
+    "upper_factor",
+]

@@ -1,0 +1,209 @@
+"""RTN, GPTQ as published, OBQ, coordinate descent and brute force (float64)."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from ptqkit.reference.grids import dequantize, fit_grid, fit_groups, quantize
+from ptqkit.reference.hessian import dampen
+
+__all__ = [
+    "brute_force",
+    "gptq",
+    "make_order",
+    "objective",
+    "obq",
+    "quantization_targets",
+    "rtn",
+    "sweep",
+    "upper_factor",
+]
+
+
+def objective(E: np.ndarray, H: np.ndarray) -> np.ndarray:
+    """Per-row objective e H e^T of the error E = W - Q; its sum is tr(E H E^T)."""
+    E = np.asarray(E, np.float64)
+    return np.einsum("rj,rj->r", E @ np.asarray(H, np.float64), E)
+
+
+def upper_factor(H: np.ndarray) -> np.ndarray:
+    """R upper triangular with H = R R^T: Cholesky with rows and columns reversed (NUMERICS 3.2)."""
+    return np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
+
+
+def rtn(W, *, max_code, group_size=None, H=None, **grid):
+    """Round to nearest on a grid fitted per (row, group).
+
+    Returns
+    -------
+    codes (rows, n), scales (rows, groups), zeros (rows, groups)
+    """
+    W = np.asarray(W, np.float64)
+    size = group_size or W.shape[1]
+    scales, zeros = fit_groups(W, size, H=H, max_code=max_code, **grid)
+    group = np.arange(W.shape[1]) // size
+    return quantize(W, scales[:, group], zeros[:, group], max_code), scales, zeros
+
+
+def make_order(diagonal: np.ndarray, order: str, group_size: int | None) -> np.ndarray:
+    """Quantization order: entry i is the original column that is quantized i-th.
+
+    "natural"; "act": decreasing H_jj; "group": groups by decreasing sum of H_jj, the columns of a
+    group by decreasing H_jj (groups stay whole). Ties keep their original order.
+    """
+    n = len(diagonal)
+    if order == "natural":
+        return np.arange(n)
+    by_diagonal = np.argsort(-diagonal, kind="stable")
+    if order == "act":
+        return by_diagonal
+    size = group_size or n
+    totals = np.asarray(diagonal, np.float64).reshape(-1, size).sum(axis=1)
+    rank = np.empty(n // size, int)
+    rank[np.argsort(-totals, kind="stable")] = np.arange(n // size)
+    return by_diagonal[np.argsort(rank[by_diagonal // size], kind="stable")]
+
+
+def gptq(
+    W,
+    H,
+    *,
+    max_code,
+    group_size=None,
+    order="natural",
+    static_groups=False,
+    damping=0.01,
+    feedback=True,
+    sweeps=0,
+    **grid,
+):
+    """GPTQ as published, Algorithm 1 of [GPTQ] with a lazy block of one column.
+
+    With U the upper Cholesky factor of H^-1, column j is rounded, and its error divided by U_jj is
+    spread over the later columns by row j of U. A group's grid is fitted to its updated weights
+    when its first column is reached; with ``static_groups`` to the original weights beforehand.
+
+    Returns
+    -------
+    dict with codes, scales, zeros, g_idx, order, dead, history (sweeps + 1, rows)
+    """
+    H = np.asarray(H, np.float64)
+    damped, dead = dampen(H, damping)
+    W0 = np.where(dead, 0.0, np.asarray(W, np.float64))
+    rows, n = W0.shape
+    size = group_size or n
+    static_groups = static_groups or size == n  # no feedback has reached a channel's only grid
+    perm = make_order(np.diag(H), order, group_size)
+    U = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(perm, perm)])).T
+    # group of the i-th quantized column: its own, or (act-order with g_idx) a run of the order
+    runs = order == "act" and not static_groups
+    group = np.arange(n) // size if runs else perm // size
+    if static_groups:
+        scales, zeros = fit_groups(W0, size, H=H, max_code=max_code, **grid)
+    else:
+        scales, zeros = np.zeros((2, rows, n // size))
+    Wp, codes = W0[:, perm].copy(), np.zeros((rows, n), np.uint8)
+    for j in range(n):
+        g = group[j]
+        if not static_groups and j % size == 0:
+            part = slice(j, j + size)
+            block = H[np.ix_(perm[part], perm[part])]
+            scales[:, g], zeros[:, g], _ = fit_grid(Wp[:, part], H=block, max_code=max_code, **grid)
+        codes[:, j] = quantize(Wp[:, j], scales[:, g], zeros[:, g], max_code)
+        error = (Wp[:, j] - dequantize(codes[:, j], scales[:, g], zeros[:, g])) / U[j, j]
+        if feedback:
+            Wp[:, j + 1 :] -= np.outer(error, U[j, j + 1 :])
+    out, g_idx = np.empty_like(codes), np.empty(n, np.int32)
+    out[:, perm], g_idx[perm] = codes, group
+    history = [objective(W0 - dequantize(out, scales[:, g_idx], zeros[:, g_idx]), H)]
+    for _ in range(sweeps):
+        out = sweep(W0, out, scales, zeros, g_idx, H, perm, max_code)
+        history.append(objective(W0 - dequantize(out, scales[:, g_idx], zeros[:, g_idx]), H))
+    return {
+        "codes": out,
+        "scales": scales,
+        "zeros": zeros,
+        "g_idx": g_idx,
+        "order": perm,
+        "dead": dead,
+        "history": np.array(history),
+    }
+
+
+def quantization_targets(W, codes, scales, zeros, g_idx, order, damped):
+    """Real value that each column was rounded from, given the codes of the columns before it.
+
+    In the form of NUMERICS 3.2: with H = R R^T and E = W - Q, target_j = w_j + (E R_<j)_j / R_jj.
+    A solver in lower precision is right when every code is its target's rounding, but near ties.
+    """
+    R = upper_factor(damped[np.ix_(order, order)])
+    E = (W - dequantize(codes, scales[:, g_idx], zeros[:, g_idx]))[:, order]
+    targets = np.empty_like(W, dtype=np.float64)
+    targets[:, order] = W[:, order] + (E @ np.triu(R, 1)) / np.diag(R)
+    return targets
+
+
+def sweep(W, codes, scales, zeros, g_idx, H, order, max_code):
+    """One coordinate-descent pass over the codes, in quantization order; dead inputs are skipped.
+
+    q_j = Q(w_j + (E H)_j / H_jj - E_j): the best code for column j given all the others.
+    """
+    codes = codes.copy()
+    E = W - dequantize(codes, scales[:, g_idx], zeros[:, g_idx])
+    for j in order:
+        if H[j, j] == 0:
+            continue
+        g = g_idx[j]
+        target = W[:, j] + E @ H[:, j] / H[j, j] - E[:, j]
+        codes[:, j] = quantize(target, scales[:, g], zeros[:, g], max_code)
+        E[:, j] = W[:, j] - dequantize(codes[:, j], scales[:, g], zeros[:, g])
+    return codes
+
+
+def obq(W, H, *, max_code, group_size=None, damping=0.01, **grid):
+    """Optimal Brain Quantization: per row, always the column whose rounding costs least next.
+
+    Grids are fitted to the original weights. Of the columns left, j minimises
+    (Q(w_j) - w_j)^2 / [H^-1]_jj; the others take w -= (w_j - Q(w_j)) / [H^-1]_jj * [H^-1]_j:, and j
+    is eliminated from H^-1 ([GPTQ] equations 2 and 3).
+    """
+    H = np.asarray(H, np.float64)
+    damped, dead = dampen(H, damping)
+    W0 = np.where(dead, 0.0, np.asarray(W, np.float64))
+    size = group_size or W0.shape[1]
+    scales, zeros = fit_groups(W0, size, H=H, max_code=max_code, **grid)
+    group = np.arange(W0.shape[1]) // size
+    inverse = np.linalg.inv(damped)
+    codes = np.stack(
+        [
+            _obq_row(w, inverse.copy(), s[group], z[group], max_code)
+            for w, s, z in zip(W0, scales, zeros, strict=True)
+        ]
+    )
+    return codes, scales, zeros
+
+
+def _obq_row(w, inverse, scale, zero, max_code):
+    w, left = w.copy(), np.ones(len(w), bool)
+    codes = np.zeros(len(w), np.uint8)
+    for _ in range(len(w)):
+        q = dequantize(quantize(w, scale, zero, max_code), scale, zero)
+        diagonal = np.where(left, np.diag(inverse), 1.0)
+        j = np.where(left, (q - w) ** 2 / diagonal, np.inf).argmin()
+        codes[j] = quantize(w[j], scale[j], zero[j], max_code)
+        w -= (w[j] - q[j]) / inverse[j, j] * inverse[j] * left
+        w[j] = q[j]
+        left[j] = False
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return codes
+
+
+def brute_force(w, scale, zero, H, max_code):
+    """Best codes of one row by trying all of them; for rows of at most about six columns."""
+    best = min(
+        product(range(max_code + 1), repeat=len(w)),
+        key=lambda c: objective((w - dequantize(np.array(c), scale, zero))[None], H)[0],
+    )
+    return np.array(best, np.uint8)

@@ -1,0 +1,130 @@
+"""The result of every solver: integer codes, their grid, and how they were found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+__all__ = ["QuantizedMatrix", "parse_bits"]
+
+TERNARY_BITS = float(np.log2(3.0))
+
+
+def parse_bits(bits: int | str) -> int:
+    """Return the largest code of a grid: ``2**bits - 1``, or 2 for ``"ternary"``.
+
+    Raises
+    ------
+    ValueError
+        If ``bits`` is neither an integer from 2 to 8 nor ``"ternary"``.
+    """
+    if isinstance(bits, str):
+        if bits == "ternary":
+            return 2
+        raise ValueError(f"bits must be an integer from 2 to 8 or 'ternary', not {bits!r}")
+    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 2 <= bits <= 8:
+        raise ValueError(f"bits must be an integer from 2 to 8 or 'ternary', not {bits!r}")
+    return (1 << int(bits)) - 1
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A weight matrix on a uniform grid: ``w = scale * (code - zero_point)``.
+
+    Attributes
+    ----------
+    codes : ndarray of uint8, shape (out, in)
+        Unsigned codes in ``[0, max_code]``, original column order. A symmetric grid has the
+        constant zero-point ``(max_code + 1) // 2`` (``2**(bits-1)``; 1 for ternary).
+    scales : ndarray of float32, shape (out, groups)
+        Exactly representable in ``scale_dtype``.
+    zero_points : ndarray of uint8, shape (out, groups)
+    g_idx : ndarray of int32, shape (in,)
+        Group of each input. ``i // group_size`` unless act-order ran without static groups.
+    bits : int or "ternary"
+    group_size : int or None
+        None: one grid per output channel.
+    symmetric : bool
+    scale_dtype : {"float32", "float16", "bfloat16"}
+    row_objectives : ndarray of float64, shape (sweeps + 1, out), or None
+        Objective of each output row after the solve and after each coordinate-descent sweep.
+    damping : float
+        Damping used, as a fraction of the mean diagonal of H (0 where none was needed).
+    damping_raised : int
+        How many times it had to be raised before H could be factorized.
+    dead_inputs : int
+        Inputs with a zero diagonal in H.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray
+    g_idx: np.ndarray
+    bits: int | str
+    group_size: int | None
+    symmetric: bool
+    scale_dtype: str = "float32"
+    row_objectives: np.ndarray | None = None
+    damping: float = 0.0
+    damping_raised: int = 0
+    dead_inputs: int = 0
+
+    @property
+    def objective(self) -> float:
+        """tr((W - Q) H (W - Q)^T) with the undamped H; NaN where no H was given."""
+        return float("nan") if self.row_objectives is None else float(self.row_objectives[-1].sum())
+
+    @property
+    def sweep_objectives(self) -> tuple[float, ...]:
+        """Objective after the solve and after each coordinate-descent sweep."""
+        if self.row_objectives is None:
+            return ()
+        return tuple(float(v) for v in self.row_objectives.sum(axis=1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape  # type: ignore[return-value]
+
+    @property
+    def max_code(self) -> int:
+        """Largest code of the grid."""
+        return parse_bits(self.bits)
+
+    @property
+    def permuted_groups(self) -> bool:
+        """True where the groups are not runs of consecutive inputs (act-order with g_idx)."""
+        return bool(np.any(np.diff(self.g_idx) < 0))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage per weight: codes, scales, zero-points (asymmetric) and g_idx (if permuted)."""
+        out, inputs = self.codes.shape
+        code_bits = TERNARY_BITS if self.bits == "ternary" else float(self.bits)
+        total = code_bits * out * inputs
+        total += self.scales.size * (32 if self.scale_dtype == "float32" else 16)
+        if not self.symmetric:
+            total += self.zero_points.size * code_bits
+        if self.permuted_groups:
+            total += 32.0 * inputs
+        return total / max(1, out * inputs)
+
+    def dequantize(self, dtype: np.dtype | type = np.float32) -> np.ndarray:
+        """Return ``scale * (code - zero_point)`` as an array of shape (out, in)."""
+        zero = self.zero_points.astype(np.int16)[:, self.g_idx]
+        steps = (self.codes.astype(np.int16) - zero).astype(dtype)
+        steps *= self.scales.astype(dtype, copy=False)[:, self.g_idx]
+        return steps
+
+    def rows(self, start: int, stop: int) -> QuantizedMatrix:
+        """Return output rows ``start:stop`` (for layers that were solved together)."""
+        return replace(
+            self,
+            codes=self.codes[start:stop],
+            scales=self.scales[start:stop],
+            zero_points=self.zero_points[start:stop],
+            row_objectives=None
+            if self.row_objectives is None
+            else self.row_objectives[:, start:stop],
+        )

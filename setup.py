@@ -1,0 +1,47 @@
+"""Sources and flags of the C core; all metadata is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup
+
+
+def openmp_flags():
+    """Probe -fopenmp; PTQKIT_OPENMP=1 makes it mandatory, 0 leaves it out."""
+    wanted = os.environ.get("PTQKIT_OPENMP", "")
+    if wanted == "0":
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.c")
+        probe.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
+        command = [*os.environ.get("CC", "cc").split(), "-fopenmp", str(probe), "-o"]
+        found = subprocess.run([*command, str(Path(folder, "probe"))], capture_output=True)
+    if found.returncode == 0:
+        return ["-fopenmp"]
+    if wanted == "1":
+        raise SystemExit("PTQKIT_OPENMP=1, but the compiler cannot build with -fopenmp")
+    print("ptqkit: the compiler has no OpenMP, the core will run on one thread", file=sys.stderr)
+    return []
+
+
+def extension():
+    """The one extension module."""
+    openmp = openmp_flags()
+    extra = os.environ.get("PTQKIT_CFLAGS", "").split()
+    flags = "-std=gnu11 -O3 -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Wconversion"
+    return Extension(
+        "ptqkit._core",
+        sources=sorted(str(p) for folder in ("core", "kernels", "bind")
+                       for p in Path("csrc", folder).glob("*.c")),
+        depends=sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inc")),
+        include_dirs=[numpy.get_include()],
+        extra_compile_args=[*flags.split(), "-Wno-sign-conversion", *openmp, *extra],
+        extra_link_args=[*openmp, *[f for f in extra if f.startswith("-fsanitize")]],
+    )
+
+
+setup(ext_modules=[extension()])
