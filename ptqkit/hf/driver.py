@@ -381,11 +381,11 @@ class _Driver:
             reason = "the package 'greenlet' is not installed"
         elif limit is not None and needed.one_pass > limit:
             what = "the memory budget" if budget is not None else "the free memory"
-            reason = f"one pass needs about {_mib(needed.one_pass)}, {what} is {_mib(limit)}"
+            reason = f"one pass needs about {memory.show_bytes(needed.one_pass)}, {what} is {memory.show_bytes(limit)}"
         if schedule == "one-pass" and reason is not None:
             raise UnsupportedModuleError(f"schedule='one-pass' is not possible: {reason}")
         if reason is not None and limit is not None and needed.reforward > limit:
-            text = f"re-forward needs about {_mib(needed.reforward)}, there is {_mib(limit)}"
+            text = f"re-forward needs about {memory.show_bytes(needed.reforward)}, there is {memory.show_bytes(limit)}"
             if budget is not None:
                 self.problems.add(f"memory_budget: {text}; lower samples or batch_size")
                 self.problems.raise_if_any()
@@ -463,6 +463,3 @@ def _has_greenlet() -> bool:
         return False
     return True
 
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"

@@ -13,7 +13,7 @@ from torch import nn
 from ptqkit.hf.calibration import CalibrationSet
 from ptqkit.hf.structure import Target
 
-__all__ = ["MemoryEstimate", "available_memory", "estimate_memory", "parse_bytes", "peak_memory"]
+__all__ = ["MemoryEstimate", "available_memory", "estimate_memory", "parse_bytes", "peak_memory", "show_bytes"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -40,6 +40,11 @@ def parse_bytes(value: int | str | None) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, not {value!r}")
     return value
+
+
+def show_bytes(size: int) -> str:
+    """Write a size for a message."""
+    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"
 
 
 def available_memory(device: torch.device) -> int | None:

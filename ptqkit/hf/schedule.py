@@ -182,7 +182,14 @@ def run_one_pass(run: Run) -> str | None:
             for group in run.groups:
                 for coroutine in coroutines:
                     step(coroutine)
-                reason = _met(coroutines, group, baseline)
+                    # At once: the next coroutine would run inside this one's mode, and modes that
+                    # are not left in the order they were entered in leak.
+                    if thread_state() != baseline:
+                        return (
+                            f"{coroutine.name} runs inside a thread-local mode (such as autocast) "
+                            "set by the model"
+                        )
+                reason = _met(coroutines, group)
                 if reason is not None:
                     return reason
                 _quantize_waiting(run, group, coroutines)
@@ -192,15 +199,13 @@ def run_one_pass(run: Run) -> str | None:
     return None
 
 
-def _met(coroutines: Sequence[Coroutine], group: list[str], baseline: tuple[Any, ...]) -> str | None:
+def _met(coroutines: Sequence[Coroutine], group: list[str]) -> str | None:
     """Why the coroutines do not all wait at the group's first layer; None if they do."""
     names = {c.name for c in coroutines}
-    if names != {group[0]}:
-        shown = ", ".join(sorted("the end" if n is None else n for n in names)[:4])
-        return f"the batches did not meet at {group[0]} (they reached {shown})"
-    if thread_state() != baseline:
-        return f"{group[0]} runs inside a thread-local mode (such as autocast) set by the model"
-    return None
+    if names == {group[0]}:
+        return None
+    shown = ", ".join(sorted("the end" if n is None else n for n in names)[:4])
+    return f"the batches did not meet at {group[0]} (they reached {shown})"
 
 
 def _quantize_waiting(run: Run, group: list[str], coroutines: Sequence[Coroutine]) -> None:
@@ -225,12 +230,11 @@ def run_reforward(run: Run) -> None:
             if not groups and not late:
                 continue
             replay.advance(position)
-            for group in groups:
-                _reforward_group(run, replay, group)
             if late:
                 assert block is not None
-                for name in _order_of(run, replay, late, block):
-                    _reforward_group(run, replay, [name])
+                groups = _order_of(run, replay, [*groups, *([n] for n in late)], block)
+            for group in groups:
+                _reforward_group(run, replay, group)
 
 
 def _reforward_group(run: Run, replay: _Replay, group: list[str]) -> None:
@@ -252,18 +256,32 @@ def _reforward_group(run: Run, replay: _Replay, group: list[str]) -> None:
     run.finish(group, work, "re-forward")
 
 
-def _order_of(run: Run, replay: _Replay, names: list[str], block: str) -> list[str]:
-    """Order in which layers of a block first run over all batches; those never run come last."""
+def _order_of(
+    run: Run, replay: _Replay, groups: list[list[str]], block: str
+) -> list[list[str]]:
+    """Order of groups of a block such that no batch runs one after a group that follows it.
+
+    Where batches disagree, what the model registers first comes first.
+    """
+    waiting = {g[0]: g for g in groups}
+    position = {name: i for i, name in enumerate(run.targets)}
+    earlier: dict[str, set[str]] = {name: set() for name in waiting}
     seen: list[str] = []
 
     def at_layer(name: str, value: torch.Tensor) -> None:
         if name not in seen:
+            earlier[name].update(seen)
             seen.append(name)
 
-    with hooks({n: run.targets[n].module for n in names}, at_layer):
+    with hooks({n: run.targets[n].module for n in waiting}, at_layer):
         for index in range(len(run.batches)):
+            seen.clear()
             replay.forward(index, stop_after=block)
-    return seen + [n for n in names if n not in seen]
+    ordered: list[list[str]] = []
+    while waiting:
+        ready = [n for n in waiting if not earlier[n] & waiting.keys()] or list(waiting)
+        ordered.append(waiting.pop(min(ready, key=position.__getitem__)))
+    return ordered
 
 
 class _Replay:

@@ -1,0 +1,101 @@
+"""Recipes: presets, validation, overrides, and the way to JSON and back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("torch")
+
+from ptqkit.hf.recipe import Recipe, match_pattern  # noqa: E402
+
+
+def test_presets():
+    quality, reference, rtn = (Recipe.preset(n) for n in ("quality", "reference", "rtn"))
+    assert quality == Recipe()
+    assert (quality.order, quality.static_groups, quality.grid, quality.sweeps) == (
+        "act", True, "hessian", 1,
+    )  # fmt: skip
+    assert (reference.method, reference.order, reference.grid, reference.sweeps) == (
+        "gptq", "natural", "minmax", 0,
+    )  # fmt: skip
+    assert reference.damping == 0.01
+    assert (rtn.method, rtn.grid) == ("rtn", "minmax")
+    assert Recipe.preset("rtn", bits=8, group_size=None).bits == 8
+    assert Recipe.parse("reference") == reference
+    assert Recipe.parse({"preset": "rtn", "bits": 3}) == Recipe.preset("rtn", bits=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 1}, "bits must be an integer from 2 to 8"),
+        ({"bits": "two"}, "bits must be"),
+        ({"group_size": 0}, "group_size must be an integer of at least 1.*None means per channel"),
+        ({"group_size": -1}, "group_size"),
+        ({"method": "awq"}, r"method must be one of \('gptq', 'rtn'\), not 'awq'"),
+        ({"order": "random"}, "order must be one of"),
+        ({"grid": "best"}, "grid must be one of"),
+        ({"scale_dtype": "float8"}, "scale_dtype must be one of"),
+        ({"sweeps": -1}, "sweeps must be an integer of at least 0"),
+        ({"damping": -0.1}, "damping must be a number of at least 0"),
+        ({"damping": float("nan")}, "damping must be a number"),
+        ({"damping": 0.5, "max_damping": 0.1}, r"max_damping \(0.1\) must not be below"),
+        ({"symmetric": "yes"}, "symmetric must be True or False"),
+        ({"min_zero_point": 2}, "min_zero_point must be at most 1"),
+        ({"block_size": 0}, "block_size"),
+        ({"include": "lm_head"}, "include must be a sequence"),
+        ({"overrides": ["x"]}, "overrides must be a mapping"),
+        ({"overrides": {"*.mlp": "drop"}}, r"overrides\['\*.mlp'\] must be a mapping of changes"),
+        ({"overrides": {"*.mlp": {"bit": 4}}}, "has no option 'bit'"),
+        ({"overrides": {"*.mlp": {"bits": 9}}}, r"overrides\['\*.mlp'\]: bits must be"),
+        ({"overrides": {"re:(": "skip"}}, "is no regular expression"),
+        ({"overrides": {"*": {"overrides": {}}}}, "cannot hold overrides"),
+    ],
+)
+def test_bad_values_name_the_field(options, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**options)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="recipe must be one of.*'best'"):
+        Recipe.preset("best")
+    with pytest.raises(ValueError, match="recipe has no option 'bit'"):
+        Recipe.preset("quality", bit=3)
+    with pytest.raises(TypeError, match="recipe must be a Recipe"):
+        Recipe.parse(4)
+
+
+def test_patterns():
+    name = "model.layers.10.mlp.down_proj"
+    assert match_pattern("*.down_proj", name) and match_pattern("model.layers.1?.*", name)
+    assert match_pattern(r"re:model\.layers\.\d+\.mlp\..*", name)
+    assert not match_pattern("re:model", name) and not match_pattern("down_proj", name)
+
+
+def test_overrides_apply_in_order():
+    recipe = Recipe(
+        bits=3,
+        overrides={
+            "*.mlp.*": {"bits": 4, "group_size": 64},
+            "*.down_proj": {"bits": 8},
+            "*.0.*": "skip",
+            "*.0.mlp.up_proj": {"bits": 2},
+        },
+    )
+    down = recipe.for_layer("l.1.mlp.down_proj")
+    assert (down.bits, down.group_size, down.overrides) == (8, 64, {})
+    assert recipe.for_layer("l.1.attn.q").bits == 3
+    assert recipe.for_layer("l.0.attn.q") is None
+    assert recipe.for_layer("l.0.mlp.up_proj").bits == 2  # the last match wins over "skip"
+    assert recipe.unmatched(["l.0.mlp.up_proj", "l.1.mlp.down_proj"]) == []
+    assert recipe.unmatched(["l.1.mlp.down_proj"]) == ["*.0.*", "*.0.mlp.up_proj"]
+
+
+def test_round_trip_through_json():
+    recipe = Recipe(
+        bits="ternary", group_size=8, include=("lm_head",), overrides={"a*": "skip", "b": {"bits": 2}}
+    )
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
