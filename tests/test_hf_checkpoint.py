@@ -20,6 +20,7 @@ from checkpoint_models import (  # noqa: E402
     logits,
     targets,
 )
+from safetensors import safe_open  # noqa: E402
 
 import ptqkit  # noqa: E402
 from ptqkit.hf.checkpoint import save_checkpoint  # noqa: E402
@@ -110,6 +111,18 @@ def test_gptq_files_load_without_gptqmodel(kind, options, format, tmp_path):
     assert_same_matrices(read_layers(tmp_path / "out"), layers)
 
 
+def test_gptq_files_of_half_precision_models(tmp_path):
+    model = build("llama", torch.bfloat16)
+    layers = fake_quantize(model, bits=4, group_size=32, scale_dtype="float16")
+    save_checkpoint(model, layers, None, tmp_path / "out", format="gptq_v2")
+    loaded = load(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16 and torch.equal(logits(loaded), logits(model))
+    wide = load(tmp_path / "out", dtype=torch.float32)
+    for name, q in layers.items():
+        found = wide.get_submodule(name).weight
+        assert torch.equal(found, torch.from_numpy(q.dequantize()))
+
+
 def test_gptq_says_which_linears_of_a_block_are_quantized(tmp_path):
     model = build("llama")
     grid = {"bits": 4, "group_size": 32, "scale_dtype": "float16"}
@@ -146,6 +159,18 @@ def test_mixed_precision_and_skipped_layers(kind, tmp_path):
     assert_same_matrices(read_layers(tmp_path / "out"), layers)
 
 
+def test_every_width_loads_in_stock_transformers(tmp_path):
+    model = build("llama")
+    widths = {"q_proj": 2, "k_proj": 3, "v_proj": 5, "o_proj": 6, "up_proj": 7, "down_proj": 8}
+    overrides = {name: {"bits": bits} for name, bits in widths.items()}
+    layers = fake_quantize(model, bits=4, group_size=16, symmetric=True, overrides=overrides)
+    info = save_checkpoint(model, layers, None, tmp_path / "out", format="compressed-tensors")
+    assert info.format == "compressed-tensors"
+    loaded = _auto("llama").from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    assert_same_matrices(read_layers(tmp_path / "out"), layers)
+
+
 def test_one_scheme_is_written_for_all_linears(tmp_path):
     model = build("llama")
     layers = fake_quantize(model, bits=4, group_size=32, symmetric=True)
@@ -164,7 +189,7 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(grid, tmp_path):
     model = build("qwen2")
     layers = fake_quantize(model, **GRIDS[grid])
     save_checkpoint(model, layers, None, tmp_path / "out")
-    with __import__("safetensors").safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys() and "model.embed_tokens.weight" in file.keys()
     loaded = load(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import gc
 import json
 import os
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,6 @@ from checkpoint_models import assert_same_matrices, build, fake_quantize, logits
 from ptqkit.hf import checkpoint_writer  # noqa: E402
 from ptqkit.hf.checkpoint import save_checkpoint  # noqa: E402
 from ptqkit.hf.checkpoint_spec import LayerSpec, format_problems  # noqa: E402
-from ptqkit.hf.checkpoint_writer import TensorPlan, parse_size, write_tensors  # noqa: E402
 from ptqkit.hf.load import load, read_layers  # noqa: E402
 
 SYMMETRIC = {"bits": 4, "group_size": 32, "symmetric": True}
@@ -284,59 +281,6 @@ def test_shards(quantized, tmp_path):
     for function in (load, read_layers):
         with pytest.raises(FileNotFoundError, match=f"lacks {shards[1]}"):
             function(tmp_path / "out")
-
-
-def test_written_files_are_what_safetensors_writes(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    tensors = {
-        "odd": torch.arange(5, dtype=torch.uint8),
-        "scalar": torch.tensor(1.5),
-        "empty": torch.empty(0, 3, dtype=torch.int64),
-        "transposed": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).t(),
-        "bf16": torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16),
-        "flag": torch.tensor([True, False, True]),
-    }
-    write_tensors(tmp_path, [TensorPlan.of(k, v) for k, v in tensors.items()])
-    found = load_file(tmp_path / "model.safetensors")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-    whole = {k: v.contiguous() for k, v in tensors.items()}
-    save_file(whole, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    sizes = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
-    assert sizes["model.safetensors"] == sizes["theirs.safetensors"]
-
-
-def test_the_writer_holds_one_tensor_at_a_time(tmp_path):
-    alive: list[weakref.ref] = []
-
-    def make():
-        gc.collect()
-        assert not any(ref() is not None for ref in alive[:-1]), "an earlier tensor is still held"
-        tensor = torch.ones(1000)
-        alive.append(weakref.ref(tensor))
-        return tensor
-
-    plans = [TensorPlan(f"t{i}", torch.float32, (1000,), make) for i in range(6)]
-    write_tensors(tmp_path, plans)
-    assert len(alive) == 6
-
-
-def test_writer_errors(tmp_path):
-    one = TensorPlan.of("a", torch.ones(2))
-    with pytest.raises(ValueError, match="occur twice: a"):
-        write_tensors(tmp_path, [one, one])
-    with pytest.raises(ValueError, match="a: planned"):
-        write_tensors(tmp_path, [dataclasses.replace(one, shape=(3,))])
-    with pytest.raises(ValueError, match="a: on the meta device"):
-        TensorPlan.of("a", torch.ones(2, device="meta"))
-    with pytest.raises(ValueError, match="a: dtype torch.complex64"):
-        TensorPlan.of("a", torch.ones(2, dtype=torch.complex64))
-    assert parse_size("5GB") == 5 * 10**9 and parse_size("1.5 MiB") == 3 << 19
-    for bad in ("much", "5 PB", 0, -1, True, 1.5):
-        with pytest.raises(ValueError, match="max_shard_size"):
-            parse_size(bad)
 
 
 def test_load_errors(quantized, tmp_path):

@@ -10,9 +10,9 @@ FORMAT of ``quant_method: "ptqkit"``, version 1
      "layers": {"model.layers.0.mlp.down_proj": {"shape": [512, 1376], "bits": 4}, ...}}
 
 ``layers`` names every quantized module: its shape (out, in), and what differs from ``defaults``.
-``bits`` is 2 to 8 or ``"ternary"``; ``group_size`` null means one grid per output channel; ``kind`` is ``"linear"`` or
-``"conv1d"`` (GPT-2's transposed layer; codes are stored (out, in) all the same). For a layer ``P``
-with weight (out, in) and ``g = ceil(in / group_size)`` groups:
+``bits`` is 2 to 8 or ``"ternary"``; ``group_size`` null means one grid per output channel; ``kind``
+is ``"linear"`` or ``"conv1d"`` (GPT-2's transposed layer; codes are stored (out, in) all the same).
+For a layer ``P`` with weight (out, in) and ``g = ceil(in / group_size)`` groups:
 
 =================  ==========================  ====================================================
 ``P.weight``       uint8 (out * rowbytes(in))  unsigned codes, rows one after the other, each of

@@ -167,7 +167,8 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
         Keep each dequantized weight after its first use: generation is then as fast as with a
         float model, and takes the memory of one. Only for the format ``"ptqkit"``.
     **kwargs
-        Passed to ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
+        Passed to ``from_pretrained``: ``dtype`` (by default that of the checkpoint),
+        ``device_map``, ``attn_implementation``, ...
 
     Returns
     -------
@@ -189,6 +190,7 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
 
     register()
     want_info = kwargs.pop("output_loading_info", False)
+    kwargs.setdefault("dtype", "auto")
     model_class = _model_class(config)
     settings = config.get("quantization_config") or {}
     if settings.get("quant_method") == "gptq":
@@ -232,7 +234,8 @@ def _load_gptq(folder: Path, model_class: Any, kwargs: dict[str, Any]) -> tuple[
     layers = read_layers(folder)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
-    dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+    dtype = kwargs["dtype"] if kwargs["dtype"] != "auto" else config.dtype or "float32"
+    dtype = getattr(torch, str(dtype).removeprefix("torch."))
     tensors = _Tensors(folder)
     packed = {f"{n}.{part}" for n in layers for part in ("qweight", "qzeros", "scales", "g_idx")}
     try:
