@@ -15,9 +15,11 @@ transformers = pytest.importorskip("transformers")
 from checkpoint_models import (  # noqa: E402
     DATA,
     assert_same_matrices,
+    assign,
     build,
     fake_quantize,
     logits,
+    matrix,
     targets,
 )
 from safetensors import safe_open  # noqa: E402
@@ -182,6 +184,26 @@ def test_one_scheme_is_written_for_all_linears(tmp_path):
     assert group["weights"]["actorder"] == "weight"
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
     assert json.loads((tmp_path / "out/ptqkit_recipe.json").read_text()) == recipe
+
+
+@pytest.mark.parametrize("grid", ["w4 sym", "w3 asym"])
+def test_an_untied_head_can_be_quantized(grid, tmp_path):
+    model = build("llama")
+    layers = fake_quantize(model, **GRIDS[grid])
+    layers["lm_head"] = ptqkit.rtn(matrix(model.lm_head), **GRIDS[grid])
+    assign(model.lm_head, layers["lm_head"])
+    save_checkpoint(model, layers, None, tmp_path / "out")
+    loaded = _auto("llama").from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    assert_same_matrices(read_layers(tmp_path / "out"), layers)
+    with pytest.raises(ValueError, match="inside the repeated blocks only, not lm_head"):
+        layers = fake_quantize(model, bits=4, group_size=32, scale_dtype="float16")
+        layers["lm_head"] = ptqkit.rtn(
+            matrix(model.lm_head), bits=4, group_size=32, scale_dtype="float16"
+        )
+        assign(model.lm_head, layers["lm_head"])
+        save_checkpoint(model, layers, None, tmp_path / "gptq", format="gptq_v2")
+    assert not (tmp_path / "gptq").exists()
 
 
 @pytest.mark.parametrize("grid", ["w4 sym", "w3 asym"])

@@ -240,8 +240,8 @@ def atomic_directory(
     _check_space(target.parent, needed)
     token = secrets.token_hex(4)
     temporary = target.with_name(f".{target.name}.{token}.tmp")
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         _sync_tree(temporary)
         # Somebody may have taken the name while this was written.
