@@ -115,7 +115,8 @@ def by_hand(model, groups, batches, recipe):
                 model(**batch)
             handle.remove()
             mask = batch.get("attention_mask")
-            hessian.update(seen[0], None if mask is None else mask.bool())
+            x = seen[0]
+            hessian.update(x, None if mask is None else mask.bool().reshape(x.shape[:-1]))
         for name in group:
             module = model.get_submodule(name)
             transposed = type(module).__name__ == "Conv1D"

@@ -1,4 +1,4 @@
-"""Calibration data from every source; windows, start tokens, padding; errors that say what to do."""
+"""Calibration data from every source: windows, start tokens, padding, errors that help."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from ptqkit.hf.calibration import (  # noqa: E402
     max_positions,
     padding_mask,
     prepare_calibration,
-    read_documents,
-    tokenize,
 )
+from ptqkit.hf.text import read_documents, tokenize  # noqa: E402
 
 SIZE = {"samples": 4, "sequence_length": 8, "batch_size": 3}
 
@@ -49,9 +48,8 @@ def test_without_a_start_token():
         assert data.start_token == "none" and data.tokens == 32
     data = prepare_calibration([numbers(64)], WordTokenizer(), **SIZE, start_token=5)
     assert (all_ids(data)[:, 0] == 5).all()
-    with pytest.raises(CalibrationError, match="start_token|start token") as error:
+    with pytest.raises(CalibrationError, match="leaves no room beside the start token"):
         prepare_calibration([numbers(9)], WordTokenizer(), samples=1, sequence_length=1)
-    assert "no room" in str(error.value)
 
 
 def test_seed_decides_and_the_global_one_is_left_alone():
@@ -101,7 +99,7 @@ def test_bad_files(tmp_path):
         prepare_calibration(tmp_path / "none.txt", WordTokenizer(), **SIZE)
     cases = {
         "bad.jsonl": (b"{]", "line 1 is not JSON"),
-        "number.jsonl": (b'"a"\n3\n', "line 2 holds no text"),
+        "number.jsonl": (b'"1"\n3\n', "line 2 holds no text"),
         "latin.txt": (b"\xff\xfe\xff", "not readable as UTF-8"),
         "cut.txt.gz": (gzip.compress(b"1 2 3" * 500)[:-9], "not readable"),
         "plain.txt.gz": (b"no gzip", "not readable"),

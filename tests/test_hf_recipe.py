@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from ptqkit.hf.recipe import Recipe, match_pattern  # noqa: E402
+from ptqkit.hf.recipe import Recipe, match_pattern
 
 
 def test_presets():
@@ -60,7 +60,7 @@ def test_bad_values_name_the_field(options, message):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="recipe must be one of.*'best'"):
+    with pytest.raises(ValueError, match=r"recipe must be one of.*'best'"):
         Recipe.preset("best")
     with pytest.raises(ValueError, match="recipe has no option 'bit'"):
         Recipe.preset("quality", bit=3)
@@ -96,6 +96,9 @@ def test_overrides_apply_in_order():
 
 def test_round_trip_through_json():
     recipe = Recipe(
-        bits="ternary", group_size=8, include=("lm_head",), overrides={"a*": "skip", "b": {"bits": 2}}
+        bits="ternary",
+        group_size=8,
+        include=("lm_head",),
+        overrides={"a*": "skip", "b": {"bits": 2}},
     )
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe

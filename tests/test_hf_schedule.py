@@ -181,9 +181,7 @@ def test_experts_that_batches_do_not_share_fall_back():
 def test_experts_equal_the_work_by_hand():
     rows = [tokens()[0], tokens()[1, :31], tokens()[2]]
     result = quantize(plain(experts=True), "reference", rows, **OPTIONS)
-    order = [
-        f"layers.{i}.{n}" for i in range(2) for n in ("up", "experts.0", "experts.1", "down")
-    ]
+    order = [f"layers.{i}.{n}" for i in range(2) for n in ("up", "experts.0", "experts.1", "down")]
     model = plain(experts=True)
     expected = _by_hand_reached(model, order, rows)
     for name, matrix in expected.items():

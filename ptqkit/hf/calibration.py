@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,26 +13,23 @@ import torch
 from torch import nn
 
 from ptqkit.errors import CalibrationError
+from ptqkit.hf.text import (
+    DATASET_NAME,
+    MissingTextError,
+    dataset_documents,
+    read_documents,
+    start_token_id,
+    tokenize,
+)
 
 __all__ = [
     "CalibrationSet",
-    "MissingTextError",
     "max_positions",
     "prepare_calibration",
-    "read_documents",
-    "start_token_id",
 ]
 
-# Text is tokenized in pieces of about this many characters, cut at line ends: some tokenizers
-# take time quadratic in the length of their input.
-_PIECE = 1 << 16
 # Tokenizing stops at this multiple of the tokens that are needed.
 _SURPLUS = 16
-_DATASET = re.compile(r"[\w./-]+:[\w.-]*:\w+")
-
-
-class MissingTextError(CalibrationError, FileNotFoundError):
-    """A text file that does not exist."""
 
 
 @dataclass
@@ -92,98 +86,6 @@ def max_positions(model: nn.Module) -> int | None:
             if module.padding_idx is not None:
                 limit = min(limit, module.num_embeddings - module.padding_idx - 1)
     return limit
-
-
-def start_token_id(tokenizer: Any, start_token: str | int | None) -> int | None:
-    """Resolve ``"auto"`` (the tokenizer's bos, if it has one), an id, or None."""
-    if start_token is None or isinstance(start_token, int):
-        return start_token
-    if start_token == "auto":
-        return getattr(tokenizer, "bos_token_id", None)
-    raise ValueError(f"start_token must be 'auto', a token id or None, not {start_token!r}")
-
-
-def read_documents(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Read a text file (one document) or a ``.jsonl`` file (one per line); ``.gz`` of both.
-
-    A line of a ``.jsonl`` file is a string, or an object whose field ``text``, else its first
-    string field, is the document.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingTextError(f"there is no file {str(path)!r}")
-    opener = gzip.open if path.suffix == ".gz" else open
-    lines = path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            if not lines:
-                yield file.read()
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _document(line, f"{path.name}, line {number}")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise CalibrationError(f"{path.name} is not readable as UTF-8 text: {error}") from error
-
-
-def _document(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where} is not JSON: {error}") from None
-    if isinstance(value, dict):
-        text = value.get("text")
-        value = text if isinstance(text, str) else next(
-            (v for v in value.values() if isinstance(v, str)), None
-        )
-    if not isinstance(value, str):
-        raise CalibrationError(f"{where} holds no text: expected a string or an object with one")
-    return value
-
-
-def _dataset_documents(name: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise CalibrationError(
-            f"calibration {name!r} names a dataset, but the package 'datasets' is not installed"
-        ) from None
-    path, config, split = name.split(":")
-    try:
-        data = datasets.load_dataset(path, config or None, split=split)
-    except Exception as error:
-        raise CalibrationError(f"cannot load the dataset {name!r}: {error}") from error
-    column = "text" if "text" in data.column_names else data.column_names[0]
-    for row in data:
-        if not isinstance(row[column], str):
-            raise CalibrationError(f"column {column!r} of the dataset {name!r} is not text")
-        if row[column].strip():
-            yield row[column]
-
-
-def tokenize(tokenizer: Any, documents: Iterable[str], needed: int | None = None) -> list[int]:
-    """Tokenize documents without special tokens and join them; stop at ``needed`` tokens."""
-    ids: list[int] = []
-    for document in documents:
-        for piece in _pieces(document):
-            ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
-            if needed is not None and len(ids) >= needed:
-                return ids
-    return ids
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        end = len(text)
-        if end - start > _PIECE:
-            end = text.rfind("\n", start, start + _PIECE) + 1
-            if end <= start:
-                end = text.rfind(" ", start + 1, start + _PIECE)
-            if end <= start:
-                end = start + _PIECE
-        yield text[start:end]
-        start = end
 
 
 def prepare_calibration(
@@ -263,8 +165,8 @@ def _as_documents(source: Any) -> tuple[Iterable[str] | None, str]:
     if isinstance(source, str):
         if os.path.exists(source):
             return read_documents(source), Path(source).name
-        if _DATASET.fullmatch(source):
-            return _dataset_documents(source), source
+        if DATASET_NAME.fullmatch(source):
+            return dataset_documents(source), source
         raise MissingTextError(
             f"calibration {source[:80]!r} is neither a file nor 'name:config:split' of datasets; "
             "give text itself as a list of strings"
@@ -299,10 +201,11 @@ def _from_tokens(source: Any, batch_size: int, samples: int) -> CalibrationSet:
     if all(isinstance(item, Mapping) for item in source):
         batches = [_check_batch(dict(item), i) for i, item in enumerate(source)]
     else:
-        batches = _batch_rows([_check_row(r, i) for i, r in enumerate(source[:samples])], batch_size)
+        rows = [_check_row(row, i) for i, row in enumerate(source[:samples])]
+        batches = _batch_rows(rows, batch_size)
     ids = [b["input_ids"] for b in batches]
-    counted = [padding_mask(b) for b in batches]
-    tokens = sum(i.numel() if m is None else int(m.sum()) for i, m in zip(ids, counted))
+    masks = [padding_mask(b) for b in batches]
+    tokens = sum(i.numel() if m is None else int(m.sum()) for i, m in zip(ids, masks, strict=True))
     if tokens == 0:
         raise CalibrationError("calibration holds no token: the attention masks are all zero")
     longest = max(i.shape[1] for i in ids)
@@ -329,7 +232,7 @@ def _check_row(row: Any, index: int) -> torch.Tensor:
 
 
 def _batch_rows(rows: list[torch.Tensor], batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of rows of equal length, so that nothing needs padding; order within a length kept."""
+    """Batch rows of equal length together, in their order: nothing needs padding."""
     by_length: dict[int, list[torch.Tensor]] = {}
     for row in rows:
         by_length.setdefault(len(row), []).append(row)

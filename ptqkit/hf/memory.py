@@ -13,7 +13,14 @@ from torch import nn
 from ptqkit.hf.calibration import CalibrationSet
 from ptqkit.hf.structure import Target
 
-__all__ = ["MemoryEstimate", "available_memory", "estimate_memory", "parse_bytes", "peak_memory", "show_bytes"]
+__all__ = [
+    "MemoryEstimate",
+    "available_memory",
+    "estimate_memory",
+    "parse_bytes",
+    "peak_memory",
+    "show_bytes",
+]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -111,7 +118,7 @@ def _mask_bytes(model: nn.Module, calibration: CalibrationSet, size: int) -> lis
     """Bytes of the (batch, 1, sequence, sequence) masks, which each batch holds while it waits."""
     eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
     result = []
-    for batch, mask in zip(calibration.batches, calibration.masks()):
+    for batch, mask in zip(calibration.batches, calibration.masks(), strict=True):
         rows, length = batch["input_ids"].shape
         result.append(rows * length * length * size if eager or mask is not None else 0)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptqkit.errors import CalibrationError
-from ptqkit.hf.calibration import max_positions, start_token_id, tokenize
+from ptqkit.hf.calibration import max_positions
 from ptqkit.hf.capture import calibration_mode
+from ptqkit.hf.text import start_token_id
 
 __all__ = ["PerplexityResult", "perplexity"]
 
@@ -114,9 +115,7 @@ def perplexity(
     window = window if window is not None else (limit or _DEFAULT_WINDOW)
     if limit is not None and window > limit:
         raise ValueError(f"window {window} is longer than the {limit} positions of the model")
-    start = start_token_id(tokenizer, start_token) if tokenizer is not None else (
-        start_token if isinstance(start_token, int) else None
-    )
+    start = start_token_id(tokenizer, start_token)
     body = window - (start is not None)
     stride = stride if stride is not None else body
     if window < 2 or not 1 <= stride <= body:
@@ -137,28 +136,25 @@ def perplexity(
 
 
 def _token_lists(tokenizer: Any, text: Any, max_tokens: int | None) -> list[list[int]]:
+    """Token ids of each text; each is tokenized as a whole, since pieces may give other tokens."""
+    texts: Iterable[list[int]]
     if isinstance(text, torch.Tensor):
-        texts = [row.tolist() for row in (text if text.dim() == 2 else text[None])]
+        texts = (row.tolist() for row in (text if text.dim() == 2 else text[None]))
+    elif tokenizer is None:
+        raise ValueError("tokenizer is needed, since text is not a tensor of tokens")
     else:
-        if tokenizer is None:
-            raise ValueError("tokenizer is needed, since text is not a tensor of tokens")
         documents: Sequence[str] = [text] if isinstance(text, str) else list(text)
-        texts = []
-        left = max_tokens
-        for document in documents:
-            texts.append(tokenize(tokenizer, [document], left))
-            left = None if left is None else left - len(texts[-1])
-            if left is not None and left <= 0:
-                break
-    if max_tokens is None:
-        return [t for t in texts if t]
-    kept, left = [], max_tokens
+        texts = (
+            tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"] for d in documents
+        )
+    kept: list[list[int]] = []
+    left = math.inf if max_tokens is None else max_tokens
     for ids in texts:
-        kept.append(ids[:left])
+        kept.append(ids[: int(min(left, len(ids)))])
         left -= len(kept[-1])
         if left <= 0:
             break
-    return [t for t in kept if t]
+    return [ids for ids in kept if ids]
 
 
 def _windows(ids: list[int], body: int, stride: int, start: int | None) -> Iterator[_Window]:
@@ -211,7 +207,9 @@ def _batch_nll(logits: torch.Tensor, ids: torch.Tensor, scored: list[int]) -> fl
         step = max(1, _CHUNK // chosen.shape[-1])
         for begin in range(0, count, step):
             losses = F.cross_entropy(
-                chosen[begin : begin + step].float(), targets[begin : begin + step], reduction="none"
+                chosen[begin : begin + step].float(),
+                targets[begin : begin + step],
+                reduction="none",
             )
             total += float(losses.double().sum())
     return total

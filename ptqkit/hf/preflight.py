@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleError
-from ptqkit.hf.calibration import CalibrationSet, MissingTextError, max_positions
+from ptqkit.hf.calibration import CalibrationSet, max_positions
 from ptqkit.hf.capture import Probe
 from ptqkit.hf.recipe import Recipe
 from ptqkit.hf.structure import Structure, Target
+from ptqkit.hf.text import MissingTextError
 
 __all__ = ["FORMATS", "Problems", "check_model", "check_output", "check_probe", "check_tokens"]
 
@@ -39,7 +40,9 @@ class Problems:
         """Raise PreflightError with all problems; it also is an instance of each one's kind."""
         if not self.texts:
             return
-        kinds = [k for k in self._kinds if not any(o is not k and issubclass(o, k) for o in self._kinds)]
+        # A class may not be listed as a base beside its own subclass.
+        every = self._kinds
+        kinds = [k for k in every if not any(o is not k and issubclass(o, k) for o in every)]
         if not kinds:
             raise PreflightError(self.texts)
         raise type("PreflightError", (PreflightError, *kinds), {})(self.texts)

@@ -126,7 +126,7 @@ class Report:
         total = sum(weights)
         objective = math.fsum(r.objective for r in rows)
         objective_rtn = math.fsum(r.objective_rtn for r in rows)
-        bits = math.fsum(w * r.bits_per_weight for w, r in zip(weights, rows))
+        bits = math.fsum(w * r.bits_per_weight for w, r in zip(weights, rows, strict=True))
         return {
             "layers": len(rows),
             "skipped": sum(r.status.startswith("skipped") for r in self.layers),
@@ -173,7 +173,8 @@ class Report:
             f"{t['skipped']} skipped, {t['failed']} failed",
             f"objective {t['objective']:.6g}, round-to-nearest {t['objective_rtn']:.6g} "
             f"({_percent(t['improvement'])} better)",
-            "schedule " + self.schedule
+            "schedule "
+            + self.schedule
             + (f" ({self.schedule_reason})" if self.schedule_reason else ""),
             "seconds " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()),
         ]
@@ -214,7 +215,7 @@ def _cells(r: LayerReport) -> tuple[str, ...]:
 
 def _align(row: tuple[str, ...], widths: list[int]) -> str:
     first = row[0].ljust(widths[0])
-    middle = (c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1]))
+    middle = (c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True))
     return "  ".join([first, *middle, row[-1]]).rstrip()
 
 

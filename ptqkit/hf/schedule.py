@@ -13,9 +13,8 @@ on the rest of the model through its return value alone.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +32,7 @@ from ptqkit.hf.capture import (
     tensor_key,
     thread_state,
 )
+from ptqkit.hf.replay import Replay
 from ptqkit.hf.solve import accumulator, match_mask, named_error
 from ptqkit.hf.structure import Target
 
@@ -220,11 +220,11 @@ def _quantize_waiting(run: Run, group: list[str], coroutines: Sequence[Coroutine
 
 def run_reforward(run: Run) -> None:
     """Quantize what is left, running every block once per group and once for its outputs."""
-    replay = _Replay(run)
+    replay = Replay(run.model, run.blocks, run.batches)
     positions = run.positions()
     with replay.patched():
         for position, block in enumerate([*run.blocks, None]):
-            groups = [g for g, p in zip(run.groups, positions) if p == position]
+            groups = [g for g, p in zip(run.groups, positions, strict=True) if p == position]
             groups = [g for g in groups if not run.done.issuperset(g)]
             late = [] if block is None else run.late(block)
             if not groups and not late:
@@ -237,7 +237,7 @@ def run_reforward(run: Run) -> None:
                 _reforward_group(run, replay, group)
 
 
-def _reforward_group(run: Run, replay: _Replay, group: list[str]) -> None:
+def _reforward_group(run: Run, replay: Replay, group: list[str]) -> None:
     work = _Accumulation(run, group[0])
     target = run.targets[group[0]]
 
@@ -256,9 +256,7 @@ def _reforward_group(run: Run, replay: _Replay, group: list[str]) -> None:
     run.finish(group, work, "re-forward")
 
 
-def _order_of(
-    run: Run, replay: _Replay, groups: list[list[str]], block: str
-) -> list[list[str]]:
+def _order_of(run: Run, replay: Replay, groups: list[list[str]], block: str) -> list[list[str]]:
     """Order of groups of a block such that no batch runs one after a group that follows it.
 
     Where batches disagree, what the model registers first comes first.
@@ -282,85 +280,3 @@ def _order_of(
         ready = [n for n in waiting if not earlier[n] & waiting.keys()] or list(waiting)
         ordered.append(waiting.pop(min(ready, key=position.__getitem__)))
     return ordered
-
-
-class _Replay:
-    """Runs the model with finished blocks replaced by what they last returned.
-
-    Of each stack only the latest finished block's output is kept, one per batch: the blocks before
-    it return the same, and what the next block receives is right.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.modules = {name: run.model.get_submodule(name) for name in run.blocks}
-        self.finished: set[str] = set()
-        self.outputs: list[dict[str, Any]] = [{} for _ in run.batches]
-        self.batch = 0
-        self.stop_after: str | None = None
-        self.recording: set[str] = set()
-        self.fresh: dict[str, Any] = {}
-
-    @contextlib.contextmanager
-    def patched(self) -> Iterator[None]:
-        """Give every block a forward that replays, records or stops."""
-        own = {n: m.__dict__.get("forward") for n, m in self.modules.items()}
-        try:
-            for name, module in self.modules.items():
-                module.forward = self._forward(name, module.forward)  # type: ignore[method-assign]
-            yield
-        finally:
-            for name, module in self.modules.items():
-                if own[name] is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = own[name]  # type: ignore[method-assign]
-
-    def _forward(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        stack = name.rpartition(".")[0]
-
-        def replayed(*args: Any, **kwargs: Any) -> Any:
-            if name in self.finished:
-                # A copy, because later code may change it in place.
-                return _clone(self.outputs[self.batch][stack])
-            output = original(*args, **kwargs)
-            if name in self.recording:
-                self.fresh[stack] = _clone(output)
-            if name == self.stop_after:
-                raise StopForwardError
-            return output
-
-        return replayed
-
-    def forward(self, index: int, stop_after: str | None) -> None:
-        """Run one batch until a hook or the end of a block stops it."""
-        self.batch, self.stop_after = index, stop_after
-        with contextlib.suppress(StopForwardError):
-            forward(self.run.model, self.run.batches[index])
-
-    def advance(self, position: int) -> None:
-        """Record the outputs of the first ``position`` blocks; they are final now."""
-        new = [b for b in self.run.blocks[:position] if b not in self.finished]
-        if not new:
-            return
-        self.recording = set(new)
-        for index in range(len(self.run.batches)):
-            self.fresh = {}
-            self.forward(index, stop_after=new[-1])
-            self.outputs[index].update(self.fresh)
-        self.recording = set()
-        self.finished.update(new)
-
-
-def _clone(value: Any) -> Any:
-    """Copy the tensors of a block's output; tuples, lists, dicts and model outputs keep their form."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, tuple):
-        items = [_clone(v) for v in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [_clone(v) for v in value]
-    if isinstance(value, dict):
-        return type(value)((k, _clone(v)) for k, v in value.items())
-    return value

@@ -41,7 +41,7 @@ class TorchHessian:
         if mask is not None:
             values = values[mask.reshape(-1).to(values.device)]
         values = values.float()
-        with _full_float32(values.device):
+        with _FullFloat32(values.device):
             self._sum.addmm_(values.T, values)
         self.tokens += len(values)
 
@@ -59,7 +59,7 @@ class TorchHessian:
         return ptqkit.Hessian.from_matrix(matrix, self.tokens)
 
 
-class _full_float32:  # noqa: N801 - used like a function
+class _FullFloat32:
     """Switch TF32 off for float32 products on a GPU, and back as it was."""
 
     def __init__(self, device: torch.device) -> None:
@@ -102,7 +102,7 @@ def match_mask(
         if shape is not None and leading in (shape, (shape[0] * shape[1],)):
             fitting.append(found)
     if len(fitting) == 1:
-        return fitting[0]
+        return None if fitting[0] is None else fitting[0].reshape(leading)
     raise CalibrationError(
         f"an input of shape {tuple(value.shape)} fits {len(fitting)} attention masks of the batch, "
         "so padding cannot be left out; calibrate without padding"
