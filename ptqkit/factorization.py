@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from ptqkit import _core
-from ptqkit._arrays import as_matrix, check_threads, label
+from ptqkit._arrays import as_matrix, check_count, check_number, check_threads, label
 from ptqkit.errors import NotPositiveDefiniteError
-from ptqkit.hessian import Hessian
+from ptqkit.hessian import SYMMETRY_TOLERANCE, Hessian
 
 __all__ = ["Factorization", "factorize", "quantization_order"]
 
 ORDERS = ("natural", "act", "group")
-SYMMETRY_TOLERANCE = 1e-4  # of the largest entry of H
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,9 @@ def as_hessian(H: Any, name: str | None = None, threads: int = 0) -> np.ndarray:
 
 
 def check_damping(damping: float, max_damping: float) -> None:
-    """Raise ValueError unless 0 <= damping <= max_damping, both finite."""
+    """Raise unless both are finite numbers with 0 <= damping <= max_damping."""
+    check_number(damping, "damping")
+    check_number(max_damping, "max_damping")
     if not (np.isfinite(damping) and np.isfinite(max_damping) and 0 <= damping <= max_damping):
         raise ValueError(
             f"damping must be a fraction of the mean diagonal with 0 <= damping <= max_damping, "
@@ -155,7 +156,11 @@ def factorize(
     check_damping(damping, max_damping)
     matrix = as_hessian(H, name, threads)
     n = len(matrix)
-    if order == "group" and group_size is not None and (group_size < 1 or n % group_size):
+    if (
+        order == "group"
+        and group_size is not None
+        and n % check_count(group_size, f"{label(name)}group_size", 1, n)
+    ):
         raise ValueError(f"{label(name)}group_size {group_size} does not divide {n} inputs")
     diagonal = np.diagonal(matrix)
     dead = diagonal == 0

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from ptqkit import _core
-from ptqkit._arrays import as_mask, as_matrix, as_tokens, check_threads
+from ptqkit._arrays import as_mask, as_matrix, as_tokens, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
-__all__ = ["Hessian"]
+__all__ = ["SYMMETRY_TOLERANCE", "Hessian"]
+
+SYMMETRY_TOLERANCE = 1e-4  # of the largest entry of H
 
 
 class Hessian:
@@ -36,15 +38,12 @@ class Hessian:
     """
 
     def __init__(self, in_features: int, *, threads: int = 0) -> None:
-        if isinstance(in_features, bool) or not isinstance(in_features, (int, np.integer)):
-            raise TypeError(f"in_features must be an integer, not {type(in_features).__name__}")
-        if in_features < 1:
-            raise ValueError(f"in_features must be positive, not {in_features}")
-        self.in_features = int(in_features)
+        self.in_features = check_count(in_features, "in_features", 1, 1 << 24)
         self.threads = check_threads(threads)
         self.tokens = 0
         self._sum = np.zeros((self.in_features, self.in_features), np.float32)
         self._matrix: np.ndarray | None = None
+        self._torn = False  # an interrupted update has left part of a batch in the sum
 
     @classmethod
     def from_matrix(cls, matrix: Any, tokens: int, *, threads: int = 0) -> Hessian:
@@ -52,12 +51,20 @@ class Hessian:
         matrix = as_matrix(matrix, "matrix")
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be square, but has shape {matrix.shape}")
-        if tokens < 1:
-            raise ValueError(f"tokens must be positive, not {tokens}")
+        tolerance = SYMMETRY_TOLERANCE * float(np.abs(np.diagonal(matrix)).max())
+        if _core.symmetric_check(matrix, tolerance, check_threads(threads)):
+            raise ValueError("matrix must be symmetric: it is the Hessian (2/N) X^T X")
         result = cls(len(matrix), threads=threads)
+        result.tokens = check_count(tokens, "tokens", 1, 1 << 62)
         result._sum = matrix * np.float32(tokens / 2.0)
-        result.tokens = int(tokens)
         return result
+
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise CalibrationError(
+                "an update of the Hessian was interrupted and part of its batch is in the sum; "
+                "accumulate into a new Hessian"
+            )
 
     def update(self, X: Any, mask: Any = None) -> None:
         """Add a batch of inputs.
@@ -76,8 +83,9 @@ class Hessian:
         TypeError
             X is not floating point.
         """
-        X, dtype = as_tokens(X, self.in_features)
-        rows = None if mask is None else as_mask(mask, len(X))
+        self._check_whole()
+        X, dtype, shape = as_tokens(X, self.in_features)
+        rows = None if mask is None else as_mask(mask, shape[:-1])
         if rows is not None and len(rows) == len(X):
             rows = None
         try:
@@ -87,6 +95,9 @@ class Hessian:
                 "X holds NaN or Inf; the batch was not added. Check the calibration data and "
                 "the model's dtype (float16 overflows easily)"
             ) from None
+        except KeyboardInterrupt:
+            self._torn = True
+            raise
         self.tokens += len(X) if rows is None else len(rows)
         self._matrix = None
 
@@ -96,6 +107,8 @@ class Hessian:
             raise TypeError(f"other must be a Hessian, not {type(other).__name__}")
         if other.in_features != self.in_features:
             raise ValueError(f"cannot merge {other.in_features} inputs into {self.in_features}")
+        self._check_whole()
+        other._check_whole()
         self._sum += other._sum
         self.tokens += other.tokens
         self._matrix = None
@@ -105,6 +118,7 @@ class Hessian:
         result = Hessian(self.in_features, threads=self.threads)
         result._sum[...] = self._sum
         result.tokens = self.tokens
+        result._torn = self._torn
         return result
 
     @property
@@ -114,8 +128,9 @@ class Hessian:
         Raises
         ------
         CalibrationError
-            If no token has been seen.
+            If no token has been seen, or an update was interrupted.
         """
+        self._check_whole()
         if self.tokens == 0:
             raise CalibrationError("the Hessian has seen no token; call update(X) first")
         if self._matrix is None:

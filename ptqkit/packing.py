@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ptqkit import _core
-from ptqkit._arrays import check_threads
+from ptqkit._arrays import check_count, check_threads
 
 __all__ = ["pack_rows", "unpack_rows"]
 
@@ -51,6 +51,7 @@ def unpack_rows(packed: np.ndarray, bits: int, columns: int, *, threads: int = 0
     ndarray of uint8, shape (rows, columns)
     """
     bits = _check_bits(bits)
+    columns = check_count(columns, "columns", 0, 1 << 40)
     packed = np.asarray(packed)
     if packed.ndim != 2 or packed.dtype.itemsize != 4 or packed.dtype.kind not in "iu":
         raise ValueError("packed must be a 2-D array of 32-bit integers")
@@ -60,7 +61,8 @@ def unpack_rows(packed: np.ndarray, bits: int, columns: int, *, threads: int = 0
             f"packed rows hold {packed.shape[1]} words, but {columns} codes of {bits} bits "
             f"need {words}"
         )
-    packed = np.ascontiguousarray(packed).view(np.uint32)
+    native = packed.dtype.newbyteorder("=")
+    packed = np.ascontiguousarray(packed, native).view(np.uint32)
     codes = np.empty((packed.shape[0], columns), np.uint8)
     _core.unpack(codes, bits, packed, check_threads(threads))
     return codes

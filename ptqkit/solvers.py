@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ptqkit import _core
-from ptqkit._arrays import as_matrix, check_threads, label
+from ptqkit._arrays import as_matrix, check_count, check_number, check_threads, label
 from ptqkit.errors import NotPositiveDefiniteError
 from ptqkit.factorization import Factorization, as_hessian, factorize
 from ptqkit.result import QuantizedMatrix, parse_bits
@@ -31,23 +31,22 @@ def _grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search) -> tu
     _choice(grid, "grid", METHODS)
     _choice(scale_dtype, "scale_dtype", SCALE_TYPES)
     steps, smallest, norm, candidates = search
-    if not 0 <= min_zero_point <= max_code:
-        raise ValueError(f"min_zero_point must lie in [0, {max_code}], not {min_zero_point}")
-    if not (1 <= steps <= 256 and 0 < smallest <= 1 and candidates >= 1 and 0 < norm < 100):
-        raise ValueError(
-            "grid search: 1 <= grid_steps <= 256, 0 < grid_min_shrink <= 1, grid_candidates >= 1, "
-            f"0 < grid_norm < 100; not {search}"
-        )
+    smallest = check_number(smallest, "grid_min_shrink")
+    norm = check_number(norm, "grid_norm")
+    if not 0 < smallest <= 1:
+        raise ValueError(f"grid_min_shrink must lie in (0, 1], not {smallest}")
+    if not 0 < norm < 100:
+        raise ValueError(f"grid_norm must lie in (0, 100), not {norm}")
     return (
         max_code,
         int(bool(symmetric)),
         METHODS[grid],
-        int(steps),
-        int(candidates),
+        check_count(steps, "grid_steps", 1, 256),
+        check_count(candidates, "grid_candidates", 1, 256),
         SCALE_TYPES[scale_dtype],
-        int(min_zero_point),
-        float(smallest),
-        float(norm),
+        check_count(min_zero_point, "min_zero_point", 0, max_code),
+        smallest,
+        norm,
     )
 
 
@@ -183,9 +182,12 @@ def objective(W: Any, W_hat: Any, H: Any, *, threads: int = 0) -> np.ndarray:
     threads = check_threads(threads)
     W = as_matrix(W, "W", None, threads)
     matrix = _matching(as_hessian(H, None, threads), W.shape[1], None)
-    E = W if np.isscalar(W_hat) and W_hat == 0 else W - as_matrix(W_hat, "W_hat", None, threads)
-    if E.shape != W.shape:
-        raise ValueError("W_hat must have the shape of W")
+    E = W
+    if not (np.isscalar(W_hat) and W_hat == 0):
+        W_hat = as_matrix(W_hat, "W_hat", None, threads)
+        if W_hat.shape != W.shape:
+            raise ValueError(f"W_hat must have the shape {W.shape} of W, not {W_hat.shape}")
+        E = W - W_hat
     out = np.empty(len(W), np.float64)
     _core.objective(E, matrix, out, threads)
     return out
@@ -259,8 +261,8 @@ def gptq(
     search = (grid_steps, grid_min_shrink, grid_norm, grid_candidates)
     spec = _grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search)
     threads = check_threads(threads)
-    _check_count(sweeps, "sweeps", 0, 1000)
-    _check_count(block_size, "block_size", 1, 1 << 20)
+    check_count(sweeps, "sweeps", 0, 1000)
+    check_count(block_size, "block_size", 1, 1 << 20)
     W = as_matrix(W, "W", name, threads)
     size = _group(group_size, W.shape[1], name)
     F = H
@@ -295,13 +297,6 @@ def gptq(
     if not feedback:  # the solver tracks differences only
         history += _objective(W, q, F.matrix, threads) - history[-1]
     return q
-
-
-def _check_count(value: Any, what: str, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{what} must be an integer, not {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{what} must lie in [{least}, {most}], not {value!r}")
 
 
 def _solve(W, F: Factorization, switches: tuple, spec: tuple, threads: int, name: str | None):

@@ -48,6 +48,21 @@ int args_dim(PyArrayObject *a, const char *name, int axis, npy_intp expected) {
     return -1;
 }
 
+int args_permutation(PyArrayObject *a, const char *name) {
+    const npy_intp n = PyArray_DIM(a, 0);
+    const int64_t *p = PyArray_DATA(a);
+    char *seen = PyMem_Calloc((size_t)(n ? n : 1), 1);
+    if (!seen) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    int bad = 0;
+    for (npy_intp i = 0; i < n && !bad; i++) bad = p[i] < 0 || p[i] >= n || seen[p[i]]++;
+    PyMem_Free(seen);
+    if (bad) PyErr_Format(PyExc_ValueError, "%s must be a permutation", name);
+    return bad ? -1 : 0;
+}
+
 long long args_int(PyObject *o, const char *name, long long lowest, long long highest) {
     const long long value = PyLong_AsLongLong(o);
     if (value == -1 && PyErr_Occurred()) return -1;

@@ -24,6 +24,8 @@ PyArrayObject *args_array(PyObject *o, const char *name, int type, int ndim, int
 int args_array_or_none(PyObject *o, const char *name, int type, int ndim, PyArrayObject **out);
 /* Raise ValueError unless the array's dimension has the expected size; 0 on success. */
 int args_dim(PyArrayObject *a, const char *name, int axis, npy_intp expected);
+/* Raise ValueError unless a 1-D int64 array is a permutation of its indices; 0 on success. */
+int args_permutation(PyArrayObject *a, const char *name);
 /* An integer in [lowest, highest]; -1 and an exception otherwise (lowest >= 0). */
 long long args_int(PyObject *o, const char *name, long long lowest, long long highest);
 /* (max_code, symmetric, method, steps, candidates, scale_type, min_zero, min_shrink, norm). */

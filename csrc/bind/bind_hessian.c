@@ -122,7 +122,8 @@ PTQ_BIND(bind_factor) {
     if (threads < 0) return NULL;
     const npy_intp n = PyArray_DIM(H, 0);
     if (args_dim(H, "H", 1, n) || args_dim(order, "order", 0, n) || args_dim(R, "R", 0, n) ||
-        args_dim(shift, "shift", 0, n) || args_dim(R, "R", 1, n) || rows_in_range(order, n))
+        args_dim(shift, "shift", 0, n) || args_dim(R, "R", 1, n) ||
+        args_permutation(order, "order"))
         return NULL;
     ptq_status status;
     int64_t info = -1;

@@ -23,20 +23,6 @@ static int square(PyArrayObject *H, const char *name, npy_intp n) {
     return args_dim(H, name, 0, n) || args_dim(H, name, 1, n);
 }
 
-static int not_a_permutation(PyArrayObject *order, npy_intp n) {
-    const int64_t *p = PyArray_DATA(order);
-    char *seen = PyMem_Calloc((size_t)(n ? n : 1), 1);
-    if (!seen) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    int bad = 0;
-    for (npy_intp i = 0; i < n && !bad; i++) bad = p[i] < 0 || p[i] >= n || seen[p[i]]++;
-    PyMem_Free(seen);
-    if (bad) PyErr_SetString(PyExc_ValueError, "order must be a permutation");
-    return bad;
-}
-
 /* The group size, which must divide n. */
 static long long group_size(PyObject *o, npy_intp n) {
     const long long G = args_int(o, "group_size", 1, n > 0 ? n : 1);
@@ -100,7 +86,7 @@ PTQ_BIND(bind_gptq) {
     const long long threads = args_int(args[11], "threads", 0, MAX_THREADS);
     if (threads < 0 || args_grid(args[5], &a.grid) || square(H, "H", n) || square(R, "R", n) ||
         args_dim(order, "order", 0, n) || args_dim(g_idx, "g_idx", 0, n) ||
-        not_a_permutation(order, n))
+        args_permutation(order, "order"))
         return NULL;
     if (G < 1 || n < 1 || n % G || block < 1 || a.sweeps < 0 || a.sweeps > 1000) {
         PyErr_SetString(PyExc_ValueError, "group_size, block or sweeps are out of range");

@@ -207,6 +207,11 @@ static ptq_status factor_blas(factor *f, int64_t *info) {
     char uplo = 'U'; /* row-major lower is column-major upper */
     int order = (int)n, result = 0;
     ptq_blas_spotrf()(&uplo, &order, A, &order, &result);
+    /* A pivot at the level of rounding is noise here too, see factor_tile. */
+    for (int64_t i = 0; i < n && !result; i++) {
+        const double root = A[i * n + i];
+        if (!(root * root > 4.0 * FLT_EPSILON * pivot_scale(f, i))) result = (int)(i + 1);
+    }
     if (result > 0) *info = source(f, result - 1);
     for (int64_t k = 0; k < n && !result; k++)
         for (int64_t j = k; j < n; j++) f->R[k * n + j] = A[(n - 1 - k) * n + (n - 1 - j)];
