@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import weakref
 
 import pytest
@@ -30,6 +31,12 @@ def test_written_files_are_what_safetensors_writes(tmp_path):
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    for name, entry in json.loads(raw[8 : 8 + length]).items():
+        if name != "__metadata__":
+            start = 8 + length + entry["data_offsets"][0]
+            assert start % tensors[name].element_size() == 0, f"{name} is not aligned"
     whole = {k: v.contiguous() for k, v in tensors.items()}
     save_file(whole, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     sizes = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
