@@ -98,10 +98,33 @@ def test_report_numbers_are_the_definitions():
     assert (row.tokens, row.damping, row.shape) == (192, 0.01, (32, 32))
 
 
-def test_rtn_on_grid_is_rtn():
-    weight = np.random.default_rng(0).normal(size=(24, 32)).astype(np.float32)
-    matrix = ptqkit.rtn(weight, bits=3, group_size=8)
+@pytest.mark.parametrize("bits", [2, 3, 8, "ternary"])
+@pytest.mark.parametrize("group_size", [8, None])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rtn_on_grid_is_rtn(bits, group_size, symmetric):
+    weight = np.random.default_rng(0).normal(size=(300, 32)).astype(np.float32)
+    matrix = ptqkit.rtn(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     np.testing.assert_array_equal(rtn_on_grid(weight, matrix), matrix.dequantize())
+    np.testing.assert_array_equal(solve_module.dequantize(matrix), matrix.dequantize())
+
+
+def test_dequantize_with_permuted_groups():
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(130, 32)).astype(np.float32)
+    inputs = generator.normal(size=(99, 32)).astype(np.float32) * np.linspace(
+        0.1, 3, 32, dtype="f4"
+    )
+    hessian = ptqkit.Hessian(32)
+    hessian.update(inputs)
+    matrix = ptqkit.gptq(weight, hessian, bits=3, group_size=8, order="act")
+    assert matrix.permuted_groups
+    np.testing.assert_array_equal(solve_module.dequantize(matrix), matrix.dequantize())
+    codes = np.rint(weight / matrix.scales[:, matrix.g_idx])
+    zeros = matrix.zero_points.astype(np.float32)[:, matrix.g_idx]
+    expected = np.clip(codes + zeros, 0, 7) - zeros
+    np.testing.assert_array_equal(
+        rtn_on_grid(weight, matrix), expected * matrix.scales[:, matrix.g_idx]
+    )
 
 
 def test_gptq_beats_rtn_in_sum_and_feedback_off_equals_it():

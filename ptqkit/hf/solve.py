@@ -20,7 +20,7 @@ from ptqkit.result import QuantizedMatrix
 __all__ = ["Solved", "TorchHessian", "accumulator", "match_mask", "rtn_on_grid", "solve_group"]
 
 # Rows of the weight per step of the diagnostics: keeps its temporaries small.
-_ROWS = 512
+_ROWS = 128
 
 
 class TorchHessian:
@@ -212,7 +212,7 @@ def _solve_stack(
     weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
     del parts
     matrix = _quantize(weight, source, options, threads, name)
-    dequantized = matrix.dequantize()
+    dequantized = dequantize(matrix)
     middle = time.perf_counter()
     extra = None
     if diagnostics:
@@ -263,39 +263,65 @@ def _quantize(
     )
 
 
+def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
+    """As ``matrix.dequantize()``, the same bits, on torch's threads."""
+    result = torch.empty(matrix.shape, dtype=torch.float32)
+    for rows in _row_blocks(len(result)):
+        scales, zeros = _grid(matrix, rows)
+        codes = torch.from_numpy(matrix.codes[rows]).view(zeros.shape[0], zeros.shape[1], -1)
+        torch.sub(codes, zeros, out=result[rows].view_as(codes)).mul_(scales)
+    return result.numpy()
+
+
 def rtn_on_grid(weight: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
     """Round a weight (out, in) to nearest on a result's own grid; returns the dequantized form."""
-    scales = matrix.scales[:, matrix.g_idx]
-    zeros = matrix.zero_points.astype(np.float32)[:, matrix.g_idx]
-    codes = weight / scales
-    np.rint(codes, out=codes)
-    np.clip(codes, -zeros, matrix.max_code - zeros, out=codes)
-    codes *= scales
-    return codes
+    result = torch.empty(matrix.shape, dtype=torch.float32)
+    for rows in _row_blocks(len(result)):
+        scales, zeros = _grid(matrix, rows)
+        values = torch.from_numpy(weight[rows]).view(zeros.shape[0], zeros.shape[1], -1)
+        codes = torch.div(values, scales, out=result[rows].view_as(values)).round_()
+        codes.clamp_(-zeros, matrix.max_code - zeros).mul_(scales)
+    return result.numpy()
+
+
+def _row_blocks(rows: int) -> list[slice]:
+    """Runs of rows that fit a cache together with the temporaries."""
+    return [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+
+
+def _grid(matrix: QuantizedMatrix, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero-points of some rows as float32 that broadcast to (rows, runs, run length).
+
+    Groups that are runs of consecutive inputs stay as they are; others get one entry per input.
+    """
+    scales = torch.from_numpy(matrix.scales[rows])
+    zeros = torch.from_numpy(matrix.zero_points[rows]).float()
+    groups, inputs = scales.shape[1], matrix.shape[1]
+    runs = inputs % groups == 0 and np.array_equal(
+        matrix.g_idx, np.arange(inputs, dtype=np.int32) // (inputs // groups)
+    )
+    if not runs:
+        index = torch.from_numpy(matrix.g_idx).long()
+        scales, zeros = scales[:, index], zeros[:, index]
+    return scales[:, :, None], zeros[:, :, None]
 
 
 def _diagnose(
     weight: np.ndarray, dequantized: np.ndarray, matrix: QuantizedMatrix, hessian: Any
 ) -> dict[str, np.ndarray]:
     """Per row: power of weights and error; with H also RTN's objective and the output's power."""
-    out: dict[str, np.ndarray] = {
-        "weight_power": np.einsum("ij,ij->i", weight, weight, dtype=np.float32).astype(float),
-    }
-    error = np.empty(len(weight))
-    rounded = np.empty_like(weight) if hessian is not None else None
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
-        difference = weight[rows] - dequantized[rows]
-        error[rows] = np.einsum("ij,ij->i", difference, difference)
-        if rounded is not None:
-            rounded[rows] = rtn_on_grid(weight[rows], matrix.rows(start, start + _ROWS))
-    out["weight_error"] = error
+    values, found = torch.from_numpy(weight), torch.from_numpy(dequantized)
+    power, error = torch.empty(len(values)), torch.empty(len(values))
+    for rows in _row_blocks(len(values)):
+        torch.linalg.vector_norm(values[rows], dim=1, out=power[rows])
+        torch.linalg.vector_norm(values[rows] - found[rows], dim=1, out=error[rows])
+    out = {"weight_power": power.double().numpy() ** 2, "weight_error": error.double().numpy() ** 2}
     if hessian is not None:
-        values = hessian.matrix
-        out["objective_rtn"] = ptqkit.objective(weight, rounded, values)
+        rounded = rtn_on_grid(weight, matrix)
+        out["objective_rtn"] = ptqkit.objective(np.subtract(weight, rounded, rounded), 0, hessian)
         if matrix.row_objectives is None:
-            out["objective"] = ptqkit.objective(weight, dequantized, values)
-        out["output_power"] = ptqkit.objective(weight, np.zeros_like(weight), values)
+            out["objective"] = ptqkit.objective(weight, dequantized, hessian)
+        out["output_power"] = ptqkit.objective(weight, 0, hessian)
     return out
 
 
