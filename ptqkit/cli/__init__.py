@@ -1,0 +1,112 @@
+"""The command line: ``ptqkit quantize``, ``eval``, ``demo`` and ``info``.
+
+Nothing here computes: each command reads its arguments, calls the functions that Python users
+call, and prints. PyTorch and transformers are imported by the commands that need them, after the
+arguments have been checked, so that ``--help`` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from ptqkit.cli import demo, evaluate, info, quantize
+from ptqkit.cli.common import UsageError, one_line
+from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
+
+__all__ = ["build_parser", "main"]
+
+_DESCRIPTION = """\
+Post-training quantization of language models: GPTQ from a compiled core, and what it needs
+around it. The first thing to try, without a download and in under a minute:
+
+  ptqkit demo
+"""
+
+_EPILOG = """\
+exit codes:
+  0    done
+  1    failed for a reason of its own (a full disk, a bug); --debug shows where
+  2    a wrong argument, a missing file, data that cannot be used
+  3    the checks before the run found problems: all of them are listed, nothing was computed
+  4    a Hessian could not be factorized: raise --damping or give more calibration text
+  130  interrupted by Ctrl-C; nothing half-written is left under the final name
+
+environment:
+  PTQKIT_DEBUG=1   show tracebacks, as --debug does
+  ptqkit info      lists the other variables
+
+'ptqkit COMMAND --help' explains a command, with examples.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    from ptqkit import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="ptqkit",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ptqkit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (quantize, evaluate, demo, info):
+        module.add_parser(commands)
+    return parser
+
+
+def exit_code(error: BaseException) -> int:
+    """Exit code for an exception."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, PreflightError):
+        return 3
+    if isinstance(error, NotPositiveDefiniteError):
+        return 4
+    bad_input = (
+        PtqkitError, UsageError, ValueError, TypeError, FileNotFoundError, FileExistsError,
+        IsADirectoryError, NotADirectoryError, PermissionError, ImportError,
+    )  # fmt: skip
+    return 2 if isinstance(error, bad_input) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; by default those of the process.
+
+    Returns
+    -------
+    int
+        The exit code.
+
+    Raises
+    ------
+    SystemExit
+        From argparse, for ``--help`` and for arguments it does not understand (code 2).
+    """
+    args = build_parser().parse_args(argv)
+    debug = args.debug or os.environ.get("PTQKIT_DEBUG", "") not in ("", "0")
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (``| head``); keep the interpreter from flushing into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, Exception) as error:
+        if debug:
+            raise
+        code = exit_code(error)
+        print(f"ptqkit {args.command}: {one_line(error)}", file=sys.stderr)
+        if code == 1:
+            print("(run again with --debug to see where)", file=sys.stderr)
+        return code
+    return 0

@@ -1,0 +1,194 @@
+"""``ptqkit eval``: perplexity of a float or quantized model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptqkit.cli.common import (
+    DEMO,
+    UsageError,
+    add_common,
+    add_model_options,
+    check_json,
+    check_text,
+    load_model,
+    quiet_transformers,
+    read_text,
+    say,
+    write_json,
+)
+
+__all__ = ["add_parser"]
+
+_LONGEST_DEFAULT = 2048
+
+_DESCRIPTION = """\
+Measure the perplexity per token of a causal language model on a text.
+
+MODEL is a folder (a float model, or a checkpoint in the compressed-tensors, GPTQ or ptqkit
+format), 'demo' for the embedded model, or a name on the Hugging Face Hub.
+
+A number means nothing without its conventions, so they are printed with it. The text is cut into
+windows that advance by --stride tokens; the start token, where the tokenizer has one, stands
+before every window and is not scored; with a stride below the window each token is scored once,
+by the first window that holds it. Perplexities compare only between models with one tokenizer.
+"""
+
+_EPILOG = """\
+examples:
+  ptqkit eval demo
+  ptqkit eval ./model --text test.txt
+  ptqkit eval ./model-w4 --text test.txt --window 1024 --stride 512 --json w4.json
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "eval",
+        help="perplexity per token of a float or quantized model on a text",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help=".txt (one text) or .jsonl (one per line), either as .gz too; or .npy with token ids "
+        "(texts, tokens). 'demo' has its own",
+    )
+    group = parser.add_argument_group("conventions")
+    group.add_argument(
+        "--window", type=int, metavar="N",
+        help=f"longest input; default: what the model takes, at most {_LONGEST_DEFAULT}",
+    )  # fmt: skip
+    group.add_argument(
+        "--stride", type=int, metavar="N", help="new tokens per window; default: no overlap"
+    )
+    group.add_argument(
+        "--start-token", default="auto", metavar="ID",
+        help="token before every window: an id, 'none', or 'auto', the tokenizer's bos",
+    )  # fmt: skip
+    group.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens only")
+    add_model_options(parser)
+    parser.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="windows at once (4)"
+    )
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def parse_start_token(value: str) -> str | int | None:
+    """Turn ``--start-token`` into what the library takes."""
+    if value == "none":
+        return None
+    if value == "auto" or value.isdecimal():
+        return value if value == "auto" else int(value)
+    raise UsageError(f"--start-token {value}: give a token id, 'auto' or 'none'")
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_json(args)
+    parse_start_token(args.start_token)
+    for option in ("window", "stride", "max_tokens", "batch_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+    if args.text is not None:
+        check_text("--text", args.text)
+    elif args.model != DEMO:
+        raise UsageError("--text FILE is needed (only the model 'demo' brings a text of its own)")
+
+
+def _progress(quiet: bool) -> Callable[[int, int], None] | None:
+    """A counter that rewrites its line on a terminal and prints a few lines elsewhere."""
+    if quiet:
+        return None
+    started, shown, terminal = time.perf_counter(), [0.0], sys.stderr.isatty()
+
+    def tell(done: int, total: int) -> None:
+        now = time.perf_counter()
+        if done < total and now - shown[0] < (0.2 if terminal else 10.0):
+            return
+        shown[0] = now
+        left = (now - started) * (total - done) / done
+        line = f"window {done}/{total}, {left:.0f} s left"
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and done < total else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    return tell
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    _check(args)
+    with quiet_transformers():
+        values = measure(args)
+    if args.quiet and args.json != "-":
+        print(f"{values['perplexity']:.6f}")
+    say(args, f"perplexity {values['perplexity']:.4f} per token "
+              f"({values['nll_per_token']:.5f} nats, {values['bits_per_token']:.5f} bits)")  # fmt: skip
+    start = values["start_token"]
+    shown = "none" if start is None else f"{values['start_token_text']!r} (id {start})"
+    say(args, f"tokens {values['tokens']:,} scored in {values['texts']} text(s), "
+              f"window {values['window']}, stride {values['stride']}, start token {shown}")  # fmt: skip
+    say(args, f"model {values['model']}: {values['class']}, {values['quantization']}, "
+              f"{values['dtype']} arithmetic on {values['device']}, {values['seconds']:.1f} s")  # fmt: skip
+    write_json(args, values)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Load, measure, and return what is written to ``--json``."""
+    model, tokenizer, facts = load_model(args)
+    from ptqkit.hf import perplexity
+    from ptqkit.hf.calibration import max_positions
+
+    text = _text(args, tokenizer)
+    limit = max_positions(model) or _LONGEST_DEFAULT
+    started = time.perf_counter()
+    result = perplexity(
+        model,
+        tokenizer,
+        text,
+        window=args.window or min(limit, _LONGEST_DEFAULT),
+        stride=args.stride,
+        start_token=parse_start_token(args.start_token),
+        batch_size=args.batch_size,
+        max_tokens=args.max_tokens,
+        progress=_progress(args.quiet),
+    )
+    start = result.start_token
+    named = start is not None and tokenizer is not None
+    return {
+        "model": args.model,
+        **facts,
+        "quantization": _quantization(facts["folder"]),
+        "text": args.text or "demo, test split",
+        **result.to_dict(),
+        "bits_per_token": result.nll_per_token / math.log(2),
+        "start_token_text": str(tokenizer.convert_ids_to_tokens(start)) if named else None,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _text(args: argparse.Namespace, tokenizer: Any) -> Any:
+    if args.text is not None:
+        return read_text("--text", args.text, tokenizer)
+    from ptqkit.demo import text
+
+    return [text("test")]
+
+
+def _quantization(folder: str) -> str:
+    """Name the method of a checkpoint as its configuration file does."""
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    settings = config.get("quantization_config")
+    return str(settings.get("quant_method", "quantized")) if settings else "float"

@@ -1,0 +1,53 @@
+"""The demo's picture: excess perplexity by bits, and what it costs in size."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from ptqkit.demo.run import DemoResult
+
+__all__ = ["draw"]
+
+_COLOURS = {"rtn": "#9a9a9a", "reference": "#4c78a8", "quality": "#e45756"}
+
+
+def draw(result: DemoResult, path: str | os.PathLike[str]) -> None:
+    """Draw the rows of a demo into a file (type by its suffix); no display is needed.
+
+    Parameters
+    ----------
+    result : DemoResult
+    path : path
+    """
+    from ptqkit.demo.run import METHODS
+
+    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    bars, sizes = figure.subplots(1, 2)
+    widths = sorted({row.bits for row in result.rows if row.recipe != "float"}, reverse=True)
+    for k, (recipe, label) in enumerate(METHODS.items()):
+        rows = [result.row(recipe, bits) for bits in widths]
+        places = [i + 0.27 * (k - 1) for i in range(len(widths))]
+        drawn = bars.bar(
+            places, [r.excess for r in rows], 0.25, label=label, color=_COLOURS[recipe]
+        )
+        bars.bar_label(drawn, fmt="%.2f", fontsize=7)
+        values = [r.perplexity for r in rows]
+        sizes.plot([r.megabytes for r in rows], values, "o-", label=label, color=_COLOURS[recipe])
+    reference = result.rows[0]
+    sizes.axhline(reference.perplexity, color="black", linewidth=0.8, linestyle="--")
+    sizes.annotate(f"float16, {reference.megabytes:.1f} MB", (0.98, reference.perplexity),
+                   xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)  # fmt: skip
+    bars.set_xticks(range(len(widths)), [f"{bits} bit" for bits in widths])
+    bars.set_yscale("log")
+    bars.set_ylabel("perplexity above the float model's")
+    bars.legend(fontsize=7, frameon=False)
+    sizes.set_yscale("log")
+    sizes.set_xlabel("size of all tensors, MB")
+    sizes.set_ylabel("perplexity on unseen text")
+    for axes in (bars, sizes):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
