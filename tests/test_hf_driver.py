@@ -500,6 +500,23 @@ def test_torch_accumulator_equals_the_core():
         broken.finish()
 
 
+def test_tf32_is_off_inside_and_as_before_outside():
+    settings = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"
+    before = getattr(settings, name)
+    changed = "tf32" if name == "fp32_precision" else True
+    try:
+        setattr(settings, name, changed)
+        with pytest.raises(KeyError), solve_module.full_float32(torch.device("cuda")):
+            assert getattr(settings, name) in ("ieee", False)
+            raise KeyError
+        assert getattr(settings, name) == changed
+        with solve_module.full_float32(torch.device("cpu")):
+            assert getattr(settings, name) == changed
+    finally:
+        setattr(settings, name, before)
+
+
 def test_a_model_elsewhere_uses_the_torch_accumulator(monkeypatch):
     """The same path as on a GPU, with the host playing the device."""
     from ptqkit.hf import schedule
@@ -525,6 +542,13 @@ def test_masks_follow_the_shape_of_the_input():
         match_mask(torch.zeros(2, 3, 8), both, mask)
     longer = {**batch, "decoder_input_ids": torch.zeros(2, 5)}
     assert match_mask(torch.zeros(2, 5, 8), longer, mask) is None
+
+
+def test_a_quantized_model_is_refused(tmp_path):
+    run(recipe="quality", symmetric=True, out_dir=tmp_path / "w3")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "w3")
+    with pytest.raises(UnsupportedModuleError, match="quantized already"):
+        run(model)
 
 
 def test_save_and_load(tmp_path):

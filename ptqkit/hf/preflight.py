@@ -57,6 +57,8 @@ def check_model(
     out_format: str,
 ) -> None:
     """Check what the model and the recipe tell: shapes, patterns, weights, format."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
     for text in structure.problems:
         problems.add(text, UnsupportedModuleError)
     for pattern in recipe.unmatched(structure.known_names):

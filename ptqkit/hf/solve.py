@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from ptqkit.result import QuantizedMatrix
 __all__ = ["Solved", "TorchHessian", "accumulator", "match_mask", "rtn_on_grid", "solve_group"]
 
 # Rows of the weight per step of the diagnostics: keeps its temporaries small.
-_ROWS = 128
+_ROWS = 256
 
 
 class TorchHessian:
@@ -41,7 +42,7 @@ class TorchHessian:
         if mask is not None:
             values = values[mask.reshape(-1).to(values.device)]
         values = values.float()
-        with _FullFloat32(values.device):
+        with full_float32(values.device):
             self._sum.addmm_(values.T, values)
         self.tokens += len(values)
 
@@ -59,20 +60,23 @@ class TorchHessian:
         return ptqkit.Hessian.from_matrix(matrix, self.tokens)
 
 
-class _FullFloat32:
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
     """Switch TF32 off for float32 products on a GPU, and back as it was."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def __enter__(self) -> None:
-        if self.cuda:
-            self.before = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        if self.cuda:
-            torch.backends.cuda.matmul.allow_tf32 = self.before
+    if device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    # torch 2.9 replaced allow_tf32, and refuses programs that use both.
+    name, full = ("fp32_precision", "ieee")
+    if not hasattr(settings, name):
+        name, full = ("allow_tf32", False)  # type: ignore[assignment]
+    before = getattr(settings, name)
+    setattr(settings, name, full)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 def accumulator(in_features: int, device: torch.device) -> Any:

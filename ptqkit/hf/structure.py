@@ -216,7 +216,10 @@ def _add_linear(
     if options is None:
         structure.skipped[name] = "override 'skip'"
         return
-    weight = module.weight
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        structure.problems.append(f"{name} ({type(module).__name__}) holds no float weight")
+        return
     if weight.dim() != 2 or weight.dtype not in _FLOATS:
         structure.problems.append(
             f"{name} ({type(module).__name__}) holds a weight of dtype {weight.dtype} and shape "
