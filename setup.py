@@ -32,7 +32,10 @@ def extension():
     """The one extension module."""
     openmp = openmp_flags()
     extra = os.environ.get("PTQKIT_CFLAGS", "").split()
-    flags = "-std=gnu11 -O3 -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Wconversion"
+    # Results must not move with CPU level or inlining: no contraction, no fast math. Nothing reads
+    # the floating-point traps or errno, which would keep loops from being vectorized.
+    flags = "-std=gnu11 -O3 -ffp-contract=off -fno-trapping-math -fno-math-errno"
+    flags += " -fvisibility=hidden -Wall -Wextra -Wconversion"
     return Extension(
         "ptqkit._core",
         sources=sorted(str(p) for folder in ("core", "kernels", "bind")

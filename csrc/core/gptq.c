@@ -10,6 +10,7 @@
 
 enum {
     PANELS = 4,  /* panels per task: R is read from memory once for all of them */
+    SWEEP = 128, /* columns per block of a sweep; fixed, because its sums depend on it */
     DEPTH = 256, /* rows of R per GEMM call, so that a chunk stays in the second cache */
     LANES = 48,
 };
@@ -21,8 +22,8 @@ typedef struct {
     ptq_grid_blocks blocks;
     const float *hdiag;      /* (n) diagonal of H in quantization order, 0 for dead inputs */
     const int32_t *group;    /* (n) group of the i-th quantized column */
-    const int64_t *first;    /* (blocks + 1) first strip of each column block */
-    int64_t block_count;
+    const int64_t *first, *sweep_first; /* (blocks + 1) first strip of each column block */
+    int64_t block_count, sweep_count;
     int64_t panels, per_task;
     int64_t block_columns;   /* widest block */
     int64_t workspace;       /* floats per thread */
@@ -173,14 +174,18 @@ static void store_history(solver *v, const panel *p, int64_t row, int pass) {
 static void store_panel(const solver *v, const panel *p, int64_t row) {
     const ptq_gptq_args *a = v->a;
     const int64_t nr = v->k->nr, present = ptq_min64(nr, a->rows - row), groups = a->n / a->G;
-    for (int64_t r = 0; r < present; r++) {
-        uint8_t *out = a->codes + (row + r) * a->n;
-        for (int64_t j = 0; j < a->n; j++) out[a->perm[j]] = p->codes[j * nr + r];
+    enum { BLOCK = 256 }; /* columns whose codes stay in the first cache */
+    for (int64_t j0 = 0; j0 < a->n; j0 += BLOCK)
+        for (int64_t r = 0; r < present; r++) {
+            uint8_t *out = a->codes + (row + r) * a->n;
+            for (int64_t j = j0; j < ptq_min64(j0 + BLOCK, a->n); j++)
+                out[a->perm[j]] = p->codes[j * nr + r];
+        }
+    for (int64_t r = 0; r < present; r++)
         for (int64_t g = 0; g < groups; g++) {
             a->scales[(row + r) * groups + g] = p->scales[g * nr + r];
             a->zeros[(row + r) * groups + g] = (uint8_t)(int)p->zeros[g * nr + r];
         }
-    }
 }
 
 static int64_t panel_floats(const solver *v) {
@@ -218,8 +223,8 @@ static void solve_task(void *ctx, int64_t task, int thread) {
         store_history(v, &p[q], (first + q) * v->k->nr, 0);
     }
     for (int pass = 1; pass <= a->sweeps; pass++) {
-        for (int64_t b = 0; b < v->block_count; b++) {
-            const int64_t s0 = v->first[b], s1 = v->first[b + 1];
+        for (int64_t b = 0; b < v->sweep_count; b++) {
+            const int64_t s0 = v->sweep_first[b], s1 = v->sweep_first[b + 1];
             block_sums(v, &v->H, p, count, s0, s1, a->n);
             for (int64_t q = 0; q < count; q++) sweep_block(v, &p[q], s0, s1, at);
         }
@@ -230,20 +235,22 @@ static void solve_task(void *ctx, int64_t task, int thread) {
 }
 
 /* Cut the strips into blocks of whole groups (dynamic grids) of about `block` columns. */
-static int64_t cut_blocks(const solver *v, int64_t *first) {
+static int64_t cut_blocks(solver *v, int64_t block, int64_t *first) {
     const ptq_gptq_args *a = v->a;
-    int64_t width = ptq_max64(a->block, v->k->mr);
+    int64_t width = ptq_max64(block, v->k->mr);
     if (dynamic(a) && a->G < a->n) width = ptq_max64(1, width / a->G) * a->G;
     int64_t count = 0;
     for (int64_t s = 0; s < v->R.count; s++)
         if (s == 0 || v->R.start[s] / width != v->R.start[s - 1] / width) first[count++] = s;
     first[count] = v->R.count;
+    for (int64_t b = 0; b < count; b++)
+        v->block_columns = ptq_max64(v->block_columns, (first[b + 1] - first[b]) * v->k->mr);
     return count;
 }
 
 typedef struct {
     int32_t *group;
-    int64_t *first;
+    int64_t *first, *sweep_first;
     float *hdiag;
 } tables;
 
@@ -262,7 +269,8 @@ static ptq_status prepare(solver *v, tables *t, int threads) {
     t->group = ptq_alloc(a->n, sizeof *t->group);
     t->hdiag = ptq_alloc(a->n, sizeof *t->hdiag);
     t->first = ptq_alloc(v->R.count + 1, sizeof *t->first);
-    if (!t->group || !t->hdiag || !t->first) return PTQ_NOMEM;
+    t->sweep_first = ptq_alloc(v->R.count + 1, sizeof *t->sweep_first);
+    if (!t->group || !t->hdiag || !t->first || !t->sweep_first) return PTQ_NOMEM;
     for (int64_t j = 0; j < a->n; j++) {
         t->group[j] = (int32_t)((a->runs ? j : a->perm[j]) / a->G);
         t->hdiag[j] = a->H[a->perm[j] * a->n + a->perm[j]];
@@ -271,10 +279,9 @@ static ptq_status prepare(solver *v, tables *t, int threads) {
     v->group = t->group;
     v->hdiag = t->hdiag;
     v->first = t->first;
-    v->block_count = cut_blocks(v, t->first);
-    for (int64_t b = 0; b < v->block_count; b++)
-        v->block_columns = ptq_max64(v->block_columns,
-                                     (t->first[b + 1] - t->first[b]) * v->k->mr);
+    v->sweep_first = t->sweep_first;
+    v->block_count = cut_blocks(v, a->block, t->first);
+    if (a->sweeps) v->sweep_count = cut_blocks(v, SWEEP, t->sweep_first);
     return PTQ_OK;
 }
 
@@ -306,6 +313,7 @@ ptq_status ptq_gptq(const ptq_gptq_args *a, int threads) {
     free(t.group);
     free(t.hdiag);
     free(t.first);
+    free(t.sweep_first);
     free(v.work);
     return status;
 }

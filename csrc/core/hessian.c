@@ -7,7 +7,7 @@
 
 enum {
     CHUNK = 1024, /* tokens packed at a time */
-    DEPTH = 256,  /* tokens per register accumulation: two-level summation, and cache size */
+    DEPTH = 512,  /* tokens per register accumulation: two-level summation, and cache size */
 };
 
 typedef struct {
@@ -105,8 +105,8 @@ static ptq_status update_blas(float *S, int64_t n, const float *X, int64_t ldx, 
 static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
     const int64_t nr = u->k->nr, chunk = ptq_min64(CHUNK, tokens);
     u->panels = ptq_ceil_div(u->n, nr);
-    /* About 192 columns a side for cache, fewer where that would leave threads idle. */
-    u->tile = ptq_max64(1, 192 / nr);
+    /* About 384 columns a side for cache, fewer where that would leave threads idle. */
+    u->tile = ptq_max64(1, 384 / nr);
     while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * ptq_thread_count(threads))
         u->tile /= 2;
     const int64_t side = ptq_ceil_div(u->panels, u->tile);

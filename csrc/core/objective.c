@@ -21,10 +21,7 @@ static void panel_task(void *ctx, int64_t p, int thread) {
     for (int64_t s = 0; s < q->H.count; s++) {
         memset(T, 0, sizeof T);
         q->k->gemm_f32(T, q->H.data + q->H.offset[s], q->k->mr, E, q->H.start[s] + q->H.width[s]);
-        for (int64_t j = 0; j < q->H.width[s]; j++) {
-            const float *e = E + (q->H.start[s] + j) * nr;
-            for (int64_t r = 0; r < nr; r++) sum[r] += (double)e[r] * (double)T[j * nr + r];
-        }
+        q->k->dot(q->H.width[s], E + q->H.start[s] * nr, T, sum);
     }
     for (int64_t r = 0; r < nr && row + r < q->rows; r++) q->out[row + r] = 2.0 * sum[r];
 }

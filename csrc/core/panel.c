@@ -4,19 +4,34 @@
 
 #include "internal.h"
 
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+#define SHUFFLE __builtin_shufflevector
+
+/* out[j * nr + r] = in[r * n + j] for a 4 x 4 tile. */
+static inline void transpose4(const float *in, int64_t n, float *out, int64_t nr) {
+    const four a = *(const four *)in, b = *(const four *)(in + n);
+    const four c = *(const four *)(in + 2 * n), d = *(const four *)(in + 3 * n);
+    const four ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
+    const four AB = SHUFFLE(a, b, 2, 6, 3, 7), CD = SHUFFLE(c, d, 2, 6, 3, 7);
+    *(four *)out = SHUFFLE(ab, cd, 0, 1, 4, 5);
+    *(four *)(out + nr) = SHUFFLE(ab, cd, 2, 3, 6, 7);
+    *(four *)(out + 2 * nr) = SHUFFLE(AB, CD, 0, 1, 4, 5);
+    *(four *)(out + 3 * nr) = SHUFFLE(AB, CD, 2, 3, 6, 7);
+}
+
 void ptq_panel_load(const ptq_kernels *k, const float *W, int64_t rows, int64_t n, int64_t row,
                     float *panel) {
     const int64_t nr = k->nr, present = ptq_min64(nr, rows - row);
-    enum { BLOCK = 16 };
-    for (int64_t j0 = 0; j0 < n; j0 += BLOCK) {
-        const int64_t j1 = ptq_min64(j0 + BLOCK, n);
-        for (int64_t r = 0; r < present; r++) {
-            const float *w = W + (row + r) * n;
-            for (int64_t j = j0; j < j1; j++) panel[j * nr + r] = w[j];
-        }
-        for (int64_t r = present; r < nr; r++)
-            for (int64_t j = j0; j < j1; j++) panel[j * nr + r] = 0.0f;
-    }
+    const int64_t r4 = present / 4 * 4, j4 = n / 4 * 4;
+    const float *w = W + row * n;
+    if (present < nr) memset(panel, 0, sizeof(float) * (size_t)(n * nr));
+    enum { BLOCK = 16 }; /* columns: whole cache lines of W */
+    for (int64_t j0 = 0; j0 < n; j0 += BLOCK)
+        for (int64_t r = 0; r < r4; r += 4)
+            for (int64_t j = j0; j < ptq_min64(j0 + BLOCK, j4); j += 4)
+                transpose4(w + r * n + j, n, panel + j * nr + r, nr);
+    for (int64_t r = 0; r < present; r++)
+        for (int64_t j = r < r4 ? j4 : 0; j < n; j++) panel[j * nr + r] = w[r * n + j];
 }
 
 ptq_status ptq_grid_blocks_make(ptq_grid_blocks *b, const float *H, int64_t n, int64_t G,
@@ -78,23 +93,20 @@ static void quadratic(const ptq_kernels *k, const ptq_grid_blocks *blocks, int64
         for (int64_t t = 0; t < s->count; t++) {
             memset(T, 0, sizeof T);
             k->gemm_f32(T, s->data + s->offset[t], k->mr, d, s->start[t] + s->width[t]);
-            for (int64_t j = 0; j < s->width[t]; j++) {
-                const float *dj = d + (s->start[t] + j) * nr;
-                for (int64_t r = 0; r < nr; r++) sum[r] += (double)(dj[r] * T[j * nr + r]);
-            }
+            k->dot(s->width[t], d + s->start[t] * nr, T, sum);
         }
     }
     for (int64_t r = 0; r < nr; r++) error[r] = (float)(2.0 * sum[r]);
 }
 
 /* Take each lane's smallest error out of the table: its factor goes to shrink. */
-static void take_best(const float *factors, float *errors, int steps, int64_t nr, float *shrink) {
-    for (int64_t r = 0; r < nr; r++) {
-        int best = 0;
-        for (int i = 1; i < steps; i++)
-            if (errors[i * nr + r] < errors[best * nr + r]) best = i;
-        errors[best * nr + r] = INFINITY;
-        shrink[r] = factors[best];
+static void take_best(const ptq_kernels *k, const float *factors, float *errors, int steps,
+                      float *shrink) {
+    int best[LANES];
+    k->fit_best(errors, steps, best);
+    for (int64_t r = 0; r < k->nr; r++) {
+        errors[best[r] * k->nr + r] = INFINITY;
+        shrink[r] = factors[best[r]];
     }
 }
 
@@ -117,7 +129,7 @@ static void fit_search(const ptq_kernels *k, const ptq_grid *grid, int64_t G, co
     for (int64_t r = 0; r < nr; r++) best[r] = INFINITY;
     const int rounds = hessian ? (grid->candidates < grid->steps ? grid->candidates : grid->steps) : 1;
     for (int i = 0; i < rounds; i++) {
-        take_best(factors, errors, grid->steps, nr, shrink);
+        take_best(k, factors, errors, grid->steps, shrink);
         k->fit_make(grid, low, high, shrink, scale, zero);
         if (rounds > 1) {
             k->fit_residual(grid, G, U, scale, zero, D);

@@ -8,22 +8,39 @@ typedef struct {
     const int64_t *index;
     ptq_strips_kind kind;
     int mr;
+    float *scratch; /* (threads, ROWS, n), with an index only */
 } packing;
 
-static void pack_strip(void *ctx, int64_t s, int thread) {
-    (void)thread;
-    const packing *p = ctx;
+enum { ROWS = 16 }; /* rows per task: what a strip receives from them is contiguous */
+
+/* Row k of strip s, from the permuted row. */
+static void pack_row(const packing *p, int64_t s, int64_t k, const float *row) {
     const int64_t start = p->strips->start[s], mr = p->mr;
     const int width = p->strips->width[s];
-    const int64_t depth = p->kind == PTQ_STRIPS_FULL ? p->n : start + width;
-    float *out = p->strips->data + p->strips->offset[s];
-    for (int64_t k = 0; k < depth; k++, out += mr) {
+    float *out = p->strips->data + p->strips->offset[s] + k * mr;
+    for (int j = 0; j < width; j++) out[j] = row[start + j];
+    for (int64_t j = width; j < mr; j++) out[j] = 0.0f;
+    if (p->kind == PTQ_STRIPS_FULL || k < start) return;
+    for (int64_t j = 0; j < k - start; j++) out[j] = 0.0f;
+    if (p->kind == PTQ_STRIPS_HALF_DIAGONAL) out[k - start] *= 0.5f;
+}
+
+static void pack_rows(void *ctx, int64_t task, int thread) {
+    const packing *p = ctx;
+    const int64_t first = task * ROWS, end = ptq_min64(first + ROWS, p->n);
+    const float *rows[ROWS];
+    for (int64_t k = first; k < end; k++) {
         const float *row = p->M + (p->index ? p->index[k] : k) * p->ld;
-        for (int j = 0; j < width; j++) out[j] = row[p->index ? p->index[start + j] : start + j];
-        for (int64_t j = width; j < mr; j++) out[j] = 0.0f;
-        if (p->kind == PTQ_STRIPS_FULL || k < start) continue;
-        for (int64_t j = 0; j < k - start; j++) out[j] = 0.0f;
-        if (p->kind == PTQ_STRIPS_HALF_DIAGONAL) out[k - start] *= 0.5f;
+        rows[k - first] = row;
+        if (!p->index) continue;
+        float *permuted = p->scratch + (thread * ROWS + k - first) * p->n;
+        for (int64_t j = 0; j < p->n; j++) permuted[j] = row[p->index[j]];
+        rows[k - first] = permuted;
+    }
+    for (int64_t s = 0; s < p->strips->count; s++) {
+        const int64_t stop = p->strips->start[s] + p->strips->width[s];
+        const int64_t depth = p->kind == PTQ_STRIPS_FULL ? end : ptq_min64(end, stop);
+        for (int64_t k = first; k < depth; k++) pack_row(p, s, k, rows[k - first]);
     }
 }
 
@@ -59,8 +76,11 @@ ptq_status ptq_strips_make(ptq_strips *s, const float *M, int64_t ld, const int6
         return PTQ_NOMEM;
     }
     lay_out(s, n, align, mr, kind, 1);
-    packing p = {s, M, ld, n, index, kind, mr};
-    const ptq_status status = ptq_parallel_for(s->count, threads, pack_strip, &p);
+    packing p = {s, M, ld, n, index, kind, mr, NULL};
+    if (index) p.scratch = ptq_alloc(ptq_thread_count(threads) * ROWS * n, sizeof *p.scratch);
+    ptq_status status = index && !p.scratch ? PTQ_NOMEM : PTQ_OK;
+    if (!status) status = ptq_parallel_for(ptq_ceil_div(n, ROWS), threads, pack_rows, &p);
+    free(p.scratch);
     if (status) ptq_strips_free(s);
     return status;
 }

@@ -57,6 +57,10 @@ typedef struct {
     /* D (G, nr) = rounding error. */
     void (*fit_residual)(const ptq_grid *grid, int64_t G, const float *U, const float *scale,
                          const float *zero, float *D);
+    /* best (nr): for each lane the first i of the smallest errors[i * nr + lane]. */
+    void (*fit_best)(const float *errors, int steps, int *best);
+    /* sum (nr) += sum over a few columns (a strip's) of A * B. */
+    void (*dot)(int64_t columns, const float *A, const float *B, double *sum);
     /* Columns [c, c + nr) of `count` tokens into (count, nr) floats; absent columns are zero. */
     void (*pack_tokens)(ptq_dtype dtype, const void *X, int64_t ldx, const int64_t *rows,
                         int64_t first, int64_t count, int64_t c, int64_t columns, float *out);
