@@ -145,18 +145,28 @@ def _missing(error: ModuleNotFoundError) -> str:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep the bars and hints of transformers and its helpers off the screen."""
-    # Read when tqdm is imported; compressed-tensors has no other switch for its bars.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
+        from tqdm import tqdm
         from transformers.utils import logging
     except ModuleNotFoundError as error:
         raise UsageError(_missing(error)) from error
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars, make = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        tqdm.__init__,
+    )
+
+    def silent(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **{**options, "disable": True})
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # compressed-tensors has no switch for its bars.
+    tqdm.__init__ = silent
     try:
         yield
     finally:
+        tqdm.__init__ = make
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -121,8 +121,8 @@ def _progress(quiet: bool) -> Callable[[int, int], None] | None:
         shown[0] = now
         left = (now - started) * (total - done) / done
         line = f"window {done}/{total}, {left:.0f} s left"
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and done < total else "\n",
-              file=sys.stderr, flush=True)  # fmt: skip
+        end = "" if terminal and done < total else "\n"
+        print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
 
     return tell
 
@@ -134,15 +134,22 @@ def run(args: argparse.Namespace) -> None:
         values = measure(args)
     if args.quiet and args.json != "-":
         print(f"{values['perplexity']:.6f}")
-    say(args, f"perplexity {values['perplexity']:.4f} per token "
-              f"({values['nll_per_token']:.5f} nats, {values['bits_per_token']:.5f} bits)")  # fmt: skip
-    start = values["start_token"]
-    shown = "none" if start is None else f"{values['start_token_text']!r} (id {start})"
-    say(args, f"tokens {values['tokens']:,} scored in {values['texts']} text(s), "
-              f"window {values['window']}, stride {values['stride']}, start token {shown}")  # fmt: skip
-    say(args, f"model {values['model']}: {values['class']}, {values['quantization']}, "
-              f"{values['dtype']} arithmetic on {values['device']}, {values['seconds']:.1f} s")  # fmt: skip
+    for line in _lines(values):
+        say(args, line)
     write_json(args, values)
+
+
+def _lines(v: dict[str, Any]) -> list[str]:
+    start = v["start_token"]
+    shown = "none" if start is None else f"{v['start_token_text']!r} (id {start})"
+    return [
+        f"perplexity {v['perplexity']:.4f} per token ({v['nll_per_token']:.5f} nats, "
+        f"{v['bits_per_token']:.5f} bits)",
+        f"tokens {v['tokens']:,} scored in {v['texts']} text(s), window {v['window']}, "
+        f"stride {v['stride']}, start token {shown}",
+        f"model {v['model']}: {v['class']}, {v['quantization']}, {v['dtype']} arithmetic on "
+        f"{v['device']}, {v['seconds']:.1f} s",
+    ]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

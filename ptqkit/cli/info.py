@@ -67,7 +67,7 @@ def _version(package: str) -> str | None:
 
 
 def collect() -> dict[str, Any]:
-    """Return the facts as a dict: ``config``, ``python``, ``system``, ``packages``, ``environment``."""
+    """Return ``config``, ``python``, ``system``, ``packages`` and ``environment`` as a dict."""
     from ptqkit import show_config
 
     return {

@@ -229,12 +229,9 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
                      "scale_dtype")
         if getattr(args, name) is not None
     }  # fmt: skip
-    gptq_only = [
-        n for n in ("order", "static_groups", "sweeps", "damping", "max_damping") if n in changes
-    ]
-    if args.method == "rtn" and gptq_only:
-        option = gptq_only[0].replace("_", "-")
-        raise UsageError(f"--{option} has no meaning with --method rtn")
+    for name in ("order", "static_groups", "sweeps", "damping", "max_damping"):
+        if args.method == "rtn" and name in changes:
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method rtn")
     return {
         "preset": "rtn" if args.method == "rtn" else args.recipe or "quality",
         "bits": args.bits,
@@ -268,7 +265,7 @@ def _check(args: argparse.Namespace) -> None:
 def _calibration(args: argparse.Namespace, tokenizer: Any) -> Any:
     """Texts or tokens for the driver; None where the method needs none."""
     if args.calibration is None:
-        if args.model != DEMO or args.method == "rtn" and args.grid != "hessian":
+        if args.model != DEMO or (args.method == "rtn" and args.grid != "hessian"):
             return None
         from ptqkit.demo import text
 

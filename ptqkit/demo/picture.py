@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 if TYPE_CHECKING:
     from ptqkit.demo.run import DemoResult
@@ -29,25 +30,35 @@ def draw(result: DemoResult, path: str | os.PathLike[str]) -> None:
     bars, sizes = figure.subplots(1, 2)
     widths = sorted({row.bits for row in result.rows if row.recipe != "float"}, reverse=True)
     for k, (recipe, label) in enumerate(METHODS.items()):
+        style = {"label": label, "color": _COLOURS[recipe]}
         rows = [result.row(recipe, bits) for bits in widths]
         places = [i + 0.27 * (k - 1) for i in range(len(widths))]
-        drawn = bars.bar(
-            places, [r.excess for r in rows], 0.25, label=label, color=_COLOURS[recipe]
-        )
+        drawn = bars.bar(places, [r.excess for r in rows], 0.25, **style)
         bars.bar_label(drawn, fmt="%.2f", fontsize=7)
-        values = [r.perplexity for r in rows]
-        sizes.plot([r.megabytes for r in rows], values, "o-", label=label, color=_COLOURS[recipe])
+        sizes.plot([r.megabytes for r in rows], [r.perplexity for r in rows], "o-", **style)
     reference = result.rows[0]
     sizes.axhline(reference.perplexity, color="black", linewidth=0.8, linestyle="--")
-    sizes.annotate(f"float16, {reference.megabytes:.1f} MB", (0.98, reference.perplexity),
-                   xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)  # fmt: skip
-    bars.set_xticks(range(len(widths)), [f"{bits} bit" for bits in widths])
+    sizes.annotate(
+        f"float16, {reference.megabytes:.1f} MB",
+        (0.98, reference.perplexity),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=7,
+    )
+    smallest = min(row.excess for row in result.rows[1:])
     bars.set_yscale("log")
+    if smallest > 0:
+        bars.set_ylim(bottom=smallest / 3)
+    sizes.set_yscale("log")
+    for axes in (bars, sizes):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.tick_params(which="both", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    bars.set_xticks(range(len(widths)), [f"{bits} bit" for bits in widths])
     bars.set_ylabel("perplexity above the float model's")
     bars.legend(fontsize=7, frameon=False)
-    sizes.set_yscale("log")
     sizes.set_xlabel("size of all tensors, MB")
     sizes.set_ylabel("perplexity on unseen text")
-    for axes in (bars, sizes):
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -311,8 +311,8 @@ def _introduction(settings: dict[str, Any]) -> list[str]:
         f"Measured on {settings['test_tokens']:,} tokens of the standard library of Python "
         f"{settings['python']} that it never saw",
         f"(float32, window {settings['window']}, stride {settings['stride']}, start token "
-        f"{settings['start_token']}); calibrated on {settings['calibration_tokens']:,} others; groups of "
-        f"{settings['group_size']}.",
+        f"{settings['start_token']}); calibrated on {settings['calibration_tokens']:,} others; "
+        f"groups of {settings['group_size']}.",
     ]
 
 
