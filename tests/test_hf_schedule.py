@@ -359,6 +359,22 @@ def test_everything_is_restored_after_success(schedule):
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
+@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+def test_the_model_runs_without_gradients_dropout_or_cache(schedule):
+    model = build("gpt2")
+    model.train()
+    seen = set()
+
+    def look(module, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        seen.add((torch.is_grad_enabled(), module.training, cache is None))
+
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(look, with_kwargs=True)
+    quantize(model, "reference", padded_batches("gpt2"), **OPTIONS, schedule=schedule)
+    assert seen == {(False, False, True)}
+
+
 def test_coroutines_see_context_variables():
     import contextvars
 

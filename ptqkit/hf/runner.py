@@ -275,9 +275,6 @@ class Runner:
         if self.on_error == "raise":
             raise error
         for target in members:
-            # A group may fail after some of its layers are written; those stay as reported.
-            if target.name in self.matrices:
-                continue
             row = LayerReport(target.name, target.shape, f"failed: {error}", schedule=schedule)
             self.report.warnings.append(f"{target.name} is left float: {error}")
             self.report.layers.append(row)
