@@ -1,0 +1,66 @@
+"""Stated tolerances, and the options that every run shares."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ptqkit
+
+# Distance from a rounding tie, in steps of the grid, within which a float32 solver may put a code
+# on the other side. Measured on all cases of the tests: see tests/test_gptq.py.
+TIE_DISTANCE = {"base": 2e-5, "avx2": 2e-5, "avx512": 2e-5, "avx512_bf16": 2e-5}
+
+
+@pytest.fixture
+def tie() -> float:
+    """Stated distance of this CPU level."""
+    return TIE_DISTANCE[str(ptqkit.show_config()["cpu_level"])]
+
+
+@pytest.fixture
+def tie_distance() -> dict[str, float]:
+    """Stated distance of every CPU level."""
+    return TIE_DISTANCE
+
+
+@pytest.fixture(params=["builtin", "scipy"])
+def blas(request):
+    """Run with the built-in kernels and with SciPy's BLAS; put back what was there."""
+    from ptqkit import _core
+
+    before = str(ptqkit.show_config()["blas"])
+    use = {"builtin": _core.use_builtin_blas, "scipy": _core.use_scipy_blas}
+    use[request.param]()
+    if ptqkit.show_config()["blas"] != request.param:
+        use[before]()
+        pytest.skip("SciPy offers no usable BLAS here")
+    yield request.param
+    use[before]()
+
+
+@pytest.fixture
+def script():
+    """Run a Python script in a process of its own; returns the completed process."""
+
+    def run(code: str, *arguments: str, timeout: float = 60, check: bool = True, **environment):
+        env = {k: v for k, v in os.environ.items() if k not in ("PTQKIT_CPU", "PTQKIT_BLAS")}
+        env.update(environment)
+        root = Path(ptqkit.__file__).resolve().parents[1]
+        env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=env,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+        if check and done.returncode:
+            pytest.fail(f"the script ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run
