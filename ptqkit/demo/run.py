@@ -9,7 +9,6 @@ tokens of which the first is the start token, without overlap.
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,48 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from ptqkit.demo import MODEL_DIR, text
-from ptqkit.hf import perplexity, prepare_calibration, quantize
+from ptqkit.demo.workbench import DemoRow, Workbench
 
-__all__ = ["DemoResult", "DemoRow", "Workbench", "generate", "run_demo"]
+__all__ = ["METHODS", "DemoResult", "generate", "run_demo"]
 
 GROUP_SIZE = 64
-WINDOW = 512
 METHODS = {"rtn": "RTN", "reference": "GPTQ, as published", "quality": "GPTQ, quality recipe"}
 PROMPT = "def read_lines(path):\n    "
-
-
-@dataclass(frozen=True)
-class DemoRow:
-    """One quantization of the model.
-
-    Attributes
-    ----------
-    recipe : str
-        ``"rtn"``, ``"reference"`` or ``"quality"``; ``"float"`` for the model itself.
-    bits : int
-    symmetric : bool
-    perplexity, excess : float
-        ``excess`` is the perplexity above the float model's.
-    bits_per_weight : float
-        Of the quantized layers, with scales and zero-points.
-    megabytes : float
-        Of all tensors, what is not quantized in float16.
-    seconds, seconds_solve : float
-        Of the quantization as a whole, and of solving for the codes in it.
-    """
-
-    recipe: str
-    bits: int
-    symmetric: bool
-    perplexity: float
-    excess: float
-    bits_per_weight: float
-    megabytes: float
-    seconds: float
-    seconds_solve: float
 
 
 @dataclass
@@ -111,116 +77,6 @@ def _line(row: DemoRow) -> str:
         f"{start}{row.excess:>9.3f}{row.bits_per_weight:>13.2f}{row.megabytes:>7.2f}"
         f"{row.seconds:>9.2f}{row.seconds_solve:>9.2f}"
     )
-
-
-class Workbench:
-    """The embedded model with its texts, for one quantization after another.
-
-    Parameters
-    ----------
-    test_windows, calibration_windows : int
-        Windows of 512 tokens to measure and to calibrate on.
-    threads : int
-        Of the solver; 0 is its own policy.
-
-    Examples
-    --------
-    >>> bench = Workbench(test_windows=4, calibration_windows=4)
-    >>> row = bench.measure("quality", bits=3, group_size=64)
-    """
-
-    def __init__(
-        self, test_windows: int = 20, calibration_windows: int = 24, threads: int = 0
-    ) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-        self.threads = threads
-        self._state = {name: t.clone() for name, t in self.model.state_dict().items()}
-        self._test = self._spread(text("test"), test_windows)
-        self._calibration = prepare_calibration(
-            [text("calibration")],
-            self.tokenizer,
-            samples=calibration_windows,
-            sequence_length=WINDOW,
-            batch_size=8,
-        )
-        first = self._evaluate()
-        self.settings = {
-            "test_tokens": first.tokens,
-            "window": first.window,
-            "stride": first.stride,
-            "start_token": self.tokenizer.convert_ids_to_tokens(first.start_token),
-            "calibration_tokens": self._calibration.tokens,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        }
-        parameters = sum(p.numel() for p in self.model.parameters())
-        self.float_row = DemoRow(
-            "float", 16, True, first.perplexity, 0.0, 16.0, 2e-6 * parameters, 0.0, 0.0
-        )
-
-    def measure(self, recipe: str, **changes: Any) -> DemoRow:
-        """Quantize a fresh copy of the weights and measure the perplexity."""
-        result = self.quantize(recipe, **changes)
-        found = self._evaluate()
-        totals = result.report.totals()
-        others = sum(p.numel() for p in self.model.parameters()) - totals["weights"]
-        return DemoRow(
-            recipe,
-            result.recipe.bits,
-            result.recipe.symmetric,
-            found.perplexity,
-            found.perplexity - self.float_row.perplexity,
-            totals["bits_per_weight"],
-            1e-6 * (totals["weights"] * totals["bits_per_weight"] / 8 + 2 * others),
-            result.report.seconds["total"],
-            result.report.seconds["solve"],
-        )
-
-    def quantize(self, recipe: str, *, diagnostics: bool = False, **changes: Any) -> Any:
-        """Quantize a fresh copy of the weights; returns the driver's result.
-
-        Parameters
-        ----------
-        recipe : {"quality", "reference", "rtn"}
-        diagnostics : bool
-            Compute what the report compares with, which costs time.
-        **changes
-            Options of the recipe, such as ``bits=3``. Scales are float16 unless they say.
-        """
-        self.model.load_state_dict(self._state)
-        changes.setdefault("scale_dtype", "float16")
-        needs_data = recipe != "rtn" or changes.get("grid") == "hessian"
-        return quantize(
-            self.model,
-            recipe,
-            self._calibration.batches if needs_data else None,
-            tokenizer=self.tokenizer,
-            threads=self.threads,
-            diagnostics=diagnostics,
-            progress=False,
-            **changes,
-        )
-
-    def _spread(self, words: str, windows: int) -> torch.Tensor:
-        """Take windows at equal distances from a text, so that few speak for all of it."""
-        ids = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
-        body = WINDOW - 1
-        rows = torch.tensor(ids[: len(ids) // body * body]).view(-1, body)
-        chosen = torch.linspace(0, len(rows) - 1, min(windows, len(rows))).round().long()
-        return rows[chosen]
-
-    def _evaluate(self) -> Any:
-        return self.perplexity_of(self.model)
-
-    def perplexity_of(self, model: Any) -> Any:
-        """Perplexity of a model on the windows of test text."""
-        return perplexity(model, self.tokenizer, self._test, window=WINDOW, batch_size=4)
-
-    def logits_of(self, model: Any) -> torch.Tensor:
-        """Logits of a model for one window of test text."""
-        with torch.no_grad():
-            return model(input_ids=self._test[:1]).logits
 
 
 def generate(
