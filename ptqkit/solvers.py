@@ -367,8 +367,8 @@ def obq(
     damped = F.matrix.astype(np.float64)
     damped[np.diag_indices_from(damped)] += np.where(F.dead, 1.0, F.damping_value)
     codes = np.empty(W.shape, np.uint8)
-    scale = grids.scales.astype(np.float64)[:, grids.g_idx]
-    zero = grids.zero_points.astype(np.float64)[:, grids.g_idx]
+    scale = np.take(grids.scales.astype(np.float64), grids.g_idx, axis=1)  # C order, unlike [:, g]
+    zero = np.take(grids.zero_points.astype(np.float64), grids.g_idx, axis=1)
     inverse = np.linalg.inv(damped)
     _core.obq(W.astype(np.float64), inverse, scale, zero, grids.max_code, codes, threads)
     q = replace(grids, codes=codes, damping=F.damping, dead_inputs=int(F.dead.sum()))
