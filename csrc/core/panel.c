@@ -34,34 +34,49 @@ void ptq_panel_load(const ptq_kernels *k, const float *W, int64_t rows, int64_t 
         for (int64_t j = r < r4 ? j4 : 0; j < n; j++) panel[j * nr + r] = w[r * n + j];
 }
 
+typedef struct {
+    ptq_grid_blocks *blocks;
+    const float *H;
+    int64_t n, G;
+    const int64_t *index;
+    ptq_status *status; /* (groups * per_group) */
+} blocks_job;
+
+static void block_task(void *ctx, int64_t i, int thread) {
+    (void)thread;
+    const blocks_job *job = ctx;
+    const int64_t in_group = i % job->blocks->per_group * PTQ_GRID_BLOCK;
+    const int64_t at = i / job->blocks->per_group * job->G + in_group;
+    const int64_t width = ptq_min64(PTQ_GRID_BLOCK, job->G - in_group);
+    job->status[i] = ptq_strips_make(&job->blocks->block[i], job->H, job->n, job->index + at, width,
+                                     width, PTQ_STRIPS_HALF_DIAGONAL, 1);
+}
+
+static ptq_status fill_blocks(ptq_grid_blocks *b, blocks_job *job, int64_t count, int threads) {
+    for (int64_t j = 0; j < job->n; j++)
+        b->diagonal[j] = job->H[job->index[j] * job->n + job->index[j]];
+    ptq_status status = ptq_parallel_for(count, threads, block_task, job);
+    for (int64_t i = 0; i < count && !status; i++) status = job->status[i];
+    return status;
+}
+
 ptq_status ptq_grid_blocks_make(ptq_grid_blocks *b, const float *H, int64_t n, int64_t G,
                                 const int64_t *order, int threads) {
-    memset(b, 0, sizeof *b);
     b->groups = n / G;
     b->per_group = ptq_ceil_div(G, PTQ_GRID_BLOCK);
-    b->block = ptq_alloc(b->groups * b->per_group, sizeof *b->block);
+    const int64_t count = b->groups * b->per_group;
+    b->block = calloc((size_t)count, sizeof *b->block);
     b->diagonal = ptq_alloc(n, sizeof *b->diagonal);
     int64_t *identity = order ? NULL : ptq_alloc(n, sizeof *identity);
-    if (!b->block || !b->diagonal || (!order && !identity)) {
-        free(identity);
-        b->groups = b->block ? b->groups : 0;
-        if (b->block) memset(b->block, 0, sizeof *b->block * (size_t)(b->groups * b->per_group));
-        ptq_grid_blocks_free(b);
-        return PTQ_NOMEM;
-    }
-    memset(b->block, 0, sizeof *b->block * (size_t)(b->groups * b->per_group));
-    for (int64_t j = 0; identity && j < n; j++) identity[j] = j;
-    const int64_t *index = order ? order : identity;
-    for (int64_t j = 0; j < n; j++) b->diagonal[j] = H[index[j] * n + index[j]];
-    ptq_status status = PTQ_OK;
-    for (int64_t i = 0; i < b->groups * b->per_group && !status; i++) {
-        const int64_t in_group = i % b->per_group * PTQ_GRID_BLOCK;
-        const int64_t at = i / b->per_group * G + in_group;
-        const int64_t width = ptq_min64(PTQ_GRID_BLOCK, G - in_group);
-        status = ptq_strips_make(&b->block[i], H, n, index + at, width, width,
-                                 PTQ_STRIPS_HALF_DIAGONAL, threads);
+    ptq_status *statuses = calloc((size_t)count, sizeof *statuses);
+    blocks_job job = {b, H, n, G, order ? order : identity, statuses};
+    ptq_status status = PTQ_NOMEM;
+    if (b->block && b->diagonal && job.index && statuses) {
+        for (int64_t j = 0; identity && j < n; j++) identity[j] = j;
+        status = fill_blocks(b, &job, count, threads);
     }
     free(identity);
+    free(statuses);
     if (status) ptq_grid_blocks_free(b);
     return status;
 }
@@ -136,8 +151,9 @@ static void fit_search(const ptq_kernels *k, const ptq_grid *grid, int64_t G, co
             quadratic(k, blocks, g, D, error);
         }
         for (int64_t r = 0; r < nr; r++) {
-            if (rounds > 1 && !(error[r] < best[r])) continue;
-            if (rounds > 1) best[r] = error[r];
+            /* the first one is the fallback where every error overflows */
+            if (i > 0 && !(error[r] < best[r])) continue;
+            if (rounds > 1 && error[r] < best[r]) best[r] = error[r];
             s[r] = scale[r];
             z[r] = zero[r];
         }
