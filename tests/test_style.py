@@ -30,6 +30,8 @@ TEXTS = [
 # Lines at which a review has to agree, and at which it has to stop.
 PYTHON_FUNCTION, PYTHON_FILE = 60, 350
 C_FUNCTION, C_FILE = 100, 500
+# Longer for a reason; may shrink, and then the entry goes.
+LONGER = {"ptqkit/solvers.py": 380}  # a third of it is the docstrings of four public functions
 
 
 def relative(path: Path) -> str:
@@ -81,8 +83,10 @@ def test_function_lengths(record_property):
 def test_file_lengths():
     sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PYTHON + C_FILES}
     limits = {path: PYTHON_FILE if path.suffix == ".py" else C_FILE for path in sizes}
+    limits |= {ROOT / name: limit for name, limit in LONGER.items()}
     over = {relative(path): n for path, n in sizes.items() if n > limits[path]}
     assert not over
+    assert all(sizes[ROOT / name] > PYTHON_FILE for name in LONGER), "no longer an exception"
 
 
 def test_core_is_free_of_python():
@@ -118,7 +122,9 @@ def test_public_things_have_docstrings():
 
 def test_modules_postpone_annotations():
     for path in PYTHON:
-        assert "from __future__ import annotations" in path.read_text(encoding="utf-8"), path
+        text = path.read_text(encoding="utf-8")
+        if "def " in text:
+            assert "from __future__ import annotations" in text, relative(path)
 
 
 def test_no_machine_is_named():

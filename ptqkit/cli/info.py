@@ -37,6 +37,11 @@ _PACKAGES = {
     "pandas": "notebook",
 }
 
+_DESCRIPTION = """\
+Show what the compiled core runs on, the versions of the packages around it and the environment
+variables that ptqkit reads.
+"""
+
 _EPILOG = """\
 examples:
   ptqkit info
@@ -50,8 +55,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
         help="what runs here: CPU level, BLAS, threads, versions, variables",
-        description="Show what the compiled core runs on, the versions of the packages around it "
-        "and the environment variables that ptqkit reads.",
+        description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

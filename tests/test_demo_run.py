@@ -1,0 +1,59 @@
+"""The demo as a whole, on little text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ptqkit.cli import main
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+pytest.importorskip("accelerate")
+
+
+def test_quick_demo(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file, out = tmp_path / "demo.json", tmp_path / "demo"
+    before = torch.random.get_rng_state()
+    threads = torch.get_num_threads()
+    assert main(["demo", "--quick", "--out", str(out), "--json", str(file)]) == 0
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    printed = capsys.readouterr().out
+    assert "GPTQ, quality recipe" in printed and "Loaded with plain transformers" in printed
+    found = json.loads(file.read_text(encoding="utf-8"))
+    excess = {row["recipe"]: row["excess"] for row in found["rows"]}
+    assert excess["float"] == 0.0 < excess["quality"] < excess["reference"] < excess["rtn"]
+    assert found["checkpoint"]["logits_difference"] == 0.0
+    assert found["checkpoint"]["format"] == "compressed-tensors"
+    assert found["checkpoint"]["text"].startswith("def ")
+    assert (out / "demo.png").stat().st_size > 5_000
+    assert (out / "checkpoint" / "model.safetensors").stat().st_size < 6_000_000
+
+
+def test_generate_repeats_with_its_seed():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ptqkit.demo import MODEL_DIR
+    from ptqkit.demo.run import generate
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    first, again, other = (generate(model, tokenizer, "import ", 8, seed=s) for s in (0, 0, 3))
+    assert first == again != other
+    # Next to no temperature: the likeliest token, as a plain forward pass gives it.
+    ids = tokenizer("import ", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        best = model(input_ids=ids).logits[0, -1].argmax()
+    greedy = generate(model, tokenizer, "import ", 1, temperature=1e-4)
+    assert greedy == tokenizer.decode([*ids[0].tolist(), int(best)], skip_special_tokens=True)
+
+
+def test_demo_keeps_what_is_there(tmp_path, capsys):
+    (tmp_path / "mine").write_text("x", encoding="utf-8")
+    assert main(["demo", "--out", str(tmp_path)]) == 3
+    assert "exists already" in capsys.readouterr().err
+    assert main(["demo", "--picture", str(tmp_path / "no" / "p.png")]) == 2
