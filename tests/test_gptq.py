@@ -98,9 +98,7 @@ def test_twin_uses_the_published_form_and_agrees_with_the_replay():
     # Two derivations: the twin spreads errors by rows of U (H^-1 = U^T U), the replay sums by R.
     W, H = layer(20, 48)
     for (order, static), size in product(ORDERS, (None, 12)):
-        found = reference.gptq(
-            W, H, max_code=7, group_size=size, order=order, static_groups=static
-        )
+        found = reference.gptq(W, H, max_code=7, group_size=size, order=order, static_groups=static)
         damped, _ = reference.dampen(H, 0.01)
         targets = reference.quantization_targets(
             W.astype(float), found["codes"], found["scales"], found["zeros"], found["g_idx"],
@@ -119,9 +117,7 @@ def test_whole_results_equal_the_twins():
         W, H = layer(40, 64)
         F = ptqkit.factorize(H, order=order, group_size=16)
         q = ptqkit.gptq(W, F, bits=4, group_size=16, static_groups=static)
-        twin = reference.gptq(
-            W, H, max_code=15, group_size=16, order=order, static_groups=static
-        )
+        twin = reference.gptq(W, H, max_code=15, group_size=16, order=order, static_groups=static)
         clear = (replay(W, H, q, F)[1] > 1e-4).all(axis=1) & (q.zero_points == twin["zeros"]).all(1)
         assert clear.mean() > 0.9
         np.testing.assert_array_equal(q.codes[clear], twin["codes"][clear])

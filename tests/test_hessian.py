@@ -93,9 +93,7 @@ def test_batching_and_merging(dtype, blas):
     left.merge(right)
     _check(parts, exact)
     _check(left, exact)
-    want = reference.merge(
-        reference.hessian(exact[:111]), 111, reference.hessian(exact[111:]), 189
-    )
+    want = reference.merge(reference.hessian(exact[:111]), 111, reference.hessian(exact[111:]), 189)
     assert np.all(np.abs(left.matrix - want) <= _bound(exact))
     assert right.tokens == 189  # the other one is left as it was
 
