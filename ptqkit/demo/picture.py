@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 if TYPE_CHECKING:
     from ptqkit.demo.run import DemoResult
@@ -40,10 +40,10 @@ def draw(result: DemoResult, path: str | os.PathLike[str]) -> None:
     sizes.axhline(reference.perplexity, color="black", linewidth=0.8, linestyle="--")
     sizes.annotate(
         f"float16, {reference.megabytes:.1f} MB",
-        (0.98, reference.perplexity),
+        (0.02, reference.perplexity),
         xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
+        ha="left",
+        va="top",
         fontsize=7,
     )
     smallest = min(row.excess for row in result.rows[1:])
@@ -53,9 +53,10 @@ def draw(result: DemoResult, path: str | os.PathLike[str]) -> None:
     sizes.set_yscale("log")
     for axes in (bars, sizes):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.tick_params(which="both", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    sizes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    bars.yaxis.set_minor_formatter(NullFormatter())
     bars.set_xticks(range(len(widths)), [f"{bits} bit" for bits in widths])
     bars.set_ylabel("perplexity above the float model's")
     bars.legend(fontsize=7, frameon=False)

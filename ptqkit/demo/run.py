@@ -24,7 +24,7 @@ __all__ = ["METHODS", "DemoResult", "generate", "run_demo"]
 
 GROUP_SIZE = 64
 METHODS = {"rtn": "RTN", "reference": "GPTQ, as published", "quality": "GPTQ, quality recipe"}
-PROMPT = "def read_lines(path):\n    "
+PROMPT = 'def read_lines(path):\n    """Return'
 
 
 @dataclass

@@ -73,13 +73,7 @@ class Workbench:
         self.threads = threads
         self._state = {name: t.clone() for name, t in self.model.state_dict().items()}
         self._test = self._spread(text("test"), test_windows)
-        self._calibration = prepare_calibration(
-            [text("calibration")],
-            self.tokenizer,
-            samples=calibration_windows,
-            sequence_length=WINDOW,
-            batch_size=8,
-        )
+        self.calibrate(calibration_windows)
         first = self._evaluate()
         self.settings = {
             "test_tokens": first.tokens,
@@ -93,6 +87,17 @@ class Workbench:
         parameters = sum(p.numel() for p in self.model.parameters())
         self.float_row = DemoRow(
             "float", 16, True, first.perplexity, 0.0, 16.0, 2e-6 * parameters, 0.0, 0.0
+        )
+
+    def calibrate(self, windows: int, seed: int = 0) -> None:
+        """Draw other windows of calibration text for what follows."""
+        self._calibration = prepare_calibration(
+            [text("calibration")],
+            self.tokenizer,
+            samples=windows,
+            sequence_length=WINDOW,
+            batch_size=8,
+            seed=seed,
         )
 
     def measure(self, recipe: str, **changes: Any) -> DemoRow:
