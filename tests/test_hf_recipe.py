@@ -15,7 +15,7 @@ def test_presets():
     quality, reference, rtn = (Recipe.preset(n) for n in ("quality", "reference", "rtn"))
     assert quality == Recipe()
     assert (quality.order, quality.static_groups, quality.grid, quality.sweeps) == (
-        "act", True, "hessian", 1,
+        "group", False, "hessian", 1,
     )  # fmt: skip
     assert (reference.method, reference.order, reference.grid, reference.sweeps) == (
         "gptq", "natural", "minmax", 0,

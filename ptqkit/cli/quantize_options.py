@@ -17,8 +17,8 @@ are quantized layer by layer while calibration text runs through the model once,
 layer is fitted to the inputs that the already quantized layers before it give.
 
 Recipes for --method gptq:
-  quality    (default) columns by decreasing activation power, groups fixed beforehand, grids
-             searched under the Hessian, one coordinate-descent sweep
+  quality    (default) groups and their columns by decreasing activation power, grids searched
+             under the Hessian, one coordinate-descent sweep
   reference  GPTQ as published: natural order, min-max grids
 The options under 'recipe' change single settings of it. --method rtn rounds to nearest and needs
 no text.

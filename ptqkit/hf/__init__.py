@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# Imported with the package, not on first use: a stock ``from_pretrained`` of a checkpoint of ours
-# gives random weights unless the format is registered.
+# Imported with the package, not on first use: a stock ``from_pretrained`` cannot read a checkpoint
+# of ours unless the format is registered.
 # ``load`` and ``perplexity`` are modules too: importing the functions here makes the names theirs.
 from ptqkit.hf.load import load, read_layers
 from ptqkit.hf.perplexity import perplexity
