@@ -1,6 +1,10 @@
-/* gptq.c - the solver, left-looking over panels of rows (NUMERICS 3.2 to 3.4).
+/* gptq.c - the solver, left-looking over panels of rows.
  *
- * For column j, in quantization order: q_j = Q(w_j + (sum_{k<j} E_k R_kj) / R_jj), E = W - Q.
+ * [GPTQ] Algorithm 1 works on U with H^-1 = U^T U and spreads each column's error over the later
+ * ones. With H = R R^T instead, R upper triangular, and the error so far in the original weights,
+ * E = W - Q, the same codes are, for column j in quantization order,
+ *     q_j = Q(w_j + (sum_{k<j} E_k R_kj) / R_jj)
+ * (Babai's nearest plane): one factorization and no inverse, and sums over earlier columns only.
  * A task owns a few panels of rows from start to end, so no task waits for another. Columns go in
  * blocks: first the sums over all earlier blocks as GEMMs, then strip by strip inside the block. */
 #include <math.h>
@@ -77,7 +81,7 @@ static ptq_strip_args strip_args(const solver *v, panel *p, const ptq_strips *M,
 }
 
 /* Fit the grid of the group whose strips are [s0, s1) to its updated weights
- * U = W_g + D with D R_gg = E[:, :g] R[:g, g] (NUMERICS 3.3); T already holds the right side. */
+ * U = W_g + D with D R_gg = E[:, :g] R[:g, g]; T already holds the right side. */
 static void fit_updated(const solver *v, panel *p, int64_t s0, int64_t s1, int64_t base,
                         float *scratch) {
     const ptq_strips *R = &v->R;

@@ -30,7 +30,7 @@ typedef enum { PTQ_GRID_MINMAX = 0, PTQ_GRID_MSE = 1, PTQ_GRID_HESSIAN = 2 } ptq
 /* Most shrink factors a grid search may try. */
 #define PTQ_GRID_MAX_STEPS 256
 
-/* How a grid is fitted (NUMERICS 1 and 3.4). */
+/* How a grid is fitted. */
 typedef struct {
     int max_code;     /* 2^bits - 1, or 2 for ternary; at most 255 */
     int symmetric;    /* zero-point fixed at (max_code + 1) / 2 */
@@ -69,7 +69,7 @@ ptq_status ptq_symmetric_check(const float *H, int64_t n, float tolerance, int t
 ptq_status ptq_finite_check(const float *x, int64_t count, int threads);
 
 /* ---- cholesky.c ------------------------------------------------------------------------ */
-/* R (n, n) upper triangular, float32, with R R^T = P H P^T + diag(shift) (NUMERICS 3.2), where
+/* R (n, n) upper triangular, float32, with R R^T = P H P^T + diag(shift), where
  * row i of the permuted matrix is row perm[i] of H. shift (n) is in the original order. The strict
  * lower triangle of R is not written. On PTQ_NOT_PD *info is the original index of the pivot. */
 ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const double *shift,
@@ -102,7 +102,7 @@ typedef struct {
                           * feedback only its differences from row to row mean anything */
 } ptq_gptq_args;
 
-/* GPTQ in the form of NUMERICS 3.2, identical in exact arithmetic to [GPTQ] Algorithm 1. */
+/* GPTQ as Babai's nearest plane (gptq.c), identical in exact arithmetic to [GPTQ] Algorithm 1. */
 ptq_status ptq_gptq(const ptq_gptq_args *args, int threads);
 
 /* ---- objective.c ----------------------------------------------------------------------- */

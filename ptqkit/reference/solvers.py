@@ -29,7 +29,7 @@ def objective(E: np.ndarray, H: np.ndarray) -> np.ndarray:
 
 
 def upper_factor(H: np.ndarray) -> np.ndarray:
-    """R upper triangular with H = R R^T: Cholesky with rows and columns reversed (NUMERICS 3.2)."""
+    """R upper triangular with H = R R^T: Cholesky with rows and columns reversed."""
     return np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
 
 
@@ -135,7 +135,8 @@ def gptq(
 def quantization_targets(W, codes, scales, zeros, g_idx, order, damped):
     """Real value that each column was rounded from, given the codes of the columns before it.
 
-    In the form of NUMERICS 3.2: with H = R R^T and E = W - Q, target_j = w_j + (E R_<j)_j / R_jj.
+    With H = R R^T (R upper) and E = W - Q the published recursion becomes Babai's nearest plane:
+    target_j = w_j + (sum_{k<j} E_k R_kj) / R_jj, which needs no inverse of H.
     A solver in lower precision is right when every code is its target's rounding, but near ties.
     """
     R = upper_factor(damped[np.ix_(order, order)])
