@@ -95,7 +95,7 @@ def updated_weights(W, H, q, F, group_size, static):
     """Weights that each group's grid was fitted to, in float64.
 
     Yields group, weights (rows, G), the group's undamped block of H. With dynamic groups these are
-    the updated weights W_g + D with D R_gg = E[:, :g] R[:g, g] (NUMERICS 3.3).
+    the updated weights W_g + D with D R_gg = E[:, :g] R[:g, g].
     """
     H = np.asarray(H, np.float64)
     damped, dead = reference.dampen(H, q.damping)
@@ -197,11 +197,11 @@ def assert_solution(W, H, q, F, *, static=False, grid="minmax", tie):
     group = np.empty(n, np.int64)
     group[F.order] = (np.arange(n) if runs else F.order) // size
     np.testing.assert_array_equal(q.g_idx, group)
+    options = {"bits": q.bits, "method": grid, "symmetric": q.symmetric}
+    options |= {"rtol": 1e-5 if grid == "minmax" else search_rtol(q.bits)}
     for g, w, block in updated_weights(W, H, q, F, q.group_size, static):
-        assert_grid(
-            w, block, q.scales[:, g], q.zero_points[:, g], bits=q.bits, method=grid,
-            symmetric=q.symmetric, rtol=1e-5 if grid == "minmax" else search_rtol(q.bits), scale_dtype=q.scale_dtype,
-        )  # fmt: skip
+        scale, zero = q.scales[:, g], q.zero_points[:, g]
+        assert_grid(w, block, scale, zero, scale_dtype=q.scale_dtype, **options)
     return worst
 
 

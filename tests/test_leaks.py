@@ -1,0 +1,100 @@
+"""Repeated calls, with and without errors, leave no memory and no references behind."""
+
+from __future__ import annotations
+
+import pytest
+
+COMMON = """
+import gc, resource, sys
+import numpy as np, ptqkit
+from ptqkit import _core
+rng = np.random.default_rng(0)
+n = 128
+X = rng.normal(size=(300, n)).astype(np.float32)
+W = rng.normal(size=(100, n)).astype(np.float32)
+hessian = ptqkit.Hessian(n)
+hessian.update(X)
+H = hessian.matrix
+bad = H.copy()
+bad[0, 0] = -1e6
+nan = np.full_like(W, np.nan)
+codes = rng.integers(0, 8, W.shape, dtype=np.uint8)
+def fails(call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except Exception:
+        return
+    raise SystemExit("no error")
+CALLS = {
+    "hessian": lambda: (ptqkit.Hessian(n).update(X), hessian.copy().merge(hessian)),
+    "hessian masked": lambda: ptqkit.Hessian(n).update(X, np.arange(300) % 3 > 0),
+    "hessian errors": lambda: (fails(hessian.update, X * np.nan), fails(hessian.update, X[:, :3])),
+    "factor": lambda: ptqkit.factorize(H, order="group"),
+    "factor errors": lambda: fails(ptqkit.factorize, bad),
+    "gptq": lambda: ptqkit.gptq(W, H, group_size=32, grid="hessian", sweeps=1),
+    "gptq static": lambda: ptqkit.gptq(W, H, order="act", static_groups=True, grid="mse"),
+    "gptq errors": lambda: (fails(ptqkit.gptq, nan, H), fails(ptqkit.gptq, W, bad)),
+    "rtn": lambda: ptqkit.rtn(W, grid="hessian", H=H),
+    "rtn errors": lambda: fails(ptqkit.rtn, W * 1e6, scale_dtype="float16", bits=2),
+    "obq": lambda: ptqkit.obq(W[:2, :16], H[:16, :16]),
+    "objective": lambda: ptqkit.objective(W, 0, H),
+    "packing": lambda: ptqkit.packing.unpack_rows(ptqkit.packing.pack_rows(codes, 3), 3, n),
+    "core errors": lambda: (
+        fails(_core.rtn), fails(_core.rtn, *[None] * 8), fails(_core.gptq, *[W] * 12),
+        fails(_core.factor, H, np.zeros(n, int), np.zeros(n), H.copy(), 0),
+        fails(_core.finite_check, W.astype(">f4"), 0), fails(_core.objective, W, H, 1, 1),
+        fails(_core.set_cpu_level, "none"), fails(_core.pack, codes, 99, codes, 1),
+    ),
+    "config": lambda: (ptqkit.show_config(), _core.use_scipy_blas(), _core.use_builtin_blas()),
+}
+"""
+
+MEMORY = (
+    COMMON
+    + """
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name, call in CALLS.items():
+    for _ in range(30):
+        call()
+    gc.collect()
+    before = peak()
+    for _ in range(150):
+        call()
+    grown = peak() - before
+    # an array of 100 x 128 floats lost in each call would be 7.5 MiB
+    assert grown < 3000, f"{name}: {grown} KiB"
+"""
+)
+
+REFERENCES = (
+    COMMON
+    + """
+if not hasattr(sys, "gettotalrefcount"):
+    objects = [W, H, X, bad, nan, codes, None, np.dtype(np.float32), np.dtype(">f4"),
+               np.dtype(np.uint8), np.dtype(np.float64), np.ndarray, KeyboardInterrupt, ValueError]
+for name, call in CALLS.items():
+    for _ in range(5):
+        call()
+    gc.collect()
+    before, blocks = [sys.getrefcount(o) for o in objects], sys.getallocatedblocks()
+    for _ in range(100):
+        call()
+    gc.collect()
+    after = [sys.getrefcount(o) for o in objects]
+    for o, a, b in zip(objects, before, after):
+        assert abs(b - a) < 50, (name, type(o), a, b)
+    assert sys.getallocatedblocks() - blocks < 50, (name, sys.getallocatedblocks() - blocks)
+"""
+)
+
+
+@pytest.mark.parametrize("blas", ["builtin", "scipy"])
+def test_memory_does_not_grow(script, blas):
+    pytest.importorskip("resource")
+    script(MEMORY, timeout=180, PTQKIT_BLAS=blas)
+
+
+def test_references_do_not_grow(script):
+    pytest.importorskip("resource")
+    script(REFERENCES, timeout=180)
