@@ -165,7 +165,7 @@ elif what == "rtn":
     W = rng.normal(size=(8 * n, n)).astype(np.float32)
     call = lambda: ptqkit.rtn(W, grid="mse", grid_steps=256)
 elif what == "factor":
-    n = 6000
+    n = 4096
     H = np.eye(n, dtype=np.float32)
     call = lambda: [ptqkit.factorize(H) for _ in range(1000)]
 sent = []
@@ -182,7 +182,7 @@ except KeyboardInterrupt:
     late = time.perf_counter() - sent[0]
 else:
     sys.exit("not interrupted")
-assert late < 1.5, late
+assert late < 1.0, late
 # and the process goes on
 assert (ptqkit.rtn(small, group_size=8).codes == before).all()
 assert ptqkit.gptq(small, np.eye(8), group_size=8).objective >= 0

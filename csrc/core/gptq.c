@@ -217,6 +217,7 @@ static void solve_task(void *ctx, int64_t task, int thread) {
     for (int64_t q = 0; q < count; q++) at = carve(v, &p[q], at);
     for (int64_t q = 0; q < count; q++) load_task_panel(v, &p[q], (first + q) * v->k->nr, at);
     for (int64_t b = 0; b < v->block_count; b++) {
+        if (ptq_should_stop()) return;
         const int64_t s0 = v->first[b], s1 = v->first[b + 1];
         block_sums(v, &v->R, p, count, s0, s1, a->feedback ? v->R.start[s0] : 0);
         for (int64_t q = 0; q < count; q++) solve_block(v, &p[q], s0, s1, at);
@@ -228,6 +229,7 @@ static void solve_task(void *ctx, int64_t task, int thread) {
     }
     for (int pass = 1; pass <= a->sweeps; pass++) {
         for (int64_t b = 0; b < v->sweep_count; b++) {
+            if (ptq_should_stop()) return;
             const int64_t s0 = v->sweep_first[b], s1 = v->sweep_first[b + 1];
             block_sums(v, &v->H, p, count, s0, s1, a->n);
             for (int64_t q = 0; q < count; q++) sweep_block(v, &p[q], s0, s1, at);

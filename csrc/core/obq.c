@@ -51,7 +51,7 @@ static void row_task(void *ctx, int64_t row, int thread) {
     memcpy(H, o->inverse, sizeof(double) * (size_t)(n * n));
     memcpy(w, o->W + row * n, sizeof(double) * (size_t)n);
     for (int64_t j = 0; j < n; j++) left[j] = 1.0;
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n && !ptq_should_stop(); i++) {
         const int64_t j = cheapest(o, H, w, left, s, z);
         const double c = code_of(w[j], s[j], z[j], o->max_code), q = s[j] * (c - z[j]);
         const double e = (w[j] - q) / H[j * n + j];

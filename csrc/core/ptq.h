@@ -45,13 +45,16 @@ typedef struct {
 
 /* ---- threads.c ------------------------------------------------------------------------- */
 typedef void (*ptq_task)(void *ctx, int64_t task, int thread);
-/* Called about every 50 ms by the calling thread between tasks; non-zero stops the loop. */
+/* Called about every 50 ms by the calling thread; non-zero stops the loop. */
 typedef int (*ptq_poll)(void);
 
 void ptq_set_poll(ptq_poll poll);
 /* Threads that a request means: 0 asks for the policy (OpenMP's own); 1 in a forked child. */
 int ptq_thread_count(int requested);
 int ptq_has_openmp(void);
+/* For tasks that may run longer than about 0.1 s: non-zero when the loop should end, whatever the
+ * task has left undone. */
+int ptq_should_stop(void);
 /* Run task(ctx, 0..tasks-1) on at most `threads` threads; PTQ_INTERRUPTED when poll said so. */
 ptq_status ptq_parallel_for(int64_t tasks, int threads, ptq_task task, void *ctx);
 

@@ -54,18 +54,34 @@ typedef struct {
     atomic_int stop;
 } loop;
 
+static _Thread_local loop *running;   /* innermost loop of this thread */
+static _Thread_local int polls;       /* this thread is the one that entered the core */
+static _Thread_local double last_poll; /* kept between loops: most of them are shorter than 50 ms */
+
+int ptq_should_stop(void) {
+    if (!running) return 0;
+    const ptq_poll poll = polls ? atomic_load(&poll_callback) : NULL;
+    if (poll && now() - last_poll > 0.05) {
+        if (poll()) atomic_store(&running->stop, 1);
+        last_poll = now();
+    }
+    return atomic_load_explicit(&running->stop, memory_order_relaxed);
+}
+
 static void run_thread(loop *l, int thread) {
-    const ptq_poll poll = thread == 0 ? atomic_load(&poll_callback) : NULL;
-    double due = poll ? now() + 0.05 : 0;
-    while (!atomic_load_explicit(&l->stop, memory_order_relaxed)) {
+    loop *const outer = running;
+    const int outer_polls = polls;
+    running = l;
+    polls = thread == 0 && !outer; /* a loop inside a task leaves polling to its task */
+    const double start = polls ? now() : 0;
+    if (start - last_poll > 0.5) last_poll = start; /* a fresh call need not poll at once */
+    while (!ptq_should_stop()) {
         const int64_t i = atomic_fetch_add_explicit(&l->next, 1, memory_order_relaxed);
         if (i >= l->tasks) break;
         l->task(l->ctx, i, thread);
-        if (poll && now() > due) {
-            if (poll()) atomic_store(&l->stop, 1);
-            due = now() + 0.05;
-        }
     }
+    running = outer;
+    polls = outer_polls;
 }
 
 ptq_status ptq_parallel_for(int64_t tasks, int threads, ptq_task task, void *ctx) {
