@@ -91,24 +91,29 @@ void ptq_grid_blocks_free(ptq_grid_blocks *b) {
 
 enum { LANES = 48, TILE = 8 * LANES };
 
+/* A search walks the group in runs of PTQ_GRID_BLOCK columns, all candidates on each run, so that
+ * the run and the candidates' grids stay in the first cache. */
 int64_t ptq_panel_fit_work(int64_t G, const ptq_grid *grid) {
+    (void)G;
     if (grid->method == PTQ_GRID_MINMAX) return 1;
-    return (G + grid->steps) * LANES;
+    return (PTQ_GRID_BLOCK + 3 * grid->steps) * LANES;
 }
 
-/* error (nr) = d H_gg d^T of the residual panel D, over the group's diagonal blocks. */
-static void quadratic(const ptq_kernels *k, const ptq_grid_blocks *blocks, int64_t g,
-                      const float *D, float *error) {
+/* error (nr) = d H_gg d^T of the grid's rounding error d, over the group's diagonal blocks. */
+static void quadratic(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
+                      const ptq_grid_blocks *blocks, int64_t g, const float *scale,
+                      const float *zero, float *D, float *error) {
     const int64_t nr = k->nr;
     float T[TILE];
     double sum[LANES] = {0};
     for (int64_t i = 0; i < blocks->per_group; i++) {
         const ptq_strips *s = &blocks->block[g * blocks->per_group + i];
-        const float *d = D + i * PTQ_GRID_BLOCK * nr;
+        const int64_t at = i * PTQ_GRID_BLOCK, width = ptq_min64(PTQ_GRID_BLOCK, G - at);
+        k->fit_residual(grid, width, U + at * nr, scale, zero, D);
         for (int64_t t = 0; t < s->count; t++) {
             memset(T, 0, sizeof T);
-            k->gemm_f32(T, s->data + s->offset[t], k->mr, d, s->start[t] + s->width[t]);
-            k->dot(s->width[t], d + s->start[t] * nr, T, sum);
+            k->gemm_f32(T, s->data + s->offset[t], k->mr, D, s->start[t] + s->width[t]);
+            k->dot(s->width[t], D + s->start[t] * nr, T, sum);
         }
     }
     for (int64_t r = 0; r < nr; r++) error[r] = (float)(2.0 * sum[r]);
@@ -125,35 +130,51 @@ static void take_best(const ptq_kernels *k, const float *factors, float *errors,
     }
 }
 
+/* The range of a group, and the search's candidates. */
+typedef struct {
+    float low[LANES], high[LANES], factors[PTQ_GRID_MAX_STEPS];
+    float *scales, *zeros, *errors; /* (steps, nr) */
+} candidates;
+
+/* Errors of all candidates under the diagonal of H, or |d|^norm. */
+static void rank_candidates(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
+                            const float *diagonal, candidates *c) {
+    const int64_t nr = k->nr;
+    float shrink[LANES];
+    k->fit_minmax(grid, G, U, c->low, c->high);
+    for (int i = 0; i < grid->steps; i++) {
+        const double step = grid->steps > 1 ? (double)i / (grid->steps - 1) : 0.0;
+        c->factors[i] = (float)(1.0 - step * (1.0 - (double)grid->min_shrink));
+        for (int64_t r = 0; r < nr; r++) shrink[r] = c->factors[i];
+        k->fit_make(grid, c->low, c->high, shrink, c->scales + i * nr, c->zeros + i * nr);
+    }
+    memset(c->errors, 0, sizeof(float) * (size_t)(grid->steps * nr));
+    for (int64_t at = 0; at < G; at += PTQ_GRID_BLOCK) {
+        const int64_t width = ptq_min64(PTQ_GRID_BLOCK, G - at);
+        for (int i = 0; i < grid->steps; i++)
+            k->fit_error(grid, width, U + at * nr, c->scales + i * nr, c->zeros + i * nr,
+                         diagonal ? diagonal + at : NULL, c->errors + i * nr);
+    }
+}
+
 static void fit_search(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
                        const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z) {
     const int64_t nr = k->nr;
     const int hessian = grid->method == PTQ_GRID_HESSIAN;
-    float *errors = work, *D = work + grid->steps * nr;
-    float factors[PTQ_GRID_MAX_STEPS], low[LANES], high[LANES], shrink[LANES], best[LANES];
-    float error[LANES], scale[LANES], zero[LANES];
-    k->fit_minmax(grid, G, U, low, high);
-    for (int i = 0; i < grid->steps; i++) {
-        const double step = grid->steps > 1 ? (double)i / (grid->steps - 1) : 0.0;
-        factors[i] = (float)(1.0 - step * (1.0 - (double)grid->min_shrink));
-        for (int64_t r = 0; r < nr; r++) shrink[r] = factors[i];
-        k->fit_make(grid, low, high, shrink, scale, zero);
-        k->fit_error(grid, G, U, scale, zero, hessian ? blocks->diagonal + g * G : NULL,
-                     errors + i * nr);
-    }
+    float *D = work, shrink[LANES], best[LANES], error[LANES], scale[LANES], zero[LANES];
+    candidates c = {.scales = work + PTQ_GRID_BLOCK * LANES};
+    c.zeros = c.scales + grid->steps * LANES;
+    c.errors = c.zeros + grid->steps * LANES;
+    rank_candidates(k, grid, G, U, hessian ? blocks->diagonal + g * G : NULL, &c);
     for (int64_t r = 0; r < nr; r++) best[r] = INFINITY;
-    const int rounds = hessian ? (grid->candidates < grid->steps ? grid->candidates : grid->steps) : 1;
+    const int rounds = !hessian ? 1 : grid->candidates < grid->steps ? grid->candidates : grid->steps;
     for (int i = 0; i < rounds; i++) {
-        take_best(k, factors, errors, grid->steps, shrink);
-        k->fit_make(grid, low, high, shrink, scale, zero);
-        if (rounds > 1) {
-            k->fit_residual(grid, G, U, scale, zero, D);
-            quadratic(k, blocks, g, D, error);
-        }
+        take_best(k, c.factors, c.errors, grid->steps, shrink);
+        k->fit_make(grid, c.low, c.high, shrink, scale, zero);
+        if (rounds > 1) quadratic(k, grid, G, U, blocks, g, scale, zero, D, error);
         for (int64_t r = 0; r < nr; r++) {
-            /* the first one is the fallback where every error overflows */
-            if (i > 0 && !(error[r] < best[r])) continue;
-            if (rounds > 1 && error[r] < best[r]) best[r] = error[r];
+            if (rounds > 1 && !(error[r] < best[r])) continue;
+            if (rounds > 1) best[r] = error[r];
             s[r] = scale[r];
             z[r] = zero[r];
         }

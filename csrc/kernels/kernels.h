@@ -51,7 +51,7 @@ typedef struct {
     void (*fit_minmax)(const ptq_grid *grid, int64_t G, const float *U, float *low, float *high);
     void (*fit_make)(const ptq_grid *grid, const float *low, const float *high, const float *shrink,
                      float *scale, float *zero);
-    /* error (nr) = sum_j weight_j d_j^2 (weight NULL: |d_j|^norm). */
+    /* error (nr) += sum_j weight_j d_j^2 (weight NULL: |d_j|^norm). */
     void (*fit_error)(const ptq_grid *grid, int64_t G, const float *U, const float *scale,
                       const float *zero, const float *weight, float *error);
     /* D (G, nr) = rounding error. */
