@@ -20,6 +20,7 @@ from ptqkit.errors import (
 )
 from ptqkit.factorization import Factorization, factorize
 from ptqkit.hessian import Hessian
+from ptqkit.propagation import propagate_error
 from ptqkit.result import QuantizedMatrix
 from ptqkit.solvers import gptq, objective, obq, rtn
 
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "objective",
     "obq",
+    "propagate_error",
     "quantize",
     "rtn",
     "show_config",

@@ -40,10 +40,11 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     changes = {
         name: getattr(args, name)
         for name in ("order", "static_groups", "grid", "sweeps", "damping", "max_damping",
-                     "scale_dtype")
+                     "error_propagation", "scale_dtype")
         if getattr(args, name) is not None
     }  # fmt: skip
-    for name in ("order", "static_groups", "sweeps", "damping", "max_damping"):
+    for name in ("order", "static_groups", "sweeps", "damping", "max_damping",
+                 "error_propagation"):  # fmt: skip
         if args.method == "rtn" and name in changes:
             raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method rtn")
     return {

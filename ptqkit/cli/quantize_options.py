@@ -104,6 +104,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--max-damping", type=float, metavar="X", help="how far it may be raised (1)"
     )
     group.add_argument(
+        "--error-propagation", type=float, metavar="ALPHA",
+        help="0 to 1: correct each weight by this share for the errors of the layers before it "
+        "(0.5 is a good value); the float model runs along, with twice the activations (0: off)",
+    )  # fmt: skip
+    group.add_argument(
         "--scale-dtype", choices=("float32", "float16", "bfloat16"),
         help="dtype that holds the scales; default: that of the stored model",
     )  # fmt: skip

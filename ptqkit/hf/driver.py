@@ -85,7 +85,8 @@ def quantize(
         A transformers model, on CPU or GPU.
     recipe : Recipe, preset name or dict
         ``"quality"``, ``"reference"`` or ``"rtn"``; ``**changes`` are applied to it, such as
-        ``bits=3``.
+        ``bits=3``, or ``error_propagation=0.5``, which corrects every weight for the errors of
+        the layers before it at the price of a second forward pass and twice the activations.
     calibration
         Text, tokens, batches or a dataset; see
         :func:`ptqkit.hf.calibration.prepare_calibration`, which also explains ``samples``,
@@ -94,7 +95,8 @@ def quantize(
     tokenizer : optional
         Needed for text; saved with the checkpoint.
     schedule : {"auto", "one-pass", "re-forward"}
-        Results are equal bit for bit; "auto" takes one pass where it can.
+        Results are equal bit for bit; "auto" takes one pass where it can. Error propagation
+        needs one pass: where that cannot work it is an error.
     memory_budget : int or str, optional
         Bytes (or ``"8GiB"``) for activations, H and the solver beyond the model; by default what
         is free.

@@ -87,12 +87,14 @@ def estimate_memory(
     targets: Mapping[str, Target],
     groups: Sequence[Sequence[str]],
     calibration: CalibrationSet,
+    propagate: bool = False,
 ) -> MemoryEstimate:
     """Estimate from shapes.
 
     While all batches wait at a layer, each holds the residual stream, the block's normalized input,
     the outputs of the layers before it in the block, and the layer's input; one-pass holds that for
     all tokens, re-forward for one batch, with one block output (old and new) for all tokens.
+    With error propagation (``propagate``) one-pass holds it twice: for the float model too.
     """
     size = next(model.parameters()).element_size()
     hidden: dict[str | None, int] = {}
@@ -107,11 +109,13 @@ def estimate_memory(
         before[target.block] = outputs
         wide = max(wide, stream)
         # H, its factor and the solver's copies; the weight as float32, its result and error.
-        work = max(work, 4 * (4 * inputs * inputs + 4 * inputs * outputs))
+        # Error propagation adds G and a factor in float64; the original, corrected weights in both.
+        squares, weights = (8, 9) if propagate else (4, 4)
+        work = max(work, 4 * inputs * (squares * inputs + weights * outputs))
     tokens = [b["input_ids"].numel() for b in calibration.batches]
     masks = _mask_bytes(model, calibration, size)
     largest = max(tokens)
-    one_pass = sum(tokens) * size * live + sum(masks)
+    one_pass = (sum(tokens) * size * live + sum(masks)) * (2 if propagate else 1)
     reforward = sum(tokens) * size * 2 * wide + 2 * largest * size * live + max(masks)
     return MemoryEstimate(int(_SLACK * one_pass) + work, int(_SLACK * reforward) + work)
 

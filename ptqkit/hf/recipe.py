@@ -71,6 +71,10 @@ class Recipe:
         1 for the GPTQ format, version 1, which cannot store a zero-point of 0.
     block_size : int
         Columns per lazy block of the solver (changes no code).
+    error_propagation : float
+        Alpha of :func:`ptqkit.propagate_error`: 0 (off) to 1. Above 0 the float model runs beside
+        the quantized one, at twice the activations' memory, and each weight is corrected for the
+        errors of the layers before it. Of the whole run: an override cannot change it.
     overrides : mapping of pattern to a mapping of changes, or to "skip"
         Patterns are globs on the full module name, or regular expressions after ``re:``. All
         matching patterns apply in order, the last one wins.
@@ -103,6 +107,7 @@ class Recipe:
     scale_dtype: str | None = None
     min_zero_point: int = 0
     block_size: int = 128
+    error_propagation: float = 0.0
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
 
@@ -127,6 +132,7 @@ class Recipe:
             raise ValueError(
                 f"max_damping ({self.max_damping}) must not be below damping ({self.damping})"
             )
+        _check_propagation(self.error_propagation, self.method)
         if isinstance(self.include, str):
             raise ValueError("include must be a sequence of patterns, not one string")
         object.__setattr__(self, "include", tuple(self.include))
@@ -193,6 +199,17 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None, hint: s
         raise ValueError(f"{name} must be at most {high}, not {value!r}{hint}")
 
 
+def _check_propagation(alpha: Any, method: str) -> None:
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not number or not 0 <= alpha <= 1:
+        raise ValueError(f"error_propagation must be a number from 0 to 1, not {alpha!r}")
+    if alpha > 0 and method != "gptq":
+        raise ValueError(
+            f"error_propagation={alpha} needs method 'gptq', not {method!r}: it is made for a "
+            "solver with the Hessian; use error_propagation=0, or 'skip' the layer"
+        )
+
+
 def _check_names(changes: Mapping[str, Any], where: str) -> None:
     known = {f.name for f in fields(Recipe)}
     unknown = sorted(set(changes) - known)
@@ -222,6 +239,10 @@ def _check_overrides(recipe: Recipe) -> None:
         _check_names(change, f"overrides[{pattern!r}]")
         if {"overrides", "include"} & set(change):
             raise ValueError(f"overrides[{pattern!r}] cannot hold overrides or include")
+        if "error_propagation" in change:
+            raise ValueError(
+                f"overrides[{pattern!r}] cannot hold error_propagation: it holds for the whole run"
+            )
         try:
             replace(recipe, **change, overrides={}, include=())
         except ValueError as error:

@@ -26,7 +26,8 @@ class LayerReport:
         (out, in).
     objective, objective_rtn : float
         tr((W - Q) H (W - Q)^T) with H = (2/N) sum x x^T, of the result and of rounding to nearest
-        on the same grid.
+        on the same grid. With error propagation W is the corrected weight, which the solver was
+        given, in these and in the decibels; H is of the quantized model's inputs as ever.
     improvement : float
         ``1 - objective / objective_rtn``.
     weight_sqnr_db, output_sqnr_db : float
@@ -38,8 +39,9 @@ class LayerReport:
         to be raised by, and ``notes`` says why.
     tokens : int
         Calibration tokens behind H.
-    seconds_hessian, seconds_solve, seconds_diagnostics : float
-        Layers that were solved together share the time by rows.
+    seconds_hessian, seconds_solve, seconds_diagnostics, seconds_propagation : float
+        Layers that were solved together share the time by rows. The last: accumulating G and
+        correcting the weight.
     schedule : str
     shares_input_with : list of str
     """
@@ -64,6 +66,7 @@ class LayerReport:
     seconds_hessian: float = 0.0
     seconds_solve: float = 0.0
     seconds_diagnostics: float = 0.0
+    seconds_propagation: float = 0.0
     schedule: str = ""
     shares_input_with: list[str] = field(default_factory=list)
     notes: str = ""
@@ -84,8 +87,9 @@ class Report:
     calibration : dict
         Source, samples, sequence length, tokens, start token.
     seconds : dict of str to float
-        ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``, and
-        ``forward``: the rest, mostly the model.
+        ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``, with
+        error propagation ``propagation`` (G and the correction), and ``forward``: the rest,
+        mostly the model (both models).
     memory : dict
         ``estimate`` of the schedule used and of the other one, ``budget``, and ``peak`` resident
         (or device) memory of the process, in bytes.
@@ -178,6 +182,12 @@ class Report:
             + (f" ({self.schedule_reason})" if self.schedule_reason else ""),
             "seconds " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()),
         ]
+        alpha = self.recipe.get("error_propagation", 0)
+        if alpha:
+            lines.append(
+                f"error propagation {alpha:g}: figures are of the corrected weights, not the "
+                "model's own"
+            )
         if self.memory.get("peak"):
             lines.append(f"peak memory {self.memory['peak'] / 2**20:,.0f} MiB")
         return lines + [f"warning: {w}" for w in self.warnings]
@@ -208,7 +218,7 @@ def _cells(r: LayerReport) -> tuple[str, ...]:
         damping,
         str(r.dead_inputs),
         str(r.tokens),
-        f"{r.seconds_hessian + r.seconds_solve:.2f}",
+        f"{r.seconds_hessian + r.seconds_propagation + r.seconds_solve:.2f}",
         r.status + (f" [{r.notes}]" if r.notes else ""),
     )
 
@@ -282,6 +292,7 @@ def layer_report(
         seconds_hessian=seconds_hessian,
         seconds_solve=solved.seconds_solve,
         seconds_diagnostics=solved.seconds_diagnostics,
+        seconds_propagation=solved.seconds_propagation,
         schedule=schedule,
         notes="; ".join(notes),
     )

@@ -11,6 +11,7 @@ from torch import nn
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.capture import Probe, calibration_mode, probe
+from ptqkit.hf.float_path import Moments
 from ptqkit.hf.memory import available_memory, estimate_memory, peak_memory, show_bytes
 from ptqkit.hf.preflight import (
     Problems,
@@ -79,7 +80,9 @@ class Runner:
         self.late: set[str] = set()
         self.matrices: dict[str, QuantizedMatrix] = {}
         self.report = Report(recipe=recipe.to_dict())
-        self.seconds = dict.fromkeys(("hessian", "solve", "diagnostics"), 0.0)
+        self.propagate = recipe.error_propagation > 0
+        steps = ("hessian", "solve", "diagnostics", *(["propagation"] if self.propagate else []))
+        self.seconds = dict.fromkeys(steps, 0.0)
         self.work_done = self.total_work = 0.0
         self.rows_told = 0
 
@@ -161,7 +164,7 @@ class Runner:
         self.report.schedule = "no calibration"
         for name, target in self.structure.targets.items():
             try:
-                self._quantize([target], None, 0, 0.0, "no calibration")
+                self._quantize([target], Moments(None), "no calibration")
             except Exception as error:
                 self._fail([target], named_error(error, name), "no calibration")
             self._notify([target])
@@ -186,6 +189,7 @@ class Runner:
             self._quantize,
             self._fail,
             self._notify,
+            self.propagate,
         )
         reason = self._why_not_one_pass(schedule, budget)
         used = []
@@ -193,6 +197,8 @@ class Runner:
             if reason is None:
                 used.append("one-pass")
                 reason = run_one_pass(run)
+                if reason is not None and self.propagate:
+                    raise UnsupportedModuleError(self._only_one_pass(reason))
                 if reason is not None and schedule == "one-pass":
                     raise UnsupportedModuleError(f"schedule='one-pass' cannot go on: {reason}")
             if reason is not None:
@@ -205,7 +211,11 @@ class Runner:
         """Choose the schedule; the reason where it is not one pass."""
         assert self.calibration is not None
         needed = estimate_memory(
-            self.model, self.structure.targets, self.probe.groups, self.calibration
+            self.model,
+            self.structure.targets,
+            self.probe.groups,
+            self.calibration,
+            self.propagate,
         )
         free = available_memory(next(self.model.parameters()).device)
         limit = budget if budget is not None else free
@@ -229,8 +239,12 @@ class Runner:
             reason = "the package 'greenlet' is not installed"
         elif limit is not None and needed.one_pass > limit:
             what = "the memory budget" if budget is not None else "the free memory"
-            reason = f"one pass needs about {show_bytes(needed.one_pass)}, {what} is "
+            twice = " (for two models' activations)" if self.propagate else ""
+            reason = f"one pass needs about {show_bytes(needed.one_pass)}{twice}, {what} is "
             reason += show_bytes(limit)
+        if self.propagate and reason is not None:
+            self.problems.add(self._only_one_pass(reason), UnsupportedModuleError)
+            self.problems.raise_if_any()
         if schedule == "one-pass" and reason is not None:
             raise UnsupportedModuleError(f"schedule='one-pass' is not possible: {reason}")
         if reason is not None and limit is not None and needed.reforward > limit:
@@ -242,20 +256,32 @@ class Runner:
             self.report.warnings.append(text)
         return reason
 
+    def _only_one_pass(self, reason: str) -> str:
+        if reason == "asked for":
+            reason = "schedule='re-forward' was asked for"
+        return (
+            f"error_propagation={self.recipe.error_propagation:g} needs the one-pass schedule, in "
+            f"which the float model runs along, but {reason}; use error_propagation=0"
+        )
+
     def _work(self, target: Target) -> float:
         """Share of a layer in the run's time, about: forward, H and solving."""
         rows, columns = target.shape
         tokens = self.calibration.tokens if self.calibration is not None else 1
         return float(columns) * (2 * rows + columns) * tokens + float(rows) * columns * columns
 
-    def _quantize(
-        self, members: list[Target], hessian: Any, tokens: int, seconds: float, schedule: str
-    ) -> None:
-        if hessian is not None and tokens == 0:
+    def _quantize(self, members: list[Target], moments: Moments, schedule: str) -> None:
+        if moments.hessian is not None and moments.tokens == 0:
             raise CalibrationError(f"{members[0].name} saw no token of the calibration data")
-        solved = solve_group(members, hessian, threads=self.threads, diagnostics=self.diagnostics)
+        solved = solve_group(
+            members,
+            moments.hessian,
+            moments.moment,
+            threads=self.threads,
+            diagnostics=self.diagnostics,
+        )
         rows = sum(t.shape[0] for t in members)
-        self.seconds["hessian"] += seconds
+        self.seconds["hessian"] += moments.seconds
         for target in members:
             result = solved[target.name]
             self.seconds["solve"] += result.seconds_solve
@@ -264,8 +290,11 @@ class Runner:
             target.write(result.dequantized)
             self.seconds["solve"] += time.perf_counter() - started
             self.matrices[target.name] = result.matrix
-            share = seconds * target.shape[0] / rows
-            row = layer_report(target, result, tokens, share, schedule)
+            share = target.shape[0] / rows
+            result.seconds_propagation += share * moments.seconds_moment
+            if self.propagate:
+                self.seconds["propagation"] += result.seconds_propagation
+            row = layer_report(target, result, moments.tokens, share * moments.seconds, schedule)
             row.shares_input_with = [t.name for t in members if t is not target]
             if row.notes:
                 self.report.warnings.append(f"{row.name}: {row.notes}")

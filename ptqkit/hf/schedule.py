@@ -9,6 +9,9 @@ layer sees inputs from layers that are already quantized.
 that group, with finished blocks replaced by their recorded outputs. It holds one hidden state per
 batch, runs each block several times, and gives bit-identical results. It assumes that a block acts
 on the rest of the model through its return value alone.
+
+With ``error_propagation`` one-pass has a second coroutine per batch, through the float model (see
+:mod:`ptqkit.hf.float_path`); re-forward cannot.
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ from ptqkit.hf.capture import (
     tensor_key,
     thread_state,
 )
+from ptqkit.hf.float_path import InputDrift, Moments, OriginalWeights, check_same_tokens
 from ptqkit.hf.replay import Replay
 from ptqkit.hf.solve import accumulator, match_mask, named_error
 from ptqkit.hf.structure import Target
 
 __all__ = ["Run", "run_one_pass", "run_reforward"]
 
-Quantize = Callable[[list[Target], Any, int, float, str], None]
+Quantize = Callable[[list[Target], Moments, str], None]
 Fail = Callable[[list[Target], Exception, str], None]
 Notify = Callable[[list[Target]], None]
 
@@ -57,11 +61,13 @@ class Run:
     blocks : list of str
         Blocks in order of execution.
     quantize : callable
-        ``quantize(targets, hessian, tokens, seconds, schedule)`` quantizes a group in place.
+        ``quantize(targets, moments, schedule)`` quantizes a group in place.
     fail : callable
         ``fail(targets, error, schedule)`` raises, or marks the layers and returns.
     notify : callable
         ``notify(targets)`` once a group is finished, either way; its errors are the caller's.
+    propagate : bool
+        Also run the float model (one-pass only).
     done : set of str
     """
 
@@ -73,6 +79,7 @@ class Run:
     quantize: Quantize
     fail: Fail
     notify: Notify
+    propagate: bool = False
     done: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -106,14 +113,7 @@ class Run:
         """Quantize a group from its accumulated H."""
         members = [self.targets[name] for name in group]
         try:
-            if work.error is not None:
-                raise work.error
-            start = time.perf_counter()
-            hessian = work.hessian
-            if hasattr(hessian, "finish"):
-                hessian = hessian.finish()
-            seconds = work.seconds + time.perf_counter() - start
-            self.quantize(members, hessian, int(hessian.tokens), seconds, schedule)
+            self.quantize(members, work.finish(), schedule)
         except Exception as error:
             self.fail(members, named_error(error, ", ".join(group)), schedule)
         self.done.update(group)
@@ -121,27 +121,49 @@ class Run:
 
 
 class _Accumulation:
-    """H of one group, gathered batch by batch; the first error is kept for later."""
+    """H (and G) of one group, gathered batch by batch; the first error is kept for later."""
 
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name = run, name
         self.hessian: Any = None
-        self.seconds = 0.0
+        self.drift: InputDrift | None = None
+        self.seconds = self.seconds_drift = 0.0
         self.error: Exception | None = None
 
-    def add(self, value: torch.Tensor, index: int) -> None:
-        """Add one batch's input of the layer."""
+    def add(self, value: torch.Tensor, index: int, floats: torch.Tensor | None = None) -> None:
+        """Add one batch's input of the layer; ``floats``: the same of the float model."""
         if self.error is not None:
             return
-        start = time.perf_counter()
+        start = middle = time.perf_counter()
         try:
             if self.hessian is None:
                 self.hessian = accumulator(value.shape[-1], value.device)
-            mask = match_mask(value, self.run.batches[index], self.run.masks[index])
+            batch = self.run.batches[index]
+            mask = match_mask(value, batch, self.run.masks[index])
             self.hessian.update(value, mask)
+            middle = time.perf_counter()
+            if floats is not None:
+                check_same_tokens(self.name, floats, value, batch)
+                if self.drift is None:
+                    self.drift = InputDrift(value.shape[-1], value.device)
+                self.drift.update(floats, value, mask)
+                self.seconds_drift += time.perf_counter() - middle
         except Exception as error:
             self.error = named_error(error, self.name)
-        self.seconds += time.perf_counter() - start
+        self.seconds += middle - start
+
+    def finish(self) -> Moments:
+        """Return H (and G) on the host, or raise what went wrong."""
+        if self.error is not None:
+            raise self.error
+        start = time.perf_counter()
+        hessian = self.hessian.finish() if hasattr(self.hessian, "finish") else self.hessian
+        middle = time.perf_counter()
+        found = Moments(hessian, seconds=self.seconds + middle - start)
+        if self.drift is not None and found.tokens:
+            found.moment = self.drift.moment(hessian.matrix)
+            found.seconds_moment = self.seconds_drift + time.perf_counter() - middle
+        return found
 
 
 def run_one_pass(run: Run) -> str | None:
@@ -153,13 +175,14 @@ def run_one_pass(run: Run) -> str | None:
         None when every group is done; otherwise why the batches could not go on together. What
         is done by then stays done, and :func:`run_reforward` takes the rest.
     """
-    baseline = thread_state()
     current: list[Coroutine] = []
 
     def at_layer(name: str, value: torch.Tensor) -> None:
         if name not in run.done:
             pause(name, value)
             return
+        if current[0] in floats:
+            originals.ran(name)
         # A layer that was quantized with another one's H: its input must be that one's.
         seen = current[0].keys.get(run.group_of[name])
         if seen is not None and seen != tensor_key(value):
@@ -168,34 +191,46 @@ def run_one_pass(run: Run) -> str | None:
                 "probe, but not on the calibration data; quantize with share_inputs=False"
             )
 
-    coroutines = [
-        Coroutine(lambda batch=batch: forward(run.model, batch))  # type: ignore[misc]
-        for batch in run.batches
-    ]
-
-    def step(coroutine: Coroutine) -> None:
-        current[:] = [coroutine]
-        coroutine.step()
-
+    coroutines, floats = (
+        [
+            Coroutine(lambda batch=batch: forward(run.model, batch))  # type: ignore[misc]
+            for batch in batches
+        ]
+        for batches in (run.batches, run.batches if run.propagate else [])
+    )
+    originals = OriginalWeights(run.targets, len(floats))
+    waiting = None
     try:
         with hooks(run.modules(), at_layer):
             for group in run.groups:
-                for coroutine in coroutines:
-                    step(coroutine)
-                    # At once: the next coroutine would run inside this one's mode, and modes that
-                    # are not left in the order they were entered in leak.
-                    if thread_state() != baseline:
-                        return (
-                            f"{coroutine.name} runs inside a thread-local mode (such as autocast) "
-                            "set by the model"
-                        )
-                reason = _met(coroutines, group)
+                with originals.in_place(waiting):
+                    reason = _step(floats, current)
+                reason = reason or _step(coroutines, current) or _met(coroutines + floats, group)
                 if reason is not None:
                     return reason
-                _quantize_waiting(run, group, coroutines)
+                if floats:
+                    originals.keep(group)
+                waiting = group[0]
+                _quantize_waiting(run, group, coroutines, floats)
     finally:
-        for coroutine in coroutines:
+        for coroutine in [*coroutines, *floats]:
             coroutine.close()
+    return None
+
+
+def _step(coroutines: Sequence[Coroutine], current: list[Coroutine]) -> str | None:
+    """Let all go on to their next pause; why they cannot go on together, None if they can."""
+    baseline = thread_state()
+    for coroutine in coroutines:
+        current[:] = [coroutine]
+        coroutine.step()
+        # At once: the next coroutine would run inside this one's mode, and modes that are not left
+        # in the order they were entered in leak.
+        if thread_state() != baseline:
+            return (
+                f"{coroutine.name} runs inside a thread-local mode (such as autocast) set by the "
+                "model"
+            )
     return None
 
 
@@ -208,12 +243,16 @@ def _met(coroutines: Sequence[Coroutine], group: list[str]) -> str | None:
     return f"the batches did not meet at {group[0]} (they reached {shown})"
 
 
-def _quantize_waiting(run: Run, group: list[str], coroutines: Sequence[Coroutine]) -> None:
+def _quantize_waiting(
+    run: Run, group: list[str], coroutines: Sequence[Coroutine], floats: Sequence[Coroutine]
+) -> None:
     work = _Accumulation(run, group[0])
     for index, coroutine in enumerate(coroutines):
         assert coroutine.value is not None
-        work.add(coroutine.value, index)
-        if len(group) > 1:
+        work.add(coroutine.value, index, floats[index].value if floats else None)
+    if len(group) > 1:
+        for coroutine in [*coroutines, *floats]:
+            assert coroutine.value is not None
             coroutine.keys[run.group_of[group[0]]] = tensor_key(coroutine.value)
     run.finish(group, work, "one-pass")
 

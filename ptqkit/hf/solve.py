@@ -14,14 +14,12 @@ import torch
 import ptqkit
 from ptqkit.errors import CalibrationError, PtqkitError
 from ptqkit.hf.calibration import padding_mask
+from ptqkit.hf.on_grid import dequantize, row_blocks, rtn_on_grid
 from ptqkit.hf.recipe import Recipe
 from ptqkit.hf.structure import Target
 from ptqkit.result import QuantizedMatrix
 
 __all__ = ["Solved", "TorchHessian", "accumulator", "match_mask", "rtn_on_grid", "solve_group"]
-
-# Rows of the weight per step of the diagnostics: keeps its temporaries small.
-_ROWS = 256
 
 
 class TorchHessian:
@@ -123,7 +121,8 @@ class Solved:
     seconds_solve : float
         This layer's share of the time, by rows.
     objective : float
-        tr((W - Q) H (W - Q)^T) with the undamped H.
+        tr((W - Q) H (W - Q)^T) with the undamped H; with error propagation W is the corrected
+        weight, here and in the diagnostics.
     objective_rtn, output_power, weight_power, weight_error : float
         Diagnostics; NaN where they were not asked for.
     """
@@ -136,12 +135,14 @@ class Solved:
     weight_power: float = float("nan")
     weight_error: float = float("nan")
     seconds_diagnostics: float = 0.0
+    seconds_propagation: float = 0.0
     dequantized: np.ndarray | None = field(default=None, repr=False)
 
 
 def solve_group(
     targets: Sequence[Target],
     hessian: Any,
+    moment: np.ndarray | None = None,
     *,
     threads: int = 0,
     diagnostics: bool = True,
@@ -156,6 +157,8 @@ def solve_group(
     targets : sequence of Target
     hessian : Hessian or None
         None only for round-to-nearest without calibration.
+    moment : ndarray of float64, shape (in, in), optional
+        G = (2/N) sum x x~^T, for layers with error propagation.
     threads : int
     diagnostics : bool
         Also compute what the report shows beyond the objective.
@@ -174,9 +177,11 @@ def solve_group(
     for stack in stacks:
         name = ", ".join(t.name for t in stack)
         source = hessian
-        if len(stacks) > 1 and hessian is not None and stack[0].options.method == "gptq":
+        shared = len(stacks) > 1 or moment is not None
+        if shared and hessian is not None and stack[0].options.method == "gptq":
             source = _factor(factors, hessian, _effective(stack[0]), threads, name)
-        solved.update(_solve_stack(stack, name, source, hessian, threads, diagnostics))
+        moments = (hessian, moment)
+        solved.update(_solve_stack(stack, name, source, moments, threads, diagnostics))
     return solved
 
 
@@ -208,13 +213,25 @@ def _factor(
 
 
 def _solve_stack(
-    stack: list[Target], name: str, source: Any, hessian: Any, threads: int, diagnostics: bool
+    stack: list[Target],
+    name: str,
+    source: Any,
+    moments: tuple[Any, np.ndarray | None],
+    threads: int,
+    diagnostics: bool,
 ) -> dict[str, Solved]:
-    start = time.perf_counter()
+    hessian, moment = moments
+    start = begin = time.perf_counter()
     options = _effective(stack[0])
     parts = [t.read() for t in stack]
     weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
     del parts
+    if moment is not None:
+        # With the damping that the solver's factor took, which may have been raised.
+        weight = ptqkit.propagate_error(
+            weight, hessian, moment, options.error_propagation, source.damping, name=name
+        )
+        start = time.perf_counter()
     matrix = _quantize(weight, source, options, threads, name)
     dequantized = dequantize(matrix)
     middle = time.perf_counter()
@@ -227,6 +244,7 @@ def _solve_stack(
         rows = slice(row, row + target.shape[0])
         share = target.shape[0] / len(weight)
         result = Solved(matrix.rows(rows.start, rows.stop), share * (middle - start))
+        result.seconds_propagation = share * (start - begin)
         result.dequantized = dequantized[rows]
         result.objective = result.matrix.objective
         if extra is not None:
@@ -267,56 +285,13 @@ def _quantize(
     )
 
 
-def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
-    """As ``matrix.dequantize()``, the same bits, on torch's threads."""
-    result = torch.empty(matrix.shape, dtype=torch.float32)
-    for rows in _row_blocks(len(result)):
-        scales, zeros = _grid(matrix, rows)
-        codes = torch.from_numpy(matrix.codes[rows]).view(zeros.shape[0], zeros.shape[1], -1)
-        torch.sub(codes, zeros, out=result[rows].view_as(codes)).mul_(scales)
-    return result.numpy()
-
-
-def rtn_on_grid(weight: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
-    """Round a weight (out, in) to nearest on a result's own grid; returns the dequantized form."""
-    result = torch.empty(matrix.shape, dtype=torch.float32)
-    for rows in _row_blocks(len(result)):
-        scales, zeros = _grid(matrix, rows)
-        values = torch.from_numpy(weight[rows]).view(zeros.shape[0], zeros.shape[1], -1)
-        codes = torch.div(values, scales, out=result[rows].view_as(values)).round_()
-        codes.clamp_(-zeros, matrix.max_code - zeros).mul_(scales)
-    return result.numpy()
-
-
-def _row_blocks(rows: int) -> list[slice]:
-    """Runs of rows that fit a cache together with the temporaries."""
-    return [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
-
-
-def _grid(matrix: QuantizedMatrix, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero-points of some rows as float32 that broadcast to (rows, runs, run length).
-
-    Groups that are runs of consecutive inputs stay as they are; others get one entry per input.
-    """
-    scales = torch.from_numpy(matrix.scales[rows])
-    zeros = torch.from_numpy(matrix.zero_points[rows]).float()
-    groups, inputs = scales.shape[1], matrix.shape[1]
-    runs = inputs % groups == 0 and np.array_equal(
-        matrix.g_idx, np.arange(inputs, dtype=np.int32) // (inputs // groups)
-    )
-    if not runs:
-        index = torch.from_numpy(matrix.g_idx).long()
-        scales, zeros = scales[:, index], zeros[:, index]
-    return scales[:, :, None], zeros[:, :, None]
-
-
 def _diagnose(
     weight: np.ndarray, dequantized: np.ndarray, matrix: QuantizedMatrix, hessian: Any
 ) -> dict[str, np.ndarray]:
     """Per row: power of weights and error; with H also RTN's objective and the output's power."""
     values, found = torch.from_numpy(weight), torch.from_numpy(dequantized)
     power, error = torch.empty(len(values)), torch.empty(len(values))
-    for rows in _row_blocks(len(values)):
+    for rows in row_blocks(len(values)):
         torch.linalg.vector_norm(values[rows], dim=1, out=power[rows])
         torch.linalg.vector_norm(values[rows] - found[rows], dim=1, out=error[rows])
     out = {"weight_power": power.double().numpy() ** 2, "weight_error": error.double().numpy() ** 2}

@@ -1,4 +1,4 @@
-"""RTN, GPTQ as published, OBQ, coordinate descent and brute force (float64)."""
+"""RTN, GPTQ as published, OBQ, coordinate descent, QEP and brute force (float64)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "make_order",
     "objective",
     "obq",
+    "propagate_error",
     "quantization_targets",
     "rtn",
     "sweep",
@@ -199,6 +200,18 @@ def _obq_row(w, inverse, scale, zero, max_code):
         left[j] = False
         inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return codes
+
+
+def propagate_error(W, H, G, alpha, damping):
+    """W + alpha W (G - H) (H + lambda I)^-1: what to quantize when inputs carry errors already.
+
+    With x the float model's inputs, x~ the quantized one's, H = (2/N) sum x~ x~^T and
+    G = (2/N) sum x x~^T, the least squares of W x - W* x~ is W* = W G H^-1 (QEP, arXiv 2504.09629);
+    alpha goes part of the way. x~_j = 0 for a dead input, and so is column j of G - H.
+    """
+    damped, dead = dampen(H, damping)
+    drift = np.where(dead, 0.0, np.asarray(G, np.float64) - H)
+    return W + alpha * W @ drift @ np.linalg.inv(damped)
 
 
 def brute_force(w, scale, zero, H, max_code):
