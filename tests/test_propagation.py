@@ -107,6 +107,8 @@ def test_dead_inputs(damping):
     if damping == 0:
         best = np.linalg.lstsq(X_q[:, live], X @ W.T.astype(np.float64), rcond=None)[0].T
         np.testing.assert_allclose(found[:, live], best, atol=1e-4)
+    G[:, 3] = 1.0  # cannot be: whatever stands there must not count
+    np.testing.assert_array_equal(ptqkit.propagate_error(W, H, G, 1.0, damping), found)
     all_dead = ptqkit.propagate_error(W, np.zeros_like(H), np.zeros_like(H), 1.0, damping)
     np.testing.assert_array_equal(all_dead, W)
 
