@@ -102,7 +102,7 @@ def header() -> dict[str, Any]:
 
 def show(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """Print an aligned table."""
-    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
     widths = [max(len(str(c)), *(len(r[i]) for r in cells)) for i, c in enumerate(columns)]
     print(f"\n{title}")
     for row in [columns, *cells]:
