@@ -105,6 +105,20 @@ def test_a_pivot_at_the_level_of_rounding_is_noise(tokens, blas):
     assert np.isfinite(np.triu(F.R)).all()
 
 
+@pytest.mark.parametrize("n", [2, 60])
+def test_the_least_pivot_that_is_no_noise(n, blas):
+    # Two nearly equal inputs: the pivot of the first is 1 - a^2 of its diagonal.
+    for power, kept in [(-24, False), (-23, False), (-20, True)]:
+        H = np.eye(n, dtype=np.float32)
+        H[0, 1] = H[1, 0] = np.float32(1 - 2.0**power)  # 1.2e-7, 2.4e-7, 1.9e-6
+        if kept:
+            R = ptqkit.factorize(H, damping=0, max_damping=0).R
+            np.testing.assert_allclose(R[0, 0], np.sqrt(1 - float(H[0, 1]) ** 2), rtol=0.1)
+            continue
+        with pytest.raises(ptqkit.NotPositiveDefiniteError, match="pivot of input 0"):
+            ptqkit.factorize(H, damping=0, max_damping=0)
+
+
 def test_dead_inputs_get_a_unit_pivot(blas):
     _, H = layer(1, 40, "dead")
     F = ptqkit.factorize(H)
