@@ -157,6 +157,23 @@ def test_tokens_from_a_file(folder, tmp_path, capsys):
     assert found["texts"] == 6 and found["tokens"] == 6 * 20
 
 
+def test_model_without_a_tokenizer(folder, tmp_path, capsys):
+    config = transformers.GPT2Config(
+        vocab_size=4000, n_embd=32, n_layer=1, n_head=2, n_positions=32
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
+    out, tokens = str(tmp_path / "q"), str(folder / "tokens.npy")
+    given = ["--group-size", "16", "--samples", "4", "--calibration", tokens, "--out", out]
+    assert main(["quantize", str(tmp_path / "m"), *given]) == 0
+    assert "--symmetric" not in capsys.readouterr().out  # would not help: Conv1D
+    assert not list((tmp_path / "q").glob("token*"))
+    assert main(["eval", out, "--text", tokens]) == 0
+    assert "start token none" in capsys.readouterr().out
+    given = ["--text", str(folder / "test.txt")]
+    assert main(["eval", out, *given]) == 2
+    assert "MODEL has no tokenizer" in capsys.readouterr().err
+
+
 def test_eval_states_its_conventions(folder, capsys, tmp_path):
     file = tmp_path / "e.json"
     text = ["--text", str(folder / "test.txt")]

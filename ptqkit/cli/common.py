@@ -38,6 +38,10 @@ SCHEMA = 1
 """Version of the ``--json`` files; raised when a field changes its meaning or goes away."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+    "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -253,10 +257,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
             f"{folder / 'config.json'} states an unknown dtype {dtype!r}; give --dtype"
         )
     model = load(folder, dtype=getattr(torch, dtype)).to(device).eval()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        tokenizer = None
+    # Without any file, transformers makes up an empty tokenizer for some model types.
+    found = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if found else None
     facts = {
         "folder": str(folder),
         "stored_dtype": stored,

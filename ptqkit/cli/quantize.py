@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
     )
     say(args, "load it with:")
     say(args, "\n".join(f"  {line}" for line in load))
-    if info.format == "ptqkit" and not args.symmetric:
+    if "asymmetric" in info.reason:
         say(args, "(with --symmetric the checkpoint loads without ptqkit, at some loss of quality)")
     write_json(
         args,
