@@ -21,7 +21,7 @@ def test_against_numpy(n, order, blas):
     F = ptqkit.factorize(H, order=order, group_size=size)
     perm = reference.make_order(np.diag(H), order, size)
     np.testing.assert_array_equal(F.order, perm)
-    damped, dead = reference.dampen(H, 0.01)
+    damped, _ = reference.dampen(H, 0.01)
     A = damped[np.ix_(perm, perm)]
     R = np.triu(F.R).astype(np.float64)
     # backward error of a Cholesky factorization: c n eps sqrt(a_ii a_jj), c = 1

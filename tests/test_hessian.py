@@ -170,7 +170,7 @@ def test_memory_layouts_make_no_difference(dtype):
 
 def test_torch_tensors():
     torch = pytest.importorskip("torch")
-    X, exact = _inputs(64, 20, "float32")
+    X, _ = _inputs(64, 20, "float32")
     plain = ptqkit.Hessian(20)
     plain.update(X)
     for tensor in [
@@ -192,7 +192,7 @@ def test_torch_tensors():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_batch_with_nan_leaves_the_value_untouched(dtype, value, blas):
-    good, exact = _inputs(40, 17, dtype)
+    good, _ = _inputs(40, 17, dtype)
     bad, _ = _inputs(1300, 17, dtype, seed=1)
     bad[1299, 16] = value
     H = ptqkit.Hessian(17)

@@ -2,7 +2,7 @@
 
 Dampen, invert by Cholesky, upper Cholesky factor of the inverse; then block by block, column by
 column, each error spread over the rest of its block at once and over later blocks when the block
-is done. Written from the paper; grids are min-max, as NUMERICS section 1 states them.
+is done. Written from the paper; grids are min-max.
 
 One code on the other side of a rounding tie rightly changes all later ones, so the form can be
 told which side another solver took: ``follow`` decides ties, and nothing else.
