@@ -38,8 +38,11 @@ def extension():
     flags += " -fvisibility=hidden -Wall -Wextra -Wconversion"
     return Extension(
         "ptqkit._core",
-        sources=sorted(str(p) for folder in ("core", "kernels", "bind")
-                       for p in Path("csrc", folder).glob("*.c")),
+        sources=sorted(
+            str(p)
+            for folder in ("core", "kernels", "bind")
+            for p in Path("csrc", folder).glob("*.c")
+        ),
         depends=sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inc")),
         include_dirs=[numpy.get_include()],
         extra_compile_args=[*flags.split(), "-Wno-sign-conversion", *openmp, *extra],

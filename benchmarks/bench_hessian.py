@@ -19,27 +19,39 @@ def main() -> None:
     results = {"ceilings": rates, "cases": {}}
     rows = []
     for n in args.inputs or (768, 4096):
-        X = torch.from_numpy(
-            np.random.default_rng(0).standard_normal((args.tokens, n), np.float32))
+        X = torch.from_numpy(np.random.default_rng(0).standard_normal((args.tokens, n), np.float32))
         bf16, fp16 = X.bfloat16(), X.half()
         peer = torch.zeros(n, n)
         ours = {d: ptqkit.Hessian(n) for d in ("fp32", "bf16", "fp16")}
-        seconds = interleave({
-            "PyTorch fp32": lambda: peer.addmm_(X.T, X),
-            "PyTorch bf16 widened": lambda: peer.addmm_(bf16.float().T, bf16.float()),
-            "ptqkit fp32": lambda: ours["fp32"].update(X),
-            "ptqkit bf16": lambda: ours["bf16"].update(bf16),
-            "ptqkit fp16": lambda: ours["fp16"].update(fp16),
-        }, args.repeats)
+        seconds = interleave(
+            {
+                "PyTorch fp32": lambda: peer.addmm_(X.T, X),
+                "PyTorch bf16 widened": lambda: peer.addmm_(bf16.float().T, bf16.float()),
+                "ptqkit fp32": lambda: ours["fp32"].update(X),
+                "ptqkit bf16": lambda: ours["bf16"].update(bf16),
+                "ptqkit fp16": lambda: ours["fp16"].update(fp16),
+            },
+            args.repeats,
+        )
         wall = medians(seconds)
         work = args.tokens * n * n / 1e9
         for name, value in wall.items():
-            rows.append([f"{n} inputs, {name}", 1e3 * value, work / value,
-                         wall["PyTorch fp32"] / value, work / value / rates["ssyrk_gflops"]])
+            rows.append(
+                [
+                    f"{n} inputs, {name}",
+                    1e3 * value,
+                    work / value,
+                    wall["PyTorch fp32"] / value,
+                    work / value / rates["ssyrk_gflops"],
+                ]
+            )
         results["cases"][str(n)] = {"seconds": seconds, "median": wall}
-    show(f"Hessian of {args.tokens} tokens; flops of one triangle; "
-         f"SSYRK of SciPy's BLAS {rates['ssyrk_gflops']:.0f} GFLOP/s",
-         ["case", "ms", "GFLOP/s", "x PyTorch fp32", "/ SSYRK rate"], rows)
+    show(
+        f"Hessian of {args.tokens} tokens; flops of one triangle; "
+        f"SSYRK of SciPy's BLAS {rates['ssyrk_gflops']:.0f} GFLOP/s",
+        ["case", "ms", "GFLOP/s", "x PyTorch fp32", "/ SSYRK rate"],
+        rows,
+    )
     save(args.json, "hessian", results)
 
 

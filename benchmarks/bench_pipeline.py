@@ -13,21 +13,30 @@ import resource
 import time
 
 import torch
-from common import ceilings, interleave, medians, parser, save, show, torch_threads
+from common import ceilings, medians, parser, save, show, torch_threads
 from torch_gptq import accumulate, gptq
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ptqkit
 
-GROUPS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
-          ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 def build(args, dtype):
     """A random model; its inputs are correlated as far as random layers make them so."""
     config = LlamaConfig(
-        vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=args.layers,
-        num_attention_heads=12, num_key_value_heads=12, max_position_embeddings=2048,
+        vocab_size=16384,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=args.layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
     state = torch.get_rng_state()
@@ -89,7 +98,10 @@ def study(args, dtype):
     """Time and check one dtype."""
     model = build(args, dtype)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 16384, (args.samples + 4, 512), generator=generator)
+    # frequencies as in text (Zipf), so that inputs are correlated and H matters
+    chances = 1.0 / torch.arange(1.0, 16385.0)
+    tokens = torch.multinomial(chances, (args.samples + 4) * 512, True, generator=generator)
+    tokens = tokens.view(-1, 512)
     calibration, held_out = tokens[: args.samples], tokens[args.samples :]
     batches = list(calibration.split(args.batch_size))
     with torch.no_grad():
@@ -110,10 +122,18 @@ def study(args, dtype):
             target = copies.pop(name)
             options.setdefault("diagnostics", False)
             result = ptqkit.quantize(
-                target, recipe, calibration, bits=4, group_size=128, symmetric=True,
-                batch_size=args.batch_size, progress=False, **options,
+                target,
+                recipe,
+                calibration,
+                bits=4,
+                group_size=128,
+                symmetric=True,
+                batch_size=args.batch_size,
+                progress=False,
+                **options,
             )
             reports[name], copies[name + " done"] = result.report, target
+
         return run
 
     def peer():
@@ -124,8 +144,9 @@ def study(args, dtype):
     candidates = {
         "float forward": forward,
         "ptqkit reference": ours("ptqkit reference", "reference"),
-        "ptqkit reference, full report": ours("ptqkit reference, full report", "reference",
-                                              diagnostics=True),
+        "ptqkit reference, full report": ours(
+            "ptqkit reference, full report", "reference", diagnostics=True
+        ),
         "ptqkit quality": ours("ptqkit quality", "quality"),
         "ptqkit rtn": ours("ptqkit rtn", "rtn"),
     }
@@ -143,14 +164,25 @@ def study(args, dtype):
         errors[name] = logits_error(copies[name + " done"], expected, held_out)
     wall = medians(seconds)
     rows = [[n, wall[n], wall[n] / wall["float forward"], errors.get(n, 0.0)] for n in candidates]
-    show(f"{dtype}, {args.samples} x 512 tokens, {args.layers} layers",
-         ["candidate", "wall s", "/ forward", "logits error"], rows)
+    show(
+        f"{dtype}, {args.samples} x 512 tokens, {args.layers} layers",
+        ["candidate", "wall s", "/ forward", "logits error"],
+        rows,
+    )
     for name, report in reports.items():
-        print(name, report.schedule, {k: round(v, 2) for k, v in report.seconds.items()},
-              {k: v for k, v in report.memory.items()})
-    return {"seconds": seconds, "median": wall, "logits_error": errors,
-            "parts": {n: r.seconds for n, r in reports.items()},
-            "memory": {n: r.memory for n, r in reports.items()}}
+        print(
+            name,
+            report.schedule,
+            {k: round(v, 2) for k, v in report.seconds.items()},
+            {k: v for k, v in report.memory.items()},
+        )
+    return {
+        "seconds": seconds,
+        "median": wall,
+        "logits_error": errors,
+        "parts": {n: r.seconds for n, r in reports.items()},
+        "memory": {n: r.memory for n, r in reports.items()},
+    }
 
 
 def main() -> None:

@@ -39,26 +39,41 @@ def main() -> None:
         W, H = layer(rows, n)
         Wt, Ht = torch.from_numpy(W), torch.from_numpy(np.array(H))
         options = {"bits": args.bits}
-        seconds = interleave({
-            "PyTorch, groups of 128": lambda: torch_gptq(Wt, Ht, args.bits, 128),
-            "PyTorch, per channel": lambda: torch_gptq(Wt, Ht, args.bits, None),
-            "ptqkit, groups of 128": lambda: ptqkit.gptq(W, H, group_size=128, **options),
-            "ptqkit, per channel": lambda: ptqkit.gptq(W, H, group_size=None, **options),
-            "ptqkit quality, groups of 128":
-                lambda: ptqkit.gptq(W, H, group_size=128, **options, **QUALITY),
-            "ptqkit quality, per channel":
-                lambda: ptqkit.gptq(W, H, group_size=None, **options, **QUALITY),
-        }, args.repeats)
+        seconds = interleave(
+            {
+                "PyTorch, groups of 128": lambda: torch_gptq(Wt, Ht, args.bits, 128),
+                "PyTorch, per channel": lambda: torch_gptq(Wt, Ht, args.bits, None),
+                "ptqkit, groups of 128": lambda: ptqkit.gptq(W, H, group_size=128, **options),
+                "ptqkit, per channel": lambda: ptqkit.gptq(W, H, group_size=None, **options),
+                "ptqkit quality, groups of 128": lambda: ptqkit.gptq(
+                    W, H, group_size=128, **options, **QUALITY
+                ),
+                "ptqkit quality, per channel": lambda: ptqkit.gptq(
+                    W, H, group_size=None, **options, **QUALITY
+                ),
+            },
+            args.repeats,
+        )
         wall = medians(seconds)
         floor = (n**3 / 3 + rows * n**2) / (rates["sgemm_gflops"] * 1e9)
         for name, value in wall.items():
             peer = wall["PyTorch, " + name.split(", ")[1]]
             reference = wall["ptqkit, " + name.split(", ")[1]]
-            rows_out.append([f"{rows} x {n}, {name}", 1e3 * value, peer / value, value / floor,
-                             value / reference])
+            rows_out.append(
+                [
+                    f"{rows} x {n}, {name}",
+                    1e3 * value,
+                    peer / value,
+                    value / floor,
+                    value / reference,
+                ]
+            )
         results["cases"][f"{rows}x{n}"] = {"seconds": seconds, "median": wall, "floor": floor}
-    show(f"GPTQ of rows x inputs; SGEMM of SciPy's BLAS {rates['sgemm_gflops']:.0f} GFLOP/s",
-         ["case", "ms", "x PyTorch", "/ floor", "/ reference"], rows_out)
+    show(
+        f"GPTQ of rows x inputs; SGEMM of SciPy's BLAS {rates['sgemm_gflops']:.0f} GFLOP/s",
+        ["case", "ms", "x PyTorch", "/ floor", "/ reference"],
+        rows_out,
+    )
     save(args.json, "solver", results)
 
 

@@ -79,7 +79,9 @@ def ceilings(size: int = 2048, repeats: int = 5) -> dict[str, float]:
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -106,8 +108,12 @@ def show(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     widths = [max(len(str(c)), *(len(r[i]) for r in cells)) for i, c in enumerate(columns)]
     print(f"\n{title}")
     for row in [columns, *cells]:
-        print("  ".join(str(v).rjust(w) if i else str(v).ljust(w)
-                        for i, (v, w) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  ".join(
+                str(v).rjust(w) if i else str(v).ljust(w)
+                for i, (v, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
 
 
 def save(path: Path | None, name: str, results: Any) -> None:
@@ -115,4 +121,6 @@ def save(path: Path | None, name: str, results: Any) -> None:
     info = header()
     print("\n" + ", ".join(f"{k}={v}" for k, v in info.items()))
     if path is not None:
-        path.write_text(json.dumps({"benchmark": name, "machine": info, **results}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"benchmark": name, "machine": info, **results}, indent=1) + "\n"
+        )

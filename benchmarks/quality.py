@@ -22,8 +22,10 @@ VARIANTS = {
     "rtn": ("rtn", {}),
     "reference": ("reference", {}),
     "act-order, static groups, min-max": ("reference", {"order": "act", "static_groups": True}),
-    "act-order, static groups, hessian, 1 sweep":
-        ("quality", {"order": "act", "static_groups": True}),
+    "act-order, static groups, hessian, 1 sweep": (
+        "quality",
+        {"order": "act", "static_groups": True},
+    ),
     "act-order, g_idx, hessian, 1 sweep": ("quality", {"order": "act"}),
     "natural order, hessian, 1 sweep": ("quality", {"order": "natural"}),
     "group order, hessian, no sweep": ("quality", {"sweeps": 0}),
@@ -48,8 +50,9 @@ def main() -> None:
     calibration = demo.text("calibration", 400_000, per_file=24_000)
 
     def score(model):
-        return perplexity(model, tokenizer, test, window=512, max_tokens=args.tokens,
-                          batch_size=16).perplexity
+        return perplexity(
+            model, tokenizer, test, window=512, max_tokens=args.tokens, batch_size=16
+        ).perplexity
 
     base = score(original)
     rows, results = [], {"float": base, "cells": []}
@@ -58,27 +61,52 @@ def main() -> None:
             continue
         reference = None
         for name, (recipe, changes) in VARIANTS.items():
-            if args.only and not any(part in name for part in (*args.only, )):
+            if args.only and not any(part in name for part in (*args.only,)):
                 continue
             excess, objective, start = 0.0, 0.0, time.perf_counter()
             for seed in range(args.seeds):
                 model = copy.deepcopy(original)
                 result = ptqkit.quantize(
-                    model, recipe, [calibration], tokenizer=tokenizer, samples=64, seed=seed,
-                    bits=bits, group_size=group, progress=False, diagnostics=False, **changes)
-                objective += sum(r.objective for r in result.report.layers
-                                 if r.objective == r.objective) / args.seeds
+                    model,
+                    recipe,
+                    [calibration],
+                    tokenizer=tokenizer,
+                    samples=64,
+                    seed=seed,
+                    bits=bits,
+                    group_size=group,
+                    progress=False,
+                    diagnostics=False,
+                    **changes,
+                )
+                objective += (
+                    sum(r.objective for r in result.report.layers if r.objective == r.objective)
+                    / args.seeds
+                )
                 excess += (score(model) - base) / args.seeds
             reference = excess if name == "reference" else reference
             cut = float("nan") if reference is None else 100 * (1 - excess / reference)
             rows.append([f"{bits} bit, {group or 'channel'}: {name}", excess, cut, objective])
-            print(*(f"{v:.4g}" if isinstance(v, float) else v for v in rows[-1]),
-                  f"{time.perf_counter() - start:.1f} s", flush=True)
-            results["cells"].append({"bits": bits, "group_size": group, "variant": name,
-                                     "excess": excess, "cut_percent": cut,
-                                     "objective": objective})
-    show(f"embedded model, float perplexity {base:.3f}",
-         ["variant", "excess perplexity", "% below reference", "objective"], rows)
+            print(
+                *(f"{v:.4g}" if isinstance(v, float) else v for v in rows[-1]),
+                f"{time.perf_counter() - start:.1f} s",
+                flush=True,
+            )
+            results["cells"].append(
+                {
+                    "bits": bits,
+                    "group_size": group,
+                    "variant": name,
+                    "excess": excess,
+                    "cut_percent": cut,
+                    "objective": objective,
+                }
+            )
+    show(
+        f"embedded model, float perplexity {base:.3f}",
+        ["variant", "excess perplexity", "% below reference", "objective"],
+        rows,
+    )
     save(args.json, "quality", results)
 
 

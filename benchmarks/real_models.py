@@ -20,7 +20,6 @@ import transformers
 from common import parser, save, show
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ptqkit.hf
 from ptqkit.cli import main as ptqkit_main
 from ptqkit.hf import perplexity, read_layers
 
@@ -58,8 +57,12 @@ def exactness(folder: Path, original: Path, probe: torch.Tensor) -> float:
     for name, matrix in read_layers(folder).items():
         weight = fake.get_submodule(name).weight
         values = torch.from_numpy(matrix.dequantize())
-        weight.copy_(values if values.shape == weight.shape and "Conv1D" not in
-                     type(fake.get_submodule(name)).__name__ else values.T)
+        weight.copy_(
+            values
+            if values.shape == weight.shape
+            and "Conv1D" not in type(fake.get_submodule(name)).__name__
+            else values.T
+        )
     return float((loaded(probe).logits - fake(probe).logits).abs().max())
 
 
@@ -80,30 +83,54 @@ def study(args, name: str, group: int, work: Path):
         if sorting:
             return sorting_loss(model)
         window = model.config.max_position_embeddings
-        return perplexity(model, tokenizer, " ".join(" ".join(text[600:]).split()), window=window,
-                          max_tokens=args.tokens).perplexity
+        return perplexity(
+            model,
+            tokenizer,
+            " ".join(" ".join(text[600:]).split()),
+            window=window,
+            max_tokens=args.tokens,
+        ).perplexity
 
-    probe = sorting_rows()[:64] if sorting else torch.tensor(
-        [tokenizer(text[700])["input_ids"][:128]])
+    probe = (
+        sorting_rows()[:64] if sorting else torch.tensor([tokenizer(text[700])["input_ids"][:128]])
+    )
     base = score(folder)
     for bits, symmetric in CASES:
         found = {}
         for method in ("rtn", "gptq"):
             out = work / f"{name}-{method}-{bits}-{symmetric}"
-            options = ["--method", method, "--bits", str(bits), "--group-size", str(group),
-                       "--calibration", str(calibration), "--out", str(out), "--quiet"]
+            options = [
+                "--method",
+                method,
+                "--bits",
+                str(bits),
+                "--group-size",
+                str(group),
+                "--calibration",
+                str(calibration),
+                "--out",
+                str(out),
+                "--quiet",
+            ]
             if sorting:
                 options += ["--samples", "729", "--sequence-length", "11"]
             else:
                 options += ["--samples", "64", "--sequence-length", "256"]
-            code = ptqkit_main(["quantize", str(folder), *options,
-                                *(["--symmetric"] if symmetric else [])])
+            code = ptqkit_main(
+                ["quantize", str(folder), *options, *(["--symmetric"] if symmetric else [])]
+            )
             if code:
                 raise SystemExit(f"ptqkit quantize failed with {code}")
             config = json.loads((out / "config.json").read_text())["quantization_config"]
             found[method] = (score(out), exactness(out, folder, probe), config["quant_method"])
-        yield [f"{name}, {bits} bit g{group} {'sym' if symmetric else 'asym'}", base,
-               found["rtn"][0], found["gptq"][0], found["gptq"][1], found["gptq"][2]]
+        yield [
+            f"{name}, {bits} bit g{group} {'sym' if symmetric else 'asym'}",
+            base,
+            found["rtn"][0],
+            found["gptq"][0],
+            found["gptq"][1],
+            found["gptq"][2],
+        ]
 
 
 def main() -> None:

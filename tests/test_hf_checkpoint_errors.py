@@ -182,7 +182,7 @@ def _fail_in_the_middle(monkeypatch, error):
     if error is OSError:
 
         def opener(path, mode):
-            return _Full(open(path, mode), 60_000)  # noqa: SIM115
+            return _Full(open(path, mode), 60_000)
 
         monkeypatch.setattr(checkpoint_writer, "open", opener, raising=False)
         return "No space left"
