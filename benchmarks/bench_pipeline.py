@@ -59,7 +59,7 @@ def torch_pipeline(model, batches, bits):
     handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     for batch in batches:
         try:
-            model(batch)
+            model(batch, use_cache=False)
         except InterruptedError:
             pass
     handle.remove()
