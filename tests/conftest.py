@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+# Tests are thousands of tiny problems: threads that spin between them starve each other on a busy
+# machine. Read when OpenMP is loaded, so before the package.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import ptqkit
 
 # Distance from a rounding tie, in steps of the grid, within which a float32 solver may put a code
