@@ -32,6 +32,9 @@ VARIANTS = {
     "quality: group order, hessian, 1 sweep": ("quality", {}),
     "group order, hessian, 2 sweeps": ("quality", {"sweeps": 2}),
     "group order, mse, 1 sweep": ("quality", {"grid": "mse"}),
+    "reference, propagated errors 0.5": ("reference", {"error_propagation": 0.5}),
+    "quality, propagated errors 0.5": ("quality", {"error_propagation": 0.5}),
+    "quality, propagated errors 0.75": ("quality", {"error_propagation": 0.75}),
 }
 
 

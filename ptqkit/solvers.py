@@ -269,6 +269,10 @@ def gptq(
     if not isinstance(F, Factorization):
         options = {"damping": damping, "max_damping": max_damping, "threads": threads}
         F = factorize(H, order=order, group_size=group_size, name=name, **options)
+    elif order not in ("natural", F.order_name):
+        raise ValueError(
+            f"{label(name)}order={order!r}, but the Factorization was made with {F.order_name!r}"
+        )
     _matching(F.matrix, W.shape[1], name)
     if F.order_name == "group" and F.group_size != group_size:
         raise ValueError(f"{label(name)}the Factorization was ordered for another group_size")

@@ -278,6 +278,8 @@ def test_interrupt_of_the_process(folder, tmp_path):
     root = Path(ptqkit.__file__).resolve().parents[1]
     command = [sys.executable, "-m", "ptqkit", "quantize", "demo", "--out", "q"]
     options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # tests that run as a background job inherit SIGINT ignored
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with subprocess.Popen(command, env=environment, **options) as process:
         line = process.stderr.readline()

@@ -146,6 +146,7 @@ def test_fork_after_a_parallel_region(script, blas):
 INTERRUPT = """
 import signal, sys, threading, time
 import numpy as np, ptqkit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 what = sys.argv[1]
 rng = np.random.default_rng(0)
 def correlated(n, tokens):
