@@ -52,6 +52,16 @@ def test_generate_repeats_with_its_seed():
     assert greedy == tokenizer.decode([*ids[0].tolist(), int(best)], skip_special_tokens=True)
 
 
+def test_every_quantization_starts_from_the_float_weights():
+    from ptqkit.demo.workbench import Workbench
+
+    bench = Workbench(test_windows=1, calibration_windows=1)
+    first = bench.measure("rtn", bits=2, group_size=128)
+    bench.measure("reference", bits=3, group_size=64)
+    again = bench.measure("rtn", bits=2, group_size=128)
+    assert again.perplexity == first.perplexity > bench.float_row.perplexity
+
+
 def test_demo_keeps_what_is_there(tmp_path, capsys):
     (tmp_path / "mine").write_text("x", encoding="utf-8")
     assert main(["demo", "--out", str(tmp_path)]) == 3
