@@ -226,6 +226,7 @@ ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const doub
     const ptq_kernels *k = ptq_kernels_get();
     factor f = {.k = k, .H = H, .shift = shift, .perm = perm, .n = n, .R = R};
     if (ptq_blas_spotrf() && n <= INT_MAX) return factor_blas(&f, info);
+    threads = ptq_threads_for(threads, (double)n * (double)n * (double)n / 16.0);
     f.order = ptq_ceil_div(n, k->nr) * k->nr;
     f.width = ptq_max64(1, 96 / k->nr) * k->nr;
     const int64_t slots = ptq_thread_count(threads) + f.width / k->nr;

@@ -127,7 +127,8 @@ ptq_status ptq_hessian_update(float *S, int64_t n, const void *X, int64_t ldx, p
     if (n < 1 || tokens < 0 || ldx < n) return PTQ_INVALID;
     update u = {.k = ptq_kernels_get(), .S = S, .n = n, .X = X, .ldx = ldx, .dtype = dtype,
                 .rows = rows, .count = tokens};
-    ptq_status status = ptq_parallel_for(ptq_ceil_div(tokens, 64), threads, finite_task, &u);
+    const int scanners = ptq_threads_for(threads, (double)tokens * (double)n);
+    ptq_status status = ptq_parallel_for(ptq_ceil_div(tokens, 64), scanners, finite_task, &u);
     if (status) return status;
     if (u.bad) return PTQ_NONFINITE;
     u.pairs = dtype == PTQ_BF16 && u.k->gemm_bf16 != NULL;
@@ -163,6 +164,7 @@ static void finish_task(void *ctx, int64_t b, int thread) {
 
 ptq_status ptq_hessian_finish(const float *S, float *out, int64_t n, double factor, int threads) {
     finish f = {S, out, n, factor};
+    threads = ptq_threads_for(threads, (double)n * (double)n);
     return ptq_parallel_for(ptq_ceil_div(n, BLOCK), threads, finish_task, &f);
 }
 
@@ -189,6 +191,7 @@ static void inspect_task(void *ctx, int64_t b, int thread) {
 
 ptq_status ptq_symmetric_check(const float *H, int64_t n, float tolerance, int threads) {
     inspection c = {ptq_kernels_get(), H, n, tolerance, 0, 0};
+    threads = ptq_threads_for(threads, (double)n * (double)n);
     const ptq_status status = ptq_parallel_for(ptq_ceil_div(n, BLOCK), threads, inspect_task, &c);
     if (status) return status;
     return c.bad ? PTQ_NONFINITE : c.asymmetric ? PTQ_INVALID : PTQ_OK;
@@ -210,6 +213,7 @@ static void scan_task(void *ctx, int64_t b, int thread) {
 
 ptq_status ptq_finite_check(const float *x, int64_t count, int threads) {
     scan c = {ptq_kernels_get(), x, count, 0};
+    threads = ptq_threads_for(threads, (double)count);
     const ptq_status status = ptq_parallel_for(ptq_ceil_div(count, 1 << 16), threads, scan_task, &c);
     return status ? status : c.bad ? PTQ_NONFINITE : PTQ_OK;
 }

@@ -70,6 +70,7 @@ ptq_status ptq_grid_blocks_make(ptq_grid_blocks *b, const float *H, int64_t n, i
     int64_t *identity = order ? NULL : ptq_alloc(n, sizeof *identity);
     ptq_status *statuses = calloc((size_t)count, sizeof *statuses);
     blocks_job job = {b, H, n, G, order ? order : identity, statuses};
+    threads = ptq_threads_for(threads, (double)n * (double)ptq_min64(G, PTQ_GRID_BLOCK));
     ptq_status status = PTQ_NOMEM;
     if (b->block && b->diagonal && job.index && statuses) {
         for (int64_t j = 0; identity && j < n; j++) identity[j] = j;

@@ -51,6 +51,8 @@ typedef int (*ptq_poll)(void);
 void ptq_set_poll(ptq_poll poll);
 /* Threads that a request means: 0 asks for the policy (OpenMP's own); 1 in a forked child. */
 int ptq_thread_count(int requested);
+/* The same for a loop of about `work` operations: 1 where waking a team would cost more. */
+int ptq_threads_for(int requested, double work);
 int ptq_has_openmp(void);
 /* For tasks that may run longer than about 0.1 s: non-zero when the loop should end, whatever the
  * task has left undone. */

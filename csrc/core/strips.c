@@ -77,6 +77,7 @@ ptq_status ptq_strips_make(ptq_strips *s, const float *M, int64_t ld, const int6
     }
     lay_out(s, n, align, mr, kind, 1);
     packing p = {s, M, ld, n, index, kind, mr, NULL};
+    threads = ptq_threads_for(threads, (double)n * (double)n);
     if (index) p.scratch = ptq_alloc(ptq_thread_count(threads) * ROWS * n, sizeof *p.scratch);
     ptq_status status = index && !p.scratch ? PTQ_NOMEM : PTQ_OK;
     if (!status) status = ptq_parallel_for(ptq_ceil_div(n, ROWS), threads, pack_rows, &p);

@@ -40,6 +40,11 @@ int ptq_thread_count(int requested) {
 #endif
 }
 
+int ptq_threads_for(int requested, double work) {
+    const double worth_a_team = 2e6; /* a few hundred microseconds on one core at most */
+    return work < worth_a_team ? 1 : requested;
+}
+
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
