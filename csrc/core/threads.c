@@ -41,7 +41,7 @@ int ptq_thread_count(int requested) {
 }
 
 int ptq_threads_for(int requested, double work) {
-    const double worth_a_team = 2e6; /* a few hundred microseconds on one core at most */
+    const double worth_a_team = 3e5; /* some ten microseconds on one core */
     return work < worth_a_team ? 1 : requested;
 }
 
