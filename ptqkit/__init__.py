@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ptqkit._config import configure as _configure
 from ptqkit._config import show_config
+from ptqkit.equalization import (
+    EqualizationSearch,
+    equalization_scales,
+    search_equalization,
+    weight_extent,
+)
 from ptqkit.errors import (
     CalibrationError,
     NotPositiveDefiniteError,
@@ -21,6 +27,7 @@ from ptqkit.errors import (
 from ptqkit.factorization import Factorization, factorize
 from ptqkit.hessian import Hessian
 from ptqkit.propagation import propagate_error
+from ptqkit.ranges import ChannelRanges
 from ptqkit.result import QuantizedMatrix
 from ptqkit.solvers import gptq, objective, obq, rtn
 
@@ -30,6 +37,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
+    "ChannelRanges",
+    "EqualizationSearch",
     "Factorization",
     "Hessian",
     "NotPositiveDefiniteError",
@@ -38,6 +47,7 @@ __all__ = [
     "QuantizedMatrix",
     "Recipe",
     "UnsupportedModuleError",
+    "equalization_scales",
     "factorize",
     "gptq",
     "load",
@@ -46,7 +56,9 @@ __all__ = [
     "propagate_error",
     "quantize",
     "rtn",
+    "search_equalization",
     "show_config",
+    "weight_extent",
 ]
 
 _configure()

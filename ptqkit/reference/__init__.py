@@ -5,6 +5,14 @@ use the published form of each algorithm (for GPTQ the Cholesky factor of the in
 while the core uses an equivalent form that is cheaper; the tests hold one against the other.
 """
 
+from ptqkit.reference.equalization import (
+    channel_ranges,
+    equalization_error,
+    equalization_scales,
+    fake_quantize,
+    static_range,
+    weight_extent,
+)
 from ptqkit.reference.grids import (
     dequantize,
     fit_grid,
@@ -30,8 +38,12 @@ from ptqkit.reference.solvers import (
 
 __all__ = [
     "brute_force",
+    "channel_ranges",
     "dampen",
     "dequantize",
+    "equalization_error",
+    "equalization_scales",
+    "fake_quantize",
     "fit_grid",
     "fit_groups",
     "gptq",
@@ -47,7 +59,9 @@ __all__ = [
     "round_to_dtype",
     "rtn",
     "shrink_factors",
+    "static_range",
     "sweep",
     "unpack_rows",
     "upper_factor",
+    "weight_extent",
 ]

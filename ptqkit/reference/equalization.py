@@ -1,0 +1,116 @@
+"""Channel ranges and activation-weight equalization (float64) [AWEQ, section 3.2]."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ptqkit.reference.grids import dequantize, fit_groups
+
+__all__ = [
+    "SCALE_LIMITS",
+    "channel_ranges",
+    "equalization_error",
+    "equalization_scales",
+    "fake_quantize",
+    "static_range",
+    "weight_extent",
+]
+
+SCALE_LIMITS = (2.0**-20, 2.0**20)  # of an equalization scale
+
+
+def channel_ranges(X, mask=None):
+    """Minimum, maximum and mean of each channel over the tokens whose mask is true."""
+    X = np.asarray(X, np.float64).reshape(-1, np.shape(X)[-1])
+    if mask is not None:
+        X = X[np.asarray(mask, bool).reshape(-1)]
+    return X.min(axis=0), X.max(axis=0), X.mean(axis=0)
+
+
+def weight_extent(weights):
+    """max - min of every column of the layers (out, in) that one tensor feeds, together."""
+    W = np.concatenate([np.asarray(w, np.float64) for w in weights])
+    return W.max(axis=0) - W.min(axis=0)
+
+
+def equalization_scales(activation_extent, weight_extent, alpha=0.5, channel_of=None):
+    """s = rx^alpha / rw^(1 - alpha), float64; alpha = 1/2 is eq. 10, s = sqrt(rx / rw).
+
+    Tied channels count with the largest of their extents. A channel with either extent 0 keeps
+    s = 1; the rest lies in ``SCALE_LIMITS``.
+    """
+    rx = np.asarray(activation_extent, np.float64)
+    rw = np.asarray(weight_extent, np.float64)
+    if channel_of is not None:
+        _, group = np.unique(channel_of, return_inverse=True)
+        rx = np.array([rx[group == g].max() for g in group])
+        rw = np.array([rw[group == g].max() for g in group])
+    live = (rx > 0) & (rw > 0)
+    s = np.where(live, rx, 1.0) ** alpha / np.where(live, rw, 1.0) ** (1 - alpha)
+    return np.where(live, np.clip(s, *SCALE_LIMITS), 1.0)
+
+
+def fake_quantize(x, low, high, max_code, symmetric):
+    """x rounded on the min-max grid of [low, high] (broadcast), back in float64.
+
+    Symmetric: scale = absmax / (max_code / 2), signed codes in [-(max_code + 1) / 2,
+    (max_code - 1) / 2]. Asymmetric: scale = (high - low) / max_code, zero = round(-low / scale).
+    Scales are float32 numbers, as in the core.
+    """
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    reach = np.maximum(-low, high) * 2 if symmetric else high - low
+    scale = np.float64(np.float32(np.where(reach > 0, reach / max_code, 1.0)))
+    scale = np.maximum(scale, 2.0**-126)
+    half = (max_code + 1) // 2
+    zero = half if symmetric else np.clip(np.round(-low / scale), 0, max_code)
+    return scale * (np.clip(np.round(x / scale) + zero, 0, max_code) - zero)
+
+
+def static_range(minimum, maximum, scales):
+    """Range of a whole tensor of activations after division by the channels' scales."""
+    return (np.asarray(minimum) / scales).min(), (np.asarray(maximum) / scales).max()
+
+
+def _rtn(W, max_code, group_size, symmetric, per_tensor):
+    if per_tensor:
+        return fake_quantize(W, W.min(), W.max(), max_code, symmetric)
+    size = group_size or W.shape[1]
+    scale, zero = (
+        np.repeat(v, size, axis=1)
+        for v in fit_groups(W, size, max_code=max_code, symmetric=symmetric)
+    )
+    codes = np.clip(np.round(W / scale) + zero, 0, max_code).astype(np.uint8)
+    return dequantize(codes, scale, zero)
+
+
+def equalization_error(
+    weights,
+    X,
+    scales,
+    *,
+    max_code,
+    group_size=None,
+    symmetric=False,
+    per_tensor=False,
+    activation_max_code=None,
+    activation_range=None,
+    activation_symmetric=True,
+):
+    """Sum over tokens and outputs of (Q_a(X / s) Q_w(W s)^T - X W^T)^2 [AWEQ, section 3.2].
+
+    ``activation_range`` (low, high) of X / s makes Q_a static over the tensor; None makes it
+    dynamic per token; ``activation_max_code`` None leaves activations alone. X / s and W s are
+    rounded to float32, which is what the quantizers of the core see.
+    """
+    X, s = np.asarray(X, np.float32), np.asarray(scales, np.float32)
+    A = (X / s).astype(np.float64)
+    if activation_max_code is not None:
+        low, high = activation_range or (A.min(axis=1)[:, None], A.max(axis=1)[:, None])
+        A = fake_quantize(A, low, high, activation_max_code, activation_symmetric)
+    total = 0.0
+    for W in weights:
+        W = np.asarray(W, np.float32)
+        scaled = (W * s).astype(np.float64)
+        Q = _rtn(scaled, max_code, group_size, symmetric, per_tensor)
+        total += np.square(A @ Q.T - X.astype(np.float64) @ W.T.astype(np.float64)).sum()
+    return total
