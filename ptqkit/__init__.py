@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ptqkit._config import configure as _configure
 from ptqkit._config import show_config
+from ptqkit.activations import (
+    QuantizedActivations,
+    activation_grid,
+    outlier_columns,
+    quantize_activations,
+)
+from ptqkit.bias_correction import bias_correction
 from ptqkit.equalization import (
     EqualizationSearch,
     equalization_scales,
@@ -26,6 +33,7 @@ from ptqkit.errors import (
 )
 from ptqkit.factorization import Factorization, factorize
 from ptqkit.hessian import Hessian
+from ptqkit.int8 import int8_matmul
 from ptqkit.propagation import propagate_error
 from ptqkit.ranges import ChannelRanges
 from ptqkit.result import QuantizedMatrix
@@ -44,17 +52,23 @@ __all__ = [
     "NotPositiveDefiniteError",
     "PreflightError",
     "PtqkitError",
+    "QuantizedActivations",
     "QuantizedMatrix",
     "Recipe",
     "UnsupportedModuleError",
+    "activation_grid",
+    "bias_correction",
     "equalization_scales",
     "factorize",
     "gptq",
+    "int8_matmul",
     "load",
     "objective",
     "obq",
+    "outlier_columns",
     "propagate_error",
     "quantize",
+    "quantize_activations",
     "rtn",
     "search_equalization",
     "show_config",

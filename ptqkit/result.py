@@ -55,6 +55,8 @@ class QuantizedMatrix:
         How many times it had to be raised before H could be factorized.
     dead_inputs : int
         Inputs with a zero diagonal in H.
+    per_tensor : bool
+        One grid for the whole matrix: all scales and all zero-points are equal.
     """
 
     codes: np.ndarray
@@ -69,6 +71,7 @@ class QuantizedMatrix:
     damping: float = 0.0
     damping_raised: int = 0
     dead_inputs: int = 0
+    per_tensor: bool = False
 
     @property
     def objective(self) -> float:
@@ -103,9 +106,10 @@ class QuantizedMatrix:
         out, inputs = self.codes.shape
         code_bits = TERNARY_BITS if self.bits == "ternary" else float(self.bits)
         total = code_bits * out * inputs
-        total += self.scales.size * (32 if self.scale_dtype == "float32" else 16)
+        grids = 1 if self.per_tensor else self.scales.size
+        total += grids * (32 if self.scale_dtype == "float32" else 16)
         if not self.symmetric:
-            total += self.zero_points.size * code_bits
+            total += grids * code_bits
         if self.permuted_groups:
             total += 32.0 * inputs
         return total / max(1, out * inputs)

@@ -7,74 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit import _core
-from ptqkit._arrays import as_matrix, check_count, check_number, check_threads, label
+from ptqkit import _core, reference
+from ptqkit._arrays import as_matrix, check_count, check_threads, label
+from ptqkit._grids import check_scales, grid_spec, group_width, outputs
 from ptqkit.errors import NotPositiveDefiniteError
 from ptqkit.factorization import Factorization, as_hessian, factorize
-from ptqkit.result import QuantizedMatrix, parse_bits
+from ptqkit.result import QuantizedMatrix
 
 __all__ = ["gptq", "objective", "obq", "rtn"]
-
-METHODS = {"minmax": 0, "mse": 1, "hessian": 2}
-SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
-LARGEST_SCALE = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}
-
-
-def _choice(value: Any, name: str, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search) -> tuple:
-    """Return the tuple the core takes (ptq_grid)."""
-    max_code = parse_bits(bits)
-    _choice(grid, "grid", METHODS)
-    _choice(scale_dtype, "scale_dtype", SCALE_TYPES)
-    steps, smallest, norm, candidates = search
-    smallest = check_number(smallest, "grid_min_shrink")
-    norm = check_number(norm, "grid_norm")
-    if not 0 < smallest <= 1:
-        raise ValueError(f"grid_min_shrink must lie in (0, 1], not {smallest}")
-    if not 0 < norm < 100:
-        raise ValueError(f"grid_norm must lie in (0, 100), not {norm}")
-    return (
-        max_code,
-        int(bool(symmetric)),
-        METHODS[grid],
-        check_count(steps, "grid_steps", 1, 256),
-        check_count(candidates, "grid_candidates", 1, 256),
-        SCALE_TYPES[scale_dtype],
-        check_count(min_zero_point, "min_zero_point", 0, max_code),
-        smallest,
-        norm,
-    )
-
-
-def _group(group_size: int | None, n: int, name: str | None) -> int:
-    if group_size is None:
-        return n
-    if isinstance(group_size, bool) or not isinstance(group_size, (int, np.integer)):
-        raise TypeError(f"group_size must be an integer or None, not {group_size!r}")
-    if group_size < 1 or n % group_size:
-        divisors = [d for d in (256, 128, 64, 32, 16, 8) if n % d == 0]
-        raise ValueError(
-            f"{label(name)}group_size {group_size} does not divide {n} inputs; use None (per "
-            f"channel)" + (f" or {', '.join(map(str, divisors))}" if divisors else "")
-        )
-    return int(group_size)
-
-
-def _outputs(rows: int, n: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return (
-        np.empty((rows, n), np.uint8),
-        np.empty((rows, groups), np.float32),
-        np.empty((rows, groups), np.uint8),
-    )
-
-
-def _check_scales(scales: np.ndarray, scale_dtype: str, name: str | None) -> None:
-    if not np.all(scales <= LARGEST_SCALE[scale_dtype]):
-        raise ValueError(f"{label(name)}a scale does not fit {scale_dtype}: the weights are huge")
 
 
 def rtn(
@@ -83,6 +23,7 @@ def rtn(
     bits: int | str = 4,
     group_size: int | None = 128,
     symmetric: bool = False,
+    per_tensor: bool = False,
     grid: str = "minmax",
     H: Any = None,
     scale_dtype: str = "float32",
@@ -104,6 +45,8 @@ def rtn(
         Consecutive inputs that share a grid; None: one grid per output channel.
     symmetric : bool
         Zero-point fixed in the middle (always so for ternary).
+    per_tensor : bool
+        One min-max grid for all of W; ``group_size`` must be None.
     grid : {"minmax", "mse", "hessian"}
         Range of the grid: min-max; or shrunk by the factor (of ``grid_steps`` from 1 to
         ``grid_min_shrink``) with the least ``sum |d|^grid_norm``; or with the least ``d H_gg d^T``,
@@ -127,28 +70,56 @@ def rtn(
     Raises
     ------
     TypeError, ValueError
-        For a wrong dtype or shape, NaN or Inf, a group that does not divide, bits out of range.
+        For a wrong dtype or shape, NaN or Inf, a group that does not divide, bits out of range;
+        ``per_tensor`` with groups or with a grid search.
     """
     symmetric = bool(symmetric) or bits == "ternary"
     search = (grid_steps, grid_min_shrink, grid_norm, grid_candidates)
-    spec = _grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search)
+    spec = grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search)
     threads = check_threads(threads)
     W = as_matrix(W, "W", name, threads)
     rows, n = W.shape
-    size = _group(group_size, n, name)
+    size = group_width(group_size, n, name)
     matrix = None if H is None else _matching(as_hessian(H, name, threads), n, name)
     if grid == "hessian" and matrix is None:
         raise ValueError(f"{label(name)}grid='hessian' needs H")
-    codes, scales, zeros = _outputs(rows, n, n // size)
-    _core.rtn(W, size, spec, matrix, codes, scales, zeros, threads)
-    _check_scales(scales, scale_dtype, name)
+    per_tensor = bool(per_tensor)
+    if per_tensor:
+        _check_per_tensor(group_size, grid, name)
+        arrays = _rtn_per_tensor(W, spec, threads)
+    else:
+        arrays = outputs(rows, n, n // size)
+        _core.rtn(W, size, spec, matrix, *arrays, threads)
+    check_scales(arrays[1], scale_dtype, name)
     g_idx = (np.arange(n) // size).astype(np.int32)
-    q = QuantizedMatrix(
-        codes, scales, zeros, g_idx, bits, group_size, symmetric, scale_dtype=scale_dtype
-    )
+    options = {"scale_dtype": scale_dtype, "per_tensor": per_tensor}
+    q = QuantizedMatrix(*arrays, g_idx, bits, group_size, symmetric, **options)
     if matrix is None:
         return q
     return replace(q, row_objectives=_objective(W, q, matrix, threads)[None])
+
+
+def _check_per_tensor(group_size: int | None, grid: str, name: str | None) -> None:
+    if group_size is not None:
+        raise ValueError(
+            f"{label(name)}per_tensor=True is one grid for the whole matrix: pass group_size=None, "
+            f"not {group_size!r}"
+        )
+    if grid != "minmax":
+        raise ValueError(
+            f"{label(name)}per_tensor=True needs grid='minmax': the {grid!r} search shrinks each "
+            "row's or group's range on its own"
+        )
+
+
+def _rtn_per_tensor(W: np.ndarray, spec: tuple, threads: int):
+    """Codes, scales and zero-points on the grid of the range of all of W."""
+    rows = len(W)
+    scale, zero = np.empty((1, 1), np.float32), np.empty((1, 1), np.uint8)
+    ends = np.array([[W.min(), W.max()]])  # a row with the range of W, so with its grid
+    _core.rtn(ends, 2, spec, None, np.empty((1, 2), np.uint8), scale, zero, 1)
+    codes = reference.quantize(W, scale, zero.astype(np.float32), spec[0])
+    return codes, np.repeat(scale, rows, axis=0), np.repeat(zero, rows, axis=0)
 
 
 def _matching(matrix: np.ndarray, n: int, name: str | None) -> np.ndarray:
@@ -259,12 +230,12 @@ def gptq(
     """
     symmetric = bool(symmetric) or bits == "ternary"
     search = (grid_steps, grid_min_shrink, grid_norm, grid_candidates)
-    spec = _grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search)
+    spec = grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search)
     threads = check_threads(threads)
     check_count(sweeps, "sweeps", 0, 1000)
     check_count(block_size, "block_size", 1, 1 << 20)
     W = as_matrix(W, "W", name, threads)
-    size = _group(group_size, W.shape[1], name)
+    size = group_width(group_size, W.shape[1], name)
     F = H
     if not isinstance(F, Factorization):
         options = {"damping": damping, "max_damping": max_damping, "threads": threads}
@@ -283,7 +254,7 @@ def gptq(
     runs = F.order_name == "act" and not static
     switches = (size, block_size, int(static), int(runs), int(bool(feedback)), sweeps)
     codes, scales, zeros, g_idx, history = _solve(W, F, switches, spec, threads, name)
-    _check_scales(scales, scale_dtype, name)
+    check_scales(scales, scale_dtype, name)
     q = QuantizedMatrix(
         codes,
         scales,
@@ -306,7 +277,7 @@ def gptq(
 def _solve(W, F: Factorization, switches: tuple, spec: tuple, threads: int, name: str | None):
     """Run the core's solver; returns codes, scales, zero-points, g_idx, history."""
     rows, n = W.shape
-    codes, scales, zeros = _outputs(rows, n, n // switches[0])
+    codes, scales, zeros = outputs(rows, n, n // switches[0])
     g_idx = np.empty(n, np.int32)
     history = np.empty((switches[-1] + 1, rows), np.float64)
     arrays = (codes, scales, zeros, g_idx, history)

@@ -5,6 +5,15 @@ use the published form of each algorithm (for GPTQ the Cholesky factor of the in
 while the core uses an equivalent form that is cheaper; the tests hold one against the other.
 """
 
+from ptqkit.reference.activations import (
+    bias_correction,
+    code_limits,
+    dequantize_activations,
+    integer_matmul,
+    outlier_columns,
+    quantize_activations,
+    signed_grid,
+)
 from ptqkit.reference.equalization import (
     channel_ranges,
     equalization_error,
@@ -37,10 +46,13 @@ from ptqkit.reference.solvers import (
 )
 
 __all__ = [
+    "bias_correction",
     "brute_force",
     "channel_ranges",
+    "code_limits",
     "dampen",
     "dequantize",
+    "dequantize_activations",
     "equalization_error",
     "equalization_scales",
     "fake_quantize",
@@ -48,17 +60,21 @@ __all__ = [
     "fit_groups",
     "gptq",
     "hessian",
+    "integer_matmul",
     "make_order",
     "merge",
     "objective",
     "obq",
+    "outlier_columns",
     "pack_rows",
     "propagate_error",
     "quantization_targets",
     "quantize",
+    "quantize_activations",
     "round_to_dtype",
     "rtn",
     "shrink_factors",
+    "signed_grid",
     "static_range",
     "sweep",
     "unpack_rows",
