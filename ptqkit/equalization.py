@@ -10,9 +10,9 @@ import numpy as np
 
 from ptqkit import reference
 from ptqkit._arrays import as_matrix, check_count, check_number, check_threads, label
+from ptqkit._grids import group_width
 from ptqkit.ranges import ChannelRanges, extent_of
 from ptqkit.result import parse_bits
-from ptqkit.solvers import _group
 
 __all__ = [
     "SCALE_LIMITS",
@@ -238,7 +238,7 @@ def search_equalization(
     symmetric = bool(symmetric) or bits == "ternary"
     if per_tensor and group_size is not None:
         raise ValueError(f"{label(name)}per_tensor excludes group_size (got {group_size})")
-    size = _group(group_size, n, name)
+    size = group_width(group_size, n, name)
     levels = _activation_codes(activation_bits, activation_granularity, name)
     static = activation_granularity == "tensor"
     if activation_symmetric is None:
