@@ -40,10 +40,26 @@ from ptqkit.result import QuantizedMatrix
 from ptqkit.solvers import gptq, objective, obq, rtn
 
 if TYPE_CHECKING:
-    from ptqkit.hf import Recipe, load, quantize
+    from ptqkit.hf import (
+        AWE,
+        GPTQ,
+        RTN,
+        Activations,
+        BiasCorrection,
+        Recipe,
+        SmoothQuant,
+        equalize,
+        load,
+        quantize,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
+    "AWE",
+    "GPTQ",
+    "RTN",
+    "Activations",
+    "BiasCorrection",
     "CalibrationError",
     "ChannelRanges",
     "EqualizationSearch",
@@ -55,10 +71,12 @@ __all__ = [
     "QuantizedActivations",
     "QuantizedMatrix",
     "Recipe",
+    "SmoothQuant",
     "UnsupportedModuleError",
     "activation_grid",
     "bias_correction",
     "equalization_scales",
+    "equalize",
     "factorize",
     "gptq",
     "int8_matmul",
@@ -78,7 +96,21 @@ __all__ = [
 _configure()
 
 # Names that need PyTorch and transformers, imported where first used.
-_LAZY = {"Recipe": "ptqkit.hf", "load": "ptqkit.hf", "quantize": "ptqkit.hf"}
+_LAZY = dict.fromkeys(
+    (
+        "AWE",
+        "GPTQ",
+        "RTN",
+        "Activations",
+        "BiasCorrection",
+        "Recipe",
+        "SmoothQuant",
+        "equalize",
+        "load",
+        "quantize",
+    ),
+    "ptqkit.hf",
+)
 _MODULES = ("demo", "hf", "packing", "reference")
 
 

@@ -22,7 +22,7 @@ from ptqkit.cli.common import (
     write_json,
 )
 from ptqkit.cli.evaluate import parse_start_token
-from ptqkit.cli.quantize_options import add_options
+from ptqkit.cli.quantize_options import GPTQ_RECIPES, add_options
 from ptqkit.errors import PreflightError
 
 __all__ = ["add_parser"]
@@ -33,32 +33,59 @@ def add_parser(commands: Any) -> None:
     add_options(commands).set_defaults(run=run)
 
 
+_PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction")
+_OF_GPTQ = ("order", "static_groups", "sweeps", "damping", "max_damping", "error_propagation")
+
+
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe that the options describe, in the form of ``Recipe.from_dict``."""
-    if args.method == "rtn" and args.recipe is not None:
-        raise UsageError(f"--recipe {args.recipe} is for --method gptq")
-    changes = {
-        name: getattr(args, name)
-        for name in ("order", "static_groups", "grid", "sweeps", "damping", "max_damping",
-                     "error_propagation", "scale_dtype")
-        if getattr(args, name) is not None
-    }  # fmt: skip
-    for name in ("order", "static_groups", "sweeps", "damping", "max_damping",
-                 "error_propagation"):  # fmt: skip
-        if args.method == "rtn" and name in changes:
+    preset = args.recipe or ("rtn" if args.method == "rtn" else "quality")
+    method = "gptq" if preset in GPTQ_RECIPES else "rtn"
+    if args.method not in (None, method):
+        raise UsageError(f"--recipe {preset} is for --method {method}")
+    args.method = method
+    for name in _OF_GPTQ:
+        if method == "rtn" and getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method rtn")
-    return {
-        "preset": "rtn" if args.method == "rtn" else args.recipe or "quality",
-        "bits": args.bits,
-        "group_size": args.group_size,
-        "symmetric": args.symmetric,
-        "overrides": dict(args.override),
-        "include": tuple(args.include),
-        **changes,
+    changes: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in (*_PLAIN, *_OF_GPTQ)
+        if getattr(args, name) is not None
     }
+    if args.group_size == "channel":
+        changes["group_size"] = None
+        changes["per_tensor"] = False
+    elif args.group_size == "tensor":
+        changes["group_size"] = None
+        changes["per_tensor"] = True
+    elif args.group_size is not None:
+        changes["per_tensor"] = False
+    changes.update(_other_parts(args))
+    overrides, include = dict(args.override), tuple(args.include)
+    return {"preset": preset, "overrides": overrides, "include": include, **changes}
 
 
-def _check(args: argparse.Namespace) -> None:
+def _other_parts(args: argparse.Namespace) -> dict[str, Any]:
+    """Equalization and activations."""
+    changes: dict[str, Any] = {}
+    if args.equalize is not None:
+        changes["equalization"] = None
+        if args.equalize != "none":
+            alpha = "search" if args.equalize == "awe" else 0.5
+            alpha = alpha if args.alpha is None else args.alpha
+            changes["equalization"] = {"method": args.equalize, "alpha": alpha}
+    elif args.alpha is not None:
+        raise UsageError("--alpha needs --equalize awe or smoothquant")
+    if args.activations is not None:
+        changes["activations"] = args.activations or None
+    if args.outlier_threshold is not None:
+        if not args.activations:
+            raise UsageError("--outlier-threshold needs --activations 8:token")
+        args.activations["outlier_threshold"] = args.outlier_threshold
+    return changes
+
+
+def _check(args: argparse.Namespace, recipe: dict[str, Any]) -> None:
     """Everything that can be known before PyTorch is imported."""
     check_json(args)
     parse_start_token(args.start_token)
@@ -70,17 +97,32 @@ def _check(args: argparse.Namespace) -> None:
         raise PreflightError([f"--out {args.out} cannot be created in {parent}"])
     if args.calibration is not None:
         check_text("--calibration", args.calibration)
-    elif args.model != DEMO and args.method == "gptq":
+    elif args.model != DEMO and _needs_text(args, recipe):
         raise UsageError(
-            "--calibration FILE is needed for --method gptq: some hundred kilobytes of text like "
-            "what the model will be used on (--method rtn does without, at a loss of quality)"
+            f"--calibration FILE is needed for {_needs_text(args, recipe)}: some hundred kilobytes "
+            "of text like what the model will be used on (--method rtn alone does without, at a "
+            "loss of quality)"
         )
 
 
-def _calibration(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """Texts or tokens for the driver; None where the method needs none."""
+def _needs_text(args: argparse.Namespace, recipe: dict[str, Any]) -> str:
+    """What in the recipe needs calibration text; empty where nothing does."""
+    activations = recipe.get("activations") or {}
+    found = {
+        "--method gptq": args.method == "gptq",
+        f"--recipe {args.recipe}": args.recipe in ("aweq", "smoothquant"),
+        "--grid hessian": args.grid == "hessian",
+        "--equalize": bool(recipe.get("equalization")),
+        "static --activations": activations.get("granularity") == "tensor",
+        "--bias-correction": bool(args.bias_correction),
+    }
+    return next((what for what, needed in found.items() if needed), "")
+
+
+def _calibration(args: argparse.Namespace, tokenizer: Any, needed: bool) -> Any:
+    """Texts or tokens for the driver; None where there are none and none are needed."""
     if args.calibration is None:
-        if args.model != DEMO or (args.method == "rtn" and args.grid != "hessian"):
+        if args.model != DEMO or not needed:
             return None
         from ptqkit.demo import text
 
@@ -110,18 +152,21 @@ def _progress(args: argparse.Namespace) -> bool | Callable[[Any], None]:
 
 def run(args: argparse.Namespace) -> None:
     """Quantize, write, print."""
-    _check(args)
     recipe = _recipe(args)
+    _check(args, recipe)
     started = time.perf_counter()
     with quiet_transformers():
         from ptqkit.hf import Recipe
 
         checked = Recipe.from_dict(recipe)
-        result, info, facts = _work(args, checked)
+        needs_text = bool(_needs_text(args, recipe))
+        result, info, facts = _work(args, checked, needs_text)
     seconds = time.perf_counter() - started
     load = _load_lines(result.model, info, facts)
     if args.quiet and args.json != "-":
         print(info.directory)
+    if result.equalization is not None:
+        say(args, result.equalization.table() + "\n")
     say(args, result.report.table())
     say(args)
     say(args, f"wrote {info.directory} ({info.bytes / 1e6:,.1f} MB, {seconds:.1f} s in all)")
@@ -154,7 +199,9 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _work(args: argparse.Namespace, recipe: Any) -> tuple[Any, Any, dict[str, str]]:
+def _work(
+    args: argparse.Namespace, recipe: Any, needs_text: bool
+) -> tuple[Any, Any, dict[str, str]]:
     """Load, quantize and write; returns the result, the checkpoint's description, the facts."""
     from dataclasses import replace
 
@@ -164,14 +211,16 @@ def _work(args: argparse.Namespace, recipe: Any) -> tuple[Any, Any, dict[str, st
     if getattr(model.config, "quantization_config", None) is not None:
         raise PreflightError([f"MODEL {args.model} is quantized already; give the float model"])
     widened = facts["stored_dtype"] == "float16" and facts["dtype"] == "float32"
-    widened = widened and args.dtype == "auto"
+    # Folded scales, corrected biases and activation grids are no float16 values.
+    exact = recipe.equalization is None and recipe.activations is None
+    widened = widened and args.dtype == "auto" and exact and not recipe.bias_correction
     if widened and recipe.scale_dtype is None:
         recipe = replace(recipe, scale_dtype="float16")
     check_place(args, model, recipe)
     result = quantize(
         model,
         recipe,
-        _calibration(args, tokenizer),
+        _calibration(args, tokenizer, needs_text),
         tokenizer=tokenizer,
         samples=args.samples,
         sequence_length=args.sequence_length,

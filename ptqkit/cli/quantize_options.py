@@ -7,7 +7,11 @@ from typing import Any
 
 from ptqkit.cli.common import add_common, add_model_options
 
-__all__ = ["add_options", "parse_override"]
+__all__ = ["GPTQ_RECIPES", "RTN_RECIPES", "add_options", "parse_override"]
+
+# The presets of ptqkit.hf.recipe, by method, without its imports (a test compares them).
+GPTQ_RECIPES = ("quality", "reference")
+RTN_RECIPES = ("rtn", "aweq", "smoothquant", "vector-wise", "llm.int8", "zeroquant")
 
 _DESCRIPTION = """\
 Quantize the linear layers of a transformers model and write a checkpoint.
@@ -16,15 +20,22 @@ MODEL is a folder, 'demo' for the embedded model, or a name on the Hugging Face 
 are quantized layer by layer while calibration text runs through the model once, so that every
 layer is fitted to the inputs that the already quantized layers before it give.
 
-Recipes for --method gptq:
-  quality    (default) groups and their columns by decreasing activation power, grids searched
-             under the Hessian, one coordinate-descent sweep
-  reference  GPTQ as published: natural order, min-max grids
-The options under 'recipe' change single settings of it. --method rtn rounds to nearest and needs
-no text.
+Recipes:
+  quality      (default) GPTQ: groups and their columns by decreasing activation power, grids
+               searched under the Hessian, one coordinate-descent sweep
+  reference    GPTQ as published: natural order, min-max grids
+  rtn          rounding to nearest; needs no text
+  aweq         W8A8: activation-weight equalization by the closed form, one scale a tensor, bias
+               correction
+  smoothquant  W8A8: SmoothQuant with alpha 0.5, one scale a tensor
+  vector-wise  W8A8: scales per output and per token; needs no text
+  llm.int8     the same, input columns with outliers left float; needs no text
+  zeroquant    W8A8: groups of 128 weights, scales per token; needs no text
+Other options change single settings of the recipe. Activations are quantized in simulation: exact
+grids, float arithmetic.
 
 Formats:
-  compressed-tensors  symmetric grids; stock transformers loads it exactly
+  compressed-tensors  symmetric grids, and W8A8; stock transformers loads it exactly
   ptqkit              everything; load it with ptqkit.load(DIR), or import ptqkit.hf first
   gptq, gptq_v2       for other tools that read the GPTQ format
   auto                (default) compressed-tensors where it fits exactly, else ptqkit
@@ -37,6 +48,10 @@ examples:
   ptqkit quantize ./model --bits 3 --group-size 64 --calibration train.jsonl.gz \\
       --override '*.down_proj=bits:4,group_size:32' --override '*.0.*=skip' --out model-w3
   ptqkit quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
+  ptqkit quantize ./model --recipe aweq --alpha search --equalize awe --calibration train.txt \\
+      --out model-w8a8
+  ptqkit quantize ./model --bits 4 --equalize awe --activations 8:token --calibration train.txt \\
+      --out model-w4a8
 """
 
 
@@ -51,16 +66,18 @@ def add_options(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
     group = parser.add_argument_group("what to do")
-    group.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
+    group.add_argument("--method", choices=("gptq", "rtn"), help="default: gptq, or the recipe's")
     group.add_argument(
-        "--bits", type=_bits, default=4, metavar="B", help="2 to 8, or 'ternary' (default: 4)"
+        "--bits", type=_bits, metavar="B", help="2 to 8, or 'ternary' (default: 4, or the recipe's)"
     )
     group.add_argument(
-        "--group-size", type=_group_size, default=128, metavar="G",
-        help="inputs that share a scale, or 'channel' for one scale per output (default: 128)",
+        "--group-size", type=_group_size, metavar="G",
+        help="inputs that share a scale; 'channel': one scale per output; 'tensor': one for the "
+        "whole matrix (with rtn) (default: 128, or the recipe's)",
     )  # fmt: skip
     group.add_argument(
-        "--symmetric", action="store_true", help="no zero-points: needed for compressed-tensors"
+        "--symmetric", action=argparse.BooleanOptionalAction,
+        help="no zero-points: needed for compressed-tensors (default: off, or the recipe's)",
     )
     group.add_argument(
         "--override", action="append", default=[], type=parse_override, metavar="PATTERN=...",
@@ -73,6 +90,7 @@ def add_options(commands: Any) -> argparse.ArgumentParser:
         help="also quantize linears outside the repeated blocks, such as an untied lm_head",
     )  # fmt: skip
     _add_recipe(parser)
+    _add_activations(parser)
     _add_data(parser)
     _add_run(parser)
     add_model_options(parser)
@@ -89,7 +107,7 @@ def add_options(commands: Any) -> argparse.ArgumentParser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe (default: as the recipe has it)")
-    group.add_argument("--recipe", choices=("quality", "reference"))
+    group.add_argument("--recipe", choices=(*GPTQ_RECIPES, *RTN_RECIPES))
     group.add_argument("--order", choices=("natural", "act", "group"), help="order of the columns")
     group.add_argument(
         "--static-groups", action=argparse.BooleanOptionalAction,
@@ -111,6 +129,32 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale-dtype", choices=("float32", "float16", "bfloat16"),
         help="dtype that holds the scales; default: that of the stored model",
+    )  # fmt: skip
+
+
+def _add_activations(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("activations (default: as the recipe has it)")
+    group.add_argument(
+        "--equalize", choices=("awe", "smoothquant", "none"),
+        help="fold per-channel scales between activations and weights first",
+    )  # fmt: skip
+    group.add_argument(
+        "--alpha", type=_alpha, metavar="X",
+        help="share of the activations, 0 to 1, or 'search' for the least output error (default: "
+        "search with awe, 0.5 with smoothquant; 0.5 is the closed form of AWEQ)",
+    )  # fmt: skip
+    group.add_argument(
+        "--activations", type=_activations, metavar="SPEC",
+        help="quantize the layers' inputs: BITS:token (dynamic), BITS:tensor (static, asymmetric), "
+        "BITS:tensor:symmetric, or none",
+    )  # fmt: skip
+    group.add_argument(
+        "--outlier-threshold", type=float, metavar="X",
+        help="with BITS:token: columns with a value this large stay float (LLM.int8() has 6)",
+    )  # fmt: skip
+    group.add_argument(
+        "--bias-correction", action=argparse.BooleanOptionalAction,
+        help="take the mean error of the quantized weights out of the bias",
     )  # fmt: skip
 
 
@@ -160,12 +204,50 @@ def _bits(text: str) -> int | str:
     return int(text)
 
 
-def _group_size(text: str) -> int | None:
+def _group_size(text: str) -> int | str:
     if text in ("channel", "none", "-1"):
-        return None
+        return "channel"
+    if text == "tensor":
+        return text
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor 'channel'")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a positive number nor 'channel' nor 'tensor'"
+        )
     return int(text)
+
+
+def _alpha(text: str) -> float | str:
+    if text == "search":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor 'search'")
+    return value
+
+
+def _activations(text: str) -> dict[str, Any]:
+    """Parse BITS:GRANULARITY[:symmetric|:asymmetric]; empty for 'none'."""
+    if text == "none":
+        return {}
+    bits, _, rest = text.partition(":")
+    granularity, _, symmetry = rest.partition(":")
+    if (
+        not bits.isdecimal()
+        or not 2 <= int(bits) <= 16
+        or granularity not in ("token", "tensor")
+        or symmetry not in ("", "symmetric", "asymmetric")
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be BITS:token or BITS:tensor with 2 to 16 bits, with ':symmetric' or "
+            "':asymmetric' behind it where wanted, or none"
+        )
+    spec: dict[str, Any] = {"bits": int(bits), "granularity": granularity}
+    if symmetry:
+        spec["symmetric"] = symmetry == "symmetric"
+    return spec
 
 
 def parse_override(text: str) -> tuple[str, dict[str, Any] | str]:

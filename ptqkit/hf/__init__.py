@@ -16,17 +16,29 @@ from ptqkit.hf.perplexity import perplexity
 from ptqkit.hf.quantizer import register
 
 _LAZY = {
+    "AWE": "parts",
+    "ActivationQuantizer": "activations",
+    "Activations": "activations",
+    "BiasCorrection": "parts",
     "CalibrationSet": "calibration",
     "CheckpointInfo": "checkpoint",
+    "Equalization": "recipe",
+    "EqualizationReport": "equalize",
+    "GPTQ": "parts",
     "LayerReport": "report",
     "PerplexityResult": "perplexity",
     "ProgressEvent": "progress",
     "QuantizationInterrupted": "driver",
     "QuantizationResult": "driver",
+    "RTN": "parts",
     "Recipe": "recipe",
     "Report": "report",
+    "SmoothQuant": "parts",
+    "find_folds": "folding",
+    "make_outliers": "hard",
     "prepare_calibration": "calibration",
     "quantize": "driver",
+    "remove_quantizers": "activations",
     "save_checkpoint": "checkpoint",
 }
 

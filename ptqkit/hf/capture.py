@@ -30,7 +30,8 @@ __all__ = [
 
 _PROBE_TOKENS = 16
 
-PreHook = Callable[[str, torch.Tensor], None]
+# What it returns, if anything, replaces the module's input.
+PreHook = Callable[[str, torch.Tensor], "torch.Tensor | None"]
 
 
 class StopForwardError(BaseException):
@@ -63,7 +64,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
 def hooks(modules: Mapping[str, nn.Module], hook: PreHook) -> Iterator[dict[str, Any]]:
     """Call ``hook(name, input)`` before each module runs; yields the removable handles.
 
-    The registered hook returns None, since any other value would replace the module's arguments.
+    A tensor that the hook returns replaces the input.
     """
     handles: dict[str, Any] = {}
     try:
@@ -75,9 +76,14 @@ def hooks(modules: Mapping[str, nn.Module], hook: PreHook) -> Iterator[dict[str,
             handle.remove()
 
 
-def _wrap(name: str, hook: PreHook) -> Callable[..., None]:
-    def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hook(name, args[0] if args else next(iter(kwargs.values())))
+def _wrap(name: str, hook: PreHook) -> Callable[..., Any]:
+    def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = hook(name, args[0] if args else next(iter(kwargs.values())))
+        if new is None:
+            return None
+        if args:
+            return (new, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): new}
 
     return pre_hook
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from ptqkit.hf.activations import ActivationQuantizer
+from ptqkit.hf.equalize import EqualizationReport
 from ptqkit.hf.memory import parse_bytes
 from ptqkit.hf.preflight import FORMATS
 from ptqkit.hf.progress import Progress, make_progress
@@ -34,12 +36,19 @@ class QuantizationResult:
         Codes and grids, always (out, in): the transpose of what a ``Conv1D`` stores.
     report : Report
     recipe : Recipe
+    activations : dict of str to ActivationQuantizer
+        What quantizes the inputs of layers in ``model``, where the recipe says so; it is installed
+        on them (:func:`ptqkit.hf.remove_quantizers` takes it off).
+    equalization : EqualizationReport or None
+        Where scales were folded before the weights were quantized.
     """
 
     model: nn.Module
     layers: dict[str, QuantizedMatrix]
     report: Report
     recipe: Recipe
+    activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
+    equalization: EqualizationReport | None = None
     tokenizer: Any = field(default=None, repr=False)
 
     def save(self, directory: str | os.PathLike[str], format: str = "auto", **options: Any) -> Any:
@@ -48,6 +57,7 @@ class QuantizationResult:
 
         options.setdefault("tokenizer", self.tokenizer)
         options.setdefault("report", self.report)
+        options.setdefault("activations", self.activations)
         return save_checkpoint(
             self.model, self.layers, self.recipe, directory, format=format, **options
         )
@@ -55,7 +65,7 @@ class QuantizationResult:
 
 def quantize(
     model: nn.Module,
-    recipe: Recipe | str | Mapping[str, Any] = "quality",
+    recipe: Recipe | str | Mapping[str, Any] | Sequence[Any] = "quality",
     calibration: Any = None,
     *,
     tokenizer: Any = None,
@@ -83,9 +93,10 @@ def quantize(
     ----------
     model : nn.Module
         A transformers model, on CPU or GPU.
-    recipe : Recipe, preset name or dict
-        ``"quality"``, ``"reference"`` or ``"rtn"``; ``**changes`` are applied to it, such as
-        ``bits=3``, or ``error_propagation=0.5``, which corrects every weight for the errors of
+    recipe : Recipe, preset name, dict or list of parts
+        A name in :data:`ptqkit.hf.recipe.PRESETS` (``"quality"``, ``"reference"``, ``"rtn"``,
+        ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4), Activations(8, "tensor")]``
+        (:mod:`ptqkit.hf.parts`); ``**changes`` are applied to it, such as ``bits=3``, or ``error_propagation=0.5``, which corrects every weight for the errors of
         the layers before it at the price of a second forward pass and twice the activations.
     calibration
         Text, tokens, batches or a dataset; see
@@ -149,8 +160,11 @@ def quantize(
         start_token=start_token,
     )
     run.check(blocks, format, out_dir, overwrite, share_inputs)
+    run.equalize(blocks)
     run.execute(schedule, budget)
-    result = QuantizationResult(model, run.matrices, run.report, recipe, tokenizer)
+    result = QuantizationResult(
+        model, run.matrices, run.report, recipe, run.activations, run.equalization, tokenizer
+    )
     if out_dir is not None:
         result.save(out_dir, format=format, overwrite=overwrite)
     return result

@@ -32,12 +32,15 @@ class Moments:
     hessian : Hessian
     moment : ndarray of float64, shape (in, in), or None
         G = (2/N) sum x x~^T, with error propagation.
+    ranges : ChannelRanges or None
+        Of the inputs, where a layer's activation grid or bias correction needs them.
     seconds, seconds_moment : float
         Spent on H and on G.
     """
 
     hessian: Any
     moment: np.ndarray | None = None
+    ranges: Any = None
     seconds: float = 0.0
     seconds_moment: float = 0.0
 

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleError
+from ptqkit.hf.activations import installed_quantizer
 from ptqkit.hf.calibration import CalibrationSet, max_positions
 from ptqkit.hf.capture import Probe
+from ptqkit.hf.equalize import ALREADY_EQUALIZED, MARKER
 from ptqkit.hf.recipe import Recipe
 from ptqkit.hf.structure import Structure, Target
 from ptqkit.hf.text import MissingTextError
@@ -61,6 +63,11 @@ def check_model(
         problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
     for text in structure.problems:
         problems.add(text, UnsupportedModuleError)
+    if recipe.equalization is not None:
+        if not calibrated:
+            problems.add("equalization needs calibration data", CalibrationError)
+        if getattr(getattr(model, "config", None), MARKER, None) is not None:
+            problems.add(ALREADY_EQUALIZED, UnsupportedModuleError)
     for pattern in recipe.unmatched(structure.known_names):
         problems.add(f"pattern {pattern!r} of the recipe matches no module of the model")
     meta = [n for n, p in model.named_parameters() if p.device.type == "meta"]
@@ -89,6 +96,15 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
         problems.add(
             f"{target.name}: the 'hessian' grid needs calibration data; use 'minmax' or 'mse'",
             CalibrationError,
+        )
+    if not calibrated and target.needs_ranges:
+        what = "bias_correction" if options.bias_correction else "a static grid of activations"
+        problems.add(f"{target.name}: {what} needs calibration data", CalibrationError)
+    if installed_quantizer(target.module) is not None:
+        problems.add(
+            f"{target.name}: its activations are quantized already; load the model again, or take "
+            "the quantizers off with ptqkit.hf.remove_quantizers(model)",
+            UnsupportedModuleError,
         )
     weight = target.module.weight.detach()
     # A sum is finite only where every term is; it may overflow, so look twice before complaining.

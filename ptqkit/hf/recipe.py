@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ptqkit.hf.activations import Activations
+from ptqkit.hf.recipe_checks import (
+    check_combination,
+    check_int,
+    check_names,
+    check_overrides,
+    check_propagation,
+)
 from ptqkit.result import parse_bits
 
-__all__ = ["PRESETS", "Recipe", "match_pattern"]
+__all__ = ["PRESETS", "Equalization", "Recipe", "match_pattern"]
 
 _CHOICES = {
     "method": ("gptq", "rtn"),
@@ -19,19 +27,42 @@ _CHOICES = {
     "scale_dtype": (None, "float32", "float16", "bfloat16"),
 }
 
+_REFERENCE = {"order": "natural", "static_groups": False, "grid": "minmax", "sweeps": 0}
+_RTN = {"method": "rtn", **_REFERENCE}
+_RTN8 = {**_RTN, "bits": 8, "group_size": None, "symmetric": True}
+_PER_TENSOR = {
+    **_RTN8,
+    "per_tensor": True,
+    "activations": {"bits": 8, "granularity": "tensor", "symmetric": False},
+}
+
 #: Named recipes. ``quality`` is the default of the driver and of the command line: group-aware
 #: order, grids searched under H on the updated weights, one sweep (of the variants measured in
 #: ``benchmarks/quality.py`` the one with the least perplexity that costs no second forward);
 #: ``reference`` is GPTQ as published (Frantar et al. 2022); ``rtn`` rounds to nearest.
+#: The others quantize activations too, to 8 bits: ``aweq`` (AWEQ: AWE by eq. 10, static per-tensor
+#: grids, bias correction), ``smoothquant`` (the same grids, alpha 0.5, norms only), ``vector-wise``
+#: (scales per output and per token), ``llm.int8`` (the same, columns with outliers left float) and
+#: ``zeroquant`` (groups of weights, scales per token).
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {},
-    "reference": {"order": "natural", "static_groups": False, "grid": "minmax", "sweeps": 0},
-    "rtn": {
-        "method": "rtn",
-        "order": "natural",
-        "static_groups": False,
-        "grid": "minmax",
-        "sweeps": 0,
+    "reference": _REFERENCE,
+    "rtn": _RTN,
+    "aweq": {
+        **_PER_TENSOR,
+        "equalization": {"method": "awe", "alpha": 0.5},
+        "bias_correction": True,
+    },
+    "smoothquant": {**_PER_TENSOR, "equalization": {"method": "smoothquant", "alpha": 0.5}},
+    "vector-wise": {**_RTN8, "activations": {"bits": 8, "granularity": "token"}},
+    "llm.int8": {
+        **_RTN8,
+        "activations": {"bits": 8, "granularity": "token", "outlier_threshold": 6.0},
+    },
+    "zeroquant": {
+        **_RTN8,
+        "group_size": 128,
+        "activations": {"bits": 8, "granularity": "token"},
     },
 }
 
@@ -41,6 +72,52 @@ def match_pattern(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """Equalization of the float model before it is quantized (:func:`ptqkit.equalize`).
+
+    Parameters
+    ----------
+    method : {"awe", "smoothquant"}
+        AWE [AWEQ, section 3] takes ranges and folds wherever that is exact; SmoothQuant takes
+        absolute maxima and folds into norms only.
+    alpha : float from 0 to 1, or "search"
+        Share of the activations in ``s = r_x**alpha / r_w**(1 - alpha)``. 0.5 is AWEQ's eq. 10;
+        "search" takes, per group of layers, the one with the least quantized output error on the
+        calibration inputs.
+    tokens : int
+        Calibration tokens that the search measures on.
+    """
+
+    method: str = "awe"
+    alpha: float | str = 0.5
+    tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.method not in ("awe", "smoothquant"):
+            raise ValueError(
+                f"equalization: method must be 'awe' or 'smoothquant', not {self.method!r}"
+            )
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if self.alpha != "search" and not (number and 0 <= self.alpha <= 1):  # type: ignore[operator]
+            raise ValueError(
+                f"equalization: alpha must be a number from 0 to 1 or 'search', not {self.alpha!r}"
+            )
+        if self.method == "smoothquant" and self.alpha == "search":
+            raise ValueError("equalization: smoothquant takes a number for alpha (0.5 is usual)")
+        check_int("equalization: tokens", self.tokens, 2)
+
+    @classmethod
+    def parse(cls, value: Equalization | Mapping[str, Any] | None) -> Equalization | None:
+        """Accept an Equalization, the mapping of its fields, or None."""
+        if value is None or isinstance(value, Equalization):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"equalization must be an Equalization or a mapping, not {value!r}")
+        check_names(value, "equalization", cls)
+        return cls(**value)
 
 
 @dataclass(frozen=True)
@@ -75,6 +152,15 @@ class Recipe:
         Alpha of :func:`ptqkit.propagate_error`: 0 (off) to 1. Above 0 the float model runs beside
         the quantized one, at twice the activations' memory, and each weight is corrected for the
         errors of the layers before it. Of the whole run: an override cannot change it.
+    per_tensor : bool
+        One scale for the whole weight matrix (``method="rtn"``, ``group_size=None``).
+    activations : Activations or None
+        Also quantize the layer's inputs (simulated: exact grids in float); None leaves them.
+    equalization : Equalization or None
+        Equalize the float model first. Of the whole run.
+    bias_correction : bool
+        Subtract ``(W_hat - W) E[x]`` from each layer's bias [AWEQ, eqs. 11-15]; a layer without a
+        bias gains one.
     overrides : mapping of pattern to a mapping of changes, or to "skip"
         Patterns are globs on the full module name, or regular expressions after ``re:``. All
         matching patterns apply in order, the last one wins.
@@ -108,6 +194,10 @@ class Recipe:
     min_zero_point: int = 0
     block_size: int = 128
     error_propagation: float = 0.0
+    per_tensor: bool = False
+    activations: Activations | None = None
+    equalization: Equalization | None = None
+    bias_correction: bool = False
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
 
@@ -117,11 +207,11 @@ class Recipe:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         parse_bits(self.bits)
         if self.group_size is not None:
-            _check_int("group_size", self.group_size, 1, hint="; None means per channel")
-        _check_int("sweeps", self.sweeps, 0)
-        _check_int("block_size", self.block_size, 1)
-        _check_int("min_zero_point", self.min_zero_point, 0, 1)
-        for name in ("symmetric", "static_groups", "feedback"):
+            check_int("group_size", self.group_size, 1, hint="; None means per channel")
+        check_int("sweeps", self.sweeps, 0)
+        check_int("block_size", self.block_size, 1)
+        check_int("min_zero_point", self.min_zero_point, 0, 1)
+        for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name in ("damping", "max_damping"):
@@ -132,31 +222,42 @@ class Recipe:
             raise ValueError(
                 f"max_damping ({self.max_damping}) must not be below damping ({self.damping})"
             )
-        _check_propagation(self.error_propagation, self.method)
+        check_propagation(self.error_propagation, self.method)
+        if self.activations is not None:
+            object.__setattr__(self, "activations", Activations.parse(self.activations))
+        object.__setattr__(self, "equalization", Equalization.parse(self.equalization))
+        check_combination(self)
         if isinstance(self.include, str):
             raise ValueError("include must be a sequence of patterns, not one string")
         object.__setattr__(self, "include", tuple(self.include))
-        _check_overrides(self)
+        check_overrides(self)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Recipe:
-        """Return a named recipe (``quality``, ``reference`` or ``rtn``) with changes applied."""
+        """Return a named recipe (see :data:`PRESETS`) with changes applied."""
         if name not in PRESETS:
             raise ValueError(f"recipe must be one of {tuple(PRESETS)}, not {name!r}")
-        _check_names(changes, "recipe")
+        check_names(changes, "recipe", cls)
+        if changes.get("per_tensor"):
+            changes.setdefault("group_size", None)
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod
-    def parse(cls, recipe: Recipe | str | Mapping[str, Any]) -> Recipe:
-        """Accept a Recipe, the name of a preset, or the mapping that :meth:`to_dict` gives."""
+    def parse(cls, recipe: Recipe | str | Mapping[str, Any] | Sequence[Any]) -> Recipe:
+        """Accept a Recipe, a preset's name, the mapping of :meth:`to_dict`, or a list of parts."""
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, str):
             return cls.preset(recipe)
         if isinstance(recipe, Mapping):
             return cls.from_dict(recipe)
+        if isinstance(recipe, Sequence):
+            from ptqkit.hf.parts import combine
+
+            return combine(recipe)
         raise TypeError(
-            f"recipe must be a Recipe, a preset's name or a dict, not {type(recipe).__name__}"
+            "recipe must be a Recipe, a preset's name, a dict or a list of parts, not "
+            f"{type(recipe).__name__}"
         )
 
     @classmethod
@@ -190,60 +291,3 @@ class Recipe:
         names = list(names)
         patterns = [*self.overrides, *self.include]
         return [p for p in patterns if not any(match_pattern(p, n) for n in names)]
-
-
-def _check_int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer of at least {low}, not {value!r}{hint}")
-    if high is not None and value > high:
-        raise ValueError(f"{name} must be at most {high}, not {value!r}{hint}")
-
-
-def _check_propagation(alpha: Any, method: str) -> None:
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not number or not 0 <= alpha <= 1:
-        raise ValueError(f"error_propagation must be a number from 0 to 1, not {alpha!r}")
-    if alpha > 0 and method != "gptq":
-        raise ValueError(
-            f"error_propagation={alpha} needs method 'gptq', not {method!r}: it is made for a "
-            "solver with the Hessian; use error_propagation=0, or 'skip' the layer"
-        )
-
-
-def _check_names(changes: Mapping[str, Any], where: str) -> None:
-    known = {f.name for f in fields(Recipe)}
-    unknown = sorted(set(changes) - known)
-    if unknown:
-        raise ValueError(f"{where} has no option {unknown[0]!r}; options are {sorted(known)}")
-
-
-def _check_overrides(recipe: Recipe) -> None:
-    """Every override must be a valid change, alone, of this recipe."""
-    if not isinstance(recipe.overrides, Mapping):
-        raise ValueError(f"overrides must be a mapping, not {type(recipe.overrides).__name__}")
-    for pattern in [*recipe.overrides, *recipe.include]:
-        if not isinstance(pattern, str):
-            raise ValueError(f"a pattern must be a string, not {pattern!r}")
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
-    for pattern, change in recipe.overrides.items():
-        if change == "skip":
-            continue
-        if not isinstance(change, Mapping):
-            raise ValueError(
-                f"overrides[{pattern!r}] must be a mapping of changes or 'skip', not {change!r}"
-            )
-        _check_names(change, f"overrides[{pattern!r}]")
-        if {"overrides", "include"} & set(change):
-            raise ValueError(f"overrides[{pattern!r}] cannot hold overrides or include")
-        if "error_propagation" in change:
-            raise ValueError(
-                f"overrides[{pattern!r}] cannot hold error_propagation: it holds for the whole run"
-            )
-        try:
-            replace(recipe, **change, overrides={}, include=())
-        except ValueError as error:
-            raise ValueError(f"overrides[{pattern!r}]: {error}") from None

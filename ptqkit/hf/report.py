@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ptqkit.hf.activations import Activations
 from ptqkit.hf.solve import Solved
 from ptqkit.hf.structure import Target
 
@@ -34,6 +35,11 @@ class LayerReport:
         Signal to error of the weights, and of the layer's outputs on the calibration inputs.
     bits_per_weight : float
         With scales, zero-points and group indices.
+    activations : str
+        How the layer's inputs are quantized, such as ``"8 token"``; empty where they are not.
+    bias_share : float
+        Share of the output error's power on the calibration inputs that was its mean, which bias
+        correction takes away; the objective is without it.
     damping : float
         Used, as a fraction of the mean diagonal of H; ``damping_raised`` counts the steps it had
         to be raised by, and ``notes`` says why.
@@ -52,6 +58,7 @@ class LayerReport:
     method: str = ""
     bits: int | str | None = None
     group_size: int | None = None
+    per_tensor: bool = False
     symmetric: bool = False
     objective: float = math.nan
     objective_rtn: float = math.nan
@@ -59,6 +66,8 @@ class LayerReport:
     weight_sqnr_db: float = math.nan
     output_sqnr_db: float = math.nan
     bits_per_weight: float = math.nan
+    activations: str = ""
+    bias_share: float = math.nan
     damping: float = math.nan
     damping_raised: int = 0
     dead_inputs: int = 0
@@ -80,6 +89,8 @@ class Report:
     ----------
     layers : list of LayerReport
         In order of execution, then what was left alone.
+    equalization : dict or None
+        :meth:`EqualizationReport.to_dict`, where the float model was equalized first.
     schedule : str
         ``"one-pass"``, ``"re-forward"``, ``"one-pass, then re-forward"`` or ``"no calibration"``.
     schedule_reason : str
@@ -98,6 +109,7 @@ class Report:
     """
 
     layers: list[LayerReport] = field(default_factory=list)
+    equalization: dict[str, Any] | None = None
     schedule: str = ""
     schedule_reason: str = ""
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -197,7 +209,7 @@ class Report:
 
 
 _HEADER = (
-    "layer", "shape", "bits", "group", "objective", "rtn", "better", "W dB", "Y dB", "bpw",
+    "layer", "shape", "bits", "group", "act", "objective", "rtn", "better", "W dB", "Y dB", "bpw",
     "damping", "dead", "tokens", "s", "status",
 )  # fmt: skip
 
@@ -208,7 +220,8 @@ def _cells(r: LayerReport) -> tuple[str, ...]:
         r.name,
         f"{r.shape[0]}x{r.shape[1]}" if r.shape[0] else "-",
         "-" if r.bits is None else str(r.bits),
-        "-" if r.bits is None else ("channel" if r.group_size is None else str(r.group_size)),
+        _group(r),
+        r.activations or "-",
         _number(r.objective, ".4g"),
         _number(r.objective_rtn, ".4g"),
         _percent(r.improvement),
@@ -221,6 +234,12 @@ def _cells(r: LayerReport) -> tuple[str, ...]:
         f"{r.seconds_hessian + r.seconds_propagation + r.seconds_solve:.2f}",
         r.status + (f" [{r.notes}]" if r.notes else ""),
     )
+
+
+def _group(r: LayerReport) -> str:
+    if r.bits is None:
+        return "-"
+    return str(r.group_size) if r.group_size else "tensor" if r.per_tensor else "channel"
 
 
 def _align(row: tuple[str, ...], widths: list[int]) -> str:
@@ -261,6 +280,20 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _activations(spec: Activations | None) -> str:
+    if spec is None:
+        return ""
+    outliers = "" if spec.outlier_threshold is None else f" <{spec.outlier_threshold:g}"
+    return f"{spec.bits} {spec.granularity}{outliers}"
+
+
+def _bias_share(solved: Solved) -> float:
+    """|eps E[x]|^2 in E|eps x|^2, which is half the objective."""
+    if solved.bias_shift is None or not solved.objective > 0:
+        return math.nan
+    return 2.0 * float(solved.bias_shift @ solved.bias_shift) / solved.objective
+
+
 def layer_report(
     target: Target, solved: Solved, tokens: int, seconds_hessian: float, schedule: str
 ) -> LayerReport:
@@ -278,6 +311,7 @@ def layer_report(
         method=options.method,
         bits=options.bits,
         group_size=options.group_size,
+        per_tensor=options.per_tensor,
         symmetric=matrix.symmetric,
         objective=solved.objective,
         objective_rtn=solved.objective_rtn,
@@ -285,6 +319,8 @@ def layer_report(
         weight_sqnr_db=_decibel(solved.weight_power, solved.weight_error),
         output_sqnr_db=_decibel(solved.output_power, solved.objective),
         bits_per_weight=matrix.bits_per_weight,
+        activations=_activations(options.activations),
+        bias_share=_bias_share(solved),
         damping=matrix.damping if options.method == "gptq" else math.nan,
         damping_raised=matrix.damping_raised,
         dead_inputs=matrix.dead_inputs,

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.hf.activations import ActivationQuantizer, install_quantizer
 from ptqkit.hf.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.capture import Probe, calibration_mode, probe
+from ptqkit.hf.equalize import EqualizationReport, equalize_calibrated
 from ptqkit.hf.float_path import Moments
-from ptqkit.hf.memory import available_memory, estimate_memory, peak_memory, show_bytes
+from ptqkit.hf.memory import peak_memory
 from ptqkit.hf.preflight import (
     Problems,
     check_model,
@@ -25,6 +27,7 @@ from ptqkit.hf.progress import Progress, ProgressEvent
 from ptqkit.hf.recipe import Recipe
 from ptqkit.hf.report import LayerReport, Report, layer_report
 from ptqkit.hf.schedule import Run, run_one_pass, run_reforward
+from ptqkit.hf.schedule_choice import only_one_pass, why_not_one_pass
 from ptqkit.hf.solve import named_error, solve_group
 from ptqkit.hf.structure import Structure, Target, find_structure
 from ptqkit.result import QuantizedMatrix
@@ -79,6 +82,8 @@ class Runner:
         self.probe = Probe()
         self.late: set[str] = set()
         self.matrices: dict[str, QuantizedMatrix] = {}
+        self.activations: dict[str, ActivationQuantizer] = {}
+        self.equalization: EqualizationReport | None = None
         self.report = Report(recipe=recipe.to_dict())
         self.propagate = recipe.error_propagation > 0
         steps = ("hessian", "solve", "diagnostics", *(["propagation"] if self.propagate else []))
@@ -131,9 +136,27 @@ class Runner:
         self.late = check_probe(self.problems, self.structure, self.probe)
         self.problems.raise_if_any()
 
+    def equalize(self, blocks: tuple[str, ...] | None) -> None:
+        """Equalize the float model, where the recipe says so."""
+        if self.recipe.equalization is None:
+            return
+        assert self.calibration is not None
+        start = time.perf_counter()
+        self.equalization = equalize_calibrated(
+            self.model,
+            self.calibration,
+            self.recipe.equalization,
+            self.recipe,
+            blocks,
+            self.threads,
+            self.progress,
+        )
+        self.report.equalization = self.equalization.to_dict()
+        self.seconds["equalization"] = time.perf_counter() - start
+
     def execute(self, schedule: str, budget: int | None) -> None:
         """Run the schedule and complete the report."""
-        setup = time.perf_counter() - self.start
+        setup = time.perf_counter() - self.start - self.seconds.get("equalization", 0.0)
         self.total_work = sum(map(self._work, self.structure.targets.values()))
         try:
             if self.calibration is None:
@@ -191,14 +214,14 @@ class Runner:
             self._notify,
             self.propagate,
         )
-        reason = self._why_not_one_pass(schedule, budget)
+        reason = why_not_one_pass(self, schedule, budget)
         used = []
         with calibration_mode(self.model):
             if reason is None:
                 used.append("one-pass")
                 reason = run_one_pass(run)
                 if reason is not None and self.propagate:
-                    raise UnsupportedModuleError(self._only_one_pass(reason))
+                    raise UnsupportedModuleError(only_one_pass(self.recipe, reason))
                 if reason is not None and schedule == "one-pass":
                     raise UnsupportedModuleError(f"schedule='one-pass' cannot go on: {reason}")
             if reason is not None:
@@ -206,63 +229,6 @@ class Runner:
                 run_reforward(run)
         self.report.schedule = ", then ".join(used)
         self.report.schedule_reason = reason or ""
-
-    def _why_not_one_pass(self, schedule: str, budget: int | None) -> str | None:
-        """Choose the schedule; the reason where it is not one pass."""
-        assert self.calibration is not None
-        needed = estimate_memory(
-            self.model,
-            self.structure.targets,
-            self.probe.groups,
-            self.calibration,
-            self.propagate,
-        )
-        free = available_memory(next(self.model.parameters()).device)
-        limit = budget if budget is not None else free
-        self.report.memory = {
-            "estimate_one_pass": needed.one_pass,
-            "estimate_re_forward": needed.reforward,
-            "budget": budget,
-            "available": free,
-        }
-        reason = None
-        if schedule == "re-forward":
-            reason = "asked for"
-        elif self.probe.straddling is not None:
-            reason = (
-                f"{self.probe.straddling} runs inside a thread-local mode (such as autocast) set "
-                "by the model"
-            )
-        elif self.late:
-            reason = f"a short probe did not reach {len(self.late)} layers ({min(self.late)}, ...)"
-        elif not _has_greenlet():
-            reason = "the package 'greenlet' is not installed"
-        elif limit is not None and needed.one_pass > limit:
-            what = "the memory budget" if budget is not None else "the free memory"
-            twice = " (for two models' activations)" if self.propagate else ""
-            reason = f"one pass needs about {show_bytes(needed.one_pass)}{twice}, {what} is "
-            reason += show_bytes(limit)
-        if self.propagate and reason is not None:
-            self.problems.add(self._only_one_pass(reason), UnsupportedModuleError)
-            self.problems.raise_if_any()
-        if schedule == "one-pass" and reason is not None:
-            raise UnsupportedModuleError(f"schedule='one-pass' is not possible: {reason}")
-        if reason is not None and limit is not None and needed.reforward > limit:
-            text = f"re-forward needs about {show_bytes(needed.reforward)}, there is "
-            text += show_bytes(limit)
-            if budget is not None:
-                self.problems.add(f"memory_budget: {text}; lower samples or batch_size")
-                self.problems.raise_if_any()
-            self.report.warnings.append(text)
-        return reason
-
-    def _only_one_pass(self, reason: str) -> str:
-        if reason == "asked for":
-            reason = "schedule='re-forward' was asked for"
-        return (
-            f"error_propagation={self.recipe.error_propagation:g} needs the one-pass schedule, in "
-            f"which the float model runs along, but {reason}; use error_propagation=0"
-        )
 
     def _work(self, target: Target) -> float:
         """Share of a layer in the run's time, about: forward, H and solving."""
@@ -277,6 +243,7 @@ class Runner:
             members,
             moments.hessian,
             moments.moment,
+            moments.ranges,
             threads=self.threads,
             diagnostics=self.diagnostics,
         )
@@ -290,6 +257,9 @@ class Runner:
             target.write(result.dequantized)
             self.seconds["solve"] += time.perf_counter() - started
             self.matrices[target.name] = result.matrix
+            if result.bias_shift is not None:
+                target.subtract_bias(result.bias_shift)
+            self._quantize_activations(target, moments)
             share = target.shape[0] / rows
             result.seconds_propagation += share * moments.seconds_moment
             if self.propagate:
@@ -299,6 +269,15 @@ class Runner:
             if row.notes:
                 self.report.warnings.append(f"{row.name}: {row.notes}")
             self.report.layers.append(row)
+
+    def _quantize_activations(self, target: Target, moments: Moments) -> None:
+        spec = target.options.activations
+        if spec is None:
+            return
+        dtype = target.module.weight.dtype
+        quantizer = ActivationQuantizer.calibrate(spec, moments.ranges, dtype)
+        install_quantizer(target.module, quantizer)
+        self.activations[target.name] = quantizer
 
     def _fail(self, members: list[Target], error: Exception, schedule: str) -> None:
         if self.on_error == "raise":
@@ -328,11 +307,3 @@ def _skipped_row(model: nn.Module, name: str, why: str) -> LayerReport:
     shapes = [p.shape for p in model.get_submodule(name).parameters(recurse=False) if p.dim() == 2]
     shape = tuple(shapes[0]) if shapes else (0, 0)
     return LayerReport(name, shape, f"skipped: {why}")  # type: ignore[arg-type]
-
-
-def _has_greenlet() -> bool:
-    try:
-        import greenlet  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -35,7 +35,9 @@ from ptqkit.hf.capture import (
     tensor_key,
     thread_state,
 )
+from ptqkit.hf.activations import installed_quantizer
 from ptqkit.hf.float_path import InputDrift, Moments, OriginalWeights, check_same_tokens
+from ptqkit.hf.input_ranges import range_accumulator
 from ptqkit.hf.replay import Replay
 from ptqkit.hf.solve import accumulator, match_mask, named_error
 from ptqkit.hf.structure import Target
@@ -91,6 +93,10 @@ class Run:
         """Modules of all layers not yet quantized."""
         return {n: t.module for n, t in self.targets.items() if n not in self.done}
 
+    def members(self, name: str) -> list[str]:
+        """Layers fed by the same tensor as this one, itself among them."""
+        return self.groups[self.group_of[name]] if name in self.group_of else [name]
+
     def positions(self) -> list[int]:
         """Per group, how many blocks have ended before it runs."""
         result, last = [], -1
@@ -126,6 +132,8 @@ class _Accumulation:
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name = run, name
         self.hessian: Any = None
+        self.ranges: Any = None
+        self.needs_ranges = any(run.targets[n].needs_ranges for n in run.members(name))
         self.drift: InputDrift | None = None
         self.seconds = self.seconds_drift = 0.0
         self.error: Exception | None = None
@@ -141,6 +149,10 @@ class _Accumulation:
             batch = self.run.batches[index]
             mask = match_mask(value, batch, self.run.masks[index])
             self.hessian.update(value, mask)
+            if self.needs_ranges:
+                if self.ranges is None:
+                    self.ranges = range_accumulator(value.shape[-1], value.device)
+                self.ranges.update(value, mask)
             middle = time.perf_counter()
             if floats is not None:
                 check_same_tokens(self.name, floats, value, batch)
@@ -158,8 +170,9 @@ class _Accumulation:
             raise self.error
         start = time.perf_counter()
         hessian = self.hessian.finish() if hasattr(self.hessian, "finish") else self.hessian
+        ranges = self.ranges.finish() if hasattr(self.ranges, "finish") else self.ranges
         middle = time.perf_counter()
-        found = Moments(hessian, seconds=self.seconds + middle - start)
+        found = Moments(hessian, ranges=ranges, seconds=self.seconds + middle - start)
         if self.drift is not None and found.tokens:
             found.moment = self.drift.moment(hessian.matrix)
             found.seconds_moment = self.seconds_drift + time.perf_counter() - middle
@@ -177,10 +190,13 @@ def run_one_pass(run: Run) -> str | None:
     """
     current: list[Coroutine] = []
 
-    def at_layer(name: str, value: torch.Tensor) -> None:
+    def at_layer(name: str, value: torch.Tensor) -> torch.Tensor | None:
         if name not in run.done:
             pause(name, value)
-            return
+            # Torch collected this call's hooks before the pause, without the quantizer installed
+            # in it; at the layers that share the input it comes after this hook.
+            quantizer = installed_quantizer(run.targets[name].module)
+            return None if quantizer is None else quantizer(value)
         if current[0] in floats:
             originals.ran(name)
         # A layer that was quantized with another one's H: its input must be that one's.
@@ -190,6 +206,7 @@ def run_one_pass(run: Run) -> str | None:
                 f"{name} shared its input with {run.groups[run.group_of[name]][0]} in a short "
                 "probe, but not on the calibration data; quantize with share_inputs=False"
             )
+        return None
 
     coroutines, floats = (
         [

@@ -125,6 +125,8 @@ class Solved:
         weight, here and in the diagnostics.
     objective_rtn, output_power, weight_power, weight_error : float
         Diagnostics; NaN where they were not asked for.
+    bias_shift : ndarray of float64, shape (out,), or None
+        Mean output error, with bias correction: to be subtracted from the bias.
     """
 
     matrix: QuantizedMatrix
@@ -137,12 +139,14 @@ class Solved:
     seconds_diagnostics: float = 0.0
     seconds_propagation: float = 0.0
     dequantized: np.ndarray | None = field(default=None, repr=False)
+    bias_shift: np.ndarray | None = field(default=None, repr=False)
 
 
 def solve_group(
     targets: Sequence[Target],
     hessian: Any,
     moment: np.ndarray | None = None,
+    ranges: Any = None,
     *,
     threads: int = 0,
     diagnostics: bool = True,
@@ -159,6 +163,8 @@ def solve_group(
         None only for round-to-nearest without calibration.
     moment : ndarray of float64, shape (in, in), optional
         G = (2/N) sum x x~^T, for layers with error propagation.
+    ranges : ChannelRanges, optional
+        Of the inputs, for layers with bias correction.
     threads : int
     diagnostics : bool
         Also compute what the report shows beyond the objective.
@@ -167,7 +173,8 @@ def solve_group(
     for target in targets:
         options = _effective(target)
         for stack in stacks:
-            if _effective(stack[0]) == options:
+            # One scale for a whole matrix: not for several in one.
+            if not options.per_tensor and _effective(stack[0]) == options:
                 stack.append(target)
                 break
         else:
@@ -180,7 +187,7 @@ def solve_group(
         shared = len(stacks) > 1 or moment is not None
         if shared and hessian is not None and stack[0].options.method == "gptq":
             source = _factor(factors, hessian, _effective(stack[0]), threads, name)
-        moments = (hessian, moment)
+        moments = (hessian, moment, ranges)
         solved.update(_solve_stack(stack, name, source, moments, threads, diagnostics))
     return solved
 
@@ -216,11 +223,11 @@ def _solve_stack(
     stack: list[Target],
     name: str,
     source: Any,
-    moments: tuple[Any, np.ndarray | None],
+    moments: tuple[Any, np.ndarray | None, Any],
     threads: int,
     diagnostics: bool,
 ) -> dict[str, Solved]:
-    hessian, moment = moments
+    hessian, moment, ranges = moments
     start = begin = time.perf_counter()
     options = _effective(stack[0])
     parts = [t.read() for t in stack]
@@ -234,6 +241,9 @@ def _solve_stack(
         start = time.perf_counter()
     matrix = _quantize(weight, source, options, threads, name)
     dequantized = dequantize(matrix)
+    shift = None
+    if options.bias_correction:
+        shift = ptqkit.bias_correction(weight, dequantized, ranges.mean)
     middle = time.perf_counter()
     extra = None
     if diagnostics:
@@ -247,6 +257,7 @@ def _solve_stack(
         result.seconds_propagation = share * (start - begin)
         result.dequantized = dequantized[rows]
         result.objective = result.matrix.objective
+        result.bias_shift = None if shift is None else shift[rows]
         if extra is not None:
             for key, values in extra.items():
                 setattr(result, key, float(values[rows].sum()))
@@ -270,7 +281,7 @@ def _quantize(
         "name": name,
     }
     if options.method == "rtn":
-        return ptqkit.rtn(weight, H=source, **common)
+        return ptqkit.rtn(weight, H=source, per_tensor=options.per_tensor, **common)
     return ptqkit.gptq(
         weight,
         source,

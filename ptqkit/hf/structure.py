@@ -69,6 +69,24 @@ class Target:
             weight = weight.T
         return np.ascontiguousarray(weight.to(device="cpu", dtype=torch.float32).numpy())
 
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether the channel ranges of the inputs are needed besides H."""
+        static = self.options.activations is not None and not self.options.activations.dynamic
+        return self.options.bias_correction or static
+
+    def subtract_bias(self, values: np.ndarray) -> None:
+        """Subtract values (out,) from the bias; a layer without one gains it."""
+        weight, new = self.module.weight, torch.from_numpy(-values)
+        if self.module.bias is not None:
+            new = new + self.module.bias.detach().to(device="cpu", dtype=torch.float64)
+        new = new.to(device=weight.device, dtype=weight.dtype)
+        if self.module.bias is None:
+            self.module.bias = nn.Parameter(new, requires_grad=weight.requires_grad)
+            return
+        with torch.no_grad():
+            self.module.bias.copy_(new)
+
     def write(self, values: np.ndarray) -> None:
         """Replace the weight in place by (out, in) values, cast to the weight's dtype."""
         new = torch.from_numpy(values.T if self.transposed else values)

@@ -1,0 +1,112 @@
+"""Recipes put together from parts, the presets that quantize activations, and contradictions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("torch")
+
+from ptqkit.cli.quantize_options import GPTQ_RECIPES, RTN_RECIPES
+from ptqkit.hf import AWE, GPTQ, RTN, Activations, BiasCorrection, Equalization, SmoothQuant
+from ptqkit.hf.recipe import PRESETS, Recipe
+
+STATIC = {"bits": 8, "granularity": "tensor", "symmetric": False, "outlier_threshold": None}
+
+
+def test_parts_make_the_recipe_with_the_same_fields():
+    parts = [AWE(alpha=0.5), GPTQ(bits=3, group_size=64), Activations(8, "tensor"), BiasCorrection()]
+    assert Recipe.parse(parts) == Recipe(
+        bits=3,
+        group_size=64,
+        equalization=Equalization("awe", 0.5),
+        activations=Activations(8, "tensor", symmetric=False),
+        bias_correction=True,
+    )
+    assert Recipe.parse([RTN()]) == Recipe.preset("rtn")
+    assert Recipe.parse([GPTQ("reference", bits=2)]) == Recipe.preset("reference", bits=2)
+    assert Recipe.parse([AWE, RTN(bits=8)]).equalization == Equalization("awe", "search")
+
+
+def test_parts_as_files_write_them():
+    parts = [
+        "AWE",
+        {"part": "RTN", "bits": 8, "per_tensor": True, "symmetric": True},
+        {"part": "Activations", "granularity": "tensor"},
+        "BiasCorrection",
+    ]
+    recipe = Recipe.parse(parts)
+    assert recipe == Recipe.preset(
+        "aweq", equalization={"method": "awe", "alpha": "search", "tokens": 512}
+    )
+    assert recipe.group_size is None and recipe.activations.to_dict() == STATIC
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    recipe = Recipe.preset(name)
+    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe and again.activations == recipe.activations
+
+
+def test_the_command_line_has_every_preset():
+    by_method = {m: [n for n in PRESETS if Recipe.preset(n).method == m] for m in ("gptq", "rtn")}
+    assert by_method == {"gptq": list(GPTQ_RECIPES), "rtn": list(RTN_RECIPES)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], r"needs a solver, GPTQ\(...\) or RTN"),
+        ([AWE()], "to equalize a model alone use ptqkit.equalize"),
+        ([GPTQ(), RTN()], r"takes one solver \(GPTQ or RTN\), not 2: GPTQ\(\), RTN\(\)"),
+        ([AWE(), SmoothQuant(), RTN()], "takes one equalization"),
+        ([RTN(), AWE()], r"AWE\(.*\) must come before RTN\(\): it changes the float weights"),
+        ([RTN(), Activations(), Activations(6)], "takes one Activations, not 2"),
+        ([RTN(), BiasCorrection(), BiasCorrection()], "takes one BiasCorrection"),
+        (["GPTQ", "awe"], r"'awe' is no part of a recipe; parts are AWE, SmoothQuant"),
+        ([{"bits": 4}], "is no part of a recipe"),
+        ([{"part": "AWE", "beta": 1}], "AWE has no option 'beta'"),
+        ([{"part": "RTN", "bit": 1}], "recipe has no option 'bit'"),
+        ([{"part": "RTN", "bits": 1}], "bits must be an integer from 2 to 8"),
+        ([{"part": "GPTQ", "activations": {}}], "GPTQ has no option 'activations'"),
+        ([{"part": "GPTQ", "preset": "rtn"}], "preset 'rtn' is of method 'rtn'"),
+        ([{"part": "AWE", "alpha": 2}], "alpha must be a number from 0 to 1 or 'search'"),
+        ([{"part": "AWE", "tokens": 1}], "tokens must be an integer of at least 2"),
+        ([{"part": "SmoothQuant", "alpha": "search"}], "smoothquant takes a number"),
+        ([{"part": "GPTQ", "per_tensor": True}], "per_tensor=True needs method 'rtn'"),
+        ([{"part": "RTN", "per_tensor": True, "group_size": 8}], "needs group_size=None"),
+        ([{"part": "RTN", "per_tensor": True, "grid": "mse"}], "needs grid 'minmax'"),
+        ([{"part": "Activations", "bits": 1}, "RTN"], "activation bits must be"),
+    ],
+)
+def test_contradictions_are_named(parts, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.parse(parts)
+
+
+@pytest.mark.parametrize("other", [Activations(), BiasCorrection()])
+def test_error_propagation_is_alone(other):
+    with pytest.raises(ValueError, match="error_propagation=0.5 cannot be combined with"):
+        Recipe.parse([GPTQ(error_propagation=0.5), other])
+
+
+def test_overrides_of_the_new_fields():
+    recipe = Recipe.preset(
+        "aweq",
+        overrides={
+            "*.down_proj": {"activations": None, "bias_correction": False},
+            "*.o_proj": {"activations": {"bits": 16}},
+        },
+    )
+    down, o = (recipe.for_layer(f"model.layers.0.{n}") for n in ("mlp.down_proj", "self.o_proj"))
+    assert down.activations is None and not down.bias_correction and down.per_tensor
+    assert o.activations == Activations(16)
+    with pytest.raises(ValueError, match=r"cannot hold equalization: it holds for the whole run"):
+        Recipe.preset("aweq", overrides={"*": {"equalization": None}})
+
+
+def test_parts_compare_and_show():
+    assert GPTQ(bits=4) == GPTQ() != GPTQ(bits=3)
+    assert repr(GPTQ("reference", bits=3)) == "GPTQ('reference', bits=3)"
