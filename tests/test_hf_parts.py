@@ -16,7 +16,12 @@ STATIC = {"bits": 8, "granularity": "tensor", "symmetric": False, "outlier_thres
 
 
 def test_parts_make_the_recipe_with_the_same_fields():
-    parts = [AWE(alpha=0.5), GPTQ(bits=3, group_size=64), Activations(8, "tensor"), BiasCorrection()]
+    parts = [
+        AWE(alpha=0.5),
+        GPTQ(bits=3, group_size=64),
+        Activations(8, "tensor"),
+        BiasCorrection(),
+    ]
     assert Recipe.parse(parts) == Recipe(
         bits=3,
         group_size=64,

@@ -50,8 +50,8 @@ examples:
   ptqkit quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
   ptqkit quantize ./model --recipe aweq --alpha search --equalize awe --calibration train.txt \\
       --out model-w8a8
-  ptqkit quantize ./model --bits 4 --equalize awe --activations 8:token --calibration train.txt \\
-      --out model-w4a8
+  ptqkit quantize ./model --bits 4 --equalize awe --activations 8:token \\
+      --calibration train.txt --out model-w4a8
 """
 
 
@@ -76,7 +76,8 @@ def add_options(commands: Any) -> argparse.ArgumentParser:
         "whole matrix (with rtn) (default: 128, or the recipe's)",
     )  # fmt: skip
     group.add_argument(
-        "--symmetric", action=argparse.BooleanOptionalAction,
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
         help="no zero-points: needed for compressed-tensors (default: off, or the recipe's)",
     )
     group.add_argument(

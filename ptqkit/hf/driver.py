@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ptqkit.hf.activations import ActivationQuantizer
-from ptqkit.hf.equalize import EqualizationReport
 from ptqkit.hf.memory import parse_bytes
 from ptqkit.hf.preflight import FORMATS
 from ptqkit.hf.progress import Progress, make_progress
@@ -18,6 +17,9 @@ from ptqkit.hf.recipe import Recipe
 from ptqkit.hf.report import Report
 from ptqkit.hf.runner import QuantizationInterrupted, Runner
 from ptqkit.result import QuantizedMatrix
+
+if TYPE_CHECKING:
+    from ptqkit.hf.equalize import EqualizationReport
 
 __all__ = ["QuantizationInterrupted", "QuantizationResult", "quantize"]
 
@@ -57,7 +59,8 @@ class QuantizationResult:
 
         options.setdefault("tokenizer", self.tokenizer)
         options.setdefault("report", self.report)
-        options.setdefault("activations", self.activations)
+        if self.activations:
+            options.setdefault("activations", self.activations)
         return save_checkpoint(
             self.model, self.layers, self.recipe, directory, format=format, **options
         )
@@ -96,8 +99,9 @@ def quantize(
     recipe : Recipe, preset name, dict or list of parts
         A name in :data:`ptqkit.hf.recipe.PRESETS` (``"quality"``, ``"reference"``, ``"rtn"``,
         ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4), Activations(8, "tensor")]``
-        (:mod:`ptqkit.hf.parts`); ``**changes`` are applied to it, such as ``bits=3``, or ``error_propagation=0.5``, which corrects every weight for the errors of
-        the layers before it at the price of a second forward pass and twice the activations.
+        (:mod:`ptqkit.hf.parts`); ``**changes`` are applied to it, such as ``bits=3``, or
+        ``error_propagation=0.5``, which corrects every weight for the errors of the layers before
+        it at the price of a second forward pass and twice the activations.
     calibration
         Text, tokens, batches or a dataset; see
         :func:`ptqkit.hf.calibration.prepare_calibration`, which also explains ``samples``,

@@ -22,7 +22,9 @@ class _Solver:
     def __init__(self, preset: str | None = None, **options: Any) -> None:
         for name in ("method", "activations", "equalization", "bias_correction"):
             if name in options:
-                raise ValueError(f"{type(self).__name__} has no option {name!r}: it is another part")
+                raise ValueError(
+                    f"{type(self).__name__} has no option {name!r}: it is another part"
+                )
         self.preset = preset if preset is not None else self._preset
         self.options = options
         method = self.recipe().method
@@ -176,7 +178,9 @@ def _check_order(parts: Sequence[Any]) -> None:
     """Exactly one solver, at most one of the others, equalization first."""
     kinds = {
         "solver (GPTQ or RTN)": [p for p in parts if isinstance(p, _Solver)],
-        "equalization (AWE or SmoothQuant)": [p for p in parts if isinstance(p, (AWE, SmoothQuant))],
+        "equalization (AWE or SmoothQuant)": [
+            p for p in parts if isinstance(p, (AWE, SmoothQuant))
+        ],
         "Activations": [p for p in parts if isinstance(p, Activations)],
         "BiasCorrection": [p for p in parts if isinstance(p, BiasCorrection)],
     }

@@ -15,7 +15,6 @@ from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleErr
 from ptqkit.hf.activations import installed_quantizer
 from ptqkit.hf.calibration import CalibrationSet, max_positions
 from ptqkit.hf.capture import Probe
-from ptqkit.hf.equalize import ALREADY_EQUALIZED, MARKER
 from ptqkit.hf.recipe import Recipe
 from ptqkit.hf.structure import Structure, Target
 from ptqkit.hf.text import MissingTextError
@@ -66,8 +65,12 @@ def check_model(
     if recipe.equalization is not None:
         if not calibrated:
             problems.add("equalization needs calibration data", CalibrationError)
-        if getattr(getattr(model, "config", None), MARKER, None) is not None:
-            problems.add(ALREADY_EQUALIZED, UnsupportedModuleError)
+        if getattr(getattr(model, "config", None), "ptqkit_equalized", None) is not None:
+            problems.add(
+                "the model is equalized already (config.ptqkit_equalized says how); load the "
+                "original model, or leave equalization out of the recipe",
+                UnsupportedModuleError,
+            )
     for pattern in recipe.unmatched(structure.known_names):
         problems.add(f"pattern {pattern!r} of the recipe matches no module of the model")
     meta = [n for n, p in model.named_parameters() if p.device.type == "meta"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,7 +12,6 @@ from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.activations import ActivationQuantizer, install_quantizer
 from ptqkit.hf.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.capture import Probe, calibration_mode, probe
-from ptqkit.hf.equalize import EqualizationReport, equalize_calibrated
 from ptqkit.hf.float_path import Moments
 from ptqkit.hf.memory import peak_memory
 from ptqkit.hf.preflight import (
@@ -31,6 +30,9 @@ from ptqkit.hf.schedule_choice import only_one_pass, why_not_one_pass
 from ptqkit.hf.solve import named_error, solve_group
 from ptqkit.hf.structure import Structure, Target, find_structure
 from ptqkit.result import QuantizedMatrix
+
+if TYPE_CHECKING:
+    from ptqkit.hf.equalize import EqualizationReport
 
 __all__ = ["QuantizationInterrupted", "Runner"]
 
@@ -140,6 +142,8 @@ class Runner:
         """Equalize the float model, where the recipe says so."""
         if self.recipe.equalization is None:
             return
+        from ptqkit.hf.equalize import equalize_calibrated
+
         assert self.calibration is not None
         start = time.perf_counter()
         self.equalization = equalize_calibrated(

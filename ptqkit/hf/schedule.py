@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.hf.activations import installed_quantizer
 from ptqkit.hf.calibration import CalibrationSet
 from ptqkit.hf.capture import (
     Coroutine,
@@ -35,7 +36,6 @@ from ptqkit.hf.capture import (
     tensor_key,
     thread_state,
 )
-from ptqkit.hf.activations import installed_quantizer
 from ptqkit.hf.float_path import InputDrift, Moments, OriginalWeights, check_same_tokens
 from ptqkit.hf.input_ranges import range_accumulator
 from ptqkit.hf.replay import Replay
