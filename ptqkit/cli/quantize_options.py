@@ -108,7 +108,9 @@ def add_options(commands: Any) -> argparse.ArgumentParser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe (default: as the recipe has it)")
-    group.add_argument("--recipe", choices=(*GPTQ_RECIPES, *RTN_RECIPES))
+    group.add_argument(
+        "--recipe", choices=(*GPTQ_RECIPES, *RTN_RECIPES), metavar="NAME", help="one of those above"
+    )
     group.add_argument("--order", choices=("natural", "act", "group"), help="order of the columns")
     group.add_argument(
         "--static-groups", action=argparse.BooleanOptionalAction,
