@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 _F32 = NDArray[np.float32]
 _F64 = NDArray[np.float64]
 _U8 = NDArray[np.uint8]
+_I8 = NDArray[np.int8]
+_I16 = NDArray[np.int16]
+_Bool = NDArray[np.bool_]
+_Tokens = _F32 | NDArray[np.float16] | NDArray[np.uint16]  # uint16: the bits of bfloat16
+_SignedGrid = tuple[int, bool, bool]  # bits, symmetric, narrow
 _U32 = NDArray[np.uint32]
 _I64 = NDArray[np.int64]
 _Grid = tuple[int, int, int, int, int, int, int, float, float]
@@ -91,6 +96,64 @@ def objective(
     E: _F32,  # (rows, n)
     H: _F32,  # (n, n)
     out: _F64,  # (rows,), written
+    threads: int,
+    /,
+) -> None: ...
+def codes_on_grid(
+    W: _F32,  # (rows, n)
+    scales: _F32,  # (rows,)
+    zeros: _U8,  # (rows,)
+    max_code: int,
+    codes: _U8,  # (rows, n), written
+    threads: int,
+    /,
+) -> None: ...
+def signed_grid(low: float, high: float, grid: _SignedGrid, /) -> tuple[float, int]: ...
+def activation_range(
+    X: _Tokens,  # (tokens, n)
+    dtype: int,  # 0 float32, 1 float16, 2 bfloat16
+    skip: _Bool | None,  # (n,), columns that count as zeros
+    threads: int,
+    /,
+) -> tuple[float, float]: ...  # FloatingPointError: NaN or Inf, here and below
+def activations_quantize(
+    X: _Tokens,  # (tokens, n)
+    dtype: int,
+    skip: _Bool | None,  # (n,)
+    grid: _SignedGrid,
+    per_token: int,  # 1: a grid is fitted to each token; 0: the one grid is read
+    codes: _I8 | _I16,  # (tokens, n), written; int16 above 8 bits
+    scales: _F32,  # (tokens,) written, or (1,) read
+    zeros: _I16,  # the same
+    threads: int,
+    /,
+) -> None: ...
+def outlier_columns(
+    X: _Tokens,  # (tokens, n)
+    dtype: int,
+    threshold: float,
+    outliers: _Bool,  # (n,), written
+    threads: int,
+    /,
+) -> None: ...
+def bias_correction(
+    W: _F32 | _F64,  # (rows, n)
+    W_hat: _F32 | _F64,  # (rows, n), of the same type
+    mean: _F64,  # (n,)
+    out: _F64,  # (rows,), written
+    threads: int,
+    /,
+) -> None: ...
+def int8_matmul(
+    x: _I8,  # (tokens, n)
+    x_scales: _F32,  # (tokens,) or (1,)
+    x_zeros: _I8,  # the same
+    w: _I8,  # (outputs, n)
+    w_scales: _F32,  # (outputs,) or (1,)
+    w_zeros: _I8,  # the same
+    x_float: _F32 | None,  # (tokens, columns), multiplied in float32 and added
+    w_float: _F32 | None,  # (columns, outputs)
+    y: _F32,  # (tokens, outputs), written
     threads: int,
     /,
 ) -> None: ...

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit import reference
+from ptqkit import _core
 from ptqkit._arrays import (
     BF16,
     as_tokens,
@@ -130,14 +130,10 @@ def _grid_options(bits: Any, symmetric: Any, narrow_range: Any) -> tuple[int, bo
 
 
 def _fit_range(low, high, options: tuple[int, bool, bool]) -> tuple[np.float32, int]:
-    bits, symmetric, narrow = options
-    with np.errstate(over="ignore"):
-        scale, zero = reference.signed_grid(
-            low, high, bits=bits, symmetric=symmetric, narrow_range=narrow, dtype=np.float32
-        )
+    scale, zero = _core.signed_grid(low, high, options)
     if not np.isfinite(scale):
         raise ValueError(f"the range from {low:g} to {high:g} overflows float32")
-    return np.float32(scale), int(zero)
+    return np.float32(scale), zero
 
 
 def _tokens(X: Any, what: str = "X") -> tuple[np.ndarray, int, tuple[int, ...]]:
@@ -149,19 +145,12 @@ def _tokens(X: Any, what: str = "X") -> tuple[np.ndarray, int, tuple[int, ...]]:
             raise ValueError(f"{what} must be an array: {error}") from None
     if len(X.shape) == 0 or X.shape[-1] == 0:
         raise ValueError(f"{what} must have shape (..., channels), but has {tuple(X.shape)}")
-    return as_tokens(X, int(X.shape[-1]))
+    X, dtype, shape = as_tokens(X, int(X.shape[-1]))
+    return np.ascontiguousarray(X), dtype, shape
 
 
-def _widened(X: np.ndarray, dtype: int) -> np.ndarray:
-    """float32 values of what as_tokens returned; exact."""
-    if dtype == BF16:
-        return (X.astype(np.uint32) << 16).view(np.float32)
-    return X.astype(np.float32)
-
-
-def _check_finite(X: np.ndarray) -> None:
-    if not np.isfinite(X).all():
-        raise ValueError("X holds NaN or Inf (or values beyond float32)")
+def _not_finite() -> ValueError:
+    return ValueError("X holds NaN or Inf (or values beyond float32)")
 
 
 def outlier_columns(X: Any, threshold: float = 6.0, *, threads: int = 0) -> np.ndarray:
@@ -188,11 +177,14 @@ def outlier_columns(X: Any, threshold: float = 6.0, *, threads: int = 0) -> np.n
     threshold = check_number(threshold, "threshold")
     if not threshold > 0:
         raise ValueError(f"threshold must be above 0, not {threshold}")
-    check_threads(threads)
-    X, dtype, _ = _tokens(X)
-    X = _widened(X, dtype)
-    _check_finite(X)
-    return reference.outlier_columns(X, threshold)
+    threads = check_threads(threads)
+    X, dtype, shape = _tokens(X)
+    outliers = np.empty(shape[-1], bool)
+    try:
+        _core.outlier_columns(X, dtype, threshold, outliers, threads)
+    except FloatingPointError:
+        raise _not_finite() from None
+    return outliers
 
 
 def _outlier_mask(outliers: Any, channels: int) -> np.ndarray | None:
@@ -231,7 +223,8 @@ def _given_grid(scale: Any, zero_point: Any, granularity: str, options: tuple[in
         if not symmetric:
             raise ValueError("an asymmetric static grid needs zero_point beside scale")
         return scale, 0
-    low, high = reference.activations.code_limits(bits, narrow)
+    high = (1 << (bits - 1)) - 1
+    low = -high if narrow else -high - 1
     zero = check_count(np.asarray(zero_point).reshape(-1)[0], "zero_point", low, high)
     if symmetric and zero:
         raise ValueError(f"zero_point is {zero}, but symmetric=True means 0")
@@ -297,34 +290,38 @@ def quantize_activations(
         raise ValueError(f"granularity must be one of token, tensor, not {granularity!r}")
     options = _grid_options(bits, symmetric, narrow_range)
     grid = _given_grid(scale, zero_point, granularity, options)
-    check_threads(threads)
+    threads = check_threads(threads)
     X, dtype, shape = _tokens(X)
     mask = _outlier_mask(outliers, shape[-1])
-    X = _widened(X, dtype)
-    _check_finite(X)
-    if granularity == "tensor" and grid is None:
-        rest = X if mask is None else X[:, ~mask]
-        grid = _fit_range(rest.min(initial=0), rest.max(initial=0), options)
-    codes, scales, zeros = reference.quantize_activations(
-        X,
-        bits=options[0],
-        granularity=granularity,
-        symmetric=options[1],
-        narrow_range=options[2],
-        scale=None if grid is None else grid[0],
-        zero_point=None if grid is None else grid[1],
-        outliers=mask,
-        dtype=np.float32,
-    )
+    codes = np.empty(X.shape, np.int8 if options[0] <= 8 else np.int16)
+    grids = len(X) if granularity == "token" else 1
+    scales, zeros = np.empty(grids, np.float32), np.empty(grids, np.int16)
+    try:
+        if granularity == "tensor":
+            if grid is None:
+                grid = _fit_range(*_core.activation_range(X, dtype, mask, threads), options)
+            scales[0], zeros[0] = grid
+        per_token = int(granularity == "token")
+        arrays = (codes, scales, zeros)
+        _core.activations_quantize(X, dtype, mask, options, per_token, *arrays, threads)
+    except FloatingPointError:
+        raise _not_finite() from None
     if not np.isfinite(scales).all():
         raise ValueError("the range of a token overflows float32")
-    kind = np.int8 if options[0] <= 8 else np.int16
     lead = (1,) if granularity == "tensor" else (*shape[:-1], 1)
     return QuantizedActivations(
-        codes.astype(kind).reshape(shape),
+        codes.reshape(shape),
         scales.reshape(lead),
-        zeros.astype(kind).reshape(lead),
+        zeros.astype(codes.dtype).reshape(lead),
         *(options[0], granularity, *options[1:]),
         mask,
-        None if mask is None else X[:, mask].reshape(*shape[:-1], -1),
+        None if mask is None else _columns(X, dtype, mask).reshape(*shape[:-1], -1),
     )
+
+
+def _columns(X: np.ndarray, dtype: int, mask: np.ndarray) -> np.ndarray:
+    """float32 values of some columns; exact."""
+    X = X[:, mask]
+    if dtype == BF16:
+        return (X.astype(np.uint32) << 16).view(np.float32)
+    return X.astype(np.float32)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit import reference
+from ptqkit import _core
 from ptqkit._arrays import check_threads
 from ptqkit.activations import QuantizedActivations
 from ptqkit.result import QuantizedMatrix
@@ -19,7 +19,7 @@ LONGEST_SUM = (2**31 - 1) // 2**14
 
 def _int8_operand(q: Any, what: str) -> QuantizedActivations:
     """Check one factor of a product; a weight matrix of one grid per output becomes signed."""
-    if isinstance(q, QuantizedMatrix):
+    if isinstance(q, QuantizedMatrix) and what == "qw":
         if q.scales.shape[1] != 1 or q.bits == "ternary":
             raise ValueError(f"{what} must have one grid per output (group_size=None), 2 to 8 bits")
         middle = 1 << (int(q.bits) - 1)
@@ -61,7 +61,7 @@ def int8_matmul(
     TypeError, ValueError
         More than 8 bits, shapes that do not fit, or sums that could leave int32.
     """
-    check_threads(threads)
+    threads = check_threads(threads)
     x, w = _int8_operand(qx, "qx"), _int8_operand(qw, "qw")
     if len(w.shape) != 2:
         raise ValueError(f"qw must have shape (out, in), not {w.shape}")
@@ -71,17 +71,23 @@ def int8_matmul(
     if n > LONGEST_SUM:
         raise ValueError(f"{n} inputs: more than {LONGEST_SUM} products can leave int32")
     tokens, lead = x.codes.size // n, x.shape[:-1]
-    y = reference.integer_matmul(
-        x.codes.reshape(tokens, n),
-        x.zero_points.reshape(-1, 1),
-        x.scales.reshape(-1, 1),
-        w.codes,
-        w.zero_points.reshape(-1, 1),
-        w.scales.reshape(-1, 1),
-    ).astype(np.float32)
-    outliers = [q.outliers for q in (x, w) if q.outliers is not None]
-    if outliers:
-        columns = np.logical_or.reduce(outliers)
-        X = x.dequantize().reshape(tokens, n)[:, columns]
-        y += X @ w.dequantize()[:, columns].T
+    y = np.empty((tokens, len(w.codes)), np.float32)
+    floats = _float_columns(x, w) or (None, None)
+    _core.int8_matmul(*_arrays(x), *_arrays(w), *floats, y, threads)
     return y.reshape(*lead, len(w.codes))
+
+
+def _arrays(q: QuantizedActivations):
+    """Codes (rows, in), scales and zero-points (rows,) or (1,)."""
+    codes = np.ascontiguousarray(q.codes.reshape(-1, q.shape[-1]))
+    return codes, q.scales.reshape(-1), q.zero_points.reshape(-1)
+
+
+def _float_columns(x: QuantizedActivations, w: QuantizedActivations):
+    """The factors (tokens, columns) and (columns, out) of the columns that are outliers."""
+    masks = [q.outliers for q in (x, w) if q.outliers is not None]
+    if not masks:
+        return None
+    columns = np.logical_or.reduce(masks)
+    X, W = (q.dequantize().reshape(-1, q.shape[-1])[:, columns] for q in (x, w))
+    return np.ascontiguousarray(X), np.ascontiguousarray(W.T)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit import _core, reference
+from ptqkit import _core
 from ptqkit._arrays import as_matrix, check_count, check_threads, label
 from ptqkit._grids import check_scales, grid_spec, group_width, outputs
 from ptqkit.errors import NotPositiveDefiniteError
@@ -79,16 +79,15 @@ def rtn(
     threads = check_threads(threads)
     W = as_matrix(W, "W", name, threads)
     rows, n = W.shape
+    per_tensor = bool(per_tensor)
+    if per_tensor:
+        _check_per_tensor(group_size, grid, name)
     size = group_width(group_size, n, name)
     matrix = None if H is None else _matching(as_hessian(H, name, threads), n, name)
     if grid == "hessian" and matrix is None:
         raise ValueError(f"{label(name)}grid='hessian' needs H")
-    per_tensor = bool(per_tensor)
-    if per_tensor:
-        _check_per_tensor(group_size, grid, name)
-        arrays = _rtn_per_tensor(W, spec, threads)
-    else:
-        arrays = outputs(rows, n, n // size)
+    arrays = _rtn_per_tensor(W, spec, threads) if per_tensor else outputs(rows, n, n // size)
+    if not per_tensor:
         _core.rtn(W, size, spec, matrix, *arrays, threads)
     check_scales(arrays[1], scale_dtype, name)
     g_idx = (np.arange(n) // size).astype(np.int32)
@@ -102,13 +101,11 @@ def rtn(
 def _check_per_tensor(group_size: int | None, grid: str, name: str | None) -> None:
     if group_size is not None:
         raise ValueError(
-            f"{label(name)}per_tensor=True is one grid for the whole matrix: pass group_size=None, "
-            f"not {group_size!r}"
+            f"{label(name)}per_tensor=True is one grid for all of W: pass group_size=None"
         )
     if grid != "minmax":
         raise ValueError(
-            f"{label(name)}per_tensor=True needs grid='minmax': the {grid!r} search shrinks each "
-            "row's or group's range on its own"
+            f"{label(name)}per_tensor=True needs grid='minmax': a search shrinks each group's range"
         )
 
 
@@ -118,8 +115,10 @@ def _rtn_per_tensor(W: np.ndarray, spec: tuple, threads: int):
     scale, zero = np.empty((1, 1), np.float32), np.empty((1, 1), np.uint8)
     ends = np.array([[W.min(), W.max()]])  # a row with the range of W, so with its grid
     _core.rtn(ends, 2, spec, None, np.empty((1, 2), np.uint8), scale, zero, 1)
-    codes = reference.quantize(W, scale, zero.astype(np.float32), spec[0])
-    return codes, np.repeat(scale, rows, axis=0), np.repeat(zero, rows, axis=0)
+    scales, zeros = np.repeat(scale, rows, axis=0), np.repeat(zero, rows, axis=0)
+    codes = np.empty(W.shape, np.uint8)
+    _core.codes_on_grid(W, scales[:, 0], zeros[:, 0], spec[0], codes, threads)
+    return codes, scales, zeros
 
 
 def _matching(matrix: np.ndarray, n: int, name: str | None) -> np.ndarray:

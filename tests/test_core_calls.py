@@ -19,7 +19,18 @@ def _calls():
     """A valid call of every function: name -> list of arguments."""
     eye, order = np.eye(8, dtype=np.float32), np.arange(8)
     codes, scales, zeros = np.zeros((3, 8), np.uint8), _f32(3, 2), np.zeros((3, 2), np.uint8)
+    int8, one = np.ones((3, 8), np.int8), np.ones(1, np.int8)
+    signed = (8, 1, 0)
     return {
+        "codes_on_grid": [_f32(3, 8), _f32(3), np.zeros(3, np.uint8), 15, codes, 1],
+        "signed_grid": [-1.0, 2.0, signed],
+        "activation_range": [_f32(5, 8), 0, np.zeros(8, bool), 1],
+        "activations_quantize": [_f32(5, 8), 0, np.zeros(8, bool), signed, 1,
+                                 np.zeros((5, 8), np.int8), _f32(5), np.zeros(5, np.int16), 1],
+        "outlier_columns": [_f32(5, 8), 0, 6.0, np.zeros(8, bool), 1],
+        "bias_correction": [_f32(3, 8), _f32(3, 8), np.ones(8), np.zeros(3), 1],
+        "int8_matmul": [int8, _f32(3), one.repeat(3), np.ones((5, 8), np.int8), _f32(1), one,
+                        _f32(3, 2), _f32(2, 5), _f32(3, 5), 1],
         "hessian_update": [_f32(8, 8), _f32(5, 8), 0, np.arange(3), 1],
         "hessian_finish": [_f32(8, 8), _f32(8, 8), 0.5, 1],
         "symmetric_check": [eye, 0.0, 1],
@@ -39,9 +50,14 @@ NAMES = sorted(_calls())
 OUTPUTS = {  # positions that are written
     "hessian_update": [0], "hessian_finish": [1], "factor": [3], "gptq": [6, 7, 8, 9, 10],
     "rtn": [4, 5, 6], "obq": [5], "objective": [2], "pack": [2], "unpack": [0],
-    "symmetric_check": [], "finite_check": [],
+    "symmetric_check": [], "finite_check": [], "signed_grid": [], "activation_range": [],
+    "codes_on_grid": [4], "activations_quantize": [5, 6, 7], "outlier_columns": [3],
+    "bias_correction": [3], "int8_matmul": [8],
 }  # fmt: skip
-OPTIONAL = {("hessian_update", 3), ("rtn", 3)}  # None is allowed
+OPTIONAL = {  # None is allowed
+    ("hessian_update", 3), ("rtn", 3), ("activation_range", 2), ("activations_quantize", 2),
+}  # fmt: skip
+INT8 = {("activations_quantize", 5), *(("int8_matmul", at) for at in (0, 2, 3, 5))}
 BAD = (TypeError, ValueError, OverflowError, IndexError, BufferError)
 
 
@@ -109,6 +125,10 @@ def _legal(name, at, kind):
         return (at == 1 and kind in ("longer", "strided")) or (
             at == 3 and kind in ("longer", "shorter")
         )
+    if kind == "narrow" and (name, at) in INT8:
+        return True
+    if name in ("activation_range", "outlier_columns") and at == 0:
+        return kind in ("longer", "shorter")
     return name == "finite_check" and kind in ("longer", "shorter", "wider", "narrower")
 
 
@@ -209,6 +229,44 @@ def test_numbers_out_of_range():
             _fails(name, arguments, ValueError)
 
 
+BAD_SIGNED_GRIDS = [
+    (), (8, 1), (8, 1, 0, 0), [8, 1, 0], (1, 1, 0), (17, 1, 0), (-8, 1, 0), (8, 0, 1),
+    (2**40, 1, 0), (8.0, 1, 0), ("8", 1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", BAD_SIGNED_GRIDS, ids=range(len(BAD_SIGNED_GRIDS)))
+def test_bad_signed_grids(grid):
+    for name, at in (("signed_grid", 2), ("activations_quantize", 3)):
+        arguments = _calls()[name]
+        arguments[at] = grid
+        _fails(name, arguments)
+
+
+def test_activation_arguments_that_do_not_belong_together():
+    for at, value in [
+        (3, (9, 1, 0)),  # codes must be int16
+        (4, 0),  # one grid, but as many scales as tokens
+        (4, 2),
+        (0, np.ones((5, 0), np.float32)),
+    ]:
+        arguments = _calls()["activations_quantize"]
+        arguments[at] = value
+        _fails("activations_quantize", arguments)
+    for scale in (0.0, -1.0, np.nan):
+        arguments = _calls()["activations_quantize"]
+        arguments[4], arguments[6] = 0, np.full(1, scale, np.float32)
+        arguments[7] = np.zeros(1, np.int16)
+        _fails("activations_quantize", arguments, ValueError)
+    for at in (6, 7):
+        arguments = _calls()["int8_matmul"]
+        arguments[at] = None
+        _fails("int8_matmul", arguments, TypeError)
+    arguments = _calls()["bias_correction"]
+    arguments[0] = np.ones((3, 8))  # float64 beside float32
+    _fails("bias_correction", arguments, TypeError)
+
+
 def test_hopeless_values_do_not_crash():
     # NaN and infinity in what Python checks beforehand
     for value in (np.nan, np.inf, -np.inf, 3e38):
@@ -224,6 +282,19 @@ def test_hopeless_values_do_not_crash():
                     getattr(_core, name)(*arguments)
                 except (FloatingPointError, ArithmeticError):
                     pass
+        for name, spots in [("codes_on_grid", (0, 1)), ("activation_range", (0,)),
+                            ("activations_quantize", (0,)), ("outlier_columns", (0,)),
+                            ("bias_correction", (0, 1, 2)),
+                            ("int8_matmul", (1, 4, 6, 7))]:  # fmt: skip
+            for at in spots:
+                arguments = _calls()[name]
+                arguments[at] = np.full_like(arguments[at], value)
+                try:
+                    getattr(_core, name)(*arguments)
+                except FloatingPointError:
+                    pass
+        _core.signed_grid(value, -value, (8, 1, 0))
+        _core.signed_grid(-value, value, (8, 0, 0))
 
 
 def test_cpu_levels():

@@ -21,6 +21,7 @@ bad = H.copy()
 bad[0, 0] = -1e6
 nan = np.full_like(W, np.nan)
 codes = rng.integers(0, 8, W.shape, dtype=np.uint8)
+signed = ptqkit.quantize_activations(X, symmetric=False)
 def fails(call, *args, **kwargs):
     try:
         call(*args, **kwargs)
@@ -40,6 +41,25 @@ CALLS = {
     "rtn errors": lambda: fails(ptqkit.rtn, W * 1e6, scale_dtype="float16", bits=2),
     "obq": lambda: ptqkit.obq(W[:2, :16], H[:16, :16]),
     "objective": lambda: ptqkit.objective(W, 0, H),
+    "activations": lambda: (
+        ptqkit.quantize_activations(X, outliers=ptqkit.outlier_columns(X, 3.0)),
+        ptqkit.quantize_activations(X, 12, granularity="tensor", symmetric=False),
+        ptqkit.activation_grid(-1.0, 2.0),
+    ),
+    "activation errors": lambda: (
+        fails(ptqkit.quantize_activations, X * np.nan), fails(ptqkit.outlier_columns, X * np.nan),
+        fails(ptqkit.quantize_activations, X * np.nan, granularity="tensor"),
+        fails(_core.activations_quantize, X, 0, None, (99, 1, 0), 1, X, X, X, 0),
+        fails(_core.signed_grid, 1, 2, None), fails(_core.int8_matmul, *[None] * 10),
+    ),
+    "int8": lambda: (
+        ptqkit.int8_matmul(signed, ptqkit.quantize_activations(W)),
+        fails(ptqkit.int8_matmul, signed, signed.codes),
+    ),
+    "bias correction": lambda: (
+        ptqkit.bias_correction(W, W, X[0]), fails(ptqkit.bias_correction, W, nan, X[0]),
+    ),
+    "rtn per tensor": lambda: ptqkit.rtn(W, group_size=None, per_tensor=True),
     "packing": lambda: ptqkit.packing.unpack_rows(ptqkit.packing.pack_rows(codes, 3), 3, n),
     "core errors": lambda: (
         fails(_core.rtn), fails(_core.rtn, *[None] * 8), fails(_core.gptq, *[W] * 12),

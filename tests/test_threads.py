@@ -74,7 +74,9 @@ calls = {
     "rtn": lambda: ptqkit.rtn(W, grid="mse"),
     "objective": lambda: ptqkit.objective(W, 0, H),
     "obq": lambda: ptqkit.obq(W[:4, :160], H.matrix[:160, :160]),
+    "int8": lambda: ptqkit.int8_matmul(qx, qw),
 }
+qx, qw = ptqkit.quantize_activations(X), ptqkit.quantize_activations(W)
 H.matrix
 for name, call in calls.items():
     stamps, stop = [], threading.Event()
@@ -165,6 +167,11 @@ elif what == "rtn":
     n = 256
     W = np.tile(rng.normal(size=(256, n)).astype(np.float32), (256, 1))
     call = lambda: ptqkit.rtn(W, grid="mse", grid_steps=256)
+elif what == "int8":
+    codes = np.zeros((3000, 131071), np.int8)  # never written, so never in memory
+    grid = np.ones((3000, 1), np.float32), np.zeros((3000, 1), np.int8)
+    q = ptqkit.QuantizedActivations(codes, *grid, 8, "token", True)
+    call = lambda: ptqkit.int8_matmul(q, q)
 elif what == "factor":
     n = 4096
     H = np.eye(n, dtype=np.float32)
@@ -191,7 +198,7 @@ print(late)
 """
 
 
-@pytest.mark.parametrize("what", ["gptq", "obq", "rtn", "factor"])
+@pytest.mark.parametrize("what", ["gptq", "obq", "rtn", "factor", "int8"])
 def test_ctrl_c_stops_a_long_call_and_leaves_the_process_usable(script, what):
     slack = "1.0"  # for a loaded machine; without polling each of these calls goes on for longer
     script(INTERRUPT, what, slack, timeout=120)

@@ -14,6 +14,13 @@ PTQ_BIND(bind_gptq);
 PTQ_BIND(bind_rtn);
 PTQ_BIND(bind_obq);
 PTQ_BIND(bind_objective);
+PTQ_BIND(bind_codes_on_grid);
+PTQ_BIND(bind_signed_grid);
+PTQ_BIND(bind_activation_range);
+PTQ_BIND(bind_activations_quantize);
+PTQ_BIND(bind_outlier_columns);
+PTQ_BIND(bind_bias_correction);
+PTQ_BIND(bind_int8_matmul);
 PTQ_BIND(bind_pack);
 PTQ_BIND(bind_unpack);
 

@@ -86,6 +86,10 @@ ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const doub
 ptq_status ptq_rtn(const float *W, int64_t rows, int64_t n, int64_t G, const ptq_grid *grid,
                    const float *H, uint8_t *codes, float *scales, uint8_t *zeros, int threads);
 
+/* codes (rows, n) of W (rows, n) on given grids: scales, zeros (rows), one grid per row. */
+ptq_status ptq_codes_on_grid(const float *W, int64_t rows, int64_t n, const float *scales,
+                             const uint8_t *zeros, int max_code, uint8_t *codes, int threads);
+
 /* ---- gptq.c ---------------------------------------------------------------------------- */
 typedef struct {
     const float *W;      /* (rows, n), columns of dead inputs already zero */
@@ -114,6 +118,53 @@ ptq_status ptq_gptq(const ptq_gptq_args *args, int threads);
 /* out (rows) = e H e^T of each row of E (rows, n). */
 ptq_status ptq_objective(const float *E, int64_t rows, int64_t n, const float *H, double *out,
                          int threads);
+
+/* ---- activations.c --------------------------------------------------------------------- */
+/* Signed uniform grids, x = scale * (code - zero), code in [-2^(bits-1), 2^(bits-1) - 1]. */
+typedef struct {
+    int bits;      /* 2 to 16 */
+    int symmetric; /* zero-point 0 */
+    int narrow;    /* symmetric only: without the smallest code, scale = max|x| / (2^(bits-1) - 1) */
+} ptq_signed_grid;
+
+/* Grid of the range [low, high] and 0, in float32. A range of 0 (or whose scale underflows) gets
+ * scale 2^-23 and zero-point 0; the scale is infinite where high - low overflows. */
+ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float high, float *scale,
+                               int *zero);
+/* Extremes of 0 and X (tokens, n), of type `dtype`. Columns with a non-zero skip[c] (NULL: none)
+ * count as zeros, here and below. PTQ_NONFINITE for NaN or Inf, skipped or not. */
+ptq_status ptq_activation_range(const void *X, int64_t n, ptq_dtype dtype, const uint8_t *skip,
+                                int64_t tokens, float *low, float *high, int threads);
+/* codes (tokens, n) int8, or int16 above 8 bits: clamp(round(x / scale + zero)), ties to even.
+ * per_token: scales, zeros (tokens) are fitted to each row and written; else (1) are read. On
+ * PTQ_NONFINITE outputs are partly written. */
+ptq_status ptq_activations_quantize(const void *X, int64_t n, ptq_dtype dtype, const uint8_t *skip,
+                                    int64_t tokens, const ptq_signed_grid *grid, int per_token,
+                                    void *codes, float *scales, int16_t *zeros, int threads);
+/* outliers (n) = 1 for columns with an |x| >= threshold [LLM.int8()]. */
+ptq_status ptq_outlier_columns(const void *X, int64_t n, ptq_dtype dtype, int64_t tokens,
+                               float threshold, uint8_t *outliers, int threads);
+/* out (rows) = (W_hat - W) mean, in double [AWEQ, eqs. 11-15]. W, W_hat (rows, n) float, or double
+ * where `wide`. */
+ptq_status ptq_bias_correction(const void *W, const void *W_hat, int wide, int64_t rows, int64_t n,
+                               const double *mean, double *out, int threads);
+
+/* ---- int8.c ---------------------------------------------------------------------------- */
+/* Most inputs of a product whose sums surely fit int32. */
+#define PTQ_INT8_INPUTS ((INT32_MAX) >> 14)
+typedef struct {
+    const int8_t *x, *w;            /* codes (tokens, n) and (outputs, n) */
+    int64_t tokens, outputs, n;     /* n at most PTQ_INT8_INPUTS */
+    int64_t x_grids, w_grids;       /* tokens or 1, outputs or 1 */
+    const float *x_scales, *w_scales;
+    const int8_t *x_zeros, *w_zeros;
+    int64_t columns;                /* columns multiplied in float32, whose codes are their zeros */
+    const float *x_float, *w_float; /* (tokens, columns) and (columns, outputs) */
+    float *y;                       /* out (tokens, outputs) */
+} ptq_int8_args;
+
+/* y = s_x s_w sum (x - zero_x)(w - zero_w), the sum exact, one rounding; + x_float w_float. */
+ptq_status ptq_int8_matmul(const ptq_int8_args *args, int threads);
 
 /* ---- obq.c ----------------------------------------------------------------------------- */
 /* Optimal Brain Quantization of rows on given per-column grids, in double throughout.

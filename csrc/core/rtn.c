@@ -55,3 +55,37 @@ ptq_status ptq_rtn(const float *W, int64_t rows, int64_t n, int64_t G, const ptq
     free(t.work);
     return status;
 }
+
+typedef struct {
+    const ptq_kernels *k;
+    const float *W, *scales;
+    const uint8_t *zeros;
+    int64_t rows, n;
+    int max_code;
+    uint8_t *codes;
+} given;
+
+/* A row on one grid: the lanes of the kernel are consecutive inputs here. */
+static void given_task(void *ctx, int64_t row, int thread) {
+    (void)thread;
+    const given *t = ctx;
+    const int64_t nr = t->k->nr, whole = t->n / nr * nr;
+    const float *w = t->W + row * t->n;
+    uint8_t *codes = t->codes + row * t->n, last[LANES];
+    float scale[LANES], zero[LANES], rest[LANES] = {0};
+    for (int64_t r = 0; r < nr; r++) {
+        scale[r] = t->scales[row];
+        zero[r] = (float)t->zeros[row];
+    }
+    t->k->quantize(whole / nr, w, scale, zero, t->max_code, codes);
+    memcpy(rest, w + whole, sizeof(float) * (size_t)(t->n - whole));
+    t->k->quantize(1, rest, scale, zero, t->max_code, last);
+    memcpy(codes + whole, last, (size_t)(t->n - whole));
+}
+
+ptq_status ptq_codes_on_grid(const float *W, int64_t rows, int64_t n, const float *scales,
+                             const uint8_t *zeros, int max_code, uint8_t *codes, int threads) {
+    given t = {ptq_kernels_get(), W, scales, zeros, rows, n, max_code, codes};
+    threads = ptq_threads_for(threads, (double)rows * (double)n);
+    return ptq_parallel_for(rows, threads, given_task, &t);
+}

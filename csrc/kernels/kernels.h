@@ -69,6 +69,20 @@ typedef struct {
                        int64_t count, int64_t c, int64_t columns, uint32_t *out);
     /* 1 when all `count` values are finite. */
     int (*all_finite)(ptq_dtype dtype, const void *x, int64_t count);
+    /* n values as floats, 0 where skip (may be NULL) is non-zero. */
+    void (*row_widen)(ptq_dtype dtype, const void *x, const uint8_t *skip, int64_t n, float *out);
+    /* Extremes of n values and 0. */
+    void (*row_range)(const float *x, int64_t n, float *low, float *high);
+    /* n codes clamp(round(x / scale + zero), low, high): int16 where wide, else int8. */
+    void (*row_codes)(const float *x, int64_t n, float scale, float zero, int low, int high,
+                      int wide, void *codes);
+    /* any[i] |= |x[i]| >= threshold */
+    void (*row_reach)(const float *x, int64_t n, float threshold, uint8_t *any);
+    /* n codes as int16; returns their sum. */
+    int32_t (*int8_widen)(const int8_t *codes, int64_t n, int16_t *out);
+    /* C (4, 2) += sum over n of A (4 rows) * B (2 rows), in int32. */
+    void (*int16_dots)(const int16_t *A, const int16_t *B, int64_t stride, int64_t n, int32_t *C,
+                       int64_t ldc);
 } ptq_kernels;
 
 extern const ptq_kernels ptq_kernels_base;

@@ -34,8 +34,8 @@ def upper_factor(H: np.ndarray) -> np.ndarray:
     return np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
 
 
-def rtn(W, *, max_code, group_size=None, H=None, **grid):
-    """Round to nearest on a grid fitted per (row, group).
+def rtn(W, *, max_code, group_size=None, per_tensor=False, H=None, **grid):
+    """Round to nearest on a grid fitted per (row, group), or to all of W.
 
     Returns
     -------
@@ -43,7 +43,11 @@ def rtn(W, *, max_code, group_size=None, H=None, **grid):
     """
     W = np.asarray(W, np.float64)
     size = group_size or W.shape[1]
-    scales, zeros = fit_groups(W, size, H=H, max_code=max_code, **grid)
+    if per_tensor:
+        scale, zero, _ = fit_grid(W.reshape(1, -1), max_code=max_code, **grid)
+        scales, zeros = (np.full((len(W), 1), v[0]) for v in (scale, zero))
+    else:
+        scales, zeros = fit_groups(W, size, H=H, max_code=max_code, **grid)
     group = np.arange(W.shape[1]) // size
     return quantize(W, scales[:, group], zeros[:, group], max_code), scales, zeros
 
