@@ -1,4 +1,4 @@
-"""The command line: ``ptqkit quantize``, ``eval``, ``demo`` and ``info``.
+"""The command line: ``ptqkit quantize``, ``eval``, ``demo``, ``sweep`` and ``info``.
 
 Nothing here computes: each command reads its arguments, calls the functions that Python users
 call, and prints. PyTorch and transformers are imported by the commands that need them, after the
@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ptqkit.cli import demo, evaluate, info, quantize
+from ptqkit.cli import demo, evaluate, info, quantize, sweep
 from ptqkit.cli.common import UsageError, one_line
 from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
+from ptqkit.sweep.run import CellsFailed
 
 __all__ = ["build_parser", "main"]
 
@@ -31,7 +32,8 @@ exit codes:
   1    failed for a reason of its own (a full disk, a bug); --debug shows where
   2    a wrong argument, a missing file, data that cannot be used
   3    the checks before the run found problems: all of them are listed, nothing was computed
-  4    a Hessian could not be factorized: raise --damping or give more calibration text
+  4    a Hessian could not be factorized: raise --damping or give more calibration text; of
+       sweep: some cells failed
   130  interrupted by Ctrl-C; nothing half-written is left under the final name
 
 environment:
@@ -54,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ptqkit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (quantize, evaluate, demo, info):
+    for module in (quantize, evaluate, demo, sweep, info):
         module.add_parser(commands)
     return parser
 
@@ -65,7 +67,7 @@ def exit_code(error: BaseException) -> int:
         return 130
     if isinstance(error, PreflightError):
         return 3
-    if isinstance(error, NotPositiveDefiniteError):
+    if isinstance(error, (NotPositiveDefiniteError, CellsFailed)):
         return 4
     bad_input = (
         PtqkitError, UsageError, ValueError, TypeError, FileNotFoundError, FileExistsError,

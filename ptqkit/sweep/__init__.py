@@ -1,0 +1,88 @@
+"""Grids of recipes, models and tasks: the study behind ``ptqkit sweep FILE.toml``.
+
+A sweep file says what to compare. Every key is checked, and all problems are reported at once,
+before anything runs. Paths in it are relative to the file itself::
+
+    name = "w8a8"
+    output = "w8a8"              # folder of the results, below the current one; or --out
+
+    [calibration]                # what recipes are fitted to
+    text = "train.txt"           # .txt, .jsonl, either as .gz; "demo": the embedded model's text
+    samples = 32                 # windows (128)
+    sequence_length = 256        # tokens a window (512)
+    # documents = [0, 400]       # of a .jsonl file, only these lines: first, and end
+    # whitespace = "collapse"    # every run of white space becomes one space ("keep")
+    # seed = 0, batch_size = 4, start_token = "auto" | "none" | id
+
+    [[models]]
+    name = "small"
+    path = "models/small"        # a folder; "demo": the embedded model
+    # dtype = "float32"          # arithmetic; "auto": as stored, float16 as float32 on a CPU
+    # optional = true            # a folder that does not exist skips the model
+    # outliers = {channels = 6, factor = 30, seed = 0}   # first make it hard on purpose
+    # calibration = {text = "other.txt"}                 # changes of [calibration] for this model
+    # tasks = ["wiki"]           # by name; without, all
+
+    [[tasks]]
+    name = "wiki"
+    kind = "perplexity"
+    text = "test.txt"            # as above, with documents and whitespace; each line one text
+    # max_tokens = 20000, window = 256, stride = 128, start_token = "auto", batch_size = 4
+    # optional = true            # a file that does not exist skips the task (zero-shot too)
+
+    [[tasks]]
+    name = "piqa"
+    kind = "zero-shot"           # needs lm-eval: pip install 'ptqkit[eval]'
+    file = "piqa.jsonl.gz"
+    # limit = 200                # the first items only
+    # metric = "acc_norm"        # "acc" (default): by the log-likelihood as it is
+    # too_long = "skip"          # leave out items longer than the model takes ("error")
+    # batch_size = 8
+
+    [[recipes]]
+    name = "AWEQ"                # parts, or preset and options of one recipe, as in the next
+    parts = ["AWE", {part = "RTN", bits = 8, group_size = "channel"}, "BiasCorrection"]
+
+    [[recipes]]
+    name = "GPTQ INT3"
+    preset = "reference"
+    bits = 3
+    # models = ["small"]         # by name; without, all
+
+    [[published]]                # figures of papers: a table of their own, never among ours
+    model = "LLaMA-7B"
+    recipe = "GPTQ INT4"
+    task = "WikiText-2"
+    value = 6.09
+    source = "where it stands"
+
+Items of a zero-shot file are JSON lines of one of three forms: ``context``, ``choices``, ``gold``
+(the index of the right choice); ``contexts``, ``continuation``, ``gold`` (which context makes the
+continuation likeliest); ``context``, ``continuation`` (right if greedy decoding writes it). A space
+goes before every choice and continuation.
+
+Each model runs as it is (row ``float``) and with each recipe. What is measured is a *cell*: one
+model, one recipe, one task, kept in ``OUT/cells/`` under a hash of all that decides it: recipe,
+calibration settings and text, model files, task settings and text, and the version of ptqkit. A
+second run measures only what is missing; a cell that failed is tried again.
+
+``OUT`` gets ``results.csv`` (a row per cell), ``results.json`` (the same with the settings),
+``results.png``, and ``published.csv`` where the file has published figures. Degradation is
+``100 (quantized - float) / float`` per task: above 0 is worse for perplexity, below 0 is worse
+for an accuracy. Means are over the tasks of one kind. An accuracy near ``chance`` says nothing
+about a recipe, however far it moves in percent.
+"""
+
+from __future__ import annotations
+
+from ptqkit.sweep.plan import Plan, read_plan
+
+__all__ = ["CellsFailed", "Plan", "read_plan", "run_sweep"]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("CellsFailed", "run_sweep"):
+        from ptqkit.sweep import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

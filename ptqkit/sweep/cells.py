@@ -1,0 +1,150 @@
+"""Cells of a sweep: what a measurement gave, and where finished ones are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "FAILED",
+    "MISSING",
+    "OK",
+    "Cell",
+    "CellStore",
+    "plain",
+    "write_atomically",
+    "write_json",
+]
+
+OK, FAILED, MISSING = "ok", "failed", "missing"
+
+
+@dataclass
+class Cell:
+    """One model, one recipe, one task.
+
+    Attributes
+    ----------
+    model, recipe, task, kind : str
+    key : str
+        Hash of ``inputs``.
+    inputs : dict
+        All that decides the value.
+    status : {"ok", "failed", "missing"}
+    message : str
+        Why it failed, or what to know about it.
+    value, metric, higher_is_better, count, left_out, truncated, chance
+        See :class:`ptqkit.sweep.tasks.Measured`.
+    bits_per_weight : float
+        Of the quantized layers, with scales and zero-points.
+    activation_bits : float
+        Of their inputs; 16 where they stay as they are.
+    seconds_quantize, seconds_eval : float
+        The first is of the recipe, and the same for all its tasks.
+    reused : bool
+        Whether it was there before this run.
+    """
+
+    model: str
+    recipe: str
+    task: str
+    kind: str
+    key: str
+    inputs: dict[str, Any] = field(default_factory=dict, repr=False)
+    status: str = MISSING
+    message: str = ""
+    value: float = math.nan
+    metric: str = ""
+    higher_is_better: bool = False
+    count: int = 0
+    left_out: int = 0
+    truncated: int = 0
+    chance: float = math.nan
+    bits_per_weight: float = math.nan
+    activation_bits: float = math.nan
+    seconds_quantize: float = math.nan
+    seconds_eval: float = math.nan
+    reused: bool = False
+
+    @property
+    def label(self) -> str:
+        """``model/recipe/task``."""
+        return f"{self.model}/{self.recipe}/{self.task}"
+
+
+_NAMED = ("model", "recipe", "task", "kind", "key", "inputs", "reused")
+_FIELDS = {f.name for f in fields(Cell)} - set(_NAMED)
+
+
+class CellStore:
+    """Folder of finished cells, a small JSON file each.
+
+    Parameters
+    ----------
+    folder : Path
+        Created when the first cell is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, cell: Cell) -> Cell | None:
+        """Return the cell as an earlier run finished it, under the names of now; None if none.
+
+        A file that cannot be read, or is of something else, counts as none.
+        """
+        try:
+            values = json.loads((self.folder / f"{cell.key}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(values, dict) or values.get("key") != cell.key:
+            return None
+        if values.get("status") != OK or not isinstance(values.get("value"), (int, float)):
+            return None
+        known = {k: math.nan if v is None else v for k, v in values.items() if k in _FIELDS}
+        return replace(cell, **known, reused=True)
+
+    def keep(self, cell: Cell, environment: dict[str, Any]) -> None:
+        """Keep a cell, all at once or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values = {k: v for k, v in asdict(cell).items() if k != "reused"}
+        write_json(self.folder / f"{cell.key}.json", {**values, "environment": environment})
+
+
+def plain(value: Any) -> Any:
+    """Turn a result into what JSON can hold; numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values, all at once or not at all."""
+    text = json.dumps(plain(values), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file, all at once or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise

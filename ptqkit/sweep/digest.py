@@ -1,0 +1,99 @@
+"""Keys of cells: a hash of everything that decides a measurement."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ptqkit.sweep.plan import DEMO, ModelPlan, RecipePlan, TaskPlan, TextSource
+
+__all__ = ["cell_inputs", "file_digest", "key_of", "model_digest", "text_digest"]
+
+#: Raised when the same settings come to mean another measurement.
+SCHEMA = 1
+
+# Bigger files are told apart by size and time of change: reading them would take minutes.
+_READ_LIMIT = 256 << 20
+
+
+def key_of(inputs: dict[str, Any]) -> str:
+    """Hash of plain values, the same for the same values in any order of keys."""
+    text = json.dumps(inputs, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def cell_inputs(
+    model: ModelPlan, recipe: RecipePlan | None, task: TaskPlan, device: str
+) -> dict[str, Any]:
+    """All that decides a cell, as plain values; names do not, so renaming measures nothing anew.
+
+    Parameters
+    ----------
+    model, recipe, task
+        No recipe for the model as it is.
+    device : str
+        Type of the device: other hardware sums in another order.
+    """
+    from ptqkit import __version__
+
+    inputs: dict[str, Any] = {
+        "schema": SCHEMA,
+        "version": __version__,
+        "device": device,
+        "model": model_digest(model.path),
+        "dtype": model.dtype,
+        "outliers": dict(model.outliers) if model.outliers is not None else None,
+        "task": {"kind": task.kind, **task.settings, "source": text_digest(task.source)},
+    }
+    if recipe is not None:
+        calibration = asdict(model.calibration)
+        calibration["text"] = text_digest(model.calibration.text)
+        inputs |= {"recipe": dict(recipe.resolved), "calibration": calibration}
+    return inputs
+
+
+def text_digest(source: TextSource) -> dict[str, Any]:
+    """What a text is, wherever its file lies."""
+    return {
+        "digest": _demo_text() if source.path == DEMO else file_digest(source.path),
+        "documents": source.documents and list(source.documents),
+        "whitespace": source.whitespace,
+    }
+
+
+def model_digest(path: str) -> str:
+    """Hash of the files of a model's folder, hidden ones and subfolders left out."""
+    if path == DEMO:
+        from ptqkit.demo import MODEL_DIR
+
+        path = str(MODEL_DIR)
+    files = sorted(p for p in Path(path).iterdir() if p.is_file() and p.name[0] != ".")
+    return key_of({p.name: file_digest(str(p)) for p in files})
+
+
+def file_digest(path: str) -> str:
+    """Hash of a file's content, or of size and time of change where it is large."""
+    stat = Path(path).stat()
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: str, size: int, changed: int) -> str:
+    if size > _READ_LIMIT:
+        return f"{size}-{changed}"
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _demo_text() -> str:
+    """Hash of the texts of the demo, which are those of the Python that runs."""
+    from ptqkit.demo import text
+
+    found = hashlib.sha256()
+    for split in ("calibration", "test"):
+        found.update(text(split).encode())
+    return found.hexdigest()
