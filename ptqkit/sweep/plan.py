@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ptqkit.errors import PreflightError
-from ptqkit.sweep.reader import REQUIRED, Reader, one_of, whole
 
 __all__ = [
     "DEMO",
@@ -29,9 +28,6 @@ DEMO = "demo"
 
 FLOAT = "float"
 """Name of the row of the model as it is."""
-
-_KINDS = ("perplexity", "zero-shot")
-_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -172,8 +168,11 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no sweep file {str(path)!r}")
+    # It makes the values of this module.
+    from ptqkit.sweep.plan_reader import PlanReader
+
     problems: list[str] = []
-    plan = _PlanReader(path, _load(path), problems).plan()
+    plan = PlanReader(path, _load(path), problems).plan()
     if problems:
         raise PreflightError(problems)
     return plan
@@ -194,237 +193,3 @@ def _load(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PreflightError([f"{path.name} is not valid TOML: {error}"]) from None
-
-
-class _PlanReader:
-    """Builds a plan; whatever is wrong goes to ``problems``."""
-
-    def __init__(self, path: Path, values: dict[str, Any], problems: list[str]) -> None:
-        self.path, self.problems = path, problems
-        self.top = Reader(values, path.name, problems)
-
-    def plan(self) -> Plan:
-        top = self.top
-        name = top.take("name", str, self.path.stem)
-        output = top.take("output", str, name, lambda v: None if v else "a folder")
-        base = top.take("calibration", dict)
-        tasks = tuple(self._task(r) for r in self._tables("tasks"))
-        names = tuple(t.name for t in tasks)
-        models = tuple(self._model(r, base or {}, names) for r in self._tables("models"))
-        chosen = tuple(m.name for m in models)
-        recipes = tuple(self._recipe(r, chosen) for r in self._tables("recipes"))
-        published = tuple(self._published(r) for r in self._tables("published", needed=False))
-        top.done()
-        self._names("tasks", names)
-        self._names("models", chosen)
-        self._names("recipes", tuple(r.name for r in recipes), reserved=FLOAT)
-        for task in names:
-            if models and not any(task in m.tasks for m in models):
-                self.problems.append(f"{self.path.name}: no model runs task {task!r}")
-        return Plan(self.path, name, output, models, tasks, recipes, published)
-
-    def _tables(self, key: str, needed: bool = True) -> list[Reader]:
-        found = self.top.take(key, list, REQUIRED if needed else [])
-        if found == [] and needed:
-            self.top.problem(f"{key} is empty: give at least one [[{key}]]")
-        readers = []
-        for i, values in enumerate(found or []):
-            name = values.get("name") if isinstance(values, dict) else None
-            where = f"{self.path.name}: {key}[{i}]" + (f" {name!r}" if name is not None else "")
-            readers.append(Reader(values, where, self.problems))
-        return readers
-
-    def _names(self, key: str, names: tuple[str, ...], reserved: str | None = None) -> None:
-        for name in sorted({n for n in names if names.count(n) > 1 and n}):
-            self.problems.append(f"{self.path.name}: {key}: the name {name!r} is used twice")
-        if reserved in names:
-            self.problems.append(
-                f"{self.path.name}: {key}: the name {reserved!r} is that of the model as it is"
-            )
-
-    def _source(self, reader: Reader, key: str, optional: bool = False) -> TextSource:
-        name = reader.take(key, str)
-        documents = reader.take("documents", list, None) if key == "text" else None
-        if documents is not None and not (
-            len(documents) == 2
-            and all(type(d) is int for d in documents)
-            and 0 <= documents[0] < documents[1]
-        ):
-            reader.problem(f"documents must be [first, end] with first < end, not {documents}")
-            documents = None
-        whitespace = "keep"
-        if key == "text":
-            whitespace = reader.take("whitespace", str, "keep", one_of("keep", "collapse"))
-        if name is None:
-            return TextSource("")
-        if name == DEMO and key == "text":
-            if documents is not None:
-                reader.problem("documents are for a .jsonl file, not for the text of the demo")
-            return TextSource(DEMO, None, whitespace)
-        path = self._path(name)
-        if not path.is_file() and not optional:
-            reader.problem(f"{key} {name!r}: there is no such file (looked for {path})")
-        return TextSource(str(path), tuple(documents) if documents else None, whitespace)
-
-    def _path(self, name: str) -> Path:
-        return (self.path.parent / name).resolve()
-
-    def _calibration(self, values: Mapping[str, Any], where: str) -> Calibration:
-        reader = Reader(values, where, self.problems)
-        result = Calibration(
-            self._source(reader, "text"),
-            reader.take("samples", int, 128, whole(1)),
-            reader.take("sequence_length", int, 512, whole(2)),
-            reader.take("batch_size", int, 4, whole(1)),
-            reader.take("seed", int, 0, whole(0)),
-            _start_token(reader),
-        )
-        reader.done()
-        return result
-
-    def _model(self, reader: Reader, base: Mapping[str, Any], tasks: tuple[str, ...]) -> ModelPlan:
-        name = _name(reader)
-        given = reader.take("path", str)
-        path = given if given in (None, DEMO) else str(self._path(given))
-        optional = reader.take("optional", bool, False)
-        change = reader.take("calibration", dict, {})
-        missing = path not in (None, DEMO) and not Path(path).is_dir()
-        if missing and not optional:
-            reader.problem(
-                f"path {given!r}: there is no such folder (looked for {path}); optional = true "
-                "skips a model that is not there"
-            )
-        elif not missing and path not in (None, DEMO) and not Path(path, "config.json").is_file():
-            reader.problem(f"path {given!r}: the folder has no config.json, so it is no model")
-        where = f"{self.path.name}: calibration" + (f" of model {name!r}" if change else "")
-        chosen = _chosen(reader, "tasks", tasks)
-        # The texts of a model that is skipped may be missing with it.
-        kept = len(self.problems)
-        calibration = self._calibration({**base, **change}, where)
-        if missing and optional:
-            del self.problems[kept:]
-        elif where.endswith("calibration"):
-            # The same lines for every model without changes of its own: once is enough.
-            new = [p for p in self.problems[kept:] if p not in self.problems[:kept]]
-            self.problems[kept:] = new
-        outliers = reader.take("outliers", dict, None)
-        plan = ModelPlan(
-            name, path or "", calibration, chosen,
-            reader.take("dtype", str, "auto", one_of(*_DTYPES)), optional,
-            None if outliers is None else _outliers(outliers, reader),
-        )  # fmt: skip
-        reader.done()
-        return plan
-
-    def _task(self, reader: Reader) -> TaskPlan:
-        name, kind = _name(reader), reader.take("kind", str, REQUIRED, one_of(*_KINDS))
-        if kind is None:
-            reader.rest()
-            return TaskPlan(name, "", TextSource(""), {})
-        optional = reader.take("optional", bool, False)
-        if kind == "perplexity":
-            source = self._source(reader, "text", optional)
-            settings = {
-                "max_tokens": reader.take("max_tokens", int, None, whole(2)),
-                "window": reader.take("window", int, None, whole(2)),
-                "stride": reader.take("stride", int, None, whole(1)),
-                "start_token": _start_token(reader),
-                "batch_size": reader.take("batch_size", int, 4, whole(1)),
-            }
-        else:
-            source = self._source(reader, "file", optional)
-            settings = {
-                "limit": reader.take("limit", int, None, whole(1)),
-                "metric": reader.take("metric", str, "acc", one_of("acc", "acc_norm")),
-                "too_long": reader.take("too_long", str, "error", one_of("error", "skip")),
-                "batch_size": reader.take("batch_size", int, 8, whole(1)),
-            }
-            self._items(reader, source, settings)
-        reader.done()
-        return TaskPlan(name, kind, source, settings, optional)
-
-    def _items(self, reader: Reader, source: TextSource, settings: dict[str, Any]) -> None:
-        """Read the items of a zero-shot task once, for their form alone."""
-        from ptqkit.sweep.items import read_items
-
-        if not Path(source.path).is_file():
-            return
-        try:
-            form, _ = read_items(source.path, settings["limit"])
-        except (ValueError, OSError, EOFError) as error:
-            reader.problem(str(error))
-            return
-        if settings["metric"] == "acc_norm" and form != "choices":
-            reader.problem("metric 'acc_norm' is for items with 'choices' alone")
-
-    def _recipe(self, reader: Reader, models: tuple[str, ...]) -> RecipePlan:
-        name, chosen = _name(reader), _chosen(reader, "models", models)
-        parts = reader.take("parts", list, None)
-        if parts is not None:
-            reader.done()
-            value: Any = parts
-        else:
-            value = reader.rest()
-            if value.get("group_size") == "channel":
-                value["group_size"] = None
-        return RecipePlan(name, value, _resolve(reader, value), chosen)
-
-    def _published(self, reader: Reader) -> Published:
-        words = [reader.take(key, str) for key in ("model", "recipe", "task")]
-        value, source = reader.take("value", float), reader.take("source", str)
-        reader.done()
-        return Published(*words, value, source)
-
-
-def _resolve(reader: Reader, value: Any) -> dict[str, Any]:
-    """Plain values of a recipe with every default filled in."""
-    from ptqkit.hf.recipe import Recipe
-
-    try:
-        return Recipe.parse(value).to_dict()
-    except (ValueError, TypeError) as error:
-        reader.problem(str(error))
-        return {}
-
-
-def _name(reader: Reader) -> str:
-    # The slash separates the names in --only; a cell of the CSV file is one line.
-    return reader.take(
-        "name",
-        str,
-        REQUIRED,
-        lambda v: None if v.strip() and v.isprintable() and "/" not in v else "a name without '/'",
-    ) or ""  # fmt: skip
-
-
-def _chosen(reader: Reader, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    chosen = reader.take(key, list, list(names))
-    for name in chosen:
-        if name not in names:
-            reader.problem(f"{key} names {name!r}, but there are {', '.join(names) or 'none'}")
-    if not chosen and names:
-        reader.problem(f"{key} is empty; leave it out for all of them")
-    return tuple(n for n in names if n in chosen)
-
-
-def _start_token(reader: Reader) -> str | int | None:
-    value = reader.take(
-        "start_token",
-        (str, int),
-        "auto",
-        lambda v: None if v in ("auto", "none") or (type(v) is int and v >= 0) else
-        "'auto', 'none' or a token id",
-    )  # fmt: skip
-    return None if value == "none" else value
-
-
-def _outliers(values: Mapping[str, Any], model: Reader) -> dict[str, Any]:
-    reader = Reader(values, f"{model.where}: outliers", model.problems)
-    positive = lambda v: None if v > 0 else "above 0"  # noqa: E731
-    result = {
-        "channels": reader.take("channels", int, 6, whole(1)),
-        "factor": float(reader.take("factor", float, 30.0, positive)),
-        "seed": reader.take("seed", int, 0, whole(0)),
-    }
-    reader.done()
-    return result
