@@ -10,7 +10,9 @@ from typing import Any
 
 # Imported with the package, not on first use: a stock ``from_pretrained`` cannot read a checkpoint
 # of ours unless the format is registered.
-# ``load`` and ``perplexity`` are modules too: importing the functions here makes the names theirs.
+# ``load``, ``perplexity`` and ``equalize`` are modules too: importing the functions here makes the
+# names theirs.
+from ptqkit.hf.equalize import equalize
 from ptqkit.hf.load import load, read_layers
 from ptqkit.hf.perplexity import perplexity
 from ptqkit.hf.quantizer import register
@@ -42,7 +44,7 @@ _LAZY = {
     "save_checkpoint": "checkpoint",
 }
 
-__all__ = [*sorted(_LAZY), "load", "perplexity", "read_layers", "register"]
+__all__ = [*sorted(_LAZY), "equalize", "load", "perplexity", "read_layers", "register"]
 
 register()
 
