@@ -19,6 +19,7 @@ from torch import nn  # noqa: E402
 from ptqkit.errors import CalibrationError, UnsupportedModuleError  # noqa: E402
 from ptqkit.hf import fold as fold_module  # noqa: E402
 from ptqkit.hf.fold_layouts import channel_layouts, row_layouts  # noqa: E402
+from ptqkit.hf.fold_proof import _exponents  # noqa: E402
 from ptqkit.hf.folding import Fold, apply_fold, find_folds  # noqa: E402
 
 # What one block holds: kind, producer, consumers.
@@ -381,6 +382,19 @@ class _Interrupts(torch.Tensor):
         if func is torch.Tensor.copy_:
             os.kill(os.getpid(), signal.SIGINT)
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_only_one_factor_per_channel_is_proportional():
+    old = torch.tensor([[1.0, 2.0, 0.0, 4.0], [-0.5, 4.0, 0.0, 1.0]])
+    found = _exponents(old * torch.tensor([0.5, 4.0, 8.0, 1.0]), old, 1e-5)
+    np.testing.assert_array_equal(found, [-1, 2, np.nan, 0])
+    for place in ((1, 0), (0, 1), (1, 2)):
+        new = old.clone()
+        new[place] += 0.25
+        assert _exponents(new, old, 1e-5) is None
+    assert _exponents(-old, old, 1e-5) is None
+    assert _exponents(old * torch.nan, old, 1e-5) is None
+    assert _exponents(old[:1], old, 1e-5) is None
 
 
 def test_spread_and_gather_are_inverse():

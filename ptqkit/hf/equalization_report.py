@@ -126,8 +126,9 @@ def _cells(group: EqualizedGroup) -> tuple[str, ...]:
 
 
 def _align(row: tuple[str, ...], widths: list[int]) -> str:
-    left = {0, 1, len(row) - 1}
-    cells = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+    cells = [c.rjust(w) for c, w in zip(row, widths, strict=True)]
+    for i in (0, 1, len(row) - 1):
+        cells[i] = row[i].ljust(widths[i])
     return "  ".join(cells).rstrip()
 
 

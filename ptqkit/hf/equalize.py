@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-import ptqkit
-from ptqkit.equalization import SCALE_LIMITS
-from ptqkit.errors import CalibrationError, PtqkitError, UnsupportedModuleError
+from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.calibration import CalibrationSet, max_positions, prepare_calibration
-from ptqkit.hf.capture import calibration_mode
 from ptqkit.hf.equalization_report import EqualizationReport, EqualizedGroup
-from ptqkit.hf.fold import Fold, FoldPlan, apply_fold, uninterrupted
-from ptqkit.hf.fold_probe import model_outputs, relative_difference, short_batch
-from ptqkit.hf.folding import find_folds
-from ptqkit.hf.input_samples import Inputs, measure_inputs
-from ptqkit.hf.progress import Progress, ProgressEvent, make_progress
+from ptqkit.hf.equalization_run import EqualizationError, EqualizationRun, owner_of_mark
+from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.recipe import Equalization, Recipe
-from ptqkit.hf.solve import named_error
-from ptqkit.hf.structure import Target
 
 __all__ = [
     "EqualizationError",
@@ -35,13 +22,6 @@ __all__ = [
     "equalize",
     "equalize_calibrated",
 ]
-
-#: Largest relative difference of a float32 model's outputs that rounding explains.
-LOGITS_TOLERANCE = 1e-4
-
-
-class EqualizationError(PtqkitError, ArithmeticError):
-    """The float model's outputs changed by more than rounding: do not use this model."""
 
 
 class EqualizationInterrupted(KeyboardInterrupt):
@@ -172,34 +152,16 @@ def equalize_calibrated(
 ) -> EqualizationReport:
     """Equalize a model on prepared calibration data; see :func:`equalize`."""
     _check(model, calibration, equalization, recipe)
-    start = time.perf_counter()
-    report = EqualizationReport(equalization.method, equalization.alpha)
-    report.calibration_tokens = calibration.tokens
-    batch = short_batch(max(calibration.batches, key=lambda b: b["input_ids"].shape[1]))
-    plan = _wanted(find_folds(model, batch, blocks), equalization, recipe)
-    report.seconds["folds"] = time.perf_counter() - start
-    with calibration_mode(model):
-        before = model_outputs(model, batch)
-    started = time.perf_counter()
-    searching = equalization.alpha == "search"
-    readers = {f.consumers[0]: model.get_submodule(f.consumers[0]) for f in plan.folds}
-    inputs = measure_inputs(model, readers, calibration, equalization.tokens if searching else 0)
-    report.seconds["ranges"] = time.perf_counter() - started
-    started = time.perf_counter()
-    stage = _Stage(model, equalization, recipe, inputs, threads, progress)
-    found = stage.find_scales(plan)
-    report.seconds["scales"] = time.perf_counter() - started
-    _apply(model, equalization, found)
-    report.groups = [choice.row for choice in found]
-    report.left_alone = plan.left_alone
-    if searching:
-        report.search_tokens = min(equalization.tokens, calibration.tokens)
-    if found:
-        _compare(model, batch, before, report)
-    else:
-        report.warnings.append("no place was found where a scale folds: the model is unchanged")
-    report.seconds["total"] = time.perf_counter() - start
-    return report
+    run = EqualizationRun(model, calibration, equalization, recipe, blocks, threads, progress)
+    try:
+        run.execute()
+    except KeyboardInterrupt as error:
+        raise EqualizationInterrupted(run.folded, run.total) from error
+    except Exception as error:
+        if hasattr(error, "add_note") and not isinstance(error, EqualizationError):
+            error.add_note(_partial_text("stopped by an error", run.folded, run.total))
+        raise
+    return run.report
 
 
 def _check(
@@ -210,7 +172,7 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    config = getattr(model, "config", model)
+    config = owner_of_mark(model)
     if getattr(config, "ptqkit_equalized", None) is not None:
         raise UnsupportedModuleError(
             "the model is equalized already (config.ptqkit_equalized says how); load the original "
@@ -229,190 +191,3 @@ def _check(
             f"equalization needs at least 2 calibration tokens, there is {calibration.tokens}: one "
             "token has no range"
         )
-
-
-def _wanted(plan: FoldPlan, equalization: Equalization, recipe: Recipe | None) -> FoldPlan:
-    """Leave out folds that the method or the recipe does not want, with the reason."""
-    kept = FoldPlan(left_alone=dict(plan.left_alone))
-    for fold in plan.folds:
-        names = ", ".join(fold.consumers)
-        if equalization.method == "smoothquant" and fold.kind != "norm":
-            kept.left_alone[names] = "SmoothQuant scales only what norms return"
-        elif not _quantized(fold, recipe):
-            kept.left_alone[names] = "the recipe skips every layer of the group"
-        else:
-            kept.folds.append(fold)
-    return kept
-
-
-def _quantized(fold: Fold, recipe: Recipe | None) -> dict[str, Recipe | None]:
-    """Consumers that the recipe quantizes, with their options; all of them without a recipe."""
-    if recipe is None:
-        return dict.fromkeys(fold.consumers)
-    options = {name: recipe.for_layer(name) for name in fold.consumers}
-    return {name: found for name, found in options.items() if found is not None}
-
-
-@dataclass
-class _Choice:
-    """The scales of one fold, float64 (channels,), and its row of the report."""
-
-    fold: Fold
-    scales: np.ndarray
-    row: EqualizedGroup
-
-
-class _Stage:
-    """Finds the scales of all folds; the model is only read."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        equalization: Equalization,
-        recipe: Recipe | None,
-        inputs: Mapping[str, Inputs],
-        threads: int,
-        progress: Progress | None,
-    ) -> None:
-        self.model, self.equalization, self.recipe = model, equalization, recipe
-        self.inputs, self.threads, self.progress = inputs, threads, progress
-        self.start = time.perf_counter()
-        # What folds decided so far will multiply the rows of layers by.
-        self.rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-
-    def find_scales(self, plan: FoldPlan) -> list[_Choice]:
-        """Folds into linear layers first: they scale rows that norm folds look at."""
-        found: dict[int, _Choice] = {}
-        order = sorted(range(len(plan.folds)), key=lambda i: plan.folds[i].kind == "norm")
-        for done, index in enumerate(order, 1):
-            fold = plan.folds[index]
-            if fold.consumers[0] not in self.inputs:
-                names = ", ".join(fold.consumers)
-                plan.left_alone[names] = "it saw no token of the calibration data"
-                continue
-            try:
-                found[index] = self._choose(fold)
-            except Exception as error:
-                raise named_error(error, fold.consumers[0]) from error
-            self._notify(found[index].row, done, len(order))
-        return [found[i] for i in sorted(found)]
-
-    def _weight(self, name: str) -> np.ndarray:
-        """Weight of a layer, float32 (out, in), its rows as they will be."""
-        module = self.model.get_submodule(name)
-        weight = Target(name, module, Recipe(), None).read()
-        if name in self.rows:
-            weight = weight.copy()
-            for rows, factors in self.rows[name]:
-                weight[rows] *= factors[:, None].astype(np.float32)
-        return weight
-
-    def _choose(self, fold: Fold) -> _Choice:
-        ranges = self.inputs[fold.consumers[0]].ranges
-        quantized = _quantized(fold, self.recipe)
-        weights = [self._weight(name) for name in quantized]
-        if self.equalization.method == "smoothquant":
-            activation = ranges.absmax
-            weight = np.max([np.abs(w).max(axis=0) for w in weights], axis=0)
-        else:
-            activation = ranges.extent
-            weight = ptqkit.weight_extent(weights, threads=self.threads)
-        shared = fold.channel_of if fold.channels < len(fold.channel_of) else None
-        row = EqualizedGroup(fold.kind, fold.producer, list(fold.consumers), math.nan)
-        if self.equalization.alpha == "search":
-            spread = self._search(fold, row, weights, next(iter(quantized.values())), shared)
-        else:
-            row.alpha = float(self.equalization.alpha)
-            spread = ptqkit.equalization_scales(activation, weight, row.alpha, channel_of=shared)
-        scales = fold.gather(spread).astype(np.float64)
-        row.scale_minimum, row.scale_maximum = float(scales.min()), float(scales.max())
-        row.dead_channels = int(((activation == 0) | (weight == 0)).sum())
-        row.tokens = ranges.tokens
-        if fold.kind != "norm":
-            self.rows.setdefault(fold.producer, []).append((fold.rows, 1.0 / scales))
-        return _Choice(fold, scales, row)
-
-    def _search(
-        self,
-        fold: Fold,
-        row: EqualizedGroup,
-        weights: list[np.ndarray],
-        options: Recipe | None,
-        shared: np.ndarray | None,
-    ) -> np.ndarray:
-        """Scales of the alpha with the least quantized output error, float32 (in,)."""
-        assert options is not None
-        inputs, activations = self.inputs[fold.consumers[0]], options.activations
-        quantizing: dict[str, Any] = {}
-        if activations is not None:
-            quantizing["activation_bits"] = activations.bits
-            quantizing["activation_granularity"] = activations.granularity
-            quantizing["activation_symmetric"] = activations.symmetric
-        found = ptqkit.search_equalization(
-            weights,
-            inputs.sample,
-            inputs.ranges,
-            bits=options.bits,
-            group_size=options.group_size,
-            symmetric=options.symmetric,
-            per_tensor=options.per_tensor,
-            channel_of=shared,
-            threads=self.threads,
-            name=fold.consumers[0],
-            **quantizing,
-        )
-        row.alpha, row.error = found.alpha, found.error
-        errors = dict(zip(found.alphas.tolist(), found.errors.tolist(), strict=True))
-        row.error_closed_form = errors[0.5]
-        row.error_none = next(e for a, e in errors.items() if math.isnan(a))
-        return found.scales
-
-    def _notify(self, row: EqualizedGroup, done: int, total: int) -> None:
-        if self.progress is None:
-            return
-        elapsed = time.perf_counter() - self.start
-        left = elapsed / done * (total - done)
-        name = row.consumers[0]
-        self.progress(ProgressEvent(name, done, total, row.error, elapsed, left))
-
-
-def _apply(model: nn.Module, equalization: Equalization, choices: list[_Choice]) -> None:
-    """Fold all scales; the model is marked with the first."""
-    mark = {"method": equalization.method, "alpha": equalization.alpha, "folds": len(choices)}
-    folded: list[str] = []
-    try:
-        for choice in choices:
-            with uninterrupted():
-                apply_fold(model, choice.fold, choice.scales)
-                folded.append(choice.fold.producer)
-                getattr(model, "config", model).ptqkit_equalized = mark
-    except KeyboardInterrupt as error:
-        raise EqualizationInterrupted(folded, len(choices)) from error
-    except Exception as error:
-        if hasattr(error, "add_note"):
-            error.add_note(_partial_text("stopped by an error", folded, len(choices)))
-        raise
-
-
-def _compare(
-    model: nn.Module,
-    batch: Mapping[str, torch.Tensor],
-    before: list[torch.Tensor],
-    report: EqualizationReport,
-) -> None:
-    """Measure how much the float model's outputs changed."""
-    with calibration_mode(model):
-        report.logits_difference = relative_difference(model_outputs(model, batch), before)
-    text = (
-        f"the float model's outputs changed by {report.logits_difference:.2g} (relative to the "
-        "largest)"
-    )
-    half = [p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-    limits = [g for g in report.groups if g.scale_maximum >= SCALE_LIMITS[1]]
-    if report.logits_difference <= LOGITS_TOLERANCE:
-        return
-    if half:
-        report.warnings.append(f"{text}: {half[0]} rounds scaled weights; float32 would not")
-        return
-    hint = f"; {limits[0].producer} has scales at their limit" if limits else ""
-    raise EqualizationError(f"{text}, more than {LOGITS_TOLERANCE:g}: load the model again{hint}")

@@ -91,9 +91,7 @@ def make_outliers(
         raise ValueError("no norm of the model folds into the layers after it")
     narrowest = min(folds, key=lambda f: f.channels)
     if channels > narrowest.channels:
-        raise ValueError(
-            f"channels={channels}, but {narrowest.producer} has {narrowest.channels}"
-        )
+        raise ValueError(f"channels={channels}, but {narrowest.producer} has {narrowest.channels}")
     generator = np.random.default_rng(seed)
     changed = []
     for fold in folds:

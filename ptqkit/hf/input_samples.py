@@ -82,19 +82,19 @@ def measure_inputs(
     picks = np.empty(0, np.int64)
     if tokens:
         picks = np.unique(np.linspace(0, calibration.tokens - 1, tokens).round().astype(np.int64))
-    batch: dict[str, torch.Tensor] = {}
-    mask: torch.Tensor | None = None
+    current: list[Any] = []
 
     def see(name: str, value: torch.Tensor) -> None:
         if name not in found:
             found[name] = Inputs(range_accumulator(value.shape[-1], value.device))
         try:
-            found[name].add(value, match_mask(value, batch, mask), picks)
+            found[name].add(value, match_mask(value, *current), picks)
         except (ValueError, TypeError) as error:
             raise CalibrationError(str(named_error(error, name))) from error
 
     with calibration_mode(model), hooks(modules, see):
         for batch, mask in zip(calibration.batches, calibration.masks(), strict=True):
+            current[:] = batch, mask
             forward(model, batch)
     for inputs in found.values():
         if not isinstance(inputs.ranges, ptqkit.ChannelRanges):
