@@ -36,6 +36,38 @@ def hessian_finish(
     threads: int,
     /,
 ) -> None: ...
+def channel_ranges(
+    X: _F32 | NDArray[np.float16] | NDArray[np.uint16],  # (tokens, n), rows may be strided
+    dtype: int,  # 0 float32, 1 float16, 2 bfloat16 (bits as uint16)
+    rows: _I64 | None,  # (any,), tokens that count; at least one
+    minimum: _F32,  # (n,), written
+    maximum: _F32,  # (n,), written
+    sum: _F64,  # (n,), written
+    threads: int,
+    /,
+) -> None: ...  # FloatingPointError: NaN or Inf, the outputs are of no use
+def equalization_scales(
+    rx: _F64,  # (n,), not negative
+    rw: _F64,  # (n,), not negative
+    alpha: float,  # in [0, 1]
+    lowest: float,
+    highest: float,
+    scales: _F32,  # (n,), written
+    /,
+) -> None: ...
+def equalization_errors(
+    X: _F32,  # (tokens, n)
+    weights: tuple[_F32, ...],  # (rows, n) each
+    scales: _F32,  # (candidates, n), positive
+    # (group_size, per_tensor, activation_max_code, activation_symmetric, activation_per_tensor)
+    options: tuple[int, int, int, int, int],
+    grid: _Grid,  # method 0
+    minimum: _F32,  # (n,)
+    maximum: _F32,  # (n,)
+    errors: _F64,  # (candidates,), written
+    threads: int,
+    /,
+) -> None: ...
 def symmetric_check(
     H: _F32,  # (n, n)
     tolerance: float,

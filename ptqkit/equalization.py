@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit import reference
+from ptqkit import _core
 from ptqkit._arrays import as_matrix, check_count, check_number, check_threads, label
 from ptqkit._grids import group_width
 from ptqkit.ranges import ChannelRanges, extent_of
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 SCALE_LIMITS = (2.0**-20, 2.0**20)  # every scale lies between: about 1e-6 and 1e6
+MOST_LAYERS = 64  # of one input; the core's limit
 ALPHAS = tuple(i / 20 for i in range(21))
 
 
@@ -56,8 +57,11 @@ def _weights(W: Any, name: str | None, threads: int) -> list[np.ndarray]:
     """A list of finite float32 matrices with the same number of columns."""
     if not isinstance(W, (list, tuple)):
         W = [W]
-    if not W:
-        raise ValueError(f"{label(name)}weights must hold at least one layer")
+    if not 1 <= len(W) <= MOST_LAYERS:
+        raise ValueError(
+            f"{label(name)}weights must hold at least one layer and at most {MOST_LAYERS}, not "
+            f"{len(W)}"
+        )
     found = [
         as_matrix(w, "W" if len(W) == 1 else f"W[{i}]", name, threads) for i, w in enumerate(W)
     ]
@@ -139,9 +143,18 @@ def equalization_scales(
         raise ValueError(
             f"activation_extent has {len(rx)} channels, but weight_extent has {len(rw)}"
         )
-    group = _tied(channel_of, len(rx))
-    s = reference.equalization_scales(rx, rw, _check_alpha(alpha), group)
-    return s.astype(np.float32)
+    alpha, group = _check_alpha(alpha), _tied(channel_of, len(rx))
+    if group is not None:
+        rx, rw = _largest(rx, group), _largest(rw, group)
+    scales = np.empty(len(rx), np.float32)
+    _core.equalization_scales(rx, rw, alpha, *SCALE_LIMITS, scales)
+    return scales if group is None else scales[group]
+
+
+def _largest(extent: np.ndarray, group: np.ndarray) -> np.ndarray:
+    most = np.zeros(group.max() + 1)
+    np.maximum.at(most, group, extent)
+    return most
 
 
 @dataclass(frozen=True)
@@ -248,21 +261,10 @@ def search_equalization(
     tried = [equalization_scales(rx, rw, a, channel_of=channel_of) for a in grid[1:]]
     scales = np.stack([np.ones(n, np.float32), *tried])
     errors = np.empty(len(grid), np.float64)
-    for i, s in enumerate(scales):
-        errors[i] = reference.equalization_error(
-            W,
-            X,
-            s,
-            max_code=max_code,
-            group_size=size,
-            symmetric=symmetric,
-            per_tensor=per_tensor,
-            activation_max_code=levels or None,
-            activation_range=reference.static_range(ranges.minimum, ranges.maximum, s)
-            if static
-            else None,
-            activation_symmetric=activation_symmetric,
-        )
+    spec = (max_code, int(symmetric), 0, 1, 1, 0, 0, 1.0, 2.0)  # ptq_grid: min-max, float32 scales
+    options = (size, int(bool(per_tensor)), levels, int(bool(activation_symmetric)), int(static))
+    limits = (ranges.minimum, ranges.maximum)
+    _core.equalization_errors(X, tuple(W), scales, options, spec, *limits, errors, threads)
     best = int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))
     if not np.isfinite(errors[best]):
         raise ValueError(f"{label(name)}the outputs overflow: X or W holds huge values")

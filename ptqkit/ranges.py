@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit._arrays import BF16, as_mask, as_tokens, check_count, check_threads
+from ptqkit import _core
+from ptqkit._arrays import as_mask, as_tokens, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
-__all__ = ["ChannelRanges"]
+__all__ = ["ChannelRanges", "batch_ranges", "extent_of"]
 
 
 def _read_only(x: np.ndarray) -> np.ndarray:
@@ -18,15 +19,15 @@ def _read_only(x: np.ndarray) -> np.ndarray:
 
 
 def batch_ranges(X: np.ndarray, dtype: int, rows: np.ndarray | None, threads: int) -> tuple:
-    """Minimum and maximum (float32) and sum (float64) of every column of the given rows."""
-    if dtype == BF16:
-        X = (X.astype(np.uint32) << 16).view(np.float32)
-    if rows is not None:
-        X = X[rows]
-    if not np.isfinite(X).all():
-        raise FloatingPointError
-    low, high = (np.float32(f(axis=0)) for f in (X.min, X.max))
-    return low, high, X.sum(axis=0, dtype=np.float64)
+    """Minimum and maximum (float32) and sum (float64) of every column of the given rows.
+
+    Arguments as :func:`ptqkit._arrays.as_tokens` returns them, at least one row; raises
+    FloatingPointError for NaN and Inf.
+    """
+    low, high = np.empty((2, X.shape[1]), np.float32)
+    total = np.empty(X.shape[1], np.float64)
+    _core.channel_ranges(X, dtype, rows, low, high, total, threads)
+    return low, high, total
 
 
 class ChannelRanges:

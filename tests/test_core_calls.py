@@ -33,6 +33,10 @@ def _calls():
                         _f32(3, 2), _f32(2, 5), _f32(3, 5), 1],
         "hessian_update": [_f32(8, 8), _f32(5, 8), 0, np.arange(3), 1],
         "hessian_finish": [_f32(8, 8), _f32(8, 8), 0.5, 1],
+        "channel_ranges": [_f32(5, 8), 0, np.arange(3), _f32(8), _f32(8), np.ones(8), 1],
+        "equalization_scales": [np.ones(8), np.ones(8), 0.5, 0.1, 10.0, _f32(8)],
+        "equalization_errors": [_f32(5, 8), (_f32(3, 8), _f32(2, 8)), _f32(2, 8), (4, 0, 255, 1, 0),
+                                GRID, _f32(8), _f32(8), np.ones(2), 1],
         "symmetric_check": [eye, 0.0, 1],
         "finite_check": [eye, 1],
         "factor": [eye, order, np.zeros(8), _f32(8, 8), 1],
@@ -52,10 +56,12 @@ OUTPUTS = {  # positions that are written
     "rtn": [4, 5, 6], "obq": [5], "objective": [2], "pack": [2], "unpack": [0],
     "symmetric_check": [], "finite_check": [], "signed_grid": [], "activation_range": [],
     "codes_on_grid": [4], "activations_quantize": [5, 6, 7], "outlier_columns": [3],
-    "bias_correction": [3], "int8_matmul": [8],
+    "bias_correction": [3], "int8_matmul": [8], "channel_ranges": [3, 4, 5],
+    "equalization_scales": [5], "equalization_errors": [7],
 }  # fmt: skip
 OPTIONAL = {  # None is allowed
     ("hessian_update", 3), ("rtn", 3), ("activation_range", 2), ("activations_quantize", 2),
+    ("channel_ranges", 2),
 }  # fmt: skip
 INT8 = {("activations_quantize", 5), *(("int8_matmul", at) for at in (0, 2, 3, 5))}
 BAD = (TypeError, ValueError, OverflowError, IndexError, BufferError)
@@ -129,6 +135,10 @@ def _legal(name, at, kind):
         return True
     if name in ("activation_range", "outlier_columns") and at == 0:
         return kind in ("longer", "shorter")
+    if name == "channel_ranges":
+        return (at == 0 and kind in ("longer", "strided")) or (at == 2 and kind == "longer")
+    if name == "equalization_errors":
+        return at == 0 and kind == "longer"
     return name == "finite_check" and kind in ("longer", "shorter", "wider", "narrower")
 
 
@@ -217,6 +227,8 @@ def test_hessian_grids_need_h():
 
 def test_numbers_out_of_range():
     for name, arguments in _calls().items():
+        if name == "equalization_scales":  # has none
+            continue
         for threads in (-1, 1025, 2**40, 2**80):
             _fails(name, [*arguments[:-1], threads])
     for name, at, values in [

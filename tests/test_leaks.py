@@ -17,6 +17,8 @@ W = rng.normal(size=(100, n)).astype(np.float32)
 hessian = ptqkit.Hessian(n)
 hessian.update(X)
 H = hessian.matrix
+ranges = ptqkit.ChannelRanges(n)
+ranges.update(X)
 bad = H.copy()
 bad[0, 0] = -1e6
 nan = np.full_like(W, np.nan)
@@ -32,6 +34,18 @@ CALLS = {
     "hessian": lambda: (ptqkit.Hessian(n).update(X), hessian.copy().merge(hessian)),
     "hessian masked": lambda: ptqkit.Hessian(n).update(X, np.arange(300) % 3 > 0),
     "hessian errors": lambda: (fails(hessian.update, X * np.nan), fails(hessian.update, X[:, :3])),
+    "ranges": lambda: (ptqkit.ChannelRanges(n).update(X, np.arange(300) % 3 > 0), ranges.copy()),
+    "ranges errors": lambda: (fails(ranges.update, X * np.nan), fails(ranges.update, X[:, :3])),
+    "equalization": lambda: ptqkit.search_equalization(
+        [W, W], X[:40], ranges, per_tensor=True, activation_bits=8, alphas=[0.3]
+    ),
+    "equalization errors": lambda: (
+        fails(ptqkit.search_equalization, nan, X, ranges),
+        fails(ptqkit.search_equalization, W * 1e30, X * 1e30, ranges, alphas=[]),
+        fails(_core.equalization_errors, *[W] * 9),
+        fails(_core.equalization_errors, X, (W, W[0]), *[W] * 7),
+        fails(_core.equalization_scales, *[W] * 6), fails(_core.channel_ranges, *[W] * 7),
+    ),
     "factor": lambda: ptqkit.factorize(H, order="group"),
     "factor errors": lambda: fails(ptqkit.factorize, bad),
     "gptq": lambda: ptqkit.gptq(W, H, group_size=32, grid="hessian", sweeps=1),

@@ -63,6 +63,34 @@ int args_permutation(PyArrayObject *a, const char *name) {
     return bad ? -1 : 0;
 }
 
+PyArrayObject *args_tokens(PyObject *o, ptq_dtype dtype) {
+    const int type = dtype == PTQ_F32 ? NPY_FLOAT32 : dtype == PTQ_F16 ? NPY_HALF : NPY_UINT16;
+    if (!PyArray_Check(o) || PyArray_TYPE((PyArrayObject *)o) != type ||
+        !PyArray_ISNOTSWAPPED((PyArrayObject *)o)) {
+        PyErr_SetString(PyExc_TypeError, "X must be an array whose dtype matches `dtype`");
+        return NULL;
+    }
+    PyArrayObject *X = (PyArrayObject *)o;
+    const npy_intp size = PyArray_ITEMSIZE(X);
+    if (PyArray_NDIM(X) != 2 || (PyArray_DIM(X, 1) > 1 && PyArray_STRIDE(X, 1) != size) ||
+        PyArray_STRIDE(X, 0) % size || !PyArray_ISALIGNED(X) ||
+        (PyArray_DIM(X, 0) > 1 && PyArray_STRIDE(X, 0) < PyArray_DIM(X, 1) * size)) {
+        PyErr_SetString(PyExc_ValueError, "X must be 2-D with contiguous rows");
+        return NULL;
+    }
+    return X;
+}
+
+int args_rows(PyArrayObject *rows, npy_intp tokens) {
+    const int64_t *r = PyArray_DATA(rows);
+    for (npy_intp i = 0; i < PyArray_DIM(rows, 0); i++)
+        if (r[i] < 0 || r[i] >= tokens) {
+            PyErr_SetString(PyExc_IndexError, "a row index lies outside X");
+            return -1;
+        }
+    return 0;
+}
+
 long long args_int(PyObject *o, const char *name, long long lowest, long long highest) {
     const long long value = PyLong_AsLongLong(o);
     if (value == -1 && PyErr_Occurred()) return -1;

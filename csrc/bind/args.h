@@ -26,6 +26,10 @@ int args_array_or_none(PyObject *o, const char *name, int type, int ndim, PyArra
 int args_dim(PyArrayObject *a, const char *name, int axis, npy_intp expected);
 /* Raise ValueError unless a 1-D int64 array is a permutation of its indices; 0 on success. */
 int args_permutation(PyArrayObject *a, const char *name);
+/* X as (tokens, n) with unit stride along n, or NULL and an exception; bf16 travels as uint16. */
+PyArrayObject *args_tokens(PyObject *o, ptq_dtype dtype);
+/* Raise IndexError unless every index of a 1-D int64 array is a token of X; 0 on success. */
+int args_rows(PyArrayObject *rows, npy_intp tokens);
 /* An integer in [lowest, highest]; -1 and an exception otherwise (lowest >= 0). */
 long long args_int(PyObject *o, const char *name, long long lowest, long long highest);
 /* (max_code, symmetric, method, steps, candidates, scale_type, min_zero, min_shrink, norm). */

@@ -7,6 +7,9 @@
 #define PTQ_BIND(name) PyObject *name(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 PTQ_BIND(bind_hessian_update);
 PTQ_BIND(bind_hessian_finish);
+PTQ_BIND(bind_channel_ranges);
+PTQ_BIND(bind_equalization_errors);
+PTQ_BIND(bind_equalization_scales);
 PTQ_BIND(bind_symmetric_check);
 PTQ_BIND(bind_finite_check);
 PTQ_BIND(bind_factor);

@@ -3,35 +3,6 @@
 
 enum { MAX_THREADS = 1024 };
 
-/* X as (tokens, n) with unit stride along n; bf16 travels as uint16. */
-static PyArrayObject *tokens_array(PyObject *o, ptq_dtype dtype) {
-    const int type = dtype == PTQ_F32 ? NPY_FLOAT32 : dtype == PTQ_F16 ? NPY_HALF : NPY_UINT16;
-    if (!PyArray_Check(o) || PyArray_TYPE((PyArrayObject *)o) != type ||
-        !PyArray_ISNOTSWAPPED((PyArrayObject *)o)) {
-        PyErr_SetString(PyExc_TypeError, "X must be an array whose dtype matches `dtype`");
-        return NULL;
-    }
-    PyArrayObject *X = (PyArrayObject *)o;
-    const npy_intp size = PyArray_ITEMSIZE(X);
-    if (PyArray_NDIM(X) != 2 || (PyArray_DIM(X, 1) > 1 && PyArray_STRIDE(X, 1) != size) ||
-        PyArray_STRIDE(X, 0) % size || !PyArray_ISALIGNED(X) ||
-        (PyArray_DIM(X, 0) > 1 && PyArray_STRIDE(X, 0) < PyArray_DIM(X, 1) * size)) {
-        PyErr_SetString(PyExc_ValueError, "X must be 2-D with contiguous rows");
-        return NULL;
-    }
-    return X;
-}
-
-static int rows_in_range(PyArrayObject *rows, npy_intp tokens) {
-    const int64_t *r = PyArray_DATA(rows);
-    for (npy_intp i = 0; i < PyArray_DIM(rows, 0); i++)
-        if (r[i] < 0 || r[i] >= tokens) {
-            PyErr_SetString(PyExc_IndexError, "a row index lies outside X");
-            return -1;
-        }
-    return 0;
-}
-
 /* hessian_update(S, X, dtype, rows or None, threads) */
 PTQ_BIND(bind_hessian_update) {
     (void)self;
@@ -39,12 +10,12 @@ PTQ_BIND(bind_hessian_update) {
     PyArrayObject *S = args_array(args[0], "S", NPY_FLOAT32, 2, 1), *rows;
     const long long dtype = args_int(args[2], "dtype", 0, 2);
     if (!S || dtype < 0) return NULL;
-    PyArrayObject *X = tokens_array(args[1], (ptq_dtype)dtype);
+    PyArrayObject *X = args_tokens(args[1], (ptq_dtype)dtype);
     const long long threads = args_int(args[4], "threads", 0, MAX_THREADS);
     if (!X || threads < 0 || args_array_or_none(args[3], "rows", NPY_INT64, 1, &rows)) return NULL;
     const npy_intp n = PyArray_DIM(S, 0);
     if (args_dim(S, "S", 1, n) || args_dim(X, "X", 1, n)) return NULL;
-    if (rows && rows_in_range(rows, PyArray_DIM(X, 0))) return NULL;
+    if (rows && args_rows(rows, PyArray_DIM(X, 0))) return NULL;
     const int64_t tokens = rows ? PyArray_DIM(rows, 0) : PyArray_DIM(X, 0);
     const int64_t ldx = PyArray_DIM(X, 0) > 1 ? PyArray_STRIDE(X, 0) / PyArray_ITEMSIZE(X) : n;
     ptq_status status;

@@ -107,6 +107,12 @@ static PyObject *config(PyObject *self, PyObject *ignored) {
 static PyMethodDef methods[] = {
     FAST("hessian_update", bind_hessian_update, "hessian_update(S, X, dtype, rows, threads)"),
     FAST("hessian_finish", bind_hessian_finish, "hessian_finish(S, out, factor, threads)"),
+    FAST("channel_ranges", bind_channel_ranges,
+         "channel_ranges(X, dtype, rows, minimum, maximum, sum, threads)"),
+    FAST("equalization_scales", bind_equalization_scales,
+         "equalization_scales(rx, rw, alpha, lowest, highest, scales)"),
+    FAST("equalization_errors", bind_equalization_errors,
+         "equalization_errors(X, weights, scales, options, grid, minimum, maximum, errors, threads)"),
     FAST("symmetric_check", bind_symmetric_check, "symmetric_check(H, tolerance, threads) -> int"),
     FAST("finite_check", bind_finite_check, "finite_check(x, threads) -> bool"),
     FAST("factor", bind_factor, "factor(H, order, shift, R, threads) -> failed pivot or -1"),

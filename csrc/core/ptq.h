@@ -73,6 +73,43 @@ ptq_status ptq_hessian_finish(const float *S, float *out, int64_t n, double fact
 ptq_status ptq_symmetric_check(const float *H, int64_t n, float tolerance, int threads);
 ptq_status ptq_finite_check(const float *x, int64_t count, int threads);
 
+/* ---- ranges.c -------------------------------------------------------------------------- */
+/* low, high (n) float32 and sum (n) of every column over the given rows: one pass, partial sums of
+ * PTQ_RANGE_ROWS rows in float32, all others in double, the same bits for any number of threads.
+ * X, ldx, dtype, rows, tokens (at least 1) as in ptq_hessian_update, but ldx may be 0. On
+ * PTQ_NONFINITE, and when interrupted, the outputs hold nothing of use. */
+ptq_status ptq_channel_ranges(const void *X, int64_t n, int64_t ldx, ptq_dtype dtype,
+                              const int64_t *rows, int64_t tokens, float *low, float *high,
+                              double *sum, int threads);
+
+/* ---- equalize.c ------------------------------------------------------------------------ */
+/* scales (n) = rx^alpha / rw^(1 - alpha) within [lowest, highest], 1 where either is 0; alpha = 1/2
+ * is [AWEQ] eq. 10. rx, rw (n) extents of the channels of X and of the columns of W. */
+ptq_status ptq_equalization_scales(const double *rx, const double *rw, int64_t n, double alpha,
+                                   double lowest, double highest, float *scales);
+
+typedef struct {
+    const float *X; /* (tokens, n) */
+    int64_t tokens, n;
+    const float *const *W; /* (layers) matrices (rows[l], n) that X feeds */
+    const int64_t *rows;   /* (layers) */
+    int64_t layers;
+    const float *scales; /* (candidates, n), positive */
+    int64_t candidates;
+    int64_t G; /* weights: group size, n for one grid a row */
+    int per_tensor; /* weights: one grid for each whole matrix, G is n */
+    ptq_grid grid;  /* weights: min-max only */
+    int act_max_code; /* activations: 2^bits - 1, at most 65535; 0 leaves them as they are */
+    int act_symmetric;
+    int act_per_tensor;            /* static, from minimum and maximum; else from each token */
+    const float *minimum, *maximum; /* (n) of X over the calibration set; with act_per_tensor */
+    double *errors; /* out (candidates) sum of (Q_a(X / s) Q_w(W s)^T - X W^T)^2 */
+} ptq_equalization_args;
+
+/* Output error of each candidate: products in float32, squares of a tile row's mr tokens summed in
+ * float32, all else in double in a fixed order. Needs (tokens, outputs) + (tokens, n) floats. */
+ptq_status ptq_equalization_errors(const ptq_equalization_args *args, int threads);
+
 /* ---- cholesky.c ------------------------------------------------------------------------ */
 /* R (n, n) upper triangular, float32, with R R^T = P H P^T + diag(shift), where
  * row i of the permuted matrix is row perm[i] of H. shift (n) is in the original order. The strict

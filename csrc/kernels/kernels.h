@@ -30,6 +30,9 @@ typedef struct {
     double *error2;       /* (nr) solve only: sum of E^2, accumulated */
 } ptq_strip_args;
 
+/* Rows that `ranges` takes at once. */
+#define PTQ_RANGE_ROWS 8
+
 typedef struct {
     const char *name;
     int mr, nr;
@@ -83,6 +86,11 @@ typedef struct {
     /* C (4, 2) += sum over n of A (4 rows) * B (2 rows), in int32. */
     void (*int16_dots)(const int16_t *A, const int16_t *B, int64_t stride, int64_t n, int32_t *C,
                        int64_t ldc);
+    /* low, high, sum (columns) of PTQ_RANGE_ROWS rows, which are added up in float32 first; `ahead`
+     * are rows that will be asked for next. ahead NULL: of one row. In float16 Inf and NaN count as
+     * 65536 and more, or as Inf and NaN. */
+    void (*ranges)(ptq_dtype dtype, const void *const *rows, const void *const *ahead,
+                   int64_t columns, float *low, float *high, double *sum);
 } ptq_kernels;
 
 extern const ptq_kernels ptq_kernels_base;

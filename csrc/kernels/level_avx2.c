@@ -22,6 +22,20 @@ typedef __m256 vf;
 #define vf_store(p, v) _mm256_storeu_ps(p, v)
 #define vf_set1(x) _mm256_set1_ps(x)
 #define vf_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define vf_add(a, b) _mm256_add_ps(a, b)
+#define vf_min(a, b) _mm256_min_ps(a, b)
+#define vf_max(a, b) _mm256_max_ps(a, b)
+#define vf_load_f16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define vf_load_bf16(p) \
+    _mm256_castsi256_ps( \
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+/* sum (VL doubles) += x */
+static inline void vf_widen_add(double *sum, vf x) {
+    const __m256d a = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+    const __m256d b = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+    _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), a));
+    _mm256_storeu_pd(sum + 4, _mm256_add_pd(_mm256_loadu_pd(sum + 4), b));
+}
 #include "kernels.inc"
 
 const ptq_kernels ptq_kernels_avx2 = LEVEL_TABLE(LEVEL_NAME, NULL, NULL);

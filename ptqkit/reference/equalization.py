@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptqkit.reference.grids import dequantize, fit_groups
-
 __all__ = [
     "SCALE_LIMITS",
     "channel_ranges",
@@ -55,32 +53,31 @@ def fake_quantize(x, low, high, max_code, symmetric):
 
     Symmetric: scale = absmax / (max_code / 2), signed codes in [-(max_code + 1) / 2,
     (max_code - 1) / 2]. Asymmetric: scale = (high - low) / max_code, zero = round(-low / scale).
-    Scales are float32 numbers, as in the core.
+    Scales and quotients are float32, as in PyTorch: a symmetric grid puts the largest value on a
+    tie, where only that decides.
     """
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     reach = np.maximum(-low, high) * 2 if symmetric else high - low
-    scale = np.float64(np.float32(np.where(reach > 0, reach / max_code, 1.0)))
-    scale = np.maximum(scale, 2.0**-126)
+    scale = np.where(reach > 0, reach / max_code, 1.0).astype(np.float32)
+    scale = np.maximum(scale, np.float32(2.0**-126))
     half = (max_code + 1) // 2
-    zero = half if symmetric else np.clip(np.round(-low / scale), 0, max_code)
-    return scale * (np.clip(np.round(x / scale) + zero, 0, max_code) - zero)
+    zero = half if symmetric else np.clip(np.round(np.float32(-low) / scale), 0, max_code)
+    codes = np.clip(np.round(np.float32(x) / scale).astype(np.float64) + zero, 0, max_code)
+    return scale.astype(np.float64) * (codes - zero)
 
 
 def static_range(minimum, maximum, scales):
     """Range of a whole tensor of activations after division by the channels' scales."""
-    return (np.asarray(minimum) / scales).min(), (np.asarray(maximum) / scales).max()
+    low, high = (np.asarray(v, np.float32) / scales for v in (minimum, maximum))
+    return np.float64(low.min()), np.float64(high.max())
 
 
 def _rtn(W, max_code, group_size, symmetric, per_tensor):
     if per_tensor:
         return fake_quantize(W, W.min(), W.max(), max_code, symmetric)
-    size = group_size or W.shape[1]
-    scale, zero = (
-        np.repeat(v, size, axis=1)
-        for v in fit_groups(W, size, max_code=max_code, symmetric=symmetric)
-    )
-    codes = np.clip(np.round(W / scale) + zero, 0, max_code).astype(np.uint8)
-    return dequantize(codes, scale, zero)
+    groups = W.reshape(len(W), -1, group_size or W.shape[1])
+    ends = groups.min(axis=2, keepdims=True), groups.max(axis=2, keepdims=True)
+    return fake_quantize(groups, *ends, max_code, symmetric).reshape(W.shape)
 
 
 def equalization_error(
@@ -100,7 +97,7 @@ def equalization_error(
 
     ``activation_range`` (low, high) of X / s makes Q_a static over the tensor; None makes it
     dynamic per token; ``activation_max_code`` None leaves activations alone. X / s and W s are
-    rounded to float32, which is what the quantizers of the core see.
+    rounded to float32, as what is folded into a model is.
     """
     X, s = np.asarray(X, np.float32), np.asarray(scales, np.float32)
     A = (X / s).astype(np.float64)
