@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ def int8_matmul(
     """Return X W^T from integer codes, accumulated in int32, then ``s_x * s_w`` ("vector-wise").
 
     Zero-points are taken off with row sums, exactly; the one rounding is that of the result to
-    float32. Columns that are outliers on either side are multiplied in float32 and added.
+    float32. Columns that are outliers on either side are multiplied in float32 and added;
+    LLM.int8() (arXiv 2208.07339) gives both sides the same ``outliers``.
 
     Parameters
     ----------
@@ -89,5 +91,12 @@ def _float_columns(x: QuantizedActivations, w: QuantizedActivations):
     if not masks:
         return None
     columns = np.logical_or.reduce(masks)
-    X, W = (q.dequantize().reshape(-1, q.shape[-1])[:, columns] for q in (x, w))
-    return np.ascontiguousarray(X), np.ascontiguousarray(W.T)
+    X, W = (_dequantized(q, columns) for q in (x, w))
+    return X, np.ascontiguousarray(W.T)
+
+
+def _dequantized(q: QuantizedActivations, columns: np.ndarray) -> np.ndarray:
+    """Some columns, all outliers among them, as float32 (rows, columns)."""
+    outliers = None if q.outliers is None else q.outliers[columns]
+    part = replace(q, codes=q.codes[..., columns], outliers=outliers)
+    return np.ascontiguousarray(part.dequantize().reshape(-1, int(columns.sum())))

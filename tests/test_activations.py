@@ -105,6 +105,23 @@ def test_the_same_as_compressed_tensors(symmetric, granularity):
         np.testing.assert_array_equal(q.dequantize(), want.numpy())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_same_as_the_quantizer_of_models(symmetric):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    grids = pytest.importorskip("ptqkit.hf.activation_grids")
+    X = tokens(19, 83)
+    for bits in (4, 8, 16):
+        x = torch.from_numpy(X)
+        want = grids.fake_quantize(x, *grids.dynamic_grid(x, bits, symmetric), bits)
+        q = ptqkit.quantize_activations(X, bits, symmetric=symmetric)
+        np.testing.assert_array_equal(q.dequantize(), want.numpy())
+        ends = {"bits": bits, "symmetric": symmetric}
+        scale, zero = ptqkit.activation_grid(X.min(axis=0), X.max(axis=0), **ends)
+        low, high = float(X.min()), float(X.max())
+        assert grids.static_grid(low, high, dtype=torch.float32, **ends) == (scale, zero)
+
+
 def test_conventions():
     X = np.array([[127.0, -127.0, 63.5, 64.5, 0.5, 1.5, -2.5, 0.0]])
     q = ptqkit.quantize_activations(X, narrow_range=True)  # scale 1: ties to even
