@@ -15,6 +15,7 @@ from checkpoint_models import TOKENS, build, logits  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
+import ptqkit  # noqa: E402
 from ptqkit.hf.activation_grids import dynamic_grid, fake_quantize, static_grid  # noqa: E402
 from ptqkit.hf.activations import (  # noqa: E402
     ActivationQuantizer,
@@ -184,6 +185,27 @@ def test_outlier_columns_stay_and_do_not_stretch_the_scale():
     assert torch.equal(everything, x)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 8, 16])
+def test_float32_agrees_with_the_array_function(bits, symmetric):
+    x = _inputs(torch.float32)
+    x[1, 2, 5] = 30.0
+    for threshold in (None, 6.0):
+        spec = Activations(bits, "token", symmetric, threshold)
+        outliers = None if threshold is None else ptqkit.outlier_columns(x, threshold)
+        codes = ptqkit.quantize_activations(x, bits, symmetric=symmetric, outliers=outliers)
+        found = ActivationQuantizer(spec)(x).numpy()
+        np.testing.assert_array_equal(found, codes.dequantize())
+    q = ActivationQuantizer.calibrate(Activations(bits, "tensor", symmetric), _ranges(x))
+    zero = None if symmetric else q.zero_point.item()
+    codes = ptqkit.quantize_activations(
+        x, bits, granularity="tensor", symmetric=symmetric, scale=q.scale.item(), zero_point=zero
+    )
+    np.testing.assert_array_equal(q(x).numpy(), codes.dequantize())
+    from_data = ptqkit.quantize_activations(x, bits, granularity="tensor", symmetric=symmetric)
+    np.testing.assert_array_equal(codes.codes, from_data.codes)
+
+
 @pytest.mark.parametrize("values", [
     {"bits": 1}, {"bits": 17}, {"bits": True}, {"bits": 8.0}, {"granularity": "channel"},
     {"symmetric": 1}, {"outlier_threshold": 0}, {"outlier_threshold": float("nan")},
@@ -228,7 +250,7 @@ def test_bad_grids_are_refused():
         with pytest.raises(ValueError, match="need the ranges of calibration data"):
             ActivationQuantizer.calibrate(static, ranges)
     for low, high in ((0.0, float("inf")), (float("nan"), 1.0), (2.0, 1.0)):
-        with pytest.raises(ValueError, match="no finite range"):
+        with pytest.raises(ValueError, match="must be finite|lies above"):
             static_grid(low, high, bits=8, symmetric=True, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"too large for torch\.float16"):
         static_grid(0, 1e9, bits=8, symmetric=True, dtype=torch.float16)

@@ -19,6 +19,8 @@ import math
 
 import torch
 
+from ptqkit.activations import activation_grid
+
 __all__ = ["dynamic_grid", "fake_quantize", "limits", "static_grid"]
 
 
@@ -90,17 +92,14 @@ def static_grid(
     ValueError
         If the range is not finite, or does not fit ``dtype``.
     """
-    if not (math.isfinite(minimum) and math.isfinite(maximum)) or minimum > maximum:
-        raise ValueError(
-            f"the range of the calibration inputs, {minimum} to {maximum}, is no finite range"
-        )
-    low, high = limits(bits)
-    bottom, top = min(float(minimum), 0.0), max(float(maximum), 0.0)
-    exact = 2 * max(-bottom, top) if symmetric else top - bottom
-    scale = float(torch.tensor(exact / (high - low), dtype=torch.float64).to(dtype))
+    exact, zero_point = activation_grid(minimum, maximum, bits=bits, symmetric=symmetric)
+    scale = float(torch.tensor(float(exact)).to(dtype))
+    if scale == float(exact):
+        return scale, zero_point
     if not math.isfinite(scale):
         raise ValueError(f"the range {minimum} to {maximum} needs a scale too large for {dtype}")
     if scale == 0:
         scale = torch.finfo(dtype).eps
-    zero_point = 0 if symmetric else min(max(round(low - bottom / scale), low), high)
-    return scale, zero_point
+    low, high = limits(bits)
+    moved = low - min(float(minimum), 0.0) / scale
+    return scale, 0 if symmetric else min(max(round(moved), low), high)

@@ -20,6 +20,7 @@ __all__ = [
     "Activations",
     "install_quantizer",
     "installed_quantizer",
+    "quantize_input",
     "remove_quantizers",
 ]
 
@@ -114,6 +115,35 @@ class Activations:
         raise TypeError(f"activations must be Activations or a mapping, not {type(value).__name__}")
 
 
+@torch.no_grad()
+def quantize_input(
+    x: torch.Tensor,
+    spec: Activations,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x`` (..., channels) on its grid, same shape and dtype.
+
+    Parameters
+    ----------
+    scale, zero_point : tensor of shape (1,), on the device of x
+        Of a static grid; the zero-point only of an asymmetric one.
+    """
+    if x.numel() == 0:
+        return x
+    wide = spec.bits > 8 and x.element_size() < 4
+    value = x.float() if wide else x
+    if scale is not None:
+        return fake_quantize(value, scale.to(value.dtype), zero_point, spec.bits).to(x.dtype)
+    outlier = None
+    if spec.outlier_threshold is not None:
+        outlier = value.abs().reshape(-1, x.shape[-1]).amax(0) >= spec.outlier_threshold
+        value = value.masked_fill(outlier, 0)
+    grid = dynamic_grid(value, spec.bits, bool(spec.symmetric))
+    y = fake_quantize(value, *grid, spec.bits).to(x.dtype)
+    return y if outlier is None else torch.where(outlier, x, y)
+
+
 class ActivationQuantizer:
     """Fake-quantizes the inputs of one linear layer.
 
@@ -194,31 +224,11 @@ class ActivationQuantizer:
         )
         return cls(spec, torch.tensor([scale], dtype=dtype), zero_point)
 
-    @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` on its grid, same shape and dtype; ``x`` is (..., channels)."""
-        shaped = x.dim() != 3
-        self.saw_2d = shaped or bool(self.saw_2d)
-        if x.numel() == 0:
-            return x
-        wide = self.spec.bits > 8 and x.element_size() < 4
-        y = self._quantize(x.float() if wide else x)
-        return y.to(x.dtype)
-
-    def _quantize(self, x: torch.Tensor) -> torch.Tensor:
-        bits = self.spec.bits
-        if self.scale is not None:
-            self._follow(x.device)
-            return fake_quantize(x, self.scale.to(x.dtype), self.zero_point, bits)
-        outlier = None
-        rest = x
-        if self.spec.outlier_threshold is not None:
-            columns = x.abs().reshape(-1, x.shape[-1]).amax(0)
-            outlier = columns >= self.spec.outlier_threshold
-            rest = x.masked_fill(outlier, 0)
-        scale, zero_point = dynamic_grid(rest, bits, bool(self.spec.symmetric))
-        y = fake_quantize(rest, scale, zero_point, bits)
-        return y if outlier is None else torch.where(outlier, x, y)
+        self.saw_2d = x.dim() != 3 or bool(self.saw_2d)
+        self._follow(x.device)
+        return quantize_input(x, self.spec, self.scale, self.zero_point)
 
     def _follow(self, device: torch.device) -> None:
         """Keep the grid where the inputs are, so that only the first call copies it."""
