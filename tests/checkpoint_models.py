@@ -14,6 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
+from ptqkit.hf.activations import ActivationQuantizer, install_quantizer  # noqa: E402
+from ptqkit.hf.capture import hooks  # noqa: E402
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TOKENS = torch.arange(3, 23)[None]
 
@@ -35,6 +38,8 @@ def _config(kind: str):
     t = transformers
     if kind == "llama":
         return t.LlamaConfig(**_LLAMA)
+    if kind == "mistral":
+        return t.MistralConfig(**_LLAMA)
     if kind == "qwen2":
         return t.Qwen2Config(**_LLAMA, tie_word_embeddings=True)
     if kind == "opt":
@@ -124,6 +129,31 @@ def fake_quantize(model, *, overrides=None, act_order=False, **options):
 
 
 @torch.no_grad()
+def quantize_inputs(model, names, spec, tokens: torch.Tensor = TOKENS) -> dict:
+    """Install a quantizer on every named layer, static ones calibrated on ``tokens``.
+
+    ``spec`` is one Activations, or a mapping of name endings to them ("" for all others).
+    """
+    specs = spec if isinstance(spec, dict) else {"": spec}
+    ranges, installed = {}, {}
+
+    def see(name, value):
+        flat = value.detach().float().reshape(-1, value.shape[-1])
+        ranges.setdefault(name, ptqkit.ChannelRanges(flat.shape[1])).update(flat.numpy())
+
+    with hooks({name: model.get_submodule(name) for name in names}, see):
+        model(tokens)
+    for name in names:
+        chosen = specs[max((end for end in specs if name.endswith(end)), key=len)]
+        if chosen is None:
+            continue
+        q = ActivationQuantizer.calibrate(chosen, ranges[name], model.dtype)
+        install_quantizer(model.get_submodule(name), q)
+        installed[name] = q
+    return installed
+
+
+@torch.no_grad()
 def logits(model, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     return model(tokens).logits
 
@@ -137,5 +167,5 @@ def assert_same_matrices(found, expected) -> None:
             a, b = getattr(r, field), getattr(q, field)
             assert a.dtype == b.dtype, (name, field)
             np.testing.assert_array_equal(a, b, err_msg=f"{name}.{field}")
-        for field in ("bits", "group_size", "symmetric"):
+        for field in ("bits", "group_size", "symmetric", "per_tensor"):
             assert getattr(r, field) == getattr(q, field), (name, field)

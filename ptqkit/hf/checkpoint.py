@@ -7,12 +7,16 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ptqkit.hf.activations import ActivationQuantizer
+from ptqkit.hf.checkpoint_bias import GainedBiases, find_gained_biases
 from ptqkit.hf.checkpoint_config import quantization_config
+from ptqkit.hf.checkpoint_inputs import check_activations, find_flat_inputs
 from ptqkit.hf.checkpoint_layouts import tensor_plans
 from ptqkit.hf.checkpoint_spec import LayerSpec, choose_format, describe_layers
 from ptqkit.hf.checkpoint_writer import TensorPlan, atomic_directory, parse_size, write_tensors
@@ -68,6 +72,7 @@ def save_checkpoint(
     report: Any = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    activations: Mapping[str, ActivationQuantizer] | None = None,
 ) -> CheckpointInfo:
     """Write ``model`` with the weights of ``layers`` replaced by their packed codes.
 
@@ -94,23 +99,31 @@ def save_checkpoint(
         Replace an existing checkpoint directory.
     max_shard_size : int or str
         Largest safetensors file, as in transformers.
+    activations : mapping of str to ActivationQuantizer, optional
+        What quantizes the inputs, by module name; every name is one of ``layers``. The file loads
+        as the model with these quantizers installed.
 
     Raises
     ------
     ValueError
-        If the format cannot carry a layer, or a weight is not what its codes say; names every
-        layer. Raised before anything is written.
+        If the format cannot carry a layer, or a weight is not what its codes say, or the model
+        quantizes inputs otherwise; names every layer. Raised before anything is written.
     FileExistsError, OSError
         If the name is taken, or there is not enough space.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("model is loaded from a quantized checkpoint already: save_pretrained it")
     parse_size(max_shard_size)
-    specs = describe_layers(model, layers)
-    chosen, reason = choose_format(specs, layers, format)
-    config = _model_config(model, specs, chosen, recipe)
+    activations = dict(activations or {})
+    check_activations(model, layers, activations)
+    specs = describe_layers(model, layers, activations, find_flat_inputs(model, activations))
+    biases = find_gained_biases(model)
+    chosen, reason = choose_format(specs, layers, format, activations, biases.problems())
+    config = _model_config(model, specs, chosen, recipe, biases)
     _check_weights(model, specs, layers)
-    plans = _plan(model, specs, layers, chosen)
+    plans = _plan(model, specs, layers, chosen, activations)
+    if chosen != "ptqkit":
+        plans += _zero_plans(model, biases)
     tensor_bytes = sum(plan.nbytes for plan in plans)
     needed = tensor_bytes + SMALL_FILES
     target = Path(os.path.realpath(directory))
@@ -147,7 +160,9 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(_plain(value), indent=2) + "\n", encoding="utf-8")
 
 
-def _model_config(model: Any, specs: list[LayerSpec], format: str, recipe: Any) -> Any:
+def _model_config(
+    model: Any, specs: list[LayerSpec], format: str, recipe: Any, biases: GainedBiases
+) -> Any:
     """Copy of the model's configuration with the quantization and what save_pretrained adds."""
     from transformers.pytorch_utils import Conv1D
 
@@ -158,9 +173,20 @@ def _model_config(model: Any, specs: list[LayerSpec], format: str, recipe: Any) 
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     config.quantization_config = quantization_config(
-        specs, format, linears=linears, act_order=act_order
+        specs, format, linears=linears, act_order=act_order, gained_biases=biases.names
     )
+    if format != "ptqkit":
+        biases.apply(config)
     return config
+
+
+def _zero_plans(model: Any, biases: GainedBiases) -> list[TensorPlan]:
+    """Biases that only exist because a setting that another layer needs creates them."""
+    plans = []
+    for name, shape in biases.zeros.items():
+        dtype = model.get_submodule(name.rpartition(".")[0]).weight.dtype
+        plans.append(TensorPlan(name, dtype, shape, partial(torch.zeros, shape, dtype=dtype)))
+    return plans
 
 
 def _check_weights(
@@ -185,7 +211,11 @@ def _check_weights(
 
 
 def _plan(
-    model: Any, specs: list[LayerSpec], layers: Mapping[str, QuantizedMatrix], format: str
+    model: Any,
+    specs: list[LayerSpec],
+    layers: Mapping[str, QuantizedMatrix],
+    format: str,
+    activations: Mapping[str, ActivationQuantizer],
 ) -> list[TensorPlan]:
     by_weight = {f"{spec.name}.weight": spec for spec in specs}
     state = model.state_dict()
@@ -194,7 +224,7 @@ def _plan(
     for name, tensor in state.items():
         if name in by_weight:
             spec = by_weight[name]
-            plans += tensor_plans(spec, layers[spec.name], format)
+            plans += tensor_plans(spec, layers[spec.name], format, activations.get(spec.name))
         elif name not in skipped:
             plans.append(TensorPlan.of(name, tensor))
     return plans

@@ -1,7 +1,7 @@
 """The three layouts on disk: configuration and tensors of each, writing and reading.
 
-FORMAT of ``quant_method: "ptqkit"``, version 1
------------------------------------------------
+FORMAT of ``quant_method: "ptqkit"``, versions 1 and 2
+------------------------------------------------------
 ``config.json`` holds under ``quantization_config``::
 
     {"quant_method": "ptqkit", "format_version": 1,
@@ -11,7 +11,12 @@ FORMAT of ``quant_method: "ptqkit"``, version 1
 
 ``layers`` names every quantized module: its shape (out, in), and what differs from ``defaults``.
 ``bits`` is 2 to 8 or ``"ternary"``; ``group_size`` null means one grid per output channel; ``kind``
-is ``"linear"`` or ``"conv1d"`` (GPT-2's transposed layer; codes are stored (out, in) all the same).
+is ``"linear"`` or ``"conv1d"`` (GPT-2's transposed layer; codes are stored (out, in) all the same);
+``per_tensor`` true says that all scales of the layer are one. Version 2 adds ``activations``, null
+or an object with ``bits``, ``granularity``, ``symmetric`` and ``outlier_threshold``
+(:class:`ptqkit.hf.activations.Activations`), and beside ``layers`` a list ``gained_biases`` of the
+modules with a bias that the model class does not create. A file with neither is of version 1.
+
 For a layer ``P`` with weight (out, in) and ``g = ceil(in / group_size)`` groups:
 
 =================  ==========================  ====================================================
@@ -28,12 +33,15 @@ For a layer ``P`` with weight (out, in) and ``g = ceil(in / group_size)`` groups
 ``P.bias``         as in the float model
 =================  ==========================  ====================================================
 
-The weight is ``scale * (code - zero_point)`` in float32, rounded once to the model's dtype. All
-other tensors are those of the float model, under its own names.
+The weight is ``scale * (code - zero_point)`` in float32, rounded once to the model's dtype. A layer
+whose inputs have a static grid holds it as ``P.input_scale``, float32 (1), and where it is
+asymmetric ``P.input_zero_point``, signed, int8 (1), or int16 for more than 8 bits. All other
+tensors are those of the float model, under its own names.
 
 The other two layouts are described in :mod:`ptqkit.hf.formats` and, at length, by their authors:
-compressed-tensors ``pack-quantized`` and GPTQ (``gptq``: zero-points stored minus one; ``gptq_v2``:
-as they are).
+compressed-tensors (``pack-quantized``, and ``int-quantized``, one int8 per code, for layers with
+quantized activations whose weights have 8 bits or zero-points) and GPTQ (``gptq``: zero-points
+stored minus one; ``gptq_v2``: as they are).
 """
 
 from __future__ import annotations
@@ -45,6 +53,7 @@ import numpy as np
 import torch
 
 from ptqkit.hf import formats
+from ptqkit.hf.activations import ActivationQuantizer
 from ptqkit.hf.checkpoint_spec import LayerSpec, scale_dtype
 from ptqkit.hf.checkpoint_writer import TensorPlan
 from ptqkit.result import QuantizedMatrix
@@ -69,13 +78,35 @@ def _int_plan(
     return TensorPlan(name, dtype, shape, lambda: torch.from_numpy(make()))
 
 
-def tensor_plans(spec: LayerSpec, q: QuantizedMatrix, format: str) -> list[TensorPlan]:
+def tensor_plans(
+    spec: LayerSpec,
+    q: QuantizedMatrix,
+    format: str,
+    quantizer: ActivationQuantizer | None = None,
+) -> list[TensorPlan]:
     """Return the tensors that replace the weight of one layer; nothing is packed yet."""
     if format == "ptqkit":
-        return _native_plans(spec, q)
+        return _native_plans(spec, q) + _input_plans(spec, quantizer, "float32")
     if format == "compressed-tensors":
-        return _compressed_plans(spec, q)
+        packed = spec.compressed_layout == "pack-quantized"
+        plans = _compressed_plans(spec, q) if packed else _int_quantized_plans(spec, q)
+        return plans + _input_plans(spec, quantizer, spec.weight_dtype)
     return _gptq_plans(spec, q, 1 if format == "gptq" else 2)
+
+
+def _input_plans(
+    spec: LayerSpec, quantizer: ActivationQuantizer | None, dtype: str
+) -> list[TensorPlan]:
+    """Static grid of the inputs; the same names in both formats that have it."""
+    if quantizer is None or quantizer.scale is None:
+        return []
+    scale = quantizer.scale.detach().cpu().to(_TORCH[dtype])
+    plans = [TensorPlan.of(f"{spec.name}.input_scale", scale)]
+    if quantizer.zero_point is not None:
+        plans.append(
+            TensorPlan.of(f"{spec.name}.input_zero_point", quantizer.zero_point.detach().cpu())
+        )
+    return plans
 
 
 def _native_plans(spec: LayerSpec, q: QuantizedMatrix) -> list[TensorPlan]:
@@ -111,11 +142,37 @@ def _compressed_plans(spec: LayerSpec, q: QuantizedMatrix) -> list[TensorPlan]:
             (out, -(-inputs * bits // 32)),
             lambda: formats.compressed_pack(q.codes, bits),
         ),
-        _float_plan(f"{name}.weight_scale", q.scales, scale_dtype(spec, "compressed-tensors")),
+        _compressed_scale(spec, q),
         _int_plan(
             f"{name}.weight_shape", torch.int64, (2,), lambda: np.array(q.shape, dtype=np.int64)
         ),
     ]
+
+
+def _compressed_scale(spec: LayerSpec, q: QuantizedMatrix) -> TensorPlan:
+    scales = q.scales[0] if spec.per_tensor else q.scales
+    dtype = scale_dtype(spec, "compressed-tensors")
+    return _float_plan(f"{spec.name}.weight_scale", scales, dtype)
+
+
+def _signed(codes: np.ndarray, bits: int) -> np.ndarray:
+    return (codes.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+
+
+def _int_quantized_plans(spec: LayerSpec, q: QuantizedMatrix) -> list[TensorPlan]:
+    name, bits = spec.name, int(q.bits)
+    plans = [
+        _int_plan(f"{name}.weight", torch.int8, q.shape, lambda: _signed(q.codes, bits)),
+        _compressed_scale(spec, q),
+    ]
+    if not q.symmetric:
+        zeros = q.zero_points[0] if spec.per_tensor else q.zero_points
+        plans.append(
+            _int_plan(
+                f"{name}.weight_zero_point", torch.int8, zeros.shape, lambda: _signed(zeros, bits)
+            )
+        )
+    return plans
 
 
 def _gptq_plans(spec: LayerSpec, q: QuantizedMatrix, version: int) -> list[TensorPlan]:
@@ -172,6 +229,7 @@ def _build(
         group_size=group_size,
         symmetric=options["symmetric"],
         scale_dtype=str(scales.dtype).removeprefix("torch."),
+        per_tensor=options.get("per_tensor", False),
     )
 
 
@@ -203,14 +261,31 @@ def _read_compressed(
     name: str, fetch: Fetch, options: Mapping[str, Any], format: str
 ) -> QuantizedMatrix:
     bits, scales = options["bits"], fetch(f"{name}.weight_scale")
-    out, inputs = (int(n) for n in fetch(f"{name}.weight_shape"))
-    codes = formats.compressed_unpack(fetch(f"{name}.weight_packed").numpy(), bits, inputs)
-    if options["symmetric"]:
-        zeros = _middle(options, tuple(scales.shape))
+    if options["packed"]:
+        out, inputs = (int(n) for n in fetch(f"{name}.weight_shape"))
+        codes = formats.compressed_unpack(fetch(f"{name}.weight_packed").numpy(), bits, inputs)
     else:
+        codes = _unsigned(fetch(f"{name}.weight"), bits, f"{name}.weight")
+        out = len(codes)
+    groups = 1 if scales.dim() == 1 else scales.shape[1]
+    if options["symmetric"]:
+        zeros = _middle(options, (out, groups))
+    elif options["packed"]:
         packed = fetch(f"{name}.weight_zero_point").numpy()
         zeros = formats.compressed_unpack_zeros(packed, bits, out)
+    else:
+        stored = f"{name}.weight_zero_point"
+        zeros = np.broadcast_to(_unsigned(fetch(stored), bits, stored), (out, groups)).copy()
+    if options["per_tensor"]:
+        scales = scales.expand(out, 1)
     return _build(codes, scales, zeros, None, options)
+
+
+def _unsigned(codes: torch.Tensor, bits: int, name: str) -> np.ndarray:
+    shifted = codes.numpy().astype(np.int16) + (1 << (bits - 1))
+    if shifted.size and not (shifted.min() >= 0 and shifted.max() < 1 << bits):
+        raise ValueError(f"{name} holds numbers that are no signed codes of {bits} bits")
+    return shifted.astype(np.uint8)
 
 
 def _read_gptq(name: str, fetch: Fetch, options: Mapping[str, Any], format: str) -> QuantizedMatrix:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ptqkit.hf.activations import ActivationQuantizer, Activations
 from ptqkit.result import QuantizedMatrix
 
 __all__ = ["FORMATS", "LayerSpec", "choose_format", "describe_layers", "format_problems"]
@@ -35,6 +36,12 @@ class LayerSpec:
         Groups are not runs of consecutive inputs (act-order without static groups).
     tied : bool
         The weight is shared with another module, such as the embeddings.
+    per_tensor : bool
+        One scale for the whole matrix.
+    activations : Activations or None
+        How the inputs are quantized.
+    flat_input : bool or None
+        Inputs come without the shape (batch, tokens, channels); None where that is not known.
     """
 
     name: str
@@ -48,6 +55,16 @@ class LayerSpec:
     scale_dtype: str = "float32"
     permuted: bool = False
     tied: bool = False
+    per_tensor: bool = False
+    activations: Activations | None = None
+    flat_input: bool | None = False
+
+    @property
+    def compressed_layout(self) -> str:
+        """Layout inside compressed-tensors: whole bytes, or packed where that is smaller."""
+        if self.activations is None or (self.symmetric and int(self.bits) < 8):
+            return "pack-quantized"
+        return "int-quantized"
 
     def problems(self, format: str) -> list[str]:
         """Reasons why ``format`` cannot carry this layer; empty if it can."""
@@ -75,14 +92,41 @@ class LayerSpec:
 
     def _compressed(self) -> list[str]:
         found = self._shared_limits("compressed-tensors")
-        if not self.symmetric:
+        if not self.symmetric and self.activations is None:
             found.append("compressed-tensors loads asymmetric grids only with a loader option")
         if self.permuted:
             found.append("compressed-tensors cannot carry g_idx (use static groups)")
+        return found + self._compressed_activations()
+
+    def _compressed_activations(self) -> list[str]:
+        if self.activations is None:
+            return []
+        found = []
+        if self.activations.bits > 8 and self.weight_dtype != "float32":
+            found.append(
+                f"compressed-tensors has no room for activations of {self.activations.bits} bits "
+                f"in {self.weight_dtype}"
+            )
+        if self.activations.outlier_threshold is not None:
+            found.append(
+                "compressed-tensors cannot leave outlier columns of activations as they are"
+            )
+        if self.activations.dynamic and self.flat_input:
+            found.append(
+                "its inputs have no batch axis, and there compressed-tensors takes one dynamic "
+                "scale for the whole tensor, not one per token (use static activations)"
+            )
+        if self.activations.dynamic and self.flat_input is None:
+            found.append(
+                "the shape of its inputs is not known, and compressed-tensors has per-token scales "
+                "for (batch, tokens, channels) alone; run the model once before saving"
+            )
         return found
 
     def _gptq(self) -> list[str]:
         found = self._shared_limits("the GPTQ format")
+        if self.activations is not None:
+            found.append("the GPTQ format has no quantized activations")
         if self.bits != "ternary" and self.bits not in GPTQ_BITS:
             found.append(f"the GPTQ format has no {self.bits}-bit layout, only {GPTQ_BITS}")
         elif self.bits != "ternary":
@@ -111,8 +155,18 @@ def format_problems(specs: Sequence[LayerSpec], format: str) -> list[str]:
     return found
 
 
-def describe_layers(model: Any, layers: Mapping[str, QuantizedMatrix]) -> list[LayerSpec]:
+def describe_layers(
+    model: Any,
+    layers: Mapping[str, QuantizedMatrix],
+    activations: Mapping[str, ActivationQuantizer] | None = None,
+    flat_inputs: Mapping[str, bool] | None = None,
+) -> list[LayerSpec]:
     """Return one :class:`LayerSpec` per quantized layer of the model.
+
+    Parameters
+    ----------
+    flat_inputs : mapping of str to bool, optional
+        Of every layer with dynamic activations: ``LayerSpec.flat_input``; missing is not known.
 
     Raises
     ------
@@ -123,6 +177,7 @@ def describe_layers(model: Any, layers: Mapping[str, QuantizedMatrix]) -> list[L
         raise ValueError("layers is empty: there is nothing quantized to save")
     modules = dict(model.named_modules())
     tied = _tied_names(model)
+    activations, flat_inputs = activations or {}, flat_inputs or {}
     specs = []
     for name, q in layers.items():
         if name not in modules:
@@ -135,6 +190,7 @@ def describe_layers(model: Any, layers: Mapping[str, QuantizedMatrix]) -> list[L
             shape = shape[::-1]
         if kind in ("linear", "conv1d") and shape != q.shape:
             raise ValueError(f"{name}: codes have shape {q.shape}, the module (out, in) = {shape}")
+        quantizer = activations.get(name)
         dtype = "none" if weight is None else str(weight.dtype).removeprefix("torch.")
         specs.append(
             LayerSpec(
@@ -148,6 +204,9 @@ def describe_layers(model: Any, layers: Mapping[str, QuantizedMatrix]) -> list[L
                 scale_dtype=q.scale_dtype,
                 permuted=not _natural_groups(q),
                 tied=f"{name}.weight" in tied,
+                per_tensor=q.per_tensor,
+                activations=None if quantizer is None else quantizer.spec,
+                flat_input=flat_inputs.get(name),
             )
         )
     return specs
@@ -199,6 +258,19 @@ def _data_problems(spec: LayerSpec, q: QuantizedMatrix, format: str) -> list[str
     return [f"{spec.name}: {reason}" for reason in found]
 
 
+def _grid_problems(spec: LayerSpec, quantizer: ActivationQuantizer, format: str) -> list[str]:
+    """Reasons that only the static grid of the activations can tell."""
+    if format != "compressed-tensors" or quantizer.scale is None:
+        return []
+    scale = quantizer.scale.detach().float().cpu().numpy()
+    if representable(scale, spec.weight_dtype):
+        return []
+    return [
+        f"{spec.name}: the scale of its activations is not exactly representable in "
+        f"{spec.weight_dtype}; calibrate with dtype=torch.{spec.weight_dtype}"
+    ]
+
+
 def scale_dtype(spec: LayerSpec, format: str) -> str:
     """Dtype in which ``format`` stores the scales of the layer."""
     if format == "compressed-tensors":
@@ -218,9 +290,18 @@ def representable(scales: np.ndarray, dtype: str) -> bool:
 
 
 def choose_format(
-    specs: Sequence[LayerSpec], layers: Mapping[str, QuantizedMatrix], format: str = "auto"
+    specs: Sequence[LayerSpec],
+    layers: Mapping[str, QuantizedMatrix],
+    format: str = "auto",
+    activations: Mapping[str, ActivationQuantizer] | None = None,
+    foreign: Sequence[str] = (),
 ) -> tuple[str, str]:
     """Return the format to write and the reason for it.
+
+    Parameters
+    ----------
+    foreign : sequence of str
+        Further reasons against every format but ptqkit's own.
 
     Raises
     ------
@@ -229,9 +310,13 @@ def choose_format(
     """
 
     def problems(candidate: str) -> list[str]:
-        return format_problems(specs, candidate) + [
-            p for spec in specs for p in _data_problems(spec, layers[spec.name], candidate)
-        ]
+        found = format_problems(specs, candidate)
+        for spec in specs:
+            found += _data_problems(spec, layers[spec.name], candidate)
+            quantizer = (activations or {}).get(spec.name)
+            if quantizer is not None:
+                found += _grid_problems(spec, quantizer, candidate)
+        return found if candidate == "ptqkit" else found + list(foreign)
 
     if format != "auto":
         found = problems(format)

@@ -14,6 +14,7 @@ from ptqkit.result import QuantizedMatrix
 
 __all__ = ["load", "read_layers"]
 
+_COMPRESSED = ("pack-quantized", "int-quantized", "mixed-precision")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -86,8 +87,8 @@ class _Tensors:
 def read_layers(directory: str | os.PathLike[str]) -> dict[str, QuantizedMatrix]:
     """Return the quantized matrices of a checkpoint by module name.
 
-    Understands ``ptqkit``, compressed-tensors ``pack-quantized`` (symmetric or not) and GPTQ
-    (``checkpoint_format`` "gptq" or "gptq_v2") directories.
+    Understands ``ptqkit``, compressed-tensors ``pack-quantized`` and ``int-quantized`` (symmetric
+    or not) and GPTQ (``checkpoint_format`` "gptq" or "gptq_v2") directories.
 
     Raises
     ------
@@ -115,10 +116,13 @@ def _layer_table(
     if method == "ptqkit":
         return method, layer_options(settings)
     if method == "compressed-tensors":
-        if settings.get("format") != "pack-quantized":
+        if settings.get("format") not in _COMPRESSED:
             raise ValueError(f"compressed-tensors format {settings.get('format')!r} is not read")
-        names = tensors.with_suffix(".weight_packed")
-        return method, {name: _scheme(name, settings, len(names)) for name in names}
+        names = tensors.with_suffix(".weight_scale")
+        schemes = {name: _scheme(name, settings) for name in names}
+        for name, scheme in schemes.items():
+            scheme["packed"] = f"{name}.weight_packed" in tensors.files
+        return method, schemes
     if method == "gptq":
         size = settings["group_size"]
         options = {
@@ -136,7 +140,7 @@ def _layer_table(
     )
 
 
-def _scheme(name: str, settings: dict[str, Any], layers: int) -> dict[str, Any]:
+def _scheme(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     groups = list(settings["config_groups"].values())
     matches = [g for g in groups if name in g["targets"]]
     if not matches:
@@ -145,11 +149,15 @@ def _scheme(name: str, settings: dict[str, Any], layers: int) -> dict[str, Any]:
         raise ValueError(f"{name}: {len(matches)} config_groups match, by name or as 'Linear'")
     weights = matches[0]["weights"]
     size = weights.get("group_size")
-    per_channel = weights["strategy"] == "channel" or size in (None, -1)
+    strategy = weights["strategy"]
+    if strategy not in ("tensor", "channel", "group") or weights.get("type", "int") != "int":
+        raise ValueError(f"{name}: weights of type {weights['type']}, {strategy} are not read")
+    per_channel = strategy != "group" or size in (None, -1)
     return {
         "bits": weights["num_bits"],
         "group_size": None if per_channel else size,
         "symmetric": weights["symmetric"],
+        "per_tensor": strategy == "tensor",
     }
 
 
@@ -184,7 +192,7 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
         would fill the rest with random numbers.
     """
     folder, config = _check_directory(directory)
-    _weight_map(folder)
+    _check_input_scales(folder)
     from ptqkit.hf.qlinear import QLinear
     from ptqkit.hf.quantizer import register
 
@@ -208,6 +216,21 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
             if isinstance(module, QLinear):
                 module.cache = True
     return (model, info) if want_info else model
+
+
+def _check_input_scales(folder: Path) -> None:
+    """Refuse activation scales that would turn every input into NaN."""
+    tensors = _Tensors(folder)
+    try:
+        for layer in tensors.with_suffix(".input_scale"):
+            scale = tensors(f"{layer}.input_scale").float()
+            if not bool((scale.isfinite() & (scale > 0)).all()):
+                raise ValueError(
+                    f"{layer}.input_scale must be positive and finite, not {scale.tolist()}: "
+                    f"the files in {folder} are damaged"
+                )
+    finally:
+        tensors.close()
 
 
 def _some(names: Iterable[str]) -> str:

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ptqkit.hf.activations import ActivationQuantizer, Activations, quantize_input
 from ptqkit.hf.formats import TRITS_PER_BYTE, native_row_bytes
 
 __all__ = ["QLinear", "unpack_codes"]
 
+_GRIDS = ("scales", "input_scale")
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -73,6 +75,10 @@ class QLinear(nn.Module):
         Type of the dequantized weight and of the bias. Follows ``module.to(dtype)``; the codes
         and the scales do not.
     scale_dtype : {"float32", "float16", "bfloat16"}
+    per_tensor : bool
+        All scales are one.
+    activations : Activations or None
+        Quantize every input so before it is used.
 
     Attributes
     ----------
@@ -82,6 +88,8 @@ class QLinear(nn.Module):
     scales : float buffer, shape (out, groups)
     zero_points : uint8 buffer, one-dimensional, absent for symmetric grids
     g_idx : int32 buffer, shape (in,), absent unless ``permuted``
+    input_scale : float32 buffer, shape (1,), absent unless the inputs have a static grid
+    input_zero_point : int8 or int16 buffer, shape (1,), absent unless that grid is asymmetric
     bias : Parameter or None
     cache : bool
         Keep the dequantized weight after the first forward: faster, and as large as the float
@@ -101,11 +109,14 @@ class QLinear(nn.Module):
         kind: str = "linear",
         dtype: torch.dtype = torch.float32,
         scale_dtype: str = "float32",
+        per_tensor: bool = False,
+        activations: Activations | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.kind, self.dtype = kind, dtype
+        self.per_tensor, self.activations = per_tensor, activations
         self.groups = 1 if group_size is None else -(-in_features // group_size)
         self.cache = False
         self._cached: torch.Tensor | None = None
@@ -121,21 +132,47 @@ class QLinear(nn.Module):
             g_idx = torch.zeros(in_features, dtype=torch.int32)
         self.register_buffer("zero_points", zeros)
         self.register_buffer("g_idx", g_idx)
+        self._register_input_grid()
         value = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False)
         self.register_parameter("bias", value if bias else None)
+
+    def _register_input_grid(self) -> None:
+        scale = zero_point = None
+        if self.activations is not None and not self.activations.dynamic:
+            scale = torch.ones(1, dtype=torch.float32)
+            if not self.activations.symmetric:
+                width = torch.int8 if self.activations.bits <= 8 else torch.int16
+                zero_point = torch.zeros(1, dtype=width)
+        self.register_buffer("input_scale", scale)
+        self.register_buffer("input_zero_point", zero_point)
+
+    def input_quantizer(self) -> ActivationQuantizer | None:
+        """Return what quantizes the inputs, or None.
+
+        Raises
+        ------
+        ValueError
+            If the static grid is not one: a scale that is not positive and finite.
+        """
+        if self.activations is None:
+            return None
+        zero_point = None if self.input_zero_point is None else self.input_zero_point.item()
+        return ActivationQuantizer(self.activations, self.input_scale, zero_point)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLinear:
         self._cached = None
         # The weight exists only as codes, so an empty one shows what dtype it would be given.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        scales = self.scales
-        width = torch.int32 if scales.element_size() == 4 else torch.int16
+        grids = {n: b for n in _GRIDS if (b := getattr(self, n)) is not None}
         # Scales change device with the module but never dtype: hidden from the cast as integers.
-        self.scales = scales.view(width)
+        for name, grid in grids.items():
+            width = torch.int32 if grid.element_size() == 4 else torch.int16
+            setattr(self, name, grid.view(width))
         try:
             super()._apply(fn, recurse)
         finally:
-            self.scales = self.scales.view(scales.dtype)
+            for name, grid in grids.items():
+                setattr(self, name, getattr(self, name).view(grid.dtype))
         return self
 
     def codes(self) -> torch.Tensor:
@@ -179,6 +216,8 @@ class QLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ weight.T + bias`` for ``x`` of shape (..., in)."""
         weight = self._operand()
+        if self.activations is not None:
+            x = quantize_input(x, self.activations, self.input_scale, self.input_zero_point)
         if self.kind != "conv1d":
             return F.linear(x, weight, self.bias)
         flat = x.reshape(-1, self.in_features)
@@ -191,4 +230,5 @@ class QLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}, "
             f"g_idx={self.g_idx is not None}, bias={self.bias is not None}, kind={self.kind}"
+            + ("" if self.activations is None else f", {self.activations}")
         )

@@ -16,6 +16,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as _auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ptqkit.hf.activations import install_quantizer
 from ptqkit.hf.checkpoint_config import layer_options
 from ptqkit.hf.qlinear import QLinear
 
@@ -38,11 +39,14 @@ class PtqkitConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         defaults: dict[str, Any] | None = None,
         layers: dict[str, dict[str, Any]] | None = None,
+        gained_biases: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
         self.format_version = format_version
         self.defaults, self.layers = dict(defaults or {}), dict(layers or {})
+        if gained_biases:
+            self.gained_biases = list(gained_biases)
         layer_options(vars(self))
 
     def options(self) -> dict[str, dict[str, Any]]:
@@ -66,6 +70,8 @@ class PtqkitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         modules = dict(model.named_modules())
+        for name in getattr(self.quantization_config, "gained_biases", ()):
+            _add_bias(name, modules.get(name))
         for name, options in self.quantization_config.options().items():
             module = modules.get(name)
             if module is None:
@@ -76,11 +82,30 @@ class PtqkitQuantizer(HfQuantizer):
             model.set_submodule(name, _replacement(name, module, options))
         return model
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, module in model.named_modules():
+            if isinstance(module, QLinear):
+                try:
+                    module.input_quantizer()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}; the checkpoint is damaged") from None
+        return model
+
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
             if isinstance(module, QLinear):
                 model.set_submodule(name, float_module(module, dtype))
         return model
+
+
+def _add_bias(name: str, module: nn.Module | None) -> None:
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{name}: saved with a bias of its own, but it is {type(module).__name__} here, not "
+            "nn.Linear; load with the class named under `architectures` in config.json"
+        )
+    bias = torch.empty(module.out_features, dtype=module.weight.dtype, device="meta")
+    module.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def _replacement(name: str, module: nn.Module, options: dict[str, Any]) -> QLinear:
@@ -119,6 +144,9 @@ def float_module(module: QLinear, dtype: torch.dtype | None = None) -> nn.Module
     result.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         result.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    quantizer = module.input_quantizer()
+    if quantizer is not None:
+        install_quantizer(result, quantizer)
     return result.train(module.training)
 
 
