@@ -192,7 +192,7 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
         would fill the rest with random numbers.
     """
     folder, config = _check_directory(directory)
-    _check_input_scales(folder)
+    _check_input_grids(folder, config.get("quantization_config") or {})
     from ptqkit.hf.qlinear import QLinear
     from ptqkit.hf.quantizer import register
 
@@ -218,9 +218,19 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     return (model, info) if want_info else model
 
 
-def _check_input_scales(folder: Path) -> None:
-    """Refuse activation scales that would turn every input into NaN."""
+def _check_input_grids(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse static grids of activations that are not there or would turn every input into NaN."""
     tensors = _Tensors(folder)
+    options = layer_options(settings) if settings.get("quant_method") == "ptqkit" else {}
+    expected = []
+    for name, option in options.items():
+        spec = option["activations"]
+        if spec is not None and not spec.dynamic:
+            expected += [f"{name}.input_scale"]
+            expected += [] if spec.symmetric else [f"{name}.input_zero_point"]
+    missing = [name for name in expected if name not in tensors.files]
+    if missing:
+        raise ValueError(f"{folder} lacks {_some(missing)}: the files are not complete")
     try:
         for layer in tensors.with_suffix(".input_scale"):
             scale = tensors(f"{layer}.input_scale").float()
