@@ -28,6 +28,7 @@ before anything runs. Paths in it are relative to the file itself::
     kind = "perplexity"
     text = "test.txt"            # as above, with documents and whitespace; each line one text
     # max_tokens = 20000, window = 256, stride = 128, start_token = "auto", batch_size = 4
+    # windows = 20               # with window: so many, at equal distances from the joined text
     # optional = true            # a file that does not exist skips the task (zero-shot too)
 
     [[tasks]]

@@ -155,12 +155,14 @@ class PlanReader:
         if kind == "perplexity":
             source = self._source(reader, "text", optional)
             settings = {
+                "windows": reader.take("windows", int, None, whole(1)),
                 "max_tokens": reader.take("max_tokens", int, None, whole(2)),
                 "window": reader.take("window", int, None, whole(2)),
                 "stride": reader.take("stride", int, None, whole(1)),
                 "start_token": _start_token(reader),
                 "batch_size": reader.take("batch_size", int, 4, whole(1)),
             }
+            _check_windows(reader, settings)
         else:
             source = self._source(reader, "file", optional)
             settings = {
@@ -192,11 +194,9 @@ class PlanReader:
         parts = reader.take("parts", list, None)
         if parts is not None:
             reader.done()
-            value: Any = parts
+            value: Any = [_without_channel(p) if isinstance(p, dict) else p for p in parts]
         else:
-            value = reader.rest()
-            if value.get("group_size") == "channel":
-                value["group_size"] = None
+            value = _without_channel(reader.rest())
         return RecipePlan(name, value, _resolve(reader, value), chosen)
 
     def _published(self, reader: Reader) -> Published:
@@ -204,6 +204,13 @@ class PlanReader:
         value, source = reader.take("value", float), reader.take("source", str)
         reader.done()
         return Published(*words, value, source)
+
+
+def _without_channel(options: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no None: a group of all inputs is written ``"channel"``."""
+    if options.get("group_size") == "channel":
+        return {**options, "group_size": None}
+    return options
 
 
 def _resolve(reader: Reader, value: Any) -> dict[str, Any]:
@@ -215,6 +222,16 @@ def _resolve(reader: Reader, value: Any) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         reader.problem(str(error))
         return {}
+
+
+def _check_windows(reader: Reader, settings: Mapping[str, Any]) -> None:
+    if settings["windows"] is None:
+        return
+    if settings["window"] is None:
+        reader.problem("windows needs window, their length")
+    for key in ("max_tokens", "stride"):
+        if settings[key] is not None:
+            reader.problem(f"windows and {key} contradict each other: give one of them")
 
 
 def _name(reader: Reader) -> str:

@@ -116,10 +116,35 @@ def measure(model: Any, tokenizer: Any, task: TaskPlan) -> Measured:
         return zero_shot(model, tokenizer, task.source.path, **task.settings)
     from ptqkit.hf.perplexity import perplexity
 
-    found = perplexity(model, tokenizer, documents_of(task.source), **task.settings)
+    settings = dict(task.settings)
+    text: Any = documents_of(task.source)
+    windows = settings.pop("windows", None)
+    if windows is not None:
+        text = _spread(tokenizer, text, windows, settings["window"], settings["start_token"])
+    found = perplexity(model, tokenizer, text, **settings)
     if not math.isfinite(found.perplexity):
         raise ArithmeticError(
             f"the perplexity is {found.perplexity} ({found.nll_per_token} nats a token): "
             "the logits of the model are no longer those of a language model"
         )
     return Measured(found.perplexity, "perplexity", False, found.tokens)
+
+
+def _spread(
+    tokenizer: Any, documents: list[str], windows: int, window: int, start_token: Any
+) -> Any:
+    """Windows at equal distances from the joined text, so that few speak for all of it."""
+    import torch
+
+    from ptqkit.hf.text import start_token_id
+
+    body = window - (start_token_id(tokenizer, start_token) is not None)
+    found = (tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"] for d in documents)
+    ids = [token for tokens in found for token in tokens]
+    count = len(ids) // body
+    if count < windows:
+        raise CalibrationError(
+            f"windows = {windows} of {body} tokens are more than the {len(ids)} tokens of the text"
+        )
+    rows = torch.tensor(ids[: count * body]).view(count, body)
+    return rows[torch.linspace(0, count - 1, windows).round().long()]
