@@ -97,10 +97,10 @@ def test_one_problem(tmp_path, old, new, words):
 
 def test_all_problems_at_once(tmp_path):
     text = (HEAD + RTN).replace("bits = 4", "bits = 1").replace("samples = 2", "sample = 2")
-    text = text.replace("window = 32", "windows = 32").replace("test.txt", "none.txt")
+    text = text.replace("window = 32", "windos = 32").replace("test.txt", "none.txt")
     found = problems(folder(tmp_path), text)
     assert len(found) == 4
-    for word in ("'sample'", "'windows'", "none.txt", "bits"):
+    for word in ("'sample'", "'windos'", "none.txt", "bits"):
         assert sum(word in p for p in found) == 1, word
 
 
@@ -108,6 +108,34 @@ def test_shared_calibration_is_named_once(tmp_path):
     second = '\n[[models]]\nname = "other"\npath = "model"\n'
     found = problems(folder(tmp_path), HEAD.replace("samples = 2", "samples = 0"), second, RTN)
     assert len(found) == 1
+
+
+def test_recipes_of_parts(tmp_path):
+    parts = """
+[[recipes]]
+name = "W8A8"
+parts = [
+    {part = "AWE", alpha = 0.5},
+    {part = "RTN", bits = 8, group_size = "channel", symmetric = true},
+    {part = "Activations", granularity = "tensor"},
+    "BiasCorrection",
+]
+"""
+    found = read_plan(write(folder(tmp_path), HEAD, parts)).recipes[0].resolved
+    assert found["group_size"] is None and found["bias_correction"]
+    assert found["equalization"]["alpha"] == 0.5
+    assert found["activations"]["granularity"] == "tensor"
+    twice = parts.replace('"BiasCorrection"', '"RTN"')
+    assert "recipes[0] 'W8A8': a recipe takes one solver" in problems(tmp_path, HEAD, twice)[0]
+    more = parts + "bits = 3\n"
+    assert "recipes[0] 'W8A8': unknown key 'bits'" in problems(tmp_path, HEAD, more)[0]
+
+
+def test_windows_need_their_length_and_nothing_else(tmp_path):
+    text = (HEAD + RTN).replace("window = 32", "windows = 3")
+    found = problems(folder(tmp_path), text)
+    assert "windows needs window" in found[0]
+    assert "windows and max_tokens contradict each other" in found[1]
 
 
 def test_names_used_twice_and_tasks_not_used(tmp_path):

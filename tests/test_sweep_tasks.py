@@ -213,6 +213,23 @@ def test_perplexity_is_that_of_the_library(small, tmp_path):
     assert len(remembering._tokens) == 1
 
 
+def test_windows_are_spread_over_the_joined_text(small, tmp_path):
+    model, tokenizer = small
+    lines = [json.dumps(words(60, i)) for i in range(3)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = {"windows": 3, "window": 16, "max_tokens": None, "stride": None,
+                "start_token": "auto", "batch_size": 2}  # fmt: skip
+    task = TaskPlan("t", "perplexity", TextSource(str(tmp_path / "t.jsonl")), settings)
+    found = measure(model, tokenizer, task)
+    ids = [i for k in range(3) for i in tokenizer(words(60, k), add_special_tokens=False).input_ids]
+    count = len(ids) // 15
+    rows = torch.tensor(ids[: count * 15]).view(count, 15)[[0, round((count - 1) / 2), count - 1]]
+    assert found.count == 45
+    assert found.value == perplexity(model, tokenizer, rows, window=16, batch_size=2).perplexity
+    with pytest.raises(CalibrationError, match="windows = 900 of 15 tokens are more than"):
+        measure(model, tokenizer, TaskPlan("t", "", task.source, {**settings, "windows": 900}))
+
+
 def test_perplexity_that_is_not_finite(small, tmp_path):
     (tmp_path / "t.txt").write_text(words(20), encoding="utf-8")
     settings = {"max_tokens": None, "window": 32, "stride": None, "start_token": "auto",
