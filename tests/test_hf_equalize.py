@@ -220,10 +220,28 @@ def test_search_is_never_worse_and_measures_what_the_recipe_says(monkeypatch):
         == (6, "token", True)
         for o in options.values()
     )
+    assert not any(o["per_tensor"] for o in options.values())
     by_name = {c[2]["name"]: c[0] for c in calls}
     assert len(by_name["model.layers.0.self_attn.q_proj"]) == 2, "k_proj is skipped"
     skipped = [k for k, v in report.left_alone.items() if "skips every layer" in v]
     assert len(skipped) == 2 and all("layers.1.mlp" in k for k in skipped)
+
+
+def test_search_measures_static_grids(monkeypatch):
+    seen = []
+    original = ptqkit.search_equalization
+    monkeypatch.setattr(
+        ptqkit, "search_equalization", lambda *a, **k: seen.append(k) or original(*a, **k)
+    )
+    run(make("llama"), alpha="search", recipe=W8A8)
+    run(make("llama"), alpha="search", recipe=Recipe.preset("rtn", group_size=16))
+    for options in seen[:8]:
+        assert (options["bits"], options["group_size"], options["per_tensor"]) == (8, None, True)
+        assert options["symmetric"] and not options["activation_symmetric"]
+        assert (options["activation_bits"], options["activation_granularity"]) == (8, "tensor")
+        heads = options["channel_of"]
+        assert (heads is None) == (not options["name"].endswith("o_proj"))
+    assert len(seen) == 16 and all("activation_bits" not in o for o in seen[8:])
 
 
 def test_skipped_layers_still_fold():
@@ -269,6 +287,9 @@ def test_bad_arguments():
         run(model, tokens(1, 1))
     with pytest.raises(CalibrationError, match="at least 2"):
         run(model, tokens(4, 1))
+    masked = {"input_ids": tokens(1, 4), "attention_mask": torch.tensor([[0, 0, 0, 1]])}
+    with pytest.raises(CalibrationError, match="at least 2 calibration tokens, there is 1"):
+        run(model, [masked])
     with pytest.raises(CalibrationError, match="missing"):
         equalize(model, None)
     with pytest.raises(ValueError, match="needs recipe"):

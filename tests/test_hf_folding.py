@@ -18,6 +18,7 @@ from torch import nn  # noqa: E402
 
 from ptqkit.errors import CalibrationError, UnsupportedModuleError  # noqa: E402
 from ptqkit.hf import fold as fold_module  # noqa: E402
+from ptqkit.hf import fold_proof  # noqa: E402
 from ptqkit.hf.fold_layouts import channel_layouts, row_layouts  # noqa: E402
 from ptqkit.hf.fold_proof import _exponents  # noqa: E402
 from ptqkit.hf.folding import Fold, apply_fold, find_folds  # noqa: E402
@@ -374,6 +375,43 @@ def test_ctrl_c_waits_for_the_whole_fold(monkeypatch):
     assert len(changed) == 4, "the norm and its three readers"
     assert change(logits(model, batch), before) <= 1e-4
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_in_a_proof_restores_the_parameters(monkeypatch):
+    model = make("llama")
+    before, calls = snapshot(model), []
+
+    def fold(*args):
+        apply_fold(*args)
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(fold_proof, "apply_fold", fold)
+    with pytest.raises(KeyboardInterrupt):
+        plan_of(model)
+    assert calls and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class _Twice(nn.Module):
+    """A gated MLP whose one norm runs twice."""
+
+    def __init__(self, mlp, norm):
+        super().__init__()
+        self.norm, self.mlp = norm, mlp
+
+    def forward(self, x):
+        return self.mlp(self.norm(self.norm(x)))
+
+
+def test_a_norm_that_runs_twice():
+    model = make("llama")
+    layer = model.model.layers[0]
+    layer.mlp = _Twice(layer.mlp, layer.post_attention_layernorm)
+    layer.post_attention_layernorm = nn.Identity()
+    plan = plan_of(model)
+    name = "model.layers.0.mlp.mlp.gate_proj, model.layers.0.mlp.mlp.up_proj"
+    assert "more than once" in plan.left_alone[name] and len(plan.folds) == 7
 
 
 class _Interrupts(torch.Tensor):

@@ -19,7 +19,7 @@ from ptqkit.hf.structure import is_conv1d
 __all__ = ["Fold", "FoldPlan", "apply_fold"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fold:
     """Layers that read one tensor, and the layer whose outputs that tensor is.
 

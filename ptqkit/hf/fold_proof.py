@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqkit.hf.fold import Fold, apply_fold
+from ptqkit.hf.fold import Fold, apply_fold, uninterrupted
 from ptqkit.hf.fold_layouts import channel_layouts, row_layouts
 from ptqkit.hf.fold_probe import (
     BlockCall,
@@ -259,16 +259,17 @@ class BlockProver:
         parameters = list(_parameters(self.model, folds))
         saved = [p.detach().clone() for p in parameters]
         tolerance = min(TOLERANCE.get(p.dtype, 1e-5) for p in parameters)
-        try:
-            for fold in folds:
-                apply_fold(self.model, fold, random_scales(fold.channels, self.generator))
-            outputs = run_block(self.block, self.call)
-        except ValueError:  # out of the range of the dtype
-            return False
-        finally:
-            with torch.no_grad():
-                for parameter, values in zip(parameters, saved, strict=True):
-                    parameter.copy_(values)
+        with uninterrupted():
+            try:
+                for fold in folds:
+                    apply_fold(self.model, fold, random_scales(fold.channels, self.generator))
+                outputs = run_block(self.block, self.call)
+            except ValueError:  # out of the range of the dtype
+                return False
+            finally:
+                with torch.no_grad():
+                    for parameter, values in zip(parameters, saved, strict=True):
+                        parameter.copy_(values)
         return relative_difference(outputs, self.trace.outputs) <= tolerance
 
     def _why_not(self, consumer: Call, through: list[Call]) -> str:
@@ -277,6 +278,8 @@ class BlockProver:
         for made in reversed(before):
             if made.result == consumer.source and not is_linear(made.module):
                 kind = type(made.module).__name__
+                if is_norm(made.module, consumer.inputs.shape[-1]):
+                    return f"{made.name} ({kind}) runs more than once in one forward pass"
                 if "Norm" in kind:
                     return f"{made.name} ({kind}) has no gain to fold into"
         if through:
