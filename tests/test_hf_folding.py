@@ -393,6 +393,29 @@ def test_ctrl_c_in_a_proof_restores_the_parameters(monkeypatch):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_ctrl_c_in_the_restoring_waits(monkeypatch):
+    model = make("llama")
+    before, ran = snapshot(model), []
+    run_block, copy_ = fold_proof.run_block, torch.Tensor.copy_
+
+    def run(*args):
+        ran.append(any(not torch.equal(v, before[k]) for k, v in model.state_dict().items()))
+        return run_block(*args)
+
+    def copy(target, values):
+        if ran and ran[-1]:  # the run with scaled parameters is over
+            ran.append(False)
+            os.kill(os.getpid(), signal.SIGINT)
+        return copy_(target, values)
+
+    monkeypatch.setattr(fold_proof, "run_block", run)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    with pytest.raises(KeyboardInterrupt):
+        plan_of(model)
+    assert True in ran
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 class _Twice(nn.Module):
     """A gated MLP whose one norm runs twice."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -131,7 +132,7 @@ def apply_fold(model: nn.Module, fold: Fold, scales: Any) -> None:
     new: list[tuple[nn.Parameter, torch.Tensor]] = []
     with torch.no_grad():
         for name, parameter, values in _folded(model, fold, scales):
-            if not bool(torch.isfinite(values).all()):
+            if not _finite(values):
                 raise ValueError(
                     f"{name}: scaled by {scales.min():.3g} to {scales.max():.3g}, its values leave "
                     f"the range of {parameter.dtype}; use a float32 model"
@@ -167,6 +168,12 @@ def _folded(
         module = model.get_submodule(name)
         axis = 0 if is_conv1d(module) else 1
         yield name, module.weight, _scaled(name, module.weight, fold.spread(scales), axis)
+
+
+def _finite(values: torch.Tensor) -> bool:
+    """Whether every value is; a sum tells fast, unless it overflows itself."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return math.isfinite(float(values.sum(dtype=wide))) or bool(torch.isfinite(values).all())
 
 
 def _on_host(name: str, parameter: nn.Parameter) -> torch.Tensor:

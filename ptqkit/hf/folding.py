@@ -43,7 +43,7 @@ def find_folds(
        most 1e-5 in float32, 1e-3 in float16, 8e-3 in bfloat16, 1e-10 in float64);
     3. with all folds at once the model returns what it did.
 
-    Blocks are run one by one on what they were given, about five times each. The model is as it
+    Blocks are run one by one on what they were given, about eight times each. The model is as it
     was afterwards, bit for bit.
 
     Parameters
