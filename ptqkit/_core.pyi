@@ -45,7 +45,7 @@ def channel_ranges(
     sum: _F64,  # (n,), written
     threads: int,
     /,
-) -> None: ...  # FloatingPointError: NaN or Inf, the outputs are of no use
+) -> None: ...  # FloatingPointError: NaN or Inf, nothing is written
 def equalization_scales(
     rx: _F64,  # (n,), not negative
     rw: _F64,  # (n,), not negative

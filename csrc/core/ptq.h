@@ -77,7 +77,7 @@ ptq_status ptq_finite_check(const float *x, int64_t count, int threads);
 /* low, high (n) float32 and sum (n) of every column over the given rows: one pass, partial sums of
  * PTQ_RANGE_ROWS rows in float32, all others in double, the same bits for any number of threads.
  * X, ldx, dtype, rows, tokens (at least 1) as in ptq_hessian_update, but ldx may be 0. On
- * PTQ_NONFINITE, and when interrupted, the outputs hold nothing of use. */
+ * PTQ_NONFINITE, and when interrupted, nothing is written. */
 ptq_status ptq_channel_ranges(const void *X, int64_t n, int64_t ldx, ptq_dtype dtype,
                               const int64_t *rows, int64_t tokens, float *low, float *high,
                               double *sum, int threads);

@@ -87,7 +87,7 @@ typedef struct {
     void (*int16_dots)(const int16_t *A, const int16_t *B, int64_t stride, int64_t n, int32_t *C,
                        int64_t ldc);
     /* low, high, sum (columns) of PTQ_RANGE_ROWS rows, which are added up in float32 first; `ahead`
-     * are rows that will be asked for next. ahead NULL: of one row. In float16 Inf and NaN count as
+     * holds the row that follows each of them in memory. ahead NULL: of one row. In float16 Inf and NaN count as
      * 65536 and more, or as Inf and NaN. */
     void (*ranges)(ptq_dtype dtype, const void *const *rows, const void *const *ahead,
                    int64_t columns, float *low, float *high, double *sum);
