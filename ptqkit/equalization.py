@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ptqkit import _core
-from ptqkit._arrays import as_matrix, check_count, check_number, check_threads, label
+from ptqkit._arrays import F32, as_matrix, check_count, check_number, check_threads, label
 from ptqkit._grids import group_width
-from ptqkit.ranges import ChannelRanges, extent_of
+from ptqkit.ranges import ChannelRanges, batch_ranges, extent_of
 from ptqkit.result import parse_bits
 
 __all__ = [
@@ -46,8 +46,9 @@ def weight_extent(W: Any, *, threads: int = 0) -> np.ndarray:
         No layer, a wrong dtype or shape, different inputs, NaN or Inf.
     """
     low, high = None, None
-    for layer in _weights(W, None, check_threads(threads)):
-        least, most = layer.min(axis=0), layer.max(axis=0)
+    threads = check_threads(threads)
+    for layer in _weights(W, None, threads):
+        least, most, _ = batch_ranges(layer, F32, None, threads)
         low = least if low is None else np.minimum(low, least)
         high = most if high is None else np.maximum(high, most)
     return extent_of(low, high)
