@@ -12,7 +12,14 @@ if not torch.cuda.is_available():
 import numpy as np  # noqa: E402
 from driver_models import build, padded_batches, tokens  # noqa: E402
 
-from ptqkit.hf import perplexity, quantize  # noqa: E402
+from ptqkit.hf import (  # noqa: E402
+    AWE,
+    RTN,
+    Activations,
+    BiasCorrection,
+    perplexity,
+    quantize,
+)
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
 
@@ -49,3 +56,26 @@ def test_half_precision_and_perplexity():
     quantize(model, "quality", tokens(), bits=8, group_size=16, progress=False)
     after = perplexity(model, None, tokens(2), start_token=1)
     assert after.nll_per_token == pytest.approx(before.nll_per_token, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_w8a8_on_the_gpu_equals_the_host(name):
+    parts = [
+        AWE(alpha=0.5),
+        RTN(bits=8, per_tensor=True, symmetric=True),
+        Activations(8, "tensor"),
+        BiasCorrection(),
+    ]
+    batches = padded_batches(name)
+    host = quantize(build(name), parts, batches, progress=False)
+    device = quantize(build(name).cuda(), parts, batches, progress=False)
+    for key, matrix in host.layers.items():
+        assert float(np.mean(device.layers[key].codes != matrix.codes)) < 0.02, key
+        scale, expected = (r.activations[key].scale for r in (device, host))
+        torch.testing.assert_close(scale.cpu(), expected, rtol=1e-2, atol=0, msg=key)
+    ids = batches[0]["input_ids"][:1]
+    with torch.no_grad():
+        found = device.model(ids.cuda()).logits.cpu()
+        expected = host.model(ids).logits
+    error = (found - expected).square().mean() / expected.square().mean()
+    assert float(error) < 1e-2

@@ -13,10 +13,11 @@ pytest.importorskip("transformers")
 import driver_models as M  # noqa: E402
 
 import ptqkit  # noqa: E402
-from ptqkit.errors import PreflightError  # noqa: E402
+from ptqkit.errors import CalibrationError, PreflightError  # noqa: E402
 from ptqkit.hf import RTN, Activations, BiasCorrection, quantize, remove_quantizers  # noqa: E402
 from ptqkit.hf.activations import ActivationQuantizer, install_quantizer, installed_quantizer  # noqa: E402
 from ptqkit.hf.capture import probe  # noqa: E402
+from ptqkit.hf.input_ranges import TorchRanges  # noqa: E402
 from ptqkit.hf.recipe import Recipe  # noqa: E402
 from ptqkit.hf.structure import Target, find_structure  # noqa: E402
 
@@ -206,3 +207,21 @@ def test_a_failed_layer_stays_float_altogether(monkeypatch):
     assert down.bias is None and installed_quantizer(down) is None
     assert torch.equal(down.weight, M.build().model.layers[0].mlp.down_proj.weight)
     assert [r.name.rpartition(".")[2] for r in result.report.failed] == ["down_proj"] * 2
+
+
+def test_ranges_by_torch_equal_the_core():
+    x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)) + 2
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    core, by_torch = ptqkit.ChannelRanges(5), TorchRanges(5, "cpu")
+    for ranges in (core, by_torch):
+        ranges.update(x, mask)
+        ranges.update(-x[:1])
+    found = by_torch.finish()
+    assert found.tokens == core.tokens == 25
+    assert np.array_equal(found.minimum, core.minimum)
+    assert np.array_equal(found.maximum, core.maximum)
+    np.testing.assert_allclose(found.mean, core.mean, rtol=1e-12)
+    by_torch.update(torch.full((1, 5), torch.nan))
+    with pytest.raises(CalibrationError, match="not finite"):
+        by_torch.finish()

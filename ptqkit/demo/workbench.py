@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptqkit.demo import MODEL_DIR, text
-from ptqkit.hf import perplexity, prepare_calibration, quantize
+from ptqkit.hf import make_outliers, perplexity, prepare_calibration, quantize, remove_quantizers
+from ptqkit.hf.calibration import CalibrationSet
+from ptqkit.hf.equalize import MARKER
 
 __all__ = ["WINDOW", "DemoRow", "Workbench"]
 
@@ -58,6 +61,9 @@ class Workbench:
         Windows of 512 tokens to measure and to calibrate on.
     threads : int
         Of the solver; 0 is its own policy.
+    outliers : mapping, optional
+        Make the model hard on purpose, the same in float: options of
+        :func:`ptqkit.hf.make_outliers`, such as ``{"factor": 30}``.
 
     Examples
     --------
@@ -66,14 +72,20 @@ class Workbench:
     """
 
     def __init__(
-        self, test_windows: int = 20, calibration_windows: int = 24, threads: int = 0
+        self,
+        test_windows: int = 20,
+        calibration_windows: int = 24,
+        threads: int = 0,
+        outliers: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
         self.threads = threads
-        self._state = {name: t.clone() for name, t in self.model.state_dict().items()}
         self._test = self._spread(text("test"), test_windows)
         self.calibrate(calibration_windows)
+        if outliers is not None:
+            make_outliers(self.model, self._calibration, **outliers)
+        self._state = {name: t.clone() for name, t in self.model.state_dict().items()}
         first = self._evaluate()
         self.settings = {
             "test_tokens": first.tokens,
@@ -100,14 +112,29 @@ class Workbench:
             seed=seed,
         )
 
-    def measure(self, recipe: str, **changes: Any) -> DemoRow:
+    @property
+    def calibration(self) -> CalibrationSet:
+        """The windows of calibration text in use."""
+        return self._calibration
+
+    def reset(self) -> None:
+        """Put the model back to what it was before the first quantization."""
+        remove_quantizers(self.model)
+        for name, module in self.model.named_modules():
+            if getattr(module, "bias", None) is not None and f"{name}.bias" not in self._state:
+                module.bias = None
+        if hasattr(self.model.config, MARKER):
+            delattr(self.model.config, MARKER)
+        self.model.load_state_dict(self._state)
+
+    def measure(self, recipe: Any, **changes: Any) -> DemoRow:
         """Quantize a fresh copy of the weights and measure the perplexity."""
         result = self.quantize(recipe, **changes)
         found = self._evaluate()
         totals = result.report.totals()
         others = sum(p.numel() for p in self.model.parameters()) - totals["weights"]
         return DemoRow(
-            recipe,
+            recipe if isinstance(recipe, str) else " + ".join(map(repr, recipe)),
             result.recipe.bits,
             result.recipe.symmetric,
             found.perplexity,
@@ -118,18 +145,19 @@ class Workbench:
             result.report.seconds["solve"],
         )
 
-    def quantize(self, recipe: str, *, diagnostics: bool = False, **changes: Any) -> Any:
+    def quantize(self, recipe: Any, *, diagnostics: bool = False, **changes: Any) -> Any:
         """Quantize a fresh copy of the weights; returns the driver's result.
 
         Parameters
         ----------
-        recipe : {"quality", "reference", "rtn"}
+        recipe : str or list of parts
+            As :func:`ptqkit.quantize` takes it.
         diagnostics : bool
             Compute what the report compares with, which costs time.
         **changes
             Options of the recipe, such as ``bits=3``. Scales are float16 unless they say.
         """
-        self.model.load_state_dict(self._state)
+        self.reset()
         changes.setdefault("scale_dtype", "float16")
         needs_data = recipe != "rtn" or changes.get("grid") == "hessian"
         return quantize(
