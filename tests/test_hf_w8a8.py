@@ -221,7 +221,8 @@ def test_ranges_by_torch_equal_the_core():
     assert found.tokens == core.tokens == 25
     assert np.array_equal(found.minimum, core.minimum)
     assert np.array_equal(found.maximum, core.maximum)
-    np.testing.assert_allclose(found.mean, core.mean, rtol=1e-12)
+    # The core sums a few tokens in float32 before it goes on in float64.
+    np.testing.assert_allclose(found.mean, core.mean, rtol=1e-6)
     by_torch.update(torch.full((1, 5), torch.nan))
     with pytest.raises(CalibrationError, match="not finite"):
         by_torch.finish()

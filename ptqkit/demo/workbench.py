@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ptqkit.demo import MODEL_DIR, text
 from ptqkit.hf import make_outliers, perplexity, prepare_calibration, quantize, remove_quantizers
 from ptqkit.hf.calibration import CalibrationSet
-from ptqkit.hf.equalize import MARKER
 
 __all__ = ["WINDOW", "DemoRow", "Workbench"]
 
@@ -123,8 +122,7 @@ class Workbench:
         for name, module in self.model.named_modules():
             if getattr(module, "bias", None) is not None and f"{name}.bias" not in self._state:
                 module.bias = None
-        if hasattr(self.model.config, MARKER):
-            delattr(self.model.config, MARKER)
+        vars(self.model.config).pop("ptqkit_equalized", None)
         self.model.load_state_dict(self._state)
 
     def measure(self, recipe: Any, **changes: Any) -> DemoRow:
