@@ -446,6 +446,10 @@ def test_progress_bars(capsys):
     assert isinstance(bar, _RichBar)
     run(progress=bar)
     assert "14/14" in capsys.readouterr().err
+    run(recipe=["AWE", "RTN"], progress=bar, group_size=16)
+    shown = capsys.readouterr().err
+    assert "equalizing" in shown and "8/8" in shown
+    assert "quantizing" in shown and "14/14" in shown
 
 
 def test_silent_by_default_without_a_terminal(capsys):

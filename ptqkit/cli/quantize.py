@@ -141,7 +141,7 @@ def _progress(args: argparse.Namespace) -> bool | Callable[[Any], None]:
 
     def tell(event: Any) -> None:
         print(
-            f"[{event.index}/{event.total}] {event.name}  loss {event.loss:.4g}  "
+            f"{event.stage} [{event.index}/{event.total}] {event.name}  loss {event.loss:.4g}  "
             f"{event.seconds_left:.0f} s left",
             file=sys.stderr,
             flush=True,

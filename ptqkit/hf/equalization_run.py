@@ -141,7 +141,7 @@ class EqualizationRun:
                 row, elapsed = found[index].row, time.perf_counter() - started
                 left = elapsed / done * (len(order) - done)
                 event = (row.consumers[0], done, len(order), row.error, elapsed, left)
-                self.progress(ProgressEvent(*event))
+                self.progress(ProgressEvent(*event, stage="equalizing"))
         return [found[i] for i in sorted(found)]
 
     def _weight(self, name: str) -> np.ndarray:
