@@ -226,3 +226,33 @@ def test_ranges_by_torch_equal_the_core():
     by_torch.update(torch.full((1, 5), torch.nan))
     with pytest.raises(CalibrationError, match="not finite"):
         by_torch.finish()
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "out_format", "message"),
+    [
+        ("llama", [RTN(**PER_TENSOR), Activations()], "gptq", "no place for quantized activations"),
+        ("llama", [RTN(bits=4, group_size=8), Activations()], "compressed-tensors", "symmetric"),
+        (
+            "mistral",
+            [RTN(**PER_TENSOR), BiasCorrection()],
+            "compressed-tensors",
+            "model.layers.0.self_attn.q_proj",
+        ),
+    ],
+)
+def test_what_a_format_cannot_hold_is_found_before_the_run(name, parts, out_format, message):
+    with pytest.raises(PreflightError, match=message):
+        run(M.build(name), parts, format=out_format)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mistral"])
+def test_aweq_saves_and_loads_with_the_same_logits(tmp_path, name):
+    model = M.build(name)
+    result = run(model, "aweq")
+    result.save(tmp_path / "q")
+    loaded = ptqkit.load(tmp_path / "q")
+    with torch.no_grad():
+        expected, found = (m(input_ids=M.tokens()).logits for m in (model, loaded))
+    assert torch.equal(found, expected)
+    assert loaded.config.ptqkit_equalized["method"] == "awe"

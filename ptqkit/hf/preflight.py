@@ -15,6 +15,7 @@ from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleErr
 from ptqkit.hf.activations import installed_quantizer
 from ptqkit.hf.calibration import CalibrationSet, max_positions
 from ptqkit.hf.capture import Probe
+from ptqkit.hf.checkpoint_bias import plan_biases
 from ptqkit.hf.recipe import Recipe
 from ptqkit.hf.structure import Structure, Target
 from ptqkit.hf.text import MissingTextError
@@ -84,6 +85,10 @@ def check_model(
         _check_target(problems, target, calibrated)
         for text in _format_conflicts(target, out_format):
             problems.add(f"{target.name}: the format {out_format!r} {text}")
+    gaining = [n for n, t in structure.targets.items() if t.options.bias_correction]
+    if gaining and out_format not in ("auto", "ptqkit"):
+        for text in plan_biases(model, gaining).problems():
+            problems.add(text)
 
 
 def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
@@ -129,12 +134,16 @@ def _format_conflicts(target: Target, out_format: str) -> list[str]:
         found.append("has no ternary codes; use 'ptqkit'")
     permuted = o.order == "act" and not o.static_groups and o.group_size is not None
     if out_format == "compressed-tensors":
-        if not o.symmetric and o.bits != "ternary":
+        whole_bytes = o.activations is not None and o.bits == 8  # int-quantized, not packed
+        if not o.symmetric and o.bits != "ternary" and not whole_bytes:
             found.append("loads exactly only with symmetric=True")
         if permuted and o.method == "gptq":
             found.append("has no g_idx; use static_groups=True with order='act'")
-    elif o.bits != "ternary" and o.bits not in (2, 3, 4, 8):
+        return found
+    if o.bits != "ternary" and o.bits not in (2, 3, 4, 8):
         found.append(f"holds 2, 3, 4 or 8 bits, not {o.bits}")
+    if o.activations is not None:
+        found.append("has no place for quantized activations; use 'compressed-tensors' or 'ptqkit'")
     return found
 
 
