@@ -140,8 +140,9 @@ def _progress(args: argparse.Namespace) -> bool | Callable[[Any], None]:
         return True
 
     def tell(event: Any) -> None:
+        stage = "" if event.stage == "quantizing" else f"{event.stage} "
         print(
-            f"{event.stage} [{event.index}/{event.total}] {event.name}  loss {event.loss:.4g}  "
+            f"{stage}[{event.index}/{event.total}] {event.name}  loss {event.loss:.4g}  "
             f"{event.seconds_left:.0f} s left",
             file=sys.stderr,
             flush=True,
