@@ -185,6 +185,7 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path, bench):
 def test_only_a_pattern_and_the_float_cells_it_needs(tmp_path, bench):
     result = sweep(folder(tmp_path), HEAD, ZERO_SHOT, RTN, RTN3, only="*/RTN3/wiki")
     assert [c.status for c in result.cells] == [OK, MISSING, MISSING, MISSING, OK, MISSING]
+    assert "choice" not in table(result) and "wiki" in table(result)
     with pytest.raises(PreflightError, match="fits no cell; cells are named like 'small/RTN3/ch"):
         sweep(tmp_path, HEAD, ZERO_SHOT, RTN, RTN3, only="RTN3")
 

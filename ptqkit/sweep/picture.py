@@ -68,7 +68,7 @@ def _panels(result: SweepResult) -> dict[str, list[dict[str, Any]]]:
         one = row["kind"] == "zero-shot"
         title = row["task"] if one else f"{row['task']}: {row['model']}"
         panels.setdefault(title, []).append(row)
-    return panels
+    return {t: p for t, p in panels.items() if any(r["status"] == OK for r in p)}
 
 
 def _panel(axes: Any, title: str, members: list[dict[str, Any]], colours: dict[str, str]) -> None:
@@ -91,11 +91,16 @@ def _panel(axes: Any, title: str, members: list[dict[str, Any]], colours: dict[s
     axes.set_yticks(range(len(recipes)), recipes)
     axes.set_ylim(len(recipes) - 0.4, -0.6)
     axes.tick_params(labelsize=7)
-    axes.set_title(title, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     _limits(axes, [r for r in members if r["status"] == OK])
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        # Above the axes, wherever these end: a distance below would grow with their height.
+        axes.legend(
+            title=title, fontsize=6, title_fontsize=8, frameon=False,
+            loc="lower center", bbox_to_anchor=(0.5, 0.99),
+        )  # fmt: skip
+    else:
+        axes.set_title(title, fontsize=8)
 
 
 def _scale(row: dict[str, Any]) -> float:

@@ -7,7 +7,7 @@ import io
 import math
 from typing import Any
 
-from ptqkit.sweep.cells import FAILED, OK, Cell, plain, write_atomically, write_json
+from ptqkit.sweep.cells import FAILED, MISSING, OK, Cell, plain, write_atomically, write_json
 from ptqkit.sweep.plan import FLOAT
 from ptqkit.sweep.run import SweepResult
 
@@ -141,6 +141,11 @@ def table(result: SweepResult) -> str:
     parts = []
     for model in dict.fromkeys(r["model"] for r in found):
         mine = [r for r in found if r["model"] == model]
+        # With --only, whole models and tasks have nothing to show.
+        shown = {r["task"] for r in mine if r["status"] != MISSING}
+        mine = [r for r in mine if r["task"] in shown]
+        if not mine:
+            continue
         parts.append(_model_table(model, mine, means(result)))
     if result.plan.published:
         cells = [
