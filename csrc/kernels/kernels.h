@@ -38,7 +38,7 @@ typedef struct {
 
 /* What one row of probabilities adds to the statistics of softmax quantization. */
 typedef struct {
-    double sum;    /* of the probabilities: float over at most 16 terms, then double */
+    double sum;    /* of the probabilities: float sums of 16 terms, then double */
     float low;     /* smallest, or 0 */
     int64_t code;  /* sum of code - zero */
     int64_t zeros; /* codes equal to zero */
@@ -106,7 +106,7 @@ typedef struct {
     /* Smallest and largest value; NaN may be overlooked. */
     void (*softmax_range)(int64_t n, const float *x, float *low, float *high);
     /* e = exp(x - shift), for shift no less than any x, and its sum; e is filled up with zeros to a
-     * multiple of PTQ_ROW_LANES. Relative error of a float sum of 16 terms. */
+     * multiple of PTQ_ROW_LANES. Float sums of 17 terms at most, then double. */
     double (*softmax_exp)(int64_t n, const float *x, float shift, float *e);
     /* steps = round(min(e * factor, top)): their sum; scale * steps + shift, but 0 where x (NULL:
      * nowhere) is -Inf; steps + zero as uint8, or uint16 where wide. */
