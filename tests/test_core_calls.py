@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from softmax_core_calls import SOFTMAX_OPTIONAL, SOFTMAX_OUTPUTS, softmax_calls
 
 from ptqkit import _core
 
@@ -47,6 +48,7 @@ def _calls():
         "objective": [_f32(3, 8), eye, np.zeros(3), 1],
         "pack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
         "unpack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
+        **softmax_calls(),
     }  # fmt: skip
 
 
@@ -57,11 +59,11 @@ OUTPUTS = {  # positions that are written
     "symmetric_check": [], "finite_check": [], "signed_grid": [], "activation_range": [],
     "codes_on_grid": [4], "activations_quantize": [5, 6, 7], "outlier_columns": [3],
     "bias_correction": [3], "int8_matmul": [8], "channel_ranges": [3, 4, 5],
-    "equalization_scales": [5], "equalization_errors": [7],
+    "equalization_scales": [5], "equalization_errors": [7], **SOFTMAX_OUTPUTS,
 }  # fmt: skip
 OPTIONAL = {  # None is allowed
     ("hessian_update", 3), ("rtn", 3), ("activation_range", 2), ("activations_quantize", 2),
-    ("channel_ranges", 2),
+    ("channel_ranges", 2), *SOFTMAX_OPTIONAL,
 }  # fmt: skip
 INT8 = {("activations_quantize", 5), *(("int8_matmul", at) for at in (0, 2, 3, 5))}
 BAD = (TypeError, ValueError, OverflowError, IndexError, BufferError)

@@ -33,6 +33,17 @@ typedef struct {
 /* Rows that `ranges` takes at once. */
 #define PTQ_RANGE_ROWS 8
 
+/* Floats of a row of exponentials that are written at a time. */
+#define PTQ_ROW_LANES 32
+
+/* What one row of probabilities adds to the statistics of softmax quantization. */
+typedef struct {
+    double sum;    /* of the probabilities: float sums of 16 terms, then double */
+    float low;     /* smallest, or 0 */
+    int64_t code;  /* sum of code - zero */
+    int64_t zeros; /* codes equal to zero */
+} ptq_row_statistics;
+
 typedef struct {
     const char *name;
     int mr, nr;
@@ -91,6 +102,27 @@ typedef struct {
      * 65536 and more, or as Inf and NaN. */
     void (*ranges)(ptq_dtype dtype, const void *const *rows, const void *const *ahead,
                    int64_t columns, float *low, float *high, double *sum);
+    /* Rows of attention (softmax.inc). */
+    /* Smallest and largest value; NaN may be overlooked. */
+    void (*softmax_range)(int64_t n, const float *x, float *low, float *high);
+    /* e = exp(x - shift), for shift no less than any x, and its sum; e is filled up with zeros to a
+     * multiple of PTQ_ROW_LANES. Float sums of 17 terms at most, then double. */
+    double (*softmax_exp)(int64_t n, const float *x, float shift, float *e);
+    /* steps = round(min(e * factor, top)): their sum; scale * steps + shift, but 0 where x (NULL:
+     * nowhere) is -Inf; steps + zero as uint8, or uint16 where wide. */
+    int64_t (*softmax_code_sum)(int64_t n, const float *e, float factor, float top);
+    void (*softmax_values)(int64_t n, const float *e, float factor, float top, const float *x,
+                       float scale, float shift, float *out);
+    void (*softmax_codes)(int64_t n, const float *e, float factor, float top, int zero, int wide,
+                      void *out);
+    /* out = allowed ? x : absent; returns how many are allowed. */
+    int64_t (*softmax_mask)(int64_t n, const float *x, const uint8_t *allowed, float absent,
+                        float *out);
+    void (*softmax_statistics)(int64_t n, const float *p, const ptq_softmax_grid *grid,
+                           ptq_row_statistics *out);
+    /* For float32 and float64: out (2) += sums of x^2 and (y - x)^2; the same per column. */
+    void (*energy[2])(int64_t n, const void *x, const void *y, double *out);
+    void (*energy_row[2])(int64_t n, const void *x, const void *y, double *signal, double *noise);
 } ptq_kernels;
 
 extern const ptq_kernels ptq_kernels_base;
