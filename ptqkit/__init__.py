@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         equalize,
         load,
         quantize,
+        quantize_softmax,
     )
 
 __version__ = "0.1.0"
@@ -87,6 +88,7 @@ __all__ = [
     "propagate_error",
     "quantize",
     "quantize_activations",
+    "quantize_softmax",
     "rtn",
     "search_equalization",
     "show_config",
@@ -108,6 +110,7 @@ _LAZY = dict.fromkeys(
         "equalize",
         "load",
         "quantize",
+        "quantize_softmax",
     ),
     "ptqkit.hf",
 )
