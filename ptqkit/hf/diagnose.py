@@ -132,11 +132,10 @@ def sensitivity(
         with bench.quantized(case):
             sqnr = bench.compare()
             value = score() if score is not None else None
-        report.rows.append(
-            SensitivityRow(
-                case.kind, case.layer, len(case.members), sqnr.decibel, sqnr.infinite, value
-            )
-        )
+        row = SensitivityRow(case.kind, case.layer, len(case.members))
+        row.sqnr_db, row.infinite = float(sqnr.decibel), int(sqnr.infinite)
+        row.perplexity = value
+        report.rows.append(row)
         if progress is not None:
             progress(done + 1, len(cases))
     report.rows.sort(key=lambda row: row.sqnr_db)

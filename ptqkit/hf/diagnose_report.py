@@ -36,7 +36,7 @@ class SensitivityRow:
     kind: str
     layer: str
     tensors: int
-    sqnr_db: float
+    sqnr_db: float = math.nan
     infinite: int = 0
     perplexity: float | None = None
 
