@@ -16,7 +16,6 @@ from torch import nn
 
 import ptqkit
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
-from ptqkit.hf._standin import SQNR, softmax_grid
 from ptqkit.hf.activations import (
     ActivationQuantizer,
     Activations,
@@ -40,6 +39,8 @@ from ptqkit.hf.recipe import Recipe
 from ptqkit.hf.softmax import describe, model_dtype, refuse_installed
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
 from ptqkit.hf.structure import Target, find_blocks, is_linear
+from ptqkit.softmax import softmax_grid
+from ptqkit.sqnr import SQNR
 
 __all__ = ["CASES", "KINDS", "sensitivity"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ptqkit.errors import CalibrationError
-from ptqkit.hf._standin import softmax_grid
 from ptqkit.hf.attention import (
     AttentionModule,
     attention_hooks,
@@ -31,6 +30,7 @@ from ptqkit.hf.softmax_quantizer import (
     SoftmaxStatistics,
 )
 from ptqkit.hf.softmax_report import SoftmaxComparison, SoftmaxReport, softmax_row
+from ptqkit.softmax import softmax_grid
 
 __all__ = ["SoftmaxQuantization", "SoftmaxStudy", "quantize_softmax"]
 
@@ -134,9 +134,8 @@ class SoftmaxStudy:
         refuse_installed(model)
         self.model, self.calibration = model, calibration
         seen = measure_ranges(model, calibration) if _check_range(range) == "calibrated" else {}
-        longest = calibration.sequence_length
         self.statistics = {
-            name: SoftmaxStatistics(name, m.heads, _grid(bits, seen.get(name)), longest)
+            name: SoftmaxStatistics(name, m.heads, _grid(bits, seen.get(name)))
             for name, m in modules.items()
         }
         self._run(self.statistics)

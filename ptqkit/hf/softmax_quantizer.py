@@ -1,7 +1,8 @@
 """The quantized softmax on torch tensors, its corrections, and what they are estimated from.
 
-With codes ``q = clamp(round(p / s) + z, 0, 2**b - 1)`` the probabilities become ``s*q - c`` with
-``c = s*z``; a correction only changes the offset (Pandey et al. 2023: ``c' = s*z - beta``).
+The same as :func:`ptqkit.quantized_softmax`, for a model that has computed the probabilities: codes
+``q = clamp(round(p * (1 / s)) + z, 0, 2**b - 1)`` stand for ``s*q - c`` with ``c = s*z``, and a
+correction only changes the offset (Pandey et al. 2023: ``c' = s*z - beta``).
 Forbidden entries are exactly 0 and get nothing: otherwise a token would see later ones. With n
 the allowed keys of a row, every allowed entry gains
 
@@ -10,7 +11,8 @@ the allowed keys of a row, every allowed entry gains
     rows with more keys than any it was estimated on, beta times longest / n: the mass that is
     added stays what it was at the longest row, where the constant would go on growing.
 ``row_length``
-    D(n) / n, with D(n) the mean mass that rows with about n keys lost.
+    D(n) / n, with D(n) the mean mass that rows with about n keys lost
+    (:meth:`ptqkit.SoftmaxBias.bias_by_length`); longer rows have the D of the longest.
 ``row_sum``
     (1 - sum of the row's own s*q - c) / n: every row sums to 1, without calibration.
 """
@@ -22,9 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.hf._standin import SoftmaxBias, SoftmaxGrid
+from ptqkit.errors import CalibrationError
 from ptqkit.hf.attention import AttentionHook
-from ptqkit.hf.attention_kinds import counted_entries
+from ptqkit.reference import length_class
+from ptqkit.softmax import SoftmaxGrid
+from ptqkit.softmax_bias import SoftmaxBias
 
 __all__ = ["CORRECTIONS", "GRANULARITIES", "SoftmaxQuantizer", "SoftmaxStatistics"]
 
@@ -33,13 +37,9 @@ GRANULARITIES = ("tensor", "head")
 
 
 def length_edges(longest: int) -> list[int]:
-    """Last row length of every bin of D(n): each up to 4, then four bins to an octave."""
-    edges = [min(n, longest) for n in (1, 2, 3, 4)]
-    step = 0
-    while edges[-1] < longest:
-        step += 1
-        edges.append(min(round(4 * 2 ** (step / 4)), longest))
-    return sorted(set(edges))
+    """Last row length of every class that SoftmaxBias tells apart, up to ``longest``."""
+    classes = [length_class(n) for n in range(1, longest + 1)]
+    return [n for n, c in enumerate(classes, 1) if n == longest or classes[n] != c]
 
 
 class SoftmaxQuantizer:
@@ -94,27 +94,25 @@ class SoftmaxQuantizer:
                 f"the softmax correction is for {self.heads} heads, the module has {p.shape[1]}"
             )
         grid = self.grid
-        # A tensor: dividing by a Python number multiplies by its inverse on some devices.
-        scale = torch.full((), grid.scale, dtype=torch.float32, device=p.device)
-        steps = (p.float() / scale).round_().add_(grid.zero_point)
-        steps = steps.clamp_(0, (1 << grid.bits) - 1).sub_(grid.zero_point)
+        inverse = float(np.float32(1) / np.float32(grid.scale))
+        steps = p.float() * inverse
+        steps = steps.clamp_(-grid.zero_point, grid.max_code - grid.zero_point).round_()
         if allowed is not None:
             steps = steps.masked_fill_(~allowed, 0.0)
-        y = steps * scale
+        y = steps * grid.scale
         if self.correction is not None:
-            y += self._offset(steps, scale, allowed)
+            y += self._offset(steps, allowed)
             if allowed is not None:
                 y = y.masked_fill_(~allowed, 0.0)
         return y.to(p.dtype)
 
-    def _offset(
-        self, steps: torch.Tensor, scale: torch.Tensor, allowed: torch.Tensor | None
-    ) -> torch.Tensor:
-        """What every allowed entry of a row gains, broadcastable to ``steps``."""
+    def _offset(self, steps: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """What every allowed entry of a row gains, float32, broadcastable to ``steps``."""
         count = row_lengths(allowed, steps)
         if self.correction == "row_sum":
-            # Whole numbers below 2**24: the sum is exact, so no order of addition shows.
-            return (1.0 - steps.sum(-1, keepdim=True) * scale) / count
+            # A sum of whole numbers in double is exact: no order of addition shows.
+            sums = steps.sum(-1, keepdim=True, dtype=torch.float64)
+            return ((1.0 - sums * self.grid.scale) / count).float()
         bias, edges = self._on(steps.device)
         if self.correction == "bias":
             bias = bias.view(-1, 1, 1)
@@ -200,8 +198,6 @@ class SoftmaxStatistics(AttentionHook):
         Of the module, for messages.
     heads : int
     grid : SoftmaxGrid
-    positions : int
-        Longest row that can occur, for the bins of D(n).
 
     Attributes
     ----------
@@ -212,40 +208,26 @@ class SoftmaxStatistics(AttentionHook):
         Which tokens of the batch at hand count, bool (batch, sequence).
     """
 
-    def __init__(self, name: str, heads: int, grid: SoftmaxGrid, positions: int) -> None:
+    def __init__(self, name: str, heads: int, grid: SoftmaxGrid) -> None:
         self.name, self.heads, self.grid = name, heads, grid
         self.bias = SoftmaxBias(heads, grid=grid)
-        self.edges = length_edges(positions)
-        self.lost = torch.zeros(heads, len(self.edges), dtype=torch.float64)
-        self.seen = torch.zeros(len(self.edges), dtype=torch.float64)
         self.longest = 0
         self.rows: torch.Tensor | None = None
-        self._plain = SoftmaxQuantizer(grid)
 
     def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """Count the probabilities in."""
         if p.shape[1] != self.heads:
             raise ValueError(f"{self.name} has {p.shape[1]} heads, not {self.heads}")
-        counted = counted_entries(allowed, self.rows)
-        full = None if counted is None else counted.expand(-1, -1, *p.shape[-2:])
-        mask = None if full is None else full.cpu().numpy()
-        self.bias.update(p.detach().float().cpu().numpy(), allowed=mask)
-        self._count_lengths(p, full)
-        return p
-
-    def _count_lengths(self, p: torch.Tensor, counted: torch.Tensor | None) -> None:
-        sums = self._plain(p.float(), counted).sum(-1, dtype=torch.float64).cpu()
-        if counted is None:
-            lengths = torch.full(p.shape[:1] + p.shape[2:3], p.shape[-1])
-        else:
-            lengths = counted.expand(p.shape[0], 1, *p.shape[-2:])[:, 0].sum(-1).cpu()
+        mask = None if allowed is None else allowed.cpu()
+        try:
+            self.bias.update(p.detach().cpu(), mask, queries=self.rows)
+        except ValueError as error:
+            raise CalibrationError(f"softmax of {self.name}: {error}") from error
+        lengths = row_lengths(mask, p.cpu() if mask is None else p)[..., 0]
+        if self.rows is not None:
+            lengths = lengths * self.rows[:, None].cpu()
         self.longest = max(self.longest, int(lengths.max()))
-        place = torch.bucketize(lengths, torch.tensor(self.edges)).clamp_(max=len(self.edges) - 1)
-        real = lengths > 0
-        place = place[real]
-        self.seen += torch.bincount(place, minlength=len(self.edges))
-        lost = (1.0 - sums).transpose(0, 1)[:, real]
-        self.lost.index_add_(1, place, lost)
+        return p
 
     def quantizer(self, correction: str | None, granularity: str) -> SoftmaxQuantizer:
         """Quantizer with a correction from what was counted."""
@@ -253,10 +235,8 @@ class SoftmaxStatistics(AttentionHook):
             beta = self.bias.bias(granularity)
             return SoftmaxQuantizer(self.grid, correction, beta, longest=self.longest)
         if correction == "row_length":
-            # Bins of the longest row counted at most: what lies beyond was never seen.
-            bins = [i for i, n in enumerate(self.seen.tolist()) if n]
-            edges = [self.edges[i] for i in bins]
-            lost = self.lost[:, bins] / self.seen[bins]
-            mass = lost.numpy() if granularity == "head" else lost.mean(0).numpy()
+            edges = length_edges(self.longest)
+            # One value per class of lengths says all: n * beta(n) is the same in a class.
+            mass = self.bias.bias_by_length(self.longest, granularity)[..., edges] * edges
             return SoftmaxQuantizer(self.grid, correction, mass, edges=edges)
         return SoftmaxQuantizer(self.grid, correction)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.hf._standin import SQNR
 from ptqkit.hf.attention import AttentionCall, AttentionHook
 from ptqkit.hf.attention_kinds import AttentionQuantizer
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer, SoftmaxStatistics
+from ptqkit.sqnr import SQNR
 
 __all__ = ["SoftmaxComparison", "SoftmaxLayerReport", "SoftmaxReport", "softmax_row"]
 

@@ -31,12 +31,12 @@ from typing import Any
 
 from torch import nn
 
-from ptqkit.hf._standin import SoftmaxGrid
 from ptqkit.hf.attention import find_attention, installed_attention
 from ptqkit.hf.attention_kinds import AttentionQuantizer
 from ptqkit.hf.checkpoint_writer import atomic_directory
 from ptqkit.hf.softmax import SoftmaxQuantization, check_heads
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
+from ptqkit.softmax import SoftmaxGrid
 
 __all__ = ["SOFTMAX_FILE", "load_softmax", "save_softmax", "write_installed"]
 
