@@ -37,7 +37,15 @@ from ptqkit.int8 import int8_matmul
 from ptqkit.propagation import propagate_error
 from ptqkit.ranges import ChannelRanges
 from ptqkit.result import QuantizedMatrix
+from ptqkit.softmax import (
+    QuantizedProbabilities,
+    SoftmaxGrid,
+    quantized_softmax,
+    softmax_grid,
+)
+from ptqkit.softmax_bias import SoftmaxBias
 from ptqkit.solvers import gptq, objective, obq, rtn
+from ptqkit.sqnr import SQNR, sqnr
 
 if TYPE_CHECKING:
     from ptqkit.hf import (
@@ -59,6 +67,7 @@ __all__ = [
     "AWE",
     "GPTQ",
     "RTN",
+    "SQNR",
     "Activations",
     "BiasCorrection",
     "CalibrationError",
@@ -71,8 +80,11 @@ __all__ = [
     "PtqkitError",
     "QuantizedActivations",
     "QuantizedMatrix",
+    "QuantizedProbabilities",
     "Recipe",
     "SmoothQuant",
+    "SoftmaxBias",
+    "SoftmaxGrid",
     "UnsupportedModuleError",
     "activation_grid",
     "bias_correction",
@@ -89,9 +101,12 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "quantize_softmax",
+    "quantized_softmax",
     "rtn",
     "search_equalization",
     "show_config",
+    "softmax_grid",
+    "sqnr",
     "weight_extent",
 ]
 

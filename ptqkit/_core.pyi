@@ -108,6 +108,49 @@ def unpack(
     threads: int,
     /,
 ) -> None: ...
+def softmax_quantize(
+    scores: _F32,  # (batch, heads, q, k)
+    allowed: NDArray[np.bool_] | None,  # (batch or 1, heads or 1, q or 1, k)
+    causal: int,
+    grid: tuple[float, int, int],  # (scale, zero, max_code)
+    correction: int,  # 0 none, 1 table, 2 row sum
+    table: _F64,  # (heads or 1, k + 1 or 1), by head and number of allowed keys
+    out: _F32 | _U8 | NDArray[np.uint16],  # as scores, written: values (may be scores), or codes
+    corrections: _F32 | None,  # (batch * heads * q,), written
+    threads: int,
+    /,
+) -> tuple[int, int]: ...  # first row that was refused or -1, number of empty rows
+def softmax_statistics(
+    P: _F32,  # (batch, heads, q, k)
+    allowed: NDArray[np.bool_] | None,  # (batch or 1, heads or 1, q or 1, k)
+    queries: NDArray[np.bool_] | None,  # (batch, q)
+    causal: int,
+    grid: tuple[float, int, int],  # (scale, zero, max_code)
+    tolerance: float,  # of the sum of a row
+    sums: _I64,  # (heads, 240, 4), written
+    threads: int,
+    /,
+) -> tuple[int, int]: ...  # first row that was refused or -1, number of empty rows
+def softmax_exp(
+    x: _F32,  # (n,), not above 0
+    out: _F32,  # (n,), written
+    threads: int,
+    /,
+) -> None: ...
+def energy(
+    reference: _F32 | _F64,  # (rows, n)
+    quantized: _F32 | _F64,  # (rows, n), of the same type
+    out: _F64,  # (rows, 2), written
+    threads: int,
+    /,
+) -> None: ...
+def energy_columns(
+    reference: _F32 | _F64,  # (rows, n)
+    quantized: _F32 | _F64,  # (rows, n), of the same type
+    out: _F64,  # (2, n), written
+    threads: int,
+    /,
+) -> None: ...
 def use_scipy_blas() -> bool: ...  # False where SciPy offers no fitting ssyrk and spotrf
 def use_builtin_blas() -> None: ...
 def set_cpu_level(name: str, /) -> str: ...  # "" means the best; ValueError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from softmax_core_calls import SOFTMAX_OPTIONAL, SOFTMAX_OUTPUTS, softmax_calls
 
 from ptqkit import _core
 
@@ -32,6 +33,7 @@ def _calls():
         "objective": [_f32(3, 8), eye, np.zeros(3), 1],
         "pack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
         "unpack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
+        **softmax_calls(),
     }  # fmt: skip
 
 
@@ -40,8 +42,9 @@ OUTPUTS = {  # positions that are written
     "hessian_update": [0], "hessian_finish": [1], "factor": [3], "gptq": [6, 7, 8, 9, 10],
     "rtn": [4, 5, 6], "obq": [5], "objective": [2], "pack": [2], "unpack": [0],
     "symmetric_check": [], "finite_check": [],
+    **SOFTMAX_OUTPUTS,
 }  # fmt: skip
-OPTIONAL = {("hessian_update", 3), ("rtn", 3)}  # None is allowed
+OPTIONAL = {("hessian_update", 3), ("rtn", 3), *SOFTMAX_OPTIONAL}  # None is allowed
 BAD = (TypeError, ValueError, OverflowError, IndexError, BufferError)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from ptqkit.hf.attention import (  # noqa: E402
 from ptqkit.hf.attention_kinds import ATTENTION_KINDS, AttentionQuantizer, measure_ranges  # noqa: E402
 from ptqkit.hf.calibration import prepare_calibration  # noqa: E402
 
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SUPPORTED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt", "gpt2", "gpt_neox",
     "bert", "roberta",
@@ -193,6 +195,26 @@ def test_whoever_changes_the_implementation_meanwhile_keeps_it():
     model.set_attn_implementation("eager")
     remove_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_published_attention_of_a_trained_model():
+    """Query, key, value and softmax of block 0 as the model's author published them."""
+    folder = DATA / "nanosort_gpt2"
+    if not folder.is_dir():
+        pytest.skip("the shared data is not here")
+    from safetensors.torch import load_file
+
+    published = load_file(folder / "published_activations.safetensors")
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    hook = Recorder()
+    with attention_hooks(model, {"transformer.h.0.attn": hook}):
+        logits(model, {"input_ids": published["idx"]})
+    names = {"query": "q", "key": "k", "value": "v", "softmax": "attSm"}
+    for kind, name in names.items():
+        torch.testing.assert_close(hook.seen[kind], published[name], rtol=1e-5, atol=2e-6)
+    allowed = hook.seen["allowed"].expand(3, 3, 11, 11)
+    scores, expected = hook.seen["scores"][allowed], published["att"][allowed]
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_copies_and_files(tmp_path):

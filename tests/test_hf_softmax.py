@@ -104,6 +104,32 @@ def test_twin(case, bits, low, high):
     assert not found.numpy()[~full].any()
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bits", [2, 8, 12])
+def test_same_as_the_array_functions(case, bits):
+    """Bit for bit, from the same probabilities; the fused routine has its own exponentials."""
+    correction, bias, more = CASES[case]
+    allowed = causal(9, 9)[None, None]
+    scores = 3 * torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(4))
+    p = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    grid = softmax_grid(bits)
+    found = SoftmaxQuantizer(grid, correction, bias, **more)(p, allowed)
+    if correction is None:
+        plain = grid.dequantize(grid.quantize(p))
+        assert np.array_equal(found.numpy(), np.where(allowed.numpy(), plain, 0))
+    table = bias
+    if correction == "row_length":
+        edges = np.asarray(more["edges"])
+        place = np.minimum(np.searchsorted(edges, np.arange(10)), len(edges) - 1)
+        table = np.asarray(bias)[..., place] / np.maximum(np.arange(10), 1)
+    fused = ptqkit.quantized_softmax(
+        scores, grid, correction=correction, bias=table, allowed=allowed
+    )
+    same = np.abs(found.numpy() - fused).max(-1) < 1e-6
+    # A row may have a probability at a tie; none of these seeds has many.
+    assert same.mean() > 0.97
+
+
 def test_everything_allowed_without_a_mask():
     p = probabilities((1, 2, 5, 7))
     for correction, bias, more in CASES.values():
@@ -507,6 +533,22 @@ def test_with_quantized_weights(tmp_path):
     softmax.remove()
     result.save(tmp_path / "plain")
     assert not (tmp_path / "plain" / SOFTMAX_FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_weights_are_quantized_under_a_quantized_softmax(name):
+    """One forward pass with coroutines, hooks inside attention: the same as re-forwarding."""
+    found = []
+    for schedule in ("one-pass", "re-forward"):
+        model = build(name)
+        quantize_softmax(model, bits=4, correction="row_sum")
+        result = ptqkit.quantize(
+            model, "reference", padded_batches(name), bits=4, group_size=16, schedule=schedule,
+            progress=False,
+        )  # fmt: skip
+        assert result.report.schedule == schedule
+        found.append(logits(model))
+    assert torch.equal(*found)
 
 
 def test_other_hooks_are_not_saved_in_silence(tmp_path):

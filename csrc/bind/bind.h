@@ -16,6 +16,11 @@ PTQ_BIND(bind_obq);
 PTQ_BIND(bind_objective);
 PTQ_BIND(bind_pack);
 PTQ_BIND(bind_unpack);
+PTQ_BIND(bind_softmax_quantize);
+PTQ_BIND(bind_softmax_statistics);
+PTQ_BIND(bind_softmax_exp);
+PTQ_BIND(bind_energy);
+PTQ_BIND(bind_energy_columns);
 
 /* Run a core call with the GIL released. */
 #define PTQ_WITHOUT_GIL(status, call) \

@@ -117,6 +117,16 @@ static PyMethodDef methods[] = {
     FAST("objective", bind_objective, "objective(E, H, out, threads)"),
     FAST("pack", bind_pack, "pack(codes, bits, words, threads)"),
     FAST("unpack", bind_unpack, "unpack(codes, bits, words, threads)"),
+    FAST("softmax_quantize", bind_softmax_quantize,
+         "softmax_quantize(scores, allowed, causal, grid, correction, table, out, corrections, "
+         "threads) -> (refused row or -1, empty rows)"),
+    FAST("softmax_statistics", bind_softmax_statistics,
+         "softmax_statistics(P, allowed, queries, causal, grid, tolerance, sums, threads) -> "
+         "(refused row or -1, empty rows)"),
+    FAST("softmax_exp", bind_softmax_exp, "softmax_exp(x, out, threads)"),
+    FAST("energy", bind_energy, "energy(reference, quantized, out, threads)"),
+    FAST("energy_columns", bind_energy_columns,
+         "energy_columns(reference, quantized, out, threads)"),
     {"use_scipy_blas", use_scipy_blas, METH_NOARGS, PyDoc_STR("use_scipy_blas() -> bool")},
     {"use_builtin_blas", use_builtin_blas, METH_NOARGS, PyDoc_STR("use_builtin_blas()")},
     {"set_cpu_level", set_cpu_level, METH_O, PyDoc_STR("set_cpu_level(name) -> name")},

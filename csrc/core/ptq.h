@@ -130,6 +130,77 @@ ptq_status ptq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bit
 ptq_status ptq_unpack(const uint32_t *words, int64_t rows, int64_t columns, int bits,
                       uint8_t *codes, int threads);
 
+/* ---- softmax.c ------------------------------------------------------------------------- */
+/* Value of a code: scale * (code - zero), codes from 0 to max_code (at most 65535). */
+typedef struct {
+    float scale;
+    int zero, max_code;
+} ptq_softmax_grid;
+
+/* Rows of attention (batch, heads, q, k), numbered in this order, and the keys each row may see:
+ * with `causal` the first k - q + 1 + (its index in q), at least none, at most k; and of these the
+ * ones whose `allowed` is non-zero. Other entries are never read into a result. */
+typedef struct {
+    int64_t batch, heads, q, k;
+    int causal;
+    const uint8_t *allowed; /* NULL, or C-contiguous with k as its last axis and these sizes: */
+    int64_t allowed_batch, allowed_heads, allowed_q; /* each 1 or the full size */
+    const uint8_t *queries; /* NULL, or (batch, q): rows that count, for statistics only */
+} ptq_attention;
+
+typedef enum { PTQ_CORRECT_NONE = 0, PTQ_CORRECT_TABLE, PTQ_CORRECT_ROW_SUM } ptq_correction;
+
+/* How the loop over rows went; rows with no allowed key are empty. */
+typedef struct {
+    int64_t bad;   /* first row that was refused, or -1 */
+    int64_t empty; /* number of empty rows */
+} ptq_rows_info;
+
+/* out = softmax over the allowed keys, rounded to the grid, plus the row's correction; 0 elsewhere,
+ * all 0 in empty rows. scores (rows, k) float32; -Inf is the same as not allowed.
+ * Correction: none; table (heads or 1, lengths or 1) by head and number of allowed keys; row sum:
+ * (1 - sum of the rounded row) / (number of allowed keys).
+ * out: float32 values (may be scores), or with `codes` uint8 (uint16 where max_code > 255): zero
+ * where not allowed. corrections (rows) or NULL: what was, or is to be, added.
+ * PTQ_NONFINITE: NaN or Inf at an allowed key of row info->bad. PTQ_INVALID with info->bad >= 0:
+ * codes cannot say which keys a -Inf among the scores leaves out of the correction. */
+typedef struct {
+    ptq_attention attention;
+    ptq_softmax_grid grid;
+    const float *scores;
+    int correction; /* ptq_correction */
+    const double *table;
+    int64_t table_heads, table_lengths;
+    int codes;
+    void *out;
+    float *corrections;
+} ptq_softmax_args;
+ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *info, int threads);
+
+/* Row lengths are counted in 16 exact classes below 16, then in 8 to the octave. */
+#define PTQ_LENGTH_CLASSES 240
+int ptq_length_class(int64_t length);
+
+/* sums (heads, PTQ_LENGTH_CLASSES, 4) = rows, allowed entries, sum of code - zero and entries
+ * whose code is zero, by the number of allowed keys of the row. All are integers: no order of
+ * summation changes them. P (rows, k) float32 probabilities.
+ * PTQ_INVALID with info->bad >= 0: the row holds a negative value or NaN, or the sum over its
+ * allowed entries is further from 1 than the tolerance. */
+ptq_status ptq_softmax_statistics(const ptq_attention *attention, const float *P,
+                                  const ptq_softmax_grid *grid, double tolerance, int64_t *sums,
+                                  ptq_rows_info *info, int threads);
+/* out (n) = exp(x), x <= 0: the softmax's own, for tests. */
+ptq_status ptq_softmax_exp(const float *x, int64_t n, float *out, int threads);
+
+/* ---- sqnr.c ---------------------------------------------------------------------------- */
+/* out (rows, 2): sum of x^2 and of (y - x)^2 of every row, in double. x, y (rows, n), float64 where
+ * `wide`, else float32. NaN and Inf arrive in out. */
+ptq_status ptq_energy(const void *x, const void *y, int wide, int64_t rows, int64_t n, double *out,
+                      int threads);
+/* The same of every column: out (2, n). */
+ptq_status ptq_energy_columns(const void *x, const void *y, int wide, int64_t rows, int64_t n,
+                              double *out, int threads);
+
 /* ---- cpu.c, blas.c --------------------------------------------------------------------- */
 /* Choose the kernel level once: NULL or "" means the best this CPU runs. PTQ_INVALID when the
  * name is unknown or the CPU cannot run it. */

@@ -30,6 +30,17 @@ typedef struct {
     double *error2;       /* (nr) solve only: sum of E^2, accumulated */
 } ptq_strip_args;
 
+/* Floats that the sum of a row takes at a time; rows are filled up with zeros to a multiple. */
+#define PTQ_SUM_LANES 64
+
+/* What one row of probabilities adds to the statistics of softmax quantization. */
+typedef struct {
+    double sum;    /* of the probabilities: float over at most 64 terms, then double */
+    float low;     /* smallest, or 0 */
+    int64_t code;  /* sum of code - zero */
+    int64_t zeros; /* codes equal to zero */
+} ptq_row_statistics;
+
 typedef struct {
     const char *name;
     int mr, nr;
@@ -69,6 +80,24 @@ typedef struct {
                        int64_t count, int64_t c, int64_t columns, uint32_t *out);
     /* 1 when all `count` values are finite. */
     int (*all_finite)(ptq_dtype dtype, const void *x, int64_t count);
+    /* Rows of attention (softmax.inc); the same bits on every level. */
+    /* e = exp(x - shift), for shift no less than any x. */
+    void (*row_exp)(int64_t n, const float *x, float shift, float *e);
+    /* Smallest and largest value; NaN may be overlooked. */
+    void (*row_range)(int64_t n, const float *x, float *low, float *high);
+    double (*row_sum)(int64_t n, const float *x);
+    int64_t (*row_round)(int64_t n, const float *e, float factor, float top, float *r);
+    void (*row_values)(int64_t n, const float *r, const float *x, float scale, float shift,
+                       float *out);
+    /* out = r + zero as uint8, or uint16 where wide. */
+    void (*row_codes)(int64_t n, const float *r, int zero, int wide, void *out);
+    int64_t (*row_mask)(int64_t n, const float *x, const uint8_t *allowed, float absent,
+                        float *out);
+    void (*row_statistics)(int64_t n, const float *p, const ptq_softmax_grid *grid,
+                           ptq_row_statistics *out);
+    /* For float32 and float64: out (2) += sums of x^2 and (y - x)^2; the same per column. */
+    void (*energy[2])(int64_t n, const void *x, const void *y, double *out);
+    void (*energy_row[2])(int64_t n, const void *x, const void *y, double *signal, double *noise);
 } ptq_kernels;
 
 extern const ptq_kernels ptq_kernels_base;

@@ -22,6 +22,8 @@ typedef __m256 vf;
 #define vf_store(p, v) _mm256_storeu_ps(p, v)
 #define vf_set1(x) _mm256_set1_ps(x)
 #define vf_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define vf_max(a, b) _mm256_max_ps(a, b)
+#define vf_min(a, b) _mm256_min_ps(a, b)
 #include "kernels.inc"
 
 const ptq_kernels ptq_kernels_avx2 = LEVEL_TABLE(LEVEL_NAME, NULL, NULL);

@@ -25,6 +25,8 @@ typedef __m512 vf;
 #define vf_store(p, v) _mm512_storeu_ps(p, v)
 #define vf_set1(x) _mm512_set1_ps(x)
 #define vf_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define vf_max(a, b) _mm512_max_ps(a, b)
+#define vf_min(a, b) _mm512_min_ps(a, b)
 #include "kernels.inc"
 
 const ptq_kernels ptq_kernels_avx512 = LEVEL_TABLE(LEVEL_NAME, NULL, NULL);

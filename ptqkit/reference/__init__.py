@@ -32,6 +32,16 @@ from ptqkit.reference.grids import (
 )
 from ptqkit.reference.hessian import dampen, hessian, merge
 from ptqkit.reference.packing import pack_rows, unpack_rows
+from ptqkit.reference.softmax import (
+    allowed_keys,
+    length_class,
+    quantized_softmax,
+    softmax,
+    softmax_bias,
+    softmax_codes,
+    softmax_grid,
+    softmax_statistics,
+)
 from ptqkit.reference.solvers import (
     brute_force,
     gptq,
@@ -44,8 +54,10 @@ from ptqkit.reference.solvers import (
     sweep,
     upper_factor,
 )
+from ptqkit.reference.sqnr import energies, sqnr
 
 __all__ = [
+    "allowed_keys",
     "bias_correction",
     "brute_force",
     "channel_ranges",
@@ -53,6 +65,7 @@ __all__ = [
     "dampen",
     "dequantize",
     "dequantize_activations",
+    "energies",
     "equalization_error",
     "equalization_scales",
     "fake_quantize",
@@ -61,6 +74,7 @@ __all__ = [
     "gptq",
     "hessian",
     "integer_matmul",
+    "length_class",
     "make_order",
     "merge",
     "objective",
@@ -71,10 +85,17 @@ __all__ = [
     "quantization_targets",
     "quantize",
     "quantize_activations",
+    "quantized_softmax",
     "round_to_dtype",
     "rtn",
     "shrink_factors",
     "signed_grid",
+    "softmax",
+    "softmax_bias",
+    "softmax_codes",
+    "softmax_grid",
+    "softmax_statistics",
+    "sqnr",
     "static_range",
     "sweep",
     "unpack_rows",

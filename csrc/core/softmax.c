@@ -1,0 +1,265 @@
+/* softmax.c - softmax, rounded and corrected, row by row; statistics of rounded probabilities. */
+#include <math.h>
+#include <stdatomic.h>
+
+#include "internal.h"
+
+enum { TASK = 1 << 15 }; /* entries of a task, about: its rows stay in the second cache */
+
+/* First row that was refused; the smallest of all, so that threads do not change the answer. */
+static void refuse(atomic_llong *bad, int64_t row) {
+    long long seen = atomic_load(bad);
+    while ((seen < 0 || row < seen) && !atomic_compare_exchange_weak(bad, &seen, row)) continue;
+}
+
+static int attention_valid(const ptq_attention *a) {
+    if (a->batch < 0 || a->heads < 1 || a->q < 0 || a->k < 1) return 0;
+    return !a->allowed || ((a->allowed_batch == 1 || a->allowed_batch == a->batch) &&
+                           (a->allowed_heads == 1 || a->allowed_heads == a->heads) &&
+                           (a->allowed_q == 1 || a->allowed_q == a->q));
+}
+
+static int64_t attention_rows(const ptq_attention *a) { return a->batch * a->heads * a->q; }
+
+/* Where a row is, and how far its keys reach. */
+typedef struct {
+    int64_t batch, head, query, prefix;
+    const uint8_t *allowed;
+} place;
+
+static place find(const ptq_attention *a, int64_t row) {
+    place p = {row / a->q / a->heads, row / a->q % a->heads, row % a->q, a->k, a->allowed};
+    if (a->causal) p.prefix = ptq_min64(a->k, ptq_max64(0, a->k - a->q + 1 + p.query));
+    if (p.allowed) {
+        const int64_t b = a->allowed_batch > 1 ? p.batch : 0;
+        const int64_t h = a->allowed_heads > 1 ? p.head : 0, i = a->allowed_q > 1 ? p.query : 0;
+        p.allowed += ((b * a->allowed_heads + h) * a->allowed_q + i) * a->k;
+    }
+    return p;
+}
+
+typedef struct {
+    const ptq_kernels *k;
+    const ptq_softmax_args *args;
+    int64_t rows, block, padded;
+    float *scratch; /* two padded rows a thread */
+    atomic_llong bad, empty;
+    atomic_int kind; /* 1: some row is not finite */
+} quantization;
+
+static int has_nan(const float *x, int64_t n) {
+    int found = 0;
+    for (int64_t i = 0; i < n; i++) found |= x[i] != x[i];
+    return found;
+}
+
+static float correction_of(const ptq_softmax_args *a, int64_t head, int64_t allowed, int64_t code) {
+    if (a->correction == PTQ_CORRECT_ROW_SUM)
+        return (float)((1.0 - (double)a->grid.scale * (double)code) / (double)allowed);
+    if (a->correction != PTQ_CORRECT_TABLE) return 0.0f;
+    const int64_t h = a->table_heads > 1 ? head : 0, n = a->table_lengths > 1 ? allowed : 0;
+    return (float)a->table[h * a->table_lengths + n];
+}
+
+/* Entries [from, k) of a row of out: not allowed. */
+static void clear(const ptq_softmax_args *a, int64_t row, int64_t from) {
+    const int64_t at = row * a->attention.k + from, n = a->attention.k - from;
+    const int zero = a->grid.zero;
+    if (!a->codes) memset((float *)a->out + at, 0, (size_t)n * sizeof(float));
+    else if (a->grid.max_code <= 255) memset((uint8_t *)a->out + at, zero, (size_t)n);
+    else
+        for (int64_t i = 0; i < n; i++) ((uint16_t *)a->out)[at + i] = (uint16_t)zero;
+}
+
+static void empty_row(quantization *s, int64_t row) {
+    clear(s->args, row, 0);
+    if (s->args->corrections) s->args->corrections[row] = 0.0f;
+    atomic_fetch_add(&s->empty, 1);
+}
+
+/* Returns 0, or 1 for a row that is not finite, 2 for a -Inf that codes cannot mark. */
+static int quantize_row(quantization *s, int64_t row, float *e, float *masked) {
+    const ptq_softmax_args *a = s->args;
+    const place p = find(&a->attention, row);
+    const int64_t n = p.prefix;
+    const float *x = a->scores + row * a->attention.k;
+    int64_t allowed = n;
+    if (p.allowed) {
+        allowed = s->k->row_mask(n, x, p.allowed, -INFINITY, masked);
+        x = masked;
+    }
+    float low, high;
+    s->k->row_range(n, x, &low, &high);
+    if (!(high > -INFINITY)) { /* NaN beside nothing but -Inf is seen here only */
+        if (has_nan(x, n)) return 1;
+        empty_row(s, row);
+        return 0;
+    }
+    if (!(low > -INFINITY)) {
+        int64_t seen = 0;
+        for (int64_t i = 0; i < n; i++) seen += x[i] != -INFINITY;
+        if (seen < allowed && a->codes && a->correction) return 2;
+        allowed = seen;
+    }
+    const int64_t filled = ptq_ceil_div(n, PTQ_SUM_LANES) * PTQ_SUM_LANES;
+    s->k->row_exp(n, x, high, e);
+    memset(e + n, 0, (size_t)(filled - n) * sizeof(float));
+    const double sum = s->k->row_sum(filled, e);
+    if (!(sum < INFINITY)) return 1;
+    const float factor = (float)(1.0 / (sum * (double)a->grid.scale));
+    const float top = (float)(a->grid.max_code - a->grid.zero);
+    const int64_t code = s->k->row_round(n, e, factor, top, e);
+    const float shift = correction_of(a, p.head, allowed, code);
+    if (a->corrections) a->corrections[row] = shift;
+    const int wide = a->grid.max_code > 255;
+    char *out = (char *)a->out + row * a->attention.k * (!a->codes ? 4 : wide ? 2 : 1);
+    if (a->codes) s->k->row_codes(n, e, a->grid.zero, wide, out);
+    else
+        s->k->row_values(n, e, low > -INFINITY ? NULL : x, a->grid.scale, shift, (float *)out);
+    clear(a, row, n);
+    return 0;
+}
+
+static void quantize_task(void *ctx, int64_t task, int thread) {
+    quantization *s = ctx;
+    float *e = s->scratch + 2 * thread * s->padded, *masked = e + s->padded;
+    const int64_t end = ptq_min64((task + 1) * s->block, s->rows);
+    for (int64_t row = task * s->block; row < end; row++) {
+        const int kind = quantize_row(s, row, e, masked);
+        if (!kind) continue;
+        if (kind == 1) atomic_store(&s->kind, 1);
+        refuse(&s->bad, row);
+    }
+}
+
+ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *info, int threads) {
+    const ptq_attention *a = &args->attention;
+    const ptq_softmax_grid *g = &args->grid;
+    *info = (ptq_rows_info){-1, 0};
+    if (!attention_valid(a) || !(g->scale > 0) || g->zero < 0 || g->max_code > 65535 ||
+        g->zero > g->max_code)
+        return PTQ_INVALID;
+    if (args->correction == PTQ_CORRECT_TABLE &&
+        ((args->table_heads != 1 && args->table_heads != a->heads) || args->table_lengths < 1 ||
+         (args->table_lengths > 1 && args->table_lengths <= a->k)))
+        return PTQ_INVALID;
+    quantization s = {.k = ptq_kernels_get(), .args = args, .rows = attention_rows(a), .bad = -1};
+    s.block = ptq_max64(1, TASK / a->k);
+    s.padded = ptq_ceil_div(a->k, PTQ_SUM_LANES) * PTQ_SUM_LANES;
+    threads = ptq_thread_count(ptq_threads_for(threads, 8.0 * (double)s.rows * (double)a->k));
+    s.scratch = ptq_alloc(2 * threads * s.padded, sizeof(float));
+    if (!s.scratch) return PTQ_NOMEM;
+    ptq_status status =
+        ptq_parallel_for(ptq_ceil_div(s.rows, s.block), threads, quantize_task, &s);
+    free(s.scratch);
+    *info = (ptq_rows_info){s.bad, s.empty};
+    if (!status && s.bad >= 0) status = s.kind ? PTQ_NONFINITE : PTQ_INVALID;
+    return status;
+}
+
+int ptq_length_class(int64_t length) {
+    if (length < 16) return length < 0 ? 0 : (int)length;
+    int octave = 4;
+    while (octave < 31 && length >> (octave + 1)) octave++;
+    const int64_t eighth = ptq_min64(7, (length >> (octave - 3)) - 8);
+    return (int)(16 + 8 * (octave - 4) + eighth);
+}
+
+typedef struct {
+    const ptq_kernels *k;
+    const ptq_attention *attention;
+    const float *P;
+    const ptq_softmax_grid *grid;
+    double tolerance;
+    int64_t rows, block;
+    float *scratch; /* a row a thread, where there is a mask */
+    int64_t *sums;  /* (heads, classes, 4) a thread */
+    atomic_llong bad, empty;
+} statistics;
+
+static void statistics_row(statistics *s, int64_t row, float *masked, int64_t *sums) {
+    const ptq_attention *a = s->attention;
+    const place p = find(a, row);
+    if (a->queries && !a->queries[p.batch * a->q + p.query]) return;
+    const float *x = s->P + row * a->k;
+    int64_t allowed = p.prefix;
+    if (p.allowed) {
+        allowed = s->k->row_mask(p.prefix, x, p.allowed, 0.0f, masked);
+        x = masked;
+    }
+    if (allowed == 0) {
+        atomic_fetch_add(&s->empty, 1);
+        return;
+    }
+    ptq_row_statistics r;
+    s->k->row_statistics(p.prefix, x, s->grid, &r);
+    if (r.low < 0 || !(fabs(r.sum - 1.0) <= s->tolerance)) {
+        refuse(&s->bad, row);
+        return;
+    }
+    int64_t *to = sums + (p.head * PTQ_LENGTH_CLASSES + ptq_length_class(allowed)) * 4;
+    to[0] += 1;
+    to[1] += allowed;
+    to[2] += r.code;
+    to[3] += r.zeros - (p.prefix - allowed); /* masked entries were read as zeros */
+}
+
+static void statistics_task(void *ctx, int64_t task, int thread) {
+    statistics *s = ctx;
+    const int64_t end = ptq_min64((task + 1) * s->block, s->rows);
+    float *masked = s->scratch + (s->attention->allowed ? thread * s->attention->k : 0);
+    int64_t *sums = s->sums + thread * s->attention->heads * PTQ_LENGTH_CLASSES * 4;
+    for (int64_t row = task * s->block; row < end; row++)
+        statistics_row(s, row, masked, sums);
+}
+
+ptq_status ptq_softmax_statistics(const ptq_attention *attention, const float *P,
+                                  const ptq_softmax_grid *grid, double tolerance, int64_t *sums,
+                                  ptq_rows_info *info, int threads) {
+    *info = (ptq_rows_info){-1, 0};
+    if (!attention_valid(attention) || !(grid->scale > 0) || grid->zero < 0 ||
+        grid->max_code > 65535 || grid->zero > grid->max_code)
+        return PTQ_INVALID;
+    const int64_t rows = attention_rows(attention), k = attention->k;
+    statistics s = {ptq_kernels_get(), attention, P, grid, tolerance, rows, 0, NULL, NULL, -1, 0};
+    s.block = ptq_max64(1, TASK / k);
+    threads = ptq_thread_count(ptq_threads_for(threads, 2.0 * (double)rows * (double)k));
+    const int64_t size = attention->heads * PTQ_LENGTH_CLASSES * 4;
+    s.scratch = ptq_alloc(attention->allowed ? threads * k : 0, sizeof(float));
+    s.sums = ptq_alloc(threads * size, sizeof(int64_t));
+    ptq_status status = PTQ_NOMEM;
+    if (s.scratch && s.sums) {
+        memset(s.sums, 0, (size_t)(threads * size) * sizeof(int64_t));
+        status = ptq_parallel_for(ptq_ceil_div(rows, s.block), threads, statistics_task, &s);
+    }
+    if (!status && s.bad >= 0) status = PTQ_INVALID;
+    *info = (ptq_rows_info){s.bad, s.empty};
+    if (!status) {
+        memcpy(sums, s.sums, (size_t)size * sizeof(int64_t));
+        for (int t = 1; t < threads; t++)
+            for (int64_t i = 0; i < size; i++) sums[i] += s.sums[t * size + i];
+    }
+    free(s.scratch);
+    free(s.sums);
+    return status;
+}
+
+typedef struct {
+    const ptq_kernels *k;
+    const float *x;
+    float *out;
+    int64_t n;
+} exponential;
+
+static void exp_task(void *ctx, int64_t task, int thread) {
+    (void)thread;
+    const exponential *s = ctx;
+    const int64_t from = task * TASK;
+    s->k->row_exp(ptq_min64(TASK, s->n - from), s->x + from, 0.0f, s->out + from);
+}
+
+ptq_status ptq_softmax_exp(const float *x, int64_t n, float *out, int threads) {
+    exponential s = {ptq_kernels_get(), x, out, n};
+    return ptq_parallel_for(ptq_ceil_div(n, TASK), ptq_threads_for(threads, (double)n), exp_task,
+                            &s);
+}
