@@ -407,6 +407,22 @@ def test_sqnr_of_the_attention_output_by_hand():
     assert result.report[name].sqnr_db == pytest.approx(10 * ratio.mean().log10().item(), rel=1e-6)
 
 
+def test_report_leaves_padding_out():
+    """A padded sample has the decibels of the same tokens alone."""
+    model = build()
+    ids = tokens(1, 20)
+    padded = torch.cat([ids, 5 * torch.ones(1, 12, dtype=torch.long)], 1)
+    mask = (torch.arange(32) < 20).long()[None]
+    found = []
+    for batch in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask}):
+        result = quantize_softmax(model, [batch], bits=4, correction="row_sum")
+        found.append(result.report)
+        result.remove()
+    for alone, inside in zip(found[0].layers, found[1].layers, strict=True):
+        for name in ("share_zero", "row_sum", "sqnr_db", "sqnr_corrected_db", "longest"):
+            assert getattr(inside, name) == pytest.approx(getattr(alone, name), rel=1e-4), name
+
+
 def test_a_correction_that_hurts_its_layer_is_left_out():
     _, found = study(bits=4, batches=[{"input_ids": tokens(6)}])
     name = "model.layers.0.self_attn"
