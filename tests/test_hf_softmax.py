@@ -385,7 +385,7 @@ def test_report():
     assert parsed["calibration"]["tokens"] == 192
     assert parsed["layers"][0]["bias"] is None
     table = str(result.report).splitlines()
-    assert len(table) == 4 and "row_sum" in table[2]
+    assert len(table) == 5 and "row_sum" in table[2] and "output of the model" in table[4]
 
 
 def test_sqnr_of_the_attention_output_by_hand():
@@ -438,7 +438,35 @@ def test_a_correction_that_hurts_its_layer_is_left_out():
     assert quantizers[name].correction is None
     assert report[name].sqnr_corrected_db == report[name].sqnr_db
     assert "left out" in report[name].notes
-    assert quantizers["model.layers.1.self_attn"].correction == "row_sum"
+
+
+def test_the_output_of_the_model_never_gets_worse():
+    """Decibels of the logits by hand; corrections that lower them are all left out."""
+    model = build()
+    ids = {"input_ids": tokens(6)}
+    found = SoftmaxStudy(model, prepare_calibration([ids]), bits=4)
+    before = logits(model, ids).double().flatten(1)
+    outcomes = set()
+    for correction in ("bias", "row_length", "row_sum"):
+        for granularity in ("tensor", "head"):
+            quantizers = found.quantizers(correction, granularity)
+            given = dict(quantizers)
+            by_hand = []
+            for chosen in (found.quantizers(None), given):
+                hooks = {n: AttentionQuantizer({"softmax": q}) for n, q in chosen.items()}
+                with attention_hooks(model, hooks):
+                    error = logits(model, ids).double().flatten(1) - before
+                ratio = (before**2).sum(1) / (error**2).sum(1)
+                by_hand.append(10 * ratio.mean().log10().item())
+            free = found.compare(dict(given), guard=False)
+            assert free.output_db == pytest.approx(by_hand[0], rel=1e-4)
+            assert free.output_corrected_db == pytest.approx(by_hand[1], rel=1e-4)
+            report = found.compare(quantizers)
+            assert report.output_corrected_db >= report.output_db
+            if report.notes:
+                assert all(q.correction is None for q in quantizers.values())
+            outcomes.add(bool(report.notes))
+    assert outcomes == {True, False}, "the cases should hold both"
 
 
 def test_calibrated_range():
@@ -449,6 +477,20 @@ def test_calibrated_range():
         assert top < 1
         assert statistics.grid.scale == pytest.approx(top / 31, rel=1e-6)
         assert statistics.grid.zero_point == 0
+
+
+@pytest.mark.parametrize("correction", ["bias", "row_sum"])
+def test_range_search_takes_the_best_of_its_ranges(correction):
+    model = build("llama")
+    data = prepare_calibration(padded_batches())
+    fixed, found = (SoftmaxStudy(model, data, bits=3, range=range) for range in ("fixed", "search"))
+    reports = [s.compare(s.quantizers(correction), guard=False) for s in (fixed, found)]
+    pairs = list(zip(reports[0].layers, reports[1].layers, strict=True))
+    assert all(b.sqnr_corrected_db >= a.sqnr_corrected_db for a, b in pairs)
+    # Random attention has no probability near one.
+    assert any(b.scale < a.scale and b.sqnr_corrected_db > a.sqnr_corrected_db for a, b in pairs)
+    tops = [7 * b.scale for _, b in pairs]
+    assert all(min(abs(top - t) for t in (1, 0.8, 0.6)) < 1e-6 for top in tops)
 
 
 def test_no_calibration_where_none_is_needed():
@@ -525,6 +567,11 @@ def test_saved_and_loaded(tmp_path, correction, granularity):
     assert path == tmp_path / "m" / SOFTMAX_FILE
     loaded = ptqkit.load(tmp_path / "m")
     assert torch.equal(logits(loaded), expected)
+    for name, hook in installed_attention(loaded).items():
+        found, given = hook.quantizers["softmax"], result.quantizers[name]
+        assert (found.grid, found.correction) == (given.grid, given.correction)
+        assert (found.longest, found.edges) == (given.longest, given.edges)
+        assert np.array_equal(found.bias, given.bias)
     assert ptqkit.hf.remove_attention(loaded) == 2
     result.remove()
     assert torch.equal(logits(loaded), logits(model))

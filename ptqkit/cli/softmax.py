@@ -25,6 +25,7 @@ from ptqkit.cli.common import (
 __all__ = ["add_parser", "calibration_of"]
 
 _LONGEST_DEFAULT = 2048
+_DEMO_WINDOW, _DEMO_TOKENS = 512, 8176
 _CORRECTIONS = ("none", "bias", "bias/head", "row_length", "row_length/head", "row_sum")
 _DEFAULT = ("bias", "bias/head", "row_length/head", "row_sum")
 
@@ -69,8 +70,8 @@ def add_parser(commands: Any) -> None:
         help=f"any of {', '.join(_CORRECTIONS)}",
     )  # fmt: skip
     parser.add_argument(
-        "--range", default="fixed", choices=("fixed", "calibrated"),
-        help="of the probabilities: [0, 1], or their smallest and largest",
+        "--range", default="fixed", choices=("fixed", "calibrated", "search"),
+        help="of the probabilities: [0, 1]; their smallest and largest; or the best of a few",
     )  # fmt: skip
     parser.add_argument(
         "--out", metavar="DIR",
@@ -206,19 +207,16 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if args.text is not None:
         text = read_text("--text", args.text, tokenizer)
     else:
-        from ptqkit.demo import text as demo_text
-
-        text = [demo_text("test")]
+        text = _demo_windows(tokenizer, args.window or _DEMO_WINDOW, args.max_tokens)
     started = time.perf_counter()
     data, text = calibration_of(args, model, tokenizer, text)
-    tokens = args.max_tokens or (16 * 511 if args.model == DEMO and args.text is None else None)
-    window = args.window or (512 if args.model == DEMO else None)
+    window = args.window or (_DEMO_WINDOW if args.model == DEMO else None)
     table = softmax_table(
         model, tokenizer, text, data,
         bits=args.bits, corrections=args.correction, range=args.range,
         progress=None if args.quiet else lambda name: print(name, file=sys.stderr, flush=True),
         window=window or min(max_positions(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT),
-        max_tokens=tokens, batch_size=args.batch_size,
+        max_tokens=args.max_tokens, batch_size=args.batch_size,
     )  # fmt: skip
     values = {"model": args.model, **facts, "text": args.text or "demo, test split"}
     values.update(table.to_dict())
@@ -226,6 +224,19 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         values["saved"] = _save(args, model, tokenizer, data)
     values["seconds"] = time.perf_counter() - started
     return table, values
+
+
+def _demo_windows(tokenizer: Any, window: int, max_tokens: int | None) -> Any:
+    """Windows at equal distances from the demo's test text, so that few speak for all of it."""
+    import torch
+
+    from ptqkit.demo import text
+
+    ids = tokenizer(text("test"), add_special_tokens=False, verbose=False)["input_ids"]
+    body = max(1, window - (tokenizer.bos_token_id is not None))
+    rows = torch.tensor(ids[: len(ids) // body * body]).view(-1, body)
+    count = min(len(rows), max(1, (max_tokens or _DEMO_TOKENS) // body))
+    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
 
 
 def _save(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any) -> str:

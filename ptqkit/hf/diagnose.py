@@ -36,8 +36,9 @@ from ptqkit.hf.diagnose_report import SensitivityReport, SensitivityRow
 from ptqkit.hf.input_ranges import range_accumulator
 from ptqkit.hf.perplexity import perplexity
 from ptqkit.hf.recipe import Recipe
-from ptqkit.hf.softmax import describe, model_dtype, refuse_installed
+from ptqkit.hf.softmax import refuse_installed
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
+from ptqkit.hf.softmax_report import describe
 from ptqkit.hf.structure import Target, find_blocks, is_linear
 from ptqkit.softmax import softmax_grid
 from ptqkit.sqnr import SQNR
@@ -211,7 +212,7 @@ class _Bench:
             for batch, mask in zip(self.data.batches, self.data.masks(), strict=True):
                 rows[0] = mask
                 forward(self.model, batch)
-        spec, dtype = Activations(self.bits, "tensor"), model_dtype(self.model)
+        spec, dtype = Activations(self.bits, "tensor"), _dtype(self.model)
         ranges = {n: r.finish() if hasattr(r, "finish") else r for n, r in seen.items()}
         idle = [n for n, r in ranges.items() if not r.tokens]
         if idle:
@@ -237,7 +238,7 @@ class _Bench:
     @contextlib.contextmanager
     def quantized(self, case: _Case) -> Iterator[None]:
         """Quantize the tensors of a case; everything is put back bit for bit."""
-        dtype = model_dtype(self.model)
+        dtype = _dtype(self.model)
         attention: dict[str, dict[str, Any]] = {}
         for kind, name in case.members:
             if kind == "softmax":
@@ -292,3 +293,8 @@ class _Bench:
         for index, reference in enumerate(self.reference):
             sqnr.update(reference.numpy(), self._logits(index).numpy())
         return sqnr
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Floating-point type of a model's parameters."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

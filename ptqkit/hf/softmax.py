@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ptqkit.errors import CalibrationError
@@ -29,12 +28,20 @@ from ptqkit.hf.softmax_quantizer import (
     SoftmaxQuantizer,
     SoftmaxStatistics,
 )
-from ptqkit.hf.softmax_report import SoftmaxComparison, SoftmaxReport, softmax_row
+from ptqkit.hf.softmax_report import (
+    SoftmaxComparison,
+    SoftmaxLayerReport,
+    SoftmaxReport,
+    compare_outputs,
+    describe,
+    softmax_row,
+)
+from ptqkit.hf.softmax_search import RangeSearch
 from ptqkit.softmax import softmax_grid
 
 __all__ = ["SoftmaxQuantization", "SoftmaxStudy", "quantize_softmax"]
 
-RANGES = ("fixed", "calibrated")
+RANGES = ("fixed", "calibrated", "search")
 
 
 @dataclass
@@ -110,15 +117,18 @@ class SoftmaxStudy:
         Its own probabilities are used, as in the paper: those of a model whose softmax is float.
     calibration : CalibrationSet
     bits : int from 2 to 16
-    range : {"fixed", "calibrated"}
-        [0, 1], or from the smallest to the largest probability (0 included), which needs one
-        more pass. In a causal model the first row is 1, so both are one.
+    range : {"fixed", "calibrated", "search"}
+        [0, 1]; from the smallest to the largest probability (0 included), which needs one more
+        pass (in a causal model the first row is 1, so both are one); or for every module the one
+        of [0, 1], [0, 0.8] and [0, 0.6] with the least output error under the correction, which
+        needs one more pass for every correction.
     layers : iterable of str, optional
         Patterns of attention modules; by default all.
 
     Attributes
     ----------
     statistics : dict of str to SoftmaxStatistics
+        Of the range chosen last.
     """
 
     def __init__(
@@ -133,12 +143,17 @@ class SoftmaxStudy:
         modules = choose_modules(model, layers)
         refuse_installed(model)
         self.model, self.calibration = model, calibration
-        seen = measure_ranges(model, calibration) if _check_range(range) == "calibrated" else {}
-        self.statistics = {
-            name: SoftmaxStatistics(name, m.heads, _grid(bits, seen.get(name)))
-            for name, m in modules.items()
-        }
-        self._run(self.statistics)
+        self._search: RangeSearch | None = None
+        if _check_range(range) == "search":
+            self._search = RangeSearch(modules, bits, self._run)
+            self.statistics = {n: found[0] for n, found in self._search.candidates.items()}
+        else:
+            seen = measure_ranges(model, calibration) if range == "calibrated" else {}
+            self.statistics = {
+                name: SoftmaxStatistics(name, m.heads, _grid(bits, seen.get(name)))
+                for name, m in modules.items()
+            }
+            self._run(self.statistics)
         missed = [name for name, s in self.statistics.items() if not s.longest]
         if missed:
             raise CalibrationError(
@@ -158,29 +173,42 @@ class SoftmaxStudy:
     ) -> dict[str, SoftmaxQuantizer]:
         """Quantizers with a correction; see :func:`quantize_softmax`."""
         check_correction(correction, granularity)
+        if self._search is not None:
+            self.statistics = self._search.best(correction, granularity)
         return {n: s.quantizer(correction, granularity) for n, s in self.statistics.items()}
 
     def compare(self, quantizers: dict[str, SoftmaxQuantizer], guard: bool = True) -> SoftmaxReport:
-        """Measure every layer's output with and without its correction, one more pass.
+        """Measure layers and model with and without corrections: one pass, then three forwards.
 
         With ``guard``, a correction that lowers the signal-to-noise ratio of its layer's output
-        on the calibration set is taken out of ``quantizers``; the report says so.
+        on the calibration set is taken out of ``quantizers``, and all are where together they
+        lower that of the model's output; the report says so.
         """
-        hooks = {
-            name: SoftmaxComparison(SoftmaxQuantizer(q.grid), q) for name, q in quantizers.items()
-        }
+        plain = {name: SoftmaxQuantizer(q.grid) for name, q in quantizers.items()}
+        hooks = {name: SoftmaxComparison([plain[name], q]) for name, q in quantizers.items()}
         self._run(hooks)
         report = SoftmaxReport(calibration=describe(self.calibration))
         for name, hook in hooks.items():
             row = softmax_row(self.statistics[name], quantizers[name], hook)
             if guard and row.sqnr_corrected_db < row.sqnr_db:
-                row.notes = (
-                    f"correction {row.correction!r} left out: {row.sqnr_corrected_db:.2f} dB"
-                )
-                row.correction, row.sqnr_corrected_db = None, row.sqnr_db
-                quantizers[name] = SoftmaxQuantizer(quantizers[name].grid)
+                self._leave_out(quantizers, row)
             report.layers.append(row)
+        report.output_db, report.output_corrected_db = compare_outputs(
+            self.model, self.calibration, [plain, quantizers]
+        )
+        if guard and report.output_corrected_db < report.output_db:
+            report.notes = f"corrections left out: {report.output_corrected_db:.2f} dB with them"
+            report.output_corrected_db = report.output_db
+            for row in report.layers:
+                if row.correction is not None:
+                    self._leave_out(quantizers, row)
         return report
+
+    @staticmethod
+    def _leave_out(quantizers: dict[str, SoftmaxQuantizer], row: SoftmaxLayerReport) -> None:
+        row.notes = f"correction {row.correction!r} left out: {row.sqnr_corrected_db:.2f} dB"
+        row.correction, row.sqnr_corrected_db = None, row.sqnr_db
+        quantizers[row.name] = SoftmaxQuantizer(quantizers[row.name].grid)
 
 
 def quantize_softmax(
@@ -219,12 +247,13 @@ def quantize_softmax(
         by the number of allowed keys; "row_sum" needs no calibration and one sum per row.
     granularity : {"head", "tensor"}
         Of "bias" and "row_length": one per head, or one per attention module.
-    range : {"fixed", "calibrated"}
+    range : {"fixed", "calibrated", "search"}
+        See :class:`SoftmaxStudy`.
     layers : iterable of str, optional
         Patterns of attention modules; by default all.
     diagnostics : bool
-        One more pass for the layers' signal-to-noise ratios; a correction that lowers that of its
-        layer is left out.
+        Measure signal-to-noise ratios on the calibration set, and leave out corrections that
+        lower them: of a layer's output, or all where the model's output suffers.
 
     Raises
     ------
@@ -314,19 +343,3 @@ def _grid(bits: int, seen: AttentionRanges | None) -> Any:
     if seen is None:
         return softmax_grid(bits)
     return softmax_grid(bits, seen.minimum["softmax"], seen.maximum["softmax"])
-
-
-def describe(calibration: CalibrationSet) -> dict[str, Any]:
-    """Return what a report says about calibration data."""
-    return {
-        "source": calibration.source,
-        "samples": calibration.samples,
-        "sequence_length": calibration.sequence_length,
-        "tokens": calibration.tokens,
-        "start_token": calibration.start_token,
-    }
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """Floating-point type of a model's parameters."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())

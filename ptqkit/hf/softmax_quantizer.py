@@ -223,10 +223,8 @@ class SoftmaxStatistics(AttentionHook):
             self.bias.update(p.detach().cpu(), mask, queries=self.rows)
         except ValueError as error:
             raise CalibrationError(f"softmax of {self.name}: {error}") from error
-        lengths = row_lengths(mask, p.cpu() if mask is None else p)[..., 0]
-        if self.rows is not None:
-            lengths = lengths * self.rows[:, None].cpu()
-        self.longest = max(self.longest, int(lengths.max()))
+        # Rows of padding are no longer than those of the tokens beside it.
+        self.longest = max(self.longest, int(row_lengths(allowed, p).max()))
         return p
 
     def quantizer(self, correction: str | None, granularity: str) -> SoftmaxQuantizer:

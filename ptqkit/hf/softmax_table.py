@@ -13,8 +13,8 @@ from ptqkit.hf.attention import attention_hooks
 from ptqkit.hf.attention_kinds import AttentionQuantizer
 from ptqkit.hf.calibration import CalibrationSet
 from ptqkit.hf.perplexity import PerplexityResult, perplexity
-from ptqkit.hf.softmax import SoftmaxStudy, describe
-from ptqkit.hf.softmax_report import SoftmaxReport
+from ptqkit.hf.softmax import SoftmaxStudy
+from ptqkit.hf.softmax_report import SoftmaxReport, describe
 
 __all__ = ["VARIANTS", "SoftmaxTable", "SoftmaxTableRow", "softmax_table"]
 
@@ -47,8 +47,10 @@ class SoftmaxTableRow:
         none.
     sqnr_db : float
         Mean over the layers, of the attention's output on the calibration set.
+    output_db : float
+        Of the logits on the calibration set, all layers quantized.
     left_out : int
-        Layers whose correction lowered that and was left out.
+        Layers whose correction was left out, with ``guard``.
     """
 
     bits: int | None
@@ -57,6 +59,7 @@ class SoftmaxTableRow:
     excess: float = 0.0
     recovered: float = math.nan
     sqnr_db: float = math.inf
+    output_db: float = math.inf
     left_out: int = 0
 
     @property
@@ -99,7 +102,7 @@ class SoftmaxTable:
 
     def table(self) -> str:
         """Plain text table."""
-        cells = [("softmax", "perplexity", "excess", "recovered", "attention dB")]
+        cells = [("softmax", "perplexity", "excess", "recovered", "attention dB", "logits dB")]
         cells += [
             (
                 row.name,
@@ -107,6 +110,7 @@ class SoftmaxTable:
                 "" if row.bits is None else f"{row.excess:+.4f}",
                 "" if math.isnan(row.recovered) else f"{100 * row.recovered:.0f} %",
                 "" if math.isinf(row.sqnr_db) else f"{row.sqnr_db:.2f}",
+                "" if math.isinf(row.output_db) else f"{row.output_db:.2f}",
             )
             for row in self.rows
         ]
@@ -140,7 +144,7 @@ def softmax_table(
     bits: Sequence[int] = (8,),
     corrections: Sequence[str] = ("none", "bias", "bias/head", "row_length/head", "row_sum"),
     range: str = "fixed",
-    guard: bool = True,
+    guard: bool = False,
     progress: Callable[[str], None] | None = None,
     **windows: Any,
 ) -> SoftmaxTable:
@@ -159,9 +163,10 @@ def softmax_table(
     bits : sequence of int from 2 to 16
     corrections : sequence of str
         Of :data:`VARIANTS`.
-    range : {"fixed", "calibrated"}
+    range : {"fixed", "calibrated", "search"}
     guard : bool
-        Leave out a correction where it lowers its layer's signal-to-noise ratio.
+        Leave out corrections that lower signal-to-noise ratios, as :func:`quantize_softmax` does;
+        here every line is by default what it says.
     progress : callable, optional
         Called with the name of what comes next.
     """
@@ -203,4 +208,6 @@ def _row(
     recovered = math.nan if name == "none" or plain <= 0 else 1 - excess / plain
     left_out = sum(bool(row.notes) for row in report.layers)
     decibel = report.totals()["sqnr_corrected_db"]
-    return SoftmaxTableRow(bits, name, value, excess, recovered, decibel, left_out)
+    return SoftmaxTableRow(
+        bits, name, value, excess, recovered, decibel, report.output_corrected_db, left_out
+    )
