@@ -421,6 +421,9 @@ def test_report_leaves_padding_out():
     for alone, inside in zip(found[0].layers, found[1].layers, strict=True):
         for name in ("share_zero", "row_sum", "sqnr_db", "sqnr_corrected_db", "longest"):
             assert getattr(inside, name) == pytest.approx(getattr(alone, name), rel=1e-4), name
+    for name in ("output_db", "output_corrected_db"):
+        values = [getattr(report, name) for report in found]
+        assert values[1] == pytest.approx(values[0], rel=1e-3), name
 
 
 def test_a_correction_that_hurts_its_layer_is_left_out():
