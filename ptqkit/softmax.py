@@ -219,7 +219,7 @@ def quantized_softmax(
     Keys that are not allowed, and scores of -Inf, get exactly 0 and no correction, and what their
     scores are changes no bit of the result. A row without an allowed key is all 0. A row depends on
     its own scores only, so that fewer rows or a longer cache of keys change nothing. Exponentials
-    are good to 2 ulp, sums are in double; a code can differ from exact arithmetic where the exact
+    are good to 1.2 ulp, sums are in double; a code can differ from exact arithmetic where the exact
     value lies within about 1e-6 of itself from a tie.
 
     Parameters
@@ -244,7 +244,7 @@ def quantized_softmax(
     codes : bool
         Return codes and row corrections in place of values.
     threads : int
-        0 means automatic. Neither it nor the CPU level changes a bit of the result.
+        0 means automatic. The result does not depend on it.
 
     Returns
     -------

@@ -4,6 +4,8 @@
 
 #include "internal.h"
 
+
+
 enum { TASK = 1 << 15 }; /* entries of a task, about: its rows stay in the second cache */
 
 /* First row that was refused; the smallest of all, so that threads do not change the answer. */
@@ -47,6 +49,12 @@ typedef struct {
     atomic_int kind; /* 1: some row is not finite */
 } quantization;
 
+/* Ask for the first n values of a row while the one before it is worked on: where rows are read in
+ * part, the hardware's own prefetching ends with each of them. */
+static void ask_for(const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x + i, 0, 2);
+}
+
 static int has_nan(const float *x, int64_t n) {
     int found = 0;
     for (int64_t i = 0; i < n; i++) found |= x[i] != x[i];
@@ -83,6 +91,8 @@ static int quantize_row(quantization *s, int64_t row, float *e, float *masked) {
     const place p = find(&a->attention, row);
     const int64_t n = p.prefix;
     const float *x = a->scores + row * a->attention.k;
+    if (a->attention.causal && row + 1 < s->rows)
+        ask_for(x + a->attention.k, ptq_min64(a->attention.k, n + 1));
     int64_t allowed = n;
     if (p.allowed) {
         allowed = s->k->row_mask(n, x, p.allowed, -INFINITY, masked);
@@ -101,21 +111,19 @@ static int quantize_row(quantization *s, int64_t row, float *e, float *masked) {
         if (seen < allowed && a->codes && a->correction) return 2;
         allowed = seen;
     }
-    const int64_t filled = ptq_ceil_div(n, PTQ_SUM_LANES) * PTQ_SUM_LANES;
-    s->k->row_exp(n, x, high, e);
-    memset(e + n, 0, (size_t)(filled - n) * sizeof(float));
-    const double sum = s->k->row_sum(filled, e);
+    const double sum = s->k->row_exp(n, x, high, e);
     if (!(sum < INFINITY)) return 1;
     const float factor = (float)(1.0 / (sum * (double)a->grid.scale));
     const float top = (float)(a->grid.max_code - a->grid.zero);
-    const int64_t code = s->k->row_round(n, e, factor, top, e);
+    const int by_row = a->correction == PTQ_CORRECT_ROW_SUM;
+    const int64_t code = by_row ? s->k->row_code_sum(n, e, factor, top) : 0;
     const float shift = correction_of(a, p.head, allowed, code);
     if (a->corrections) a->corrections[row] = shift;
     const int wide = a->grid.max_code > 255;
     char *out = (char *)a->out + row * a->attention.k * (!a->codes ? 4 : wide ? 2 : 1);
-    if (a->codes) s->k->row_codes(n, e, a->grid.zero, wide, out);
-    else
-        s->k->row_values(n, e, low > -INFINITY ? NULL : x, a->grid.scale, shift, (float *)out);
+    const float *holes = low > -INFINITY ? NULL : x;
+    if (a->codes) s->k->row_codes(n, e, factor, top, a->grid.zero, wide, out);
+    else s->k->row_values(n, e, factor, top, holes, a->grid.scale, shift, (float *)out);
     clear(a, row, n);
     return 0;
 }
@@ -145,7 +153,7 @@ ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *inf
         return PTQ_INVALID;
     quantization s = {.k = ptq_kernels_get(), .args = args, .rows = attention_rows(a), .bad = -1};
     s.block = ptq_max64(1, TASK / a->k);
-    s.padded = ptq_ceil_div(a->k, PTQ_SUM_LANES) * PTQ_SUM_LANES;
+    s.padded = ptq_ceil_div(a->k, PTQ_ROW_LANES) * PTQ_ROW_LANES;
     threads = ptq_thread_count(ptq_threads_for(threads, 8.0 * (double)s.rows * (double)a->k));
     s.scratch = ptq_alloc(2 * threads * s.padded, sizeof(float));
     if (!s.scratch) return PTQ_NOMEM;
@@ -182,6 +190,7 @@ static void statistics_row(statistics *s, int64_t row, float *masked, int64_t *s
     const place p = find(a, row);
     if (a->queries && !a->queries[p.batch * a->q + p.query]) return;
     const float *x = s->P + row * a->k;
+    if (a->causal && row + 1 < s->rows) ask_for(x + a->k, ptq_min64(a->k, p.prefix + 1));
     int64_t allowed = p.prefix;
     if (p.allowed) {
         allowed = s->k->row_mask(p.prefix, x, p.allowed, 0.0f, masked);
@@ -254,8 +263,13 @@ typedef struct {
 static void exp_task(void *ctx, int64_t task, int thread) {
     (void)thread;
     const exponential *s = ctx;
-    const int64_t from = task * TASK;
-    s->k->row_exp(ptq_min64(TASK, s->n - from), s->x + from, 0.0f, s->out + from);
+    float e[1024];
+    const int64_t end = ptq_min64((task + 1) * TASK, s->n);
+    for (int64_t i = task * TASK; i < end; i += 1024) {
+        const int64_t count = ptq_min64(1024, end - i);
+        s->k->row_exp(count, s->x + i, 0.0f, e);
+        memcpy(s->out + i, e, (size_t)count * sizeof(float));
+    }
 }
 
 ptq_status ptq_softmax_exp(const float *x, int64_t n, float *out, int threads) {

@@ -30,12 +30,12 @@ typedef struct {
     double *error2;       /* (nr) solve only: sum of E^2, accumulated */
 } ptq_strip_args;
 
-/* Floats that the sum of a row takes at a time; rows are filled up with zeros to a multiple. */
-#define PTQ_SUM_LANES 64
+/* Floats of a row of exponentials that are written at a time. */
+#define PTQ_ROW_LANES 32
 
 /* What one row of probabilities adds to the statistics of softmax quantization. */
 typedef struct {
-    double sum;    /* of the probabilities: float over at most 64 terms, then double */
+    double sum;    /* of the probabilities: float over at most 16 terms, then double */
     float low;     /* smallest, or 0 */
     int64_t code;  /* sum of code - zero */
     int64_t zeros; /* codes equal to zero */
@@ -80,17 +80,20 @@ typedef struct {
                        int64_t count, int64_t c, int64_t columns, uint32_t *out);
     /* 1 when all `count` values are finite. */
     int (*all_finite)(ptq_dtype dtype, const void *x, int64_t count);
-    /* Rows of attention (softmax.inc); the same bits on every level. */
-    /* e = exp(x - shift), for shift no less than any x. */
-    void (*row_exp)(int64_t n, const float *x, float shift, float *e);
+    /* Rows of attention (softmax.inc). */
     /* Smallest and largest value; NaN may be overlooked. */
     void (*row_range)(int64_t n, const float *x, float *low, float *high);
-    double (*row_sum)(int64_t n, const float *x);
-    int64_t (*row_round)(int64_t n, const float *e, float factor, float top, float *r);
-    void (*row_values)(int64_t n, const float *r, const float *x, float scale, float shift,
-                       float *out);
-    /* out = r + zero as uint8, or uint16 where wide. */
-    void (*row_codes)(int64_t n, const float *r, int zero, int wide, void *out);
+    /* e = exp(x - shift), for shift no less than any x, and its sum; e is filled up with zeros to a
+     * multiple of PTQ_ROW_LANES. Relative error of a float sum of 16 terms. */
+    double (*row_exp)(int64_t n, const float *x, float shift, float *e);
+    /* steps = round(min(e * factor, top)): their sum; scale * steps + shift, but 0 where x (NULL:
+     * nowhere) is -Inf; steps + zero as uint8, or uint16 where wide. */
+    int64_t (*row_code_sum)(int64_t n, const float *e, float factor, float top);
+    void (*row_values)(int64_t n, const float *e, float factor, float top, const float *x,
+                       float scale, float shift, float *out);
+    void (*row_codes)(int64_t n, const float *e, float factor, float top, int zero, int wide,
+                      void *out);
+    /* out = allowed ? x : absent; returns how many are allowed. */
     int64_t (*row_mask)(int64_t n, const float *x, const uint8_t *allowed, float absent,
                         float *out);
     void (*row_statistics)(int64_t n, const float *p, const ptq_softmax_grid *grid,
