@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         equalize,
         load,
         quantize,
+        quantize_softmax,
     )
 
 __version__ = "0.1.0"
@@ -99,6 +100,7 @@ __all__ = [
     "propagate_error",
     "quantize",
     "quantize_activations",
+    "quantize_softmax",
     "quantized_softmax",
     "rtn",
     "search_equalization",
@@ -123,6 +125,7 @@ _LAZY = dict.fromkeys(
         "equalize",
         "load",
         "quantize",
+        "quantize_softmax",
     ),
     "ptqkit.hf",
 )

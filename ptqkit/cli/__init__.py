@@ -1,4 +1,4 @@
-"""The command line: ``ptqkit quantize``, ``eval``, ``demo``, ``sweep`` and ``info``.
+"""The command line: ``ptqkit quantize``, ``eval``, ``sweep``, ``softmax`` and so on.
 
 Nothing here computes: each command reads its arguments, calls the functions that Python users
 call, and prints. PyTorch and transformers are imported by the commands that need them, after the
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ptqkit.cli import demo, evaluate, info, quantize, sweep
+from ptqkit.cli import demo, diagnose, evaluate, info, quantize, softmax, sweep
 from ptqkit.cli.common import UsageError, one_line
 from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
 from ptqkit.sweep.run import CellsFailed
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ptqkit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (quantize, evaluate, demo, sweep, info):
+    for module in (quantize, evaluate, softmax, diagnose, sweep, demo, info):
         module.add_parser(commands)
     return parser
 

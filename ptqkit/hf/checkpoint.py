@@ -20,6 +20,7 @@ from ptqkit.hf.checkpoint_inputs import check_activations, find_flat_inputs
 from ptqkit.hf.checkpoint_layouts import tensor_plans
 from ptqkit.hf.checkpoint_spec import LayerSpec, choose_format, describe_layers
 from ptqkit.hf.checkpoint_writer import TensorPlan, atomic_directory, parse_size, write_tensors
+from ptqkit.hf.softmax_state import write_installed
 from ptqkit.result import QuantizedMatrix
 
 __all__ = ["CheckpointInfo", "save_checkpoint"]
@@ -137,6 +138,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(folder)
         _write_json(folder / "ptqkit_recipe.json", recipe)
         _write_json(folder / "ptqkit_report.json", report)
+        write_installed(model, folder)
         written = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
         total = sum(path.stat().st_size for path in written.values())
     files = tuple(sorted(written))

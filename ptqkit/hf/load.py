@@ -211,6 +211,10 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
             f"{folder} lacks {_some(missing)}, which would be random numbers: "
             "the files are not complete, or the model class is another one"
         )
+    # Corrections of the softmax, which no checkpoint format holds.
+    from ptqkit.hf.softmax_state import load_softmax
+
+    load_softmax(model, folder)
     if cache:
         for module in model.modules():
             if isinstance(module, QLinear):

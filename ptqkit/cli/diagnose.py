@@ -1,0 +1,184 @@
+"""``ptqkit diagnose``: why, and where, a model is hard to quantize."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ptqkit.cli.common import (
+    DEMO,
+    UsageError,
+    add_common,
+    add_model_options,
+    check_json,
+    check_text,
+    load_model,
+    quiet_transformers,
+    read_text,
+    say,
+    write_json,
+)
+
+__all__ = ["add_parser"]
+
+_KINDS = ("query", "key", "value", "scores", "softmax", "weights", "inputs")
+
+_DESCRIPTION = """\
+Diagnostics of a model. Each is a flag; at least one is needed.
+
+--sensitivity quantizes one thing at a time, all else in float, and ranks by the signal-to-noise
+ratio of the final logits, worst first (with --text also by perplexity). Things are the tensors
+inside attention (query, key, value, scores: the input of the softmax, softmax: its output), the
+weights and the inputs of the linear layers. Weights are rounded to nearest per output channel; all
+others have one asymmetric grid per tensor, fixed by the calibration data (softmax: [0, 1]).
+"""
+
+_EPILOG = """\
+examples:
+  ptqkit diagnose demo --sensitivity
+  ptqkit diagnose ./model --sensitivity --calibration train.txt --bits 6 --picture six.png
+  ptqkit diagnose ./model --sensitivity --by each --kinds softmax --calibration train.txt
+"""
+
+
+class _Diagnostic(NamedTuple):
+    """A flag: what it says in the help, and what runs; the result has table, to_dict and draw."""
+
+    help: str
+    run: Callable[[argparse.Namespace, Any, Any, Any], Any]
+
+
+def _sensitivity(args: argparse.Namespace, model: Any, tokenizer: Any, source: Any) -> Any:
+    from ptqkit.hf import sensitivity
+
+    text = None if args.text is None else read_text("--text", args.text, tokenizer)
+    windows = {"max_tokens": args.max_tokens} if text is not None else {}
+    return sensitivity(
+        model,
+        source,
+        kinds=args.kinds,
+        bits=args.bits,
+        by=args.by,
+        tokenizer=tokenizer,
+        text=text,
+        samples=args.samples,
+        sequence_length=args.sequence_length,
+        batch_size=args.batch_size,
+        progress=_progress(args.quiet),
+        **windows,
+    )
+
+
+_DIAGNOSTICS = {
+    "sensitivity": _Diagnostic("quantize one kind of tensor or layer at a time", _sensitivity)
+}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "diagnose",
+        help="which tensors and layers suffer most from quantization",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
+    for name, diagnostic in _DIAGNOSTICS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=diagnostic.help)
+    parser.add_argument(
+        "--picture", metavar="FILE", help="also draw the result (.png, .svg or .pdf)"
+    )
+    group = parser.add_argument_group("sensitivity")
+    group.add_argument("--bits", type=int, default=8, metavar="N", help="2 to 16, weights to 8 (8)")
+    group.add_argument(
+        "--kinds", nargs="+", default=list(_KINDS), choices=_KINDS, metavar="KIND",
+        help=f"any of {', '.join(_KINDS)}",
+    )  # fmt: skip
+    group.add_argument(
+        "--by", default="kind", choices=("kind", "layer", "each"),
+        help="one kind in all layers (default), all kinds in one block, or one kind of one module",
+    )  # fmt: skip
+    group.add_argument("--text", metavar="FILE", help="also measure the perplexity on a text")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="use N tokens of --text")
+    data = parser.add_argument_group("data")
+    data.add_argument("--calibration", metavar="FILE", help="text; 'demo' has its own")
+    data.add_argument("--samples", type=int, default=8, metavar="N", help="windows (8)")
+    data.add_argument("--sequence-length", type=int, default=256, metavar="N", help="tokens (256)")
+    data.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at once (4)")
+    add_model_options(parser)
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def _progress(quiet: bool) -> Callable[[int, int], None] | None:
+    if quiet:
+        return None
+
+    def tell(done: int, total: int) -> None:
+        if sys.stderr.isatty() or done == total or done % 20 == 0:
+            end = "\n" if done == total or not sys.stderr.isatty() else "\r"
+            print(f"case {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _check(args: argparse.Namespace) -> list[str]:
+    check_json(args)
+    asked = [name for name in _DIAGNOSTICS if getattr(args, name)]
+    if not asked:
+        raise UsageError("name a diagnostic: " + ", ".join(f"--{name}" for name in _DIAGNOSTICS))
+    if args.picture is not None:
+        path = Path(args.picture)
+        if len(asked) > 1:
+            raise UsageError("--picture shows one diagnostic: ask for one at a time")
+        if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
+            raise UsageError(
+                f"--picture {args.picture}: it must be a .png, .svg or .pdf file in a folder "
+                "that exists"
+            )
+    if not 2 <= args.bits <= 16:
+        raise UsageError(f"--bits must be from 2 to 16, not {args.bits}")
+    for option in ("samples", "sequence_length", "batch_size", "max_tokens"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+    for option in ("text", "calibration"):
+        if getattr(args, option) is not None:
+            check_text(f"--{option}", getattr(args, option))
+    if args.calibration is None and args.model != DEMO:
+        raise UsageError("--calibration FILE is needed (only 'demo' brings a text of its own)")
+    return asked
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the diagnostics asked for, and print."""
+    asked = _check(args)
+    values: dict[str, Any] = {"model": args.model}
+    with quiet_transformers():
+        model, tokenizer, facts = load_model(args)
+        values.update(facts)
+        source = _source(args, tokenizer)
+        for name in asked:
+            started = time.perf_counter()
+            result = _DIAGNOSTICS[name].run(args, model, tokenizer, source)
+            values[name] = {**result.to_dict(), "seconds": time.perf_counter() - started}
+            say(args, result.table())
+            if args.quiet and args.json != "-":
+                print(result.rows[0].name)
+            if args.picture is not None:
+                result.draw(args.picture)
+                say(args, f"\npicture {args.picture}")
+    write_json(args, values)
+
+
+def _source(args: argparse.Namespace, tokenizer: Any) -> Any:
+    if args.calibration is not None:
+        return read_text("--calibration", args.calibration, tokenizer)
+    from ptqkit.demo import text
+
+    return [text("calibration")]

@@ -1,0 +1,249 @@
+"""``ptqkit softmax``: what a quantized softmax costs, and what corrections give back."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ptqkit.cli.common import (
+    DEMO,
+    UsageError,
+    add_common,
+    add_model_options,
+    check_json,
+    check_text,
+    load_model,
+    quiet_transformers,
+    read_text,
+    say,
+    write_json,
+)
+
+__all__ = ["add_parser", "calibration_of"]
+
+_LONGEST_DEFAULT = 2048
+_DEMO_WINDOW, _DEMO_TOKENS = 512, 8176
+_CORRECTIONS = ("none", "bias", "bias/head", "row_length", "row_length/head", "row_sum")
+_DEFAULT = ("bias", "bias/head", "row_length/head", "row_sum")
+
+_DESCRIPTION = """\
+Measure how much a quantized softmax costs a causal language model, and how much of that each
+correction gives back, in one table.
+
+Most attention probabilities are so small that they round to zero, and the rows of the quantized
+softmax no longer sum to one. Corrections add a constant to the allowed entries, at no cost where
+the offset of the quantizer absorbs it:
+
+  bias            one constant per attention layer, from calibration data (Pandey et al. 2023)
+  bias/head       one per head
+  row_length      by the number of keys a row may look at, per layer; row_length/head per head
+  row_sum         each row's own missing mass, spread over its keys: no calibration
+
+With --out, one correction at one bit width is saved with the model (ptqkit_softmax.json), and
+ptqkit.load installs it.
+"""
+
+_EPILOG = """\
+examples:
+  ptqkit softmax demo
+  ptqkit softmax ./model --text test.txt --bits 8 6 4
+  ptqkit softmax ./model --calibration train.txt --text test.txt --correction bias/head --out ./m
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "softmax",
+        help="cost of a quantized softmax in perplexity, with and without corrections",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
+    parser.add_argument("--bits", type=int, nargs="+", default=[8], metavar="N", help="2 to 16 (8)")
+    parser.add_argument(
+        "--correction", nargs="+", default=list(_DEFAULT), metavar="NAME", choices=_CORRECTIONS,
+        help=f"any of {', '.join(_CORRECTIONS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--range", default="fixed", choices=("fixed", "calibrated", "search"),
+        help="of the probabilities: [0, 1]; their smallest and largest; or the best of a few",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", metavar="DIR",
+        help="save the model with the correction; a folder that holds it already only gains a file",
+    )  # fmt: skip
+    _add_data(parser)
+    add_model_options(parser)
+    parser.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="windows at once (4)"
+    )
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--text", metavar="FILE",
+        help="text to measure on (.txt, .jsonl, .gz of both, .npy). 'demo' has its own",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibration", metavar="FILE",
+        help="text to calibrate on; by default the beginning of --text, which is not measured",
+    )  # fmt: skip
+    group.add_argument("--samples", type=int, default=16, metavar="N", help="windows (16)")
+    group.add_argument("--sequence-length", type=int, default=512, metavar="N", help="tokens (512)")
+    group.add_argument("--window", type=int, metavar="N", help="longest input when measuring")
+    group.add_argument(
+        "--max-tokens", type=int, metavar="N", help="measure on N tokens ('demo': 8,176)"
+    )
+
+
+def calibration_of(
+    args: argparse.Namespace, model: Any, tokenizer: Any, text: Any
+) -> tuple[Any, Any]:
+    """Calibration set of the arguments, and the text that is left to measure on."""
+    from ptqkit.hf import prepare_calibration
+    from ptqkit.hf.calibration import max_positions
+    from ptqkit.hf.text import tokenize
+
+    options = {
+        "samples": args.samples,
+        "sequence_length": args.sequence_length,
+        "batch_size": args.batch_size,
+        "limit": max_positions(model),
+    }
+    source: Any
+    if args.calibration is not None:
+        source = read_text("--calibration", args.calibration, tokenizer)
+    elif args.model == DEMO:
+        from ptqkit.demo import text as demo_text
+
+        source = [demo_text("calibration")]
+    else:
+        source, text = _split(text, tokenizer, tokenize, args, options["limit"])
+    return prepare_calibration(source, tokenizer, **options), text
+
+
+def _split(
+    text: Any, tokenizer: Any, tokenize: Any, args: argparse.Namespace, limit: int | None
+) -> tuple[Any, Any]:
+    """Windows from the beginning of a text, and the tokens behind them."""
+    import torch
+
+    if isinstance(text, torch.Tensor):
+        ids = text.reshape(-1)
+    else:
+        ids = torch.tensor(tokenize(tokenizer, text), dtype=torch.long)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    length = min(args.sequence_length, limit) if limit else args.sequence_length
+    body = length - (bos is not None)
+    used = args.samples * body
+    if body < 1 or len(ids) < used + 2:
+        raise UsageError(
+            f"--text {args.text} holds {len(ids)} tokens, but calibrating takes the first {used}: "
+            "give --calibration FILE, or lower --samples or --sequence-length"
+        )
+    windows = ids[:used].view(-1, body)
+    if bos is not None:
+        windows = torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
+    return windows, ids[used:]
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_json(args)
+    for option in ("samples", "sequence_length", "window", "max_tokens", "batch_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+    wrong = [b for b in args.bits if not 2 <= b <= 16]
+    if wrong:
+        raise UsageError(f"--bits must be from 2 to 16, not {wrong[0]}")
+    for option in ("text", "calibration"):
+        name = getattr(args, option)
+        if name is not None:
+            check_text(f"--{option}", name)
+    if args.text is None and args.model != DEMO:
+        raise UsageError("--text FILE is needed (only the model 'demo' brings a text of its own)")
+    if args.out is not None:
+        if len(args.bits) != 1 or len(args.correction) != 1:
+            raise UsageError("--out saves one variant: give one --bits and one --correction")
+        if Path(args.out).is_file():
+            raise UsageError(f"--out {args.out} is a file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    _check(args)
+    with quiet_transformers():
+        table, values = measure(args)
+    if args.quiet and args.json != "-":
+        print(f"{table.rows[-1].perplexity:.6f}")
+    say(args, table.table())
+    say(args)
+    shown = values["conventions"]
+    say(
+        args,
+        f"{shown['tokens']:,} tokens scored, window {shown['window']}; calibration "
+        f"{values['calibration']['samples']} x {values['calibration']['sequence_length']} tokens; "
+        f"{values['dtype']} arithmetic on {values['device']}, {values['seconds']:.1f} s",
+    )
+    if "saved" in values:
+        say(args, f"saved {values['saved']}")
+    write_json(args, values)
+
+
+def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Load, measure, and return the table and what is written to ``--json``."""
+    model, tokenizer, facts = load_model(args)
+    from ptqkit.hf.calibration import max_positions
+    from ptqkit.hf.softmax_table import softmax_table
+
+    if args.text is not None:
+        text = read_text("--text", args.text, tokenizer)
+    else:
+        text = _demo_windows(tokenizer, args.window or _DEMO_WINDOW, args.max_tokens)
+    started = time.perf_counter()
+    data, text = calibration_of(args, model, tokenizer, text)
+    window = args.window or (_DEMO_WINDOW if args.model == DEMO else None)
+    table = softmax_table(
+        model, tokenizer, text, data,
+        bits=args.bits, corrections=args.correction, range=args.range,
+        progress=None if args.quiet else lambda name: print(name, file=sys.stderr, flush=True),
+        window=window or min(max_positions(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT),
+        max_tokens=args.max_tokens, batch_size=args.batch_size,
+    )  # fmt: skip
+    values = {"model": args.model, **facts, "text": args.text or "demo, test split"}
+    values.update(table.to_dict())
+    if args.out is not None:
+        values["saved"] = _save(args, model, tokenizer, data)
+    values["seconds"] = time.perf_counter() - started
+    return table, values
+
+
+def _demo_windows(tokenizer: Any, window: int, max_tokens: int | None) -> Any:
+    """Windows at equal distances from the demo's test text, so that few speak for all of it."""
+    import torch
+
+    from ptqkit.demo import text
+
+    ids = tokenizer(text("test"), add_special_tokens=False, verbose=False)["input_ids"]
+    body = max(1, window - (tokenizer.bos_token_id is not None))
+    rows = torch.tensor(ids[: len(ids) // body * body]).view(-1, body)
+    count = min(len(rows), max(1, (max_tokens or _DEMO_TOKENS) // body))
+    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
+
+
+def _save(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any) -> str:
+    from ptqkit.hf import SoftmaxStudy, save_softmax
+    from ptqkit.hf.softmax_table import VARIANTS
+
+    study = SoftmaxStudy(model, data, bits=args.bits[0], range=args.range)
+    quantizers = study.quantizers(*VARIANTS[args.correction[0]])
+    study.compare(quantizers)
+    return str(save_softmax(model, quantizers, args.out, tokenizer=tokenizer))
