@@ -12,6 +12,7 @@ from ptqkit.diffusion.processors import (
 )
 from ptqkit.diffusion.sampling import ClassConditionalUNet, load_unet, sample, starting_noise
 from ptqkit.diffusion.softmax import SoftmaxStudy, UNetSoftmaxQuantization, quantize_softmax
+from ptqkit.diffusion.state import load_softmax, save_softmax
 from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
 from ptqkit.diffusion.steps import StepClock
 from ptqkit.diffusion.weights import quantize_weights
@@ -28,11 +29,13 @@ __all__ = [
     "find_attention",
     "install_attention",
     "installed_attention",
+    "load_softmax",
     "load_unet",
     "quantize_softmax",
     "quantize_weights",
     "remove_attention",
     "run_calibration",
     "sample",
+    "save_softmax",
     "starting_noise",
 ]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.diffusion._standin import SQNR
 from ptqkit.hf.attention import AttentionHook
 from ptqkit.hf.softmax_report import SoftmaxLayerReport
+from ptqkit.sqnr import SQNR
 
 __all__ = ["SoftmaxComparison", "layer_report"]
 

@@ -8,14 +8,15 @@ offset of the grid at no cost at run time (Pandey et al. 2023); see
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ptqkit.diffusion._standin import SoftmaxBias, softmax_grid
 from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
 from ptqkit.diffusion.checks import check_choice
 from ptqkit.diffusion.comparison import SoftmaxComparison, layer_report
@@ -33,6 +34,8 @@ from ptqkit.hf.attention import AttentionHook
 from ptqkit.hf.attention_kinds import AttentionQuantizer, AttentionRanges
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
 from ptqkit.hf.softmax_report import SoftmaxReport
+from ptqkit.softmax import softmax_grid
+from ptqkit.softmax_bias import SoftmaxBias
 
 __all__ = [
     "CORRECTIONS",
@@ -66,8 +69,8 @@ class SoftmaxStatistics(AttentionHook):
 
     def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """Count the probabilities in."""
-        mask = None if allowed is None else allowed.expand_as(p).cpu().numpy()
-        self.bias.update(p.float().cpu().numpy(), allowed=mask, step=self.clock.now(len(p))[0])
+        mask = None if allowed is None else allowed.cpu()
+        self.bias.update(p.detach().cpu(), allowed=mask, step=self.clock.now(len(p))[0])
         self.longest = max(self.longest, p.shape[-1])
         return p
 
@@ -211,6 +214,12 @@ class UNetSoftmaxQuantization:
     def remove(self) -> int:
         """Take the quantizers off: the UNet is as before; returns how many there were."""
         return remove_attention(self.unet)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the corrections beside the weights; see :mod:`ptqkit.diffusion.state`."""
+        from ptqkit.diffusion.state import save_softmax
+
+        return save_softmax(self.unet, self.quantizers, self.clock, directory)
 
 
 def quantize_softmax(

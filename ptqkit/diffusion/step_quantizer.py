@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.diffusion._standin import SoftmaxGrid
 from ptqkit.diffusion.steps import StepClock
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
+from ptqkit.softmax import SoftmaxGrid
 
 __all__ = ["StepSoftmaxQuantizer"]
 
