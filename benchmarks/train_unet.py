@@ -269,7 +269,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         train, held = made_up_split(64), made_up_split(16)
     if args.smoke:
-        held = tuple(part[:16] for part in held)
+        held = tuple(part[:4] for part in held)
     train, held = ([part.to(device) for part in split] for split in (train, held))
     model = Model(args).to(device).train()
     results = fit(model, train, held, args, device, started)
@@ -310,7 +310,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.smoke:
         small = {"channels": [16, 32, 32], "heads": [2, 2, 2], "samples": 1, "sample_steps": 2}
-        vars(args).update(small, steps=4, every=2, batch=4, minutes=None)
+        vars(args).update(small, steps=2, every=1, batch=2, minutes=None)
     elif not (args.data and args.data.is_dir() and args.out):
         parser.error("--data must be a folder and --out must be given (or --smoke)")
     return args

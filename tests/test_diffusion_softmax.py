@@ -15,6 +15,7 @@ from diffusion_models import HEADS, STEPS, calibration, forward, tiny_model  # n
 
 import ptqkit  # noqa: E402
 from ptqkit import diffusion  # noqa: E402
+from ptqkit.diffusion.fused import SoftmaxHook  # noqa: E402
 from ptqkit.hf.attention import AttentionHook  # noqa: E402
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer  # noqa: E402
 
@@ -141,6 +142,48 @@ def test_row_sum_makes_rows_sum_to_one(study):
     y = study.quantizers("row_sum")[SELF](p)
     assert (y.double().sum(-1) - 1).abs().max() < 1e-5 and rounded(p).sum(-1).max() < 1.2
     assert (rounded(p).sum(-1) - 1).abs().min() > 0.1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("correction", "granularity"),
+    [(None, "head"), ("row_sum", "head"), *(("bias", g) for g in GRANULARITIES)],
+)
+def test_fused_softmax_is_the_plain_one(study, correction, granularity, masked):
+    quantizer = study.quantizers(correction, granularity)[SELF]
+    study.clock.set(study.clock.steps[1])
+    scores = torch.randn(2, HEADS, 40, 500, generator=torch.Generator().manual_seed(3)) * 2
+    allowed = torch.ones(2, 1, 1, 500, dtype=torch.bool) if masked else None
+    if masked:
+        allowed[0, ..., 100:] = False
+        scores = scores.masked_fill(~allowed, -10_000.0)
+    plain = quantizer(scores.softmax(-1), allowed)
+    fused = SoftmaxHook(quantizer).fused(scores.clone(), allowed)
+    apart = (plain - fused).abs()
+    # A code on the other side of a tie is one step away, and moves its whole row with "row_sum".
+    assert (apart > 2e-5).double().mean() < 1e-4 and apart.max() < 1.1 / LEVELS
+    if masked:
+        assert not fused[0, ..., 100:].any() and not plain[0, ..., 100:].any()
+
+
+def test_fused_softmax_only_where_it_can(study):
+    hook = SoftmaxHook(study.quantizers("bias", "step")[SELF])
+    scores = torch.zeros(2, HEADS, 3, 4)
+    study.clock.set(torch.tensor(study.clock.steps[:2]))
+    assert hook.fused(scores, None) is None
+    study.clock.set(study.clock.steps[0])
+    assert hook.fused(scores.bfloat16(), None) is None and hook.fused(scores, None) is scores
+    assert hook.fused(torch.zeros(2, HEADS, 3, 4, requires_grad=True), None) is None
+
+
+def test_gradients_pass_a_hooked_unet(model, study):
+    """Not through the rounding, but around it; and the fused routine stays out of the way."""
+    noise, context = model.noise(1), model.context(1).requires_grad_()
+    with diffusion.attention_hooks(
+        model.unet, study.hooks(study.quantizers("row_sum")), study.clock
+    ):
+        model.unet(noise, 500, context).sample.sum().backward()
+    assert torch.isfinite(context.grad).all() and context.grad.abs().max() > 0
 
 
 def test_quantized_model_and_removal(model, latents):

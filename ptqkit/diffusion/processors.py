@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ptqkit.diffusion.fused import SoftmaxHook
 from ptqkit.diffusion.steps import StepClock
 from ptqkit.errors import UnsupportedModuleError
 from ptqkit.hf.attention import AttentionHook
@@ -139,6 +140,10 @@ class _SoftmaxTap(TorchFunctionMode):
         self.calls += 1
         scores = args[0].unflatten(0, (-1, self.heads))
         scores = self.hook.scores(scores, self.allowed)
+        if isinstance(self.hook, SoftmaxHook):
+            found = self.hook.fused(scores, self.allowed)
+            if found is not None:
+                return found.flatten(0, 1)
         probabilities = func(scores, *args[1:], **kwargs)
         return self.hook.softmax(probabilities, self.allowed).flatten(0, 1)
 

@@ -20,6 +20,7 @@ from torch import nn
 from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
 from ptqkit.diffusion.checks import check_choice
 from ptqkit.diffusion.comparison import SoftmaxComparison, layer_report
+from ptqkit.diffusion.fused import SoftmaxHook
 from ptqkit.diffusion.processors import (
     UNetAttention,
     find_attention,
@@ -31,7 +32,7 @@ from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
 from ptqkit.diffusion.steps import StepClock
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.attention import AttentionHook
-from ptqkit.hf.attention_kinds import AttentionQuantizer, AttentionRanges
+from ptqkit.hf.attention_kinds import AttentionRanges
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
 from ptqkit.hf.softmax_report import SoftmaxReport
 from ptqkit.softmax import softmax_grid
@@ -154,7 +155,7 @@ class SoftmaxStudy:
 
     def hooks(self, quantizers: dict[str, Quantizer]) -> dict[str, AttentionHook]:
         """Hooks that apply quantizers, for :func:`install_attention` with ``self.clock``."""
-        return {name: AttentionQuantizer({"softmax": q}) for name, q in quantizers.items()}
+        return {name: SoftmaxHook(quantizer) for name, quantizer in quantizers.items()}
 
     def compare(self, quantizers: dict[str, Quantizer], guard: bool = True) -> SoftmaxReport:
         """Measure every layer's output with and without its correction, one more pass.
@@ -208,7 +209,7 @@ class UNetSoftmaxQuantization:
             If it has attention hooks already, or other heads than the quantizers.
         """
         check_heads(find_attention(self.unet), self.quantizers)
-        hooks = {n: AttentionQuantizer({"softmax": q}) for n, q in self.quantizers.items()}
+        hooks = {n: SoftmaxHook(q) for n, q in self.quantizers.items()}
         install_attention(self.unet, hooks, self.clock)
 
     def remove(self) -> int:

@@ -48,11 +48,17 @@ class StepSoftmaxQuantizer:
         """Heads that the correction is for; None where it is for the whole tensor."""
         return self.steps[0].heads
 
+    def single(self, batch: int) -> SoftmaxQuantizer | None:
+        """Quantizer of the time step at hand; None where the samples are at several."""
+        index = self.clock.now(batch)
+        return self.steps[index[0]] if len(set(index)) == 1 else None
+
     def __call__(self, p: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """Return the quantized and corrected probabilities (batch, heads, q, k), dtype as given."""
+        single = self.single(len(p))
+        if single is not None:
+            return single(p, allowed)
         index = self.clock.now(len(p))
-        if len(set(index)) == 1:
-            return self.steps[index[0]](p, allowed)
         masks = [None] * len(p) if allowed is None else allowed.expand_as(p).split(1)
         parts = zip(index, p.split(1), masks, strict=True)
         return torch.cat([self.steps[i](one, mask) for i, one, mask in parts])
