@@ -182,7 +182,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--picture", action="store_true", help="samples side by side (needs --out)")
     add("--out", type=Path, metavar="DIR", help="write JSON and pictures there")
     add("--bits", type=int, nargs="+", default=[8], help="of the softmax (8); table 3: the first")
-    add("--range", choices=("fixed", "calibrated"), default="fixed", help="grid, table 2 (fixed)")
+    add(
+        "--range",
+        choices=("fixed", "calibrated", "search"),
+        default="fixed",
+        help="grid, table 2 (fixed)",
+    )
     add("--correction", choices=[*tables.VARIANTS][1:-1], default="per step and head",
         help="of table 3 and the picture (per step and head)")  # fmt: skip
     add("--samples", type=int, default=32, help="final samples to compare (32)")

@@ -206,24 +206,15 @@ def test_quantized_model_and_removal(model, latents):
 
 def test_sqnr_of_a_layer_by_hand(model, latents):
     """The ratio of eq. 1 for the output of one module, from the probabilities and the values."""
-    values, seen = [], []
-
-    class Both(AttentionHook):
-        def value(self, x):
-            values.append(x.double())
-            return x
-
-        def softmax(self, p, allowed):
-            seen.append(p.double())
-            return p
-
-    diffusion.run_calibration(model.unet, latents, {SELF: Both()})
+    hook = Both()
+    diffusion.run_calibration(model.unet, latents, {SELF: hook})
     study = diffusion.SoftmaxStudy(model.unet, latents, layers=[SELF])
     row = study.compare(study.quantizers("bias", "tensor"), guard=False)[SELF]
     beta = float(study.statistics[SELF].bias.bias())
     for bias, found in ((0.0, row.sqnr_db), (beta, row.sqnr_corrected_db)):
         ratios = []
-        for p, v in zip(seen, values, strict=True):
+        for p, v in zip(hook.p, hook.v, strict=True):
+            p, v = p.double(), v.double()
             exact, noise = p @ v, (rounded(p) + bias - p) @ v
             ratios += ((exact**2).flatten(1).sum(1) / (noise**2).flatten(1).sum(1)).tolist()
         assert found == pytest.approx(10 * np.log10(np.mean(ratios)), abs=1e-3)
@@ -248,6 +239,42 @@ def test_calibrated_range_and_bits(model, latents):
         assert statistics.grid.scale == pytest.approx(largest[name] / 15, rel=1e-6)
         assert statistics.bias.share_zero <= wide.statistics[name].bias.share_zero
         assert wide.statistics[name].grid.scale == pytest.approx(1 / 15, rel=1e-6)
+
+
+def test_searched_range_has_the_least_error_of_its_candidates(model, latents):
+    """Never worse than [0, 1] and than the whole range seen, on the calibration set."""
+    decibel, scales = {}, {}
+    for span in ("fixed", "calibrated", "search"):
+        study = diffusion.SoftmaxStudy(model.unet, latents, bits=4, range=span, layers="self")
+        values, seen = {}, {}
+        hooks = {name: Both() for name in study.modules}
+        diffusion.run_calibration(model.unet, latents, hooks)
+        for name, quantizer in study.quantizers("bias", "head").items():
+            hook = hooks[name]
+            exact = torch.cat([p @ v for p, v in zip(hook.p, hook.v, strict=True)])
+            other = [quantizer(p) @ v for p, v in zip(hook.p, hook.v, strict=True)]
+            noise = (torch.cat(other) - exact).double()
+            seen[name] = ((exact.double() ** 2).sum() / (noise**2).sum()).log10().item() * 10
+            values[name] = study.statistics[name].grid.scale
+        decibel[span], scales[span] = seen, values
+    for name, found in decibel["search"].items():
+        assert found >= max(decibel["fixed"][name], decibel["calibrated"][name]) - 1e-4
+    assert scales["search"] != scales["calibrated"] and scales["search"] != scales["fixed"]
+
+
+class Both(AttentionHook):
+    """Keeps probabilities and values of every batch."""
+
+    def __init__(self):
+        self.p, self.v = [], []
+
+    def value(self, x):
+        self.v.append(x)
+        return x
+
+    def softmax(self, p, allowed):
+        self.p.append(p)
+        return p
 
 
 def test_layers_can_be_chosen(model, latents):

@@ -61,10 +61,10 @@ def load_unet(
     for part in ("unet", "scheduler", "labels.safetensors"):
         if not (folder / part).exists():
             raise FileNotFoundError(f"{folder} has no {part}: is it a folder of train_unet.py?")
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
     labels = load_file(folder / "labels.safetensors")["embeddings"]
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    return ClassConditionalUNet(unet.to(device, dtype).eval(), scheduler, labels.to(device, dtype))
+    return ClassConditionalUNet(unet.to(device).eval(), scheduler, labels.to(device, dtype))
 
 
 def starting_noise(count: int, shape: tuple[int, ...], *, seed: int = 0) -> torch.Tensor:

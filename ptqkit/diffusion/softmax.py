@@ -21,6 +21,7 @@ from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
 from ptqkit.diffusion.checks import check_choice
 from ptqkit.diffusion.comparison import SoftmaxComparison, layer_report
 from ptqkit.diffusion.fused import SoftmaxHook
+from ptqkit.diffusion.grid_search import search_grids
 from ptqkit.diffusion.processors import (
     UNetAttention,
     find_attention,
@@ -35,7 +36,7 @@ from ptqkit.hf.attention import AttentionHook
 from ptqkit.hf.attention_kinds import AttentionRanges
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
 from ptqkit.hf.softmax_report import SoftmaxReport
-from ptqkit.softmax import softmax_grid
+from ptqkit.softmax import SoftmaxGrid, softmax_grid
 from ptqkit.softmax_bias import SoftmaxBias
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
 
 CORRECTIONS = ("bias", "row_sum", None)
 GRANULARITIES = ("tensor", "head", "step", "step_head")
-RANGES = ("fixed", "calibrated")
+RANGES = ("fixed", "calibrated", "search")
 
 Quantizer = SoftmaxQuantizer | StepSoftmaxQuantizer
 
@@ -95,8 +96,9 @@ class SoftmaxStudy:
     unet : diffusers.UNet2DConditionModel
     calibration : CalibrationLatents
     bits : int from 2 to 16
-    range : {"fixed", "calibrated"}
-        Grid on [0, 1], or up to the largest probability seen (one more pass).
+    range : {"fixed", "calibrated", "search"}
+        Grid on [0, 1]; up to the largest probability seen (one more pass); or to where the error
+        of the module's output, its bias corrected, is least (three more passes).
     layers : iterable of str, optional
         Names of attention modules, "self" for those over positions, "cross" for those over the
         condition; by default all.
@@ -131,12 +133,7 @@ class SoftmaxStudy:
         self.unet, self.calibration = unet, calibration
         self.modules = choose_modules(unet, layers)
         self.clock = StepClock(calibration.steps)
-        grids = {name: softmax_grid(bits) for name in self.modules}
-        if range == "calibrated":
-            ranges = {name: AttentionRanges() for name in self.modules}
-            run_calibration(unet, calibration, ranges)
-            for name, seen in ranges.items():
-                grids[name] = softmax_grid(bits, 0.0, seen.maximum["softmax"])
+        grids = self._grids(bits, range)
         self.statistics = {
             name: SoftmaxStatistics(m, grids[name], self.clock) for name, m in self.modules.items()
         }
@@ -144,6 +141,17 @@ class SoftmaxStudy:
         missed = [name for name, s in self.statistics.items() if not s.longest]
         if missed:
             raise CalibrationError(f"no latent reached the softmax of {missed[0]}")
+
+    def _grids(self, bits: int, range: str) -> dict[str, SoftmaxGrid]:
+        """Grid of every module; see ``range``."""
+        if range == "fixed":
+            return {name: softmax_grid(bits) for name in self.modules}
+        ranges = {name: AttentionRanges() for name in self.modules}
+        run_calibration(self.unet, self.calibration, ranges)
+        largest = {name: seen.maximum["softmax"] for name, seen in ranges.items()}
+        if range == "search":
+            return search_grids(self.unet, self.calibration, self.modules, largest, bits)
+        return {name: softmax_grid(bits, 0.0, top) for name, top in largest.items()}
 
     def quantizers(
         self, correction: str | None = "bias", granularity: str = "head"
