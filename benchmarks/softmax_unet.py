@@ -91,7 +91,7 @@ def table(args: argparse.Namespace, experiment: tables.Experiment, number: int) 
         rows = tables.sensitivity_table(experiment, args.bits)
         title = "Table 1: one kind of tensor quantized alone, SQNR of final samples"
     elif number == 2:
-        rows = tables.granularity_table(experiment, args.bits, range=args.range)
+        rows = tables.granularity_table(experiment, args.bits, args.range)
         title = "Table 2: corrections of a quantized softmax, SQNR of final samples, UNet outputs"
     else:
         rows = tables.total_table(experiment, args.bits[0], args.correction)
@@ -184,9 +184,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--bits", type=int, nargs="+", default=[8], help="of the softmax (8); table 3: the first")
     add(
         "--range",
+        nargs="+",
         choices=("fixed", "calibrated", "search"),
-        default="fixed",
-        help="grid, table 2 (fixed)",
+        default=["fixed"],
+        help="grids of table 2: [0, 1], up to the largest seen, least error (fixed)",
     )
     add("--correction", choices=[*tables.VARIANTS][1:-1], default="per step and head",
         help="of table 3 and the picture (per step and head)")  # fmt: skip

@@ -22,7 +22,7 @@ from ptqkit.sqnr import SQNR
 
 __all__ = ["search_grids"]
 
-SHRINKS = tuple(2.0 ** (-k / 2) for k in range(8))
+SHRINKS = tuple(2.0 ** (-k / 2) for k in range(12))
 
 
 class _Biases(AttentionHook):
@@ -72,7 +72,7 @@ def search_grids(
 ) -> dict[str, SoftmaxGrid]:
     """Grid of every module with the least error of its output, its bias corrected per head.
 
-    Candidates are [0, 1] and [0, m * 2**(-k/2)], k from 0 to 7, with m the largest probability
+    Candidates are [0, 1] and [0, m * 2**(-k/2)], k from 0 to 11, with m the largest probability
     seen; so on the calibration set the choice is never worse than [0, 1]. Two passes.
 
     Parameters

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -167,9 +168,9 @@ def sensitivity_table(experiment: Experiment, bits: Sequence[int] = (8,)) -> lis
 
 
 def granularity_table(
-    experiment: Experiment, bits: Sequence[int] = (8,), **options: Any
+    experiment: Experiment, bits: Sequence[int] = (8,), ranges: Sequence[str] = ("fixed",)
 ) -> list[dict[str, Any]]:
-    """Table 2: corrections of a quantized softmax.
+    """Table 2: corrections of a quantized softmax, on grids of these ranges (SoftmaxStudy).
 
     Besides the final samples, the output of the UNet on the calibration latents and on held-out
     ones ("calibration_db", "held_out_db").
@@ -178,15 +179,16 @@ def granularity_table(
     held_out = experiment.held_out
     plain = run_calibration(unet, held_out).numpy()
     rows = []
-    for width in bits:
-        study = experiment.study(width, **options)
+    for width, span in itertools.product(bits, ranges):
+        study = experiment.study(width, range=span)
         for variant in VARIANTS:
-            experiment.progress(f"correction {variant}, {width} bits")
+            experiment.progress(f"correction {variant}, {width} bits, range {span}")
             hooks = variant_hooks(study, variant)
             seen = run_calibration(unet, study.calibration, hooks, study.clock).numpy()
             unseen = run_calibration(unet, held_out, hooks, study.clock).numpy()
             row = {
                 "bits": width,
+                "range": span,
                 "correction": variant,
                 "sqnr_db": experiment.final(hooks=hooks, clock=study.clock),
                 "calibration_db": float(sqnr(study.outputs.numpy(), seen, per="sample")),
