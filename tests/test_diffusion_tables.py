@@ -186,7 +186,7 @@ def test_bad_draws_are_refused(model):
     with pytest.raises(ValueError, match="count must be a positive integer"):
         calibration(model, 0)
     with pytest.raises(FileNotFoundError, match="has no unet"):
-        diffusion.load_unet(BENCHMARKS)
+        diffusion.load_unet(BENCHMARKS / "results")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
