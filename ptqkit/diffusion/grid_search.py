@@ -1,0 +1,90 @@
+"""The grid of a softmax output, chosen together with its correction (beyond the paper).
+
+Probabilities of long rows are small: a grid that ends well below 1 has finer steps where nearly all
+of them are, and clips the few that are larger. Which end is best depends on the values too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
+from ptqkit.diffusion.processors import UNetAttention
+from ptqkit.hf.attention import AttentionHook
+from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
+from ptqkit.softmax import SoftmaxGrid, softmax_grid
+from ptqkit.softmax_bias import SoftmaxBias
+from ptqkit.sqnr import SQNR
+
+__all__ = ["search_grids"]
+
+SHRINKS = tuple(2.0 ** (-k / 2) for k in range(12))
+
+
+class _Biases(AttentionHook):
+    """Bias per head of one module on every candidate grid."""
+
+    def __init__(self, heads: int, grids: list[SoftmaxGrid]) -> None:
+        self.biases = [SoftmaxBias(heads, grid=grid) for grid in grids]
+
+    def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        on_host = p.detach().cpu()
+        mask = None if allowed is None else allowed.cpu()
+        for bias in self.biases:
+            bias.update(on_host, allowed=mask)
+        return p
+
+
+class _Errors(AttentionHook):
+    """Error of the output of one module on every candidate grid, corrected per head."""
+
+    def __init__(self, biases: list[SoftmaxBias]) -> None:
+        self.quantizers = [SoftmaxQuantizer(b.grid, "bias", b.bias("head")) for b in biases]
+        self.sqnr = [SQNR("tensor") for _ in biases]
+        self._value: torch.Tensor | None = None
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        self._value = x
+        return x
+
+    def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        value, self._value = self._value, None
+        reference = (p @ value).float().cpu().numpy()
+        for quantizer, sqnr in zip(self.quantizers, self.sqnr, strict=True):
+            sqnr.update(reference, (quantizer(p, allowed) @ value).float().cpu().numpy())
+        return p
+
+    def best(self) -> SoftmaxGrid:
+        place = int(np.argmax([float(sqnr.decibel) for sqnr in self.sqnr]))
+        return self.quantizers[place].grid
+
+
+def search_grids(
+    unet: nn.Module,
+    calibration: CalibrationLatents,
+    modules: dict[str, UNetAttention],
+    largest: dict[str, float],
+    bits: int,
+) -> dict[str, SoftmaxGrid]:
+    """Grid of every module with the least error of its output, its bias corrected per head.
+
+    Candidates are [0, 1] and [0, m * 2**(-k/2)], k from 0 to 11, with m the largest probability
+    seen; so on the calibration set the choice is never worse than [0, 1]. Two passes.
+
+    Parameters
+    ----------
+    largest : dict of str to float
+        m of every module.
+    """
+    hooks: dict[str, Any] = {}
+    for name, module in modules.items():
+        ends = dict.fromkeys([1.0, *(min(largest[name], 1.0) * shrink for shrink in SHRINKS)])
+        hooks[name] = _Biases(module.heads, [softmax_grid(bits, 0.0, end) for end in ends])
+    run_calibration(unet, calibration, hooks)
+    errors = {name: _Errors(hook.biases) for name, hook in hooks.items()}
+    run_calibration(unet, calibration, errors)
+    return {name: hook.best() for name, hook in errors.items()}
