@@ -20,7 +20,7 @@ from ptqkit.sweep.run import CellsFailed
 __all__ = ["build_parser", "main"]
 
 _DESCRIPTION = """\
-Post-training quantization of language models: GPTQ from a compiled core, and what it needs
+Post-training quantization of models: GPTQ, AWEQ and softmax correction, and what they need
 around it. The first thing to try, without a download and in under a minute:
 
   ptqkit demo
