@@ -12,6 +12,12 @@
 typedef float vf __attribute__((vector_size(16), aligned(4), may_alias));
 #define vf_load(p) (*(const vf *)(p))
 #define vf_store(p, v) (*(vf *)(p) = (v))
+#ifdef PTQ_X86
+#define vf_stream(p, v) __builtin_ia32_movntps(p, (stream_base_vf)(v))
+typedef float stream_base_vf __attribute__((vector_size(16)));
+#else
+#define vf_stream(p, v) vf_store(p, v)
+#endif
 #define vf_set1(x) ((vf){(x), (x), (x), (x)})
 #define vf_fma(a, b, c) ((a) * (b) + (c))
 #define vf_add(a, b) ((a) + (b))
