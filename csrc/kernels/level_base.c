@@ -13,8 +13,8 @@ typedef float vf __attribute__((vector_size(16), aligned(4), may_alias));
 #define vf_load(p) (*(const vf *)(p))
 #define vf_store(p, v) (*(vf *)(p) = (v))
 #ifdef PTQ_X86
-#define vf_stream(p, v) __builtin_ia32_movntps(p, (stream_base_vf)(v))
-typedef float stream_base_vf __attribute__((vector_size(16)));
+#include <xmmintrin.h>
+#define vf_stream(p, v) _mm_stream_ps(p, (__m128)(v))
 #else
 #define vf_stream(p, v) vf_store(p, v)
 #endif
