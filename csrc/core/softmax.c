@@ -4,9 +4,19 @@
 
 #include "internal.h"
 
+enum {
+    TASK = 1 << 15,      /* entries of a task, about: enough to be worth one */
+    LONG_TASK = 1 << 18, /* where there are many: memory is read in long streams */
+    MANY_TASKS = 16,     /* tasks a thread, so that both end together */
+};
 
+/* Bytes of output beyond which it cannot stay in the caches for who reads it next. */
+static const int64_t STREAM = (int64_t)1 << 25;
 
-enum { TASK = 1 << 15 }; /* entries of a task, about: its rows stay in the second cache */
+static int64_t rows_of_a_task(int64_t rows, int64_t k, int threads) {
+    const int64_t share = rows / ptq_max64(1, (int64_t)threads * MANY_TASKS);
+    return ptq_max64(ptq_max64(1, TASK / k), ptq_min64(share, LONG_TASK / k));
+}
 
 /* First row that was refused; the smallest of all, so that threads do not change the answer. */
 static void refuse(atomic_llong *bad, int64_t row) {
@@ -44,16 +54,11 @@ typedef struct {
     const ptq_kernels *k;
     const ptq_softmax_args *args;
     int64_t rows, block, padded;
+    int stream;
     float *scratch; /* two padded rows a thread */
     atomic_llong bad, empty;
     atomic_int kind; /* 1: some row is not finite */
 } quantization;
-
-/* Ask for the first n values of a row while the one before it is worked on: where rows are read in
- * part, the hardware's own prefetching ends with each of them. */
-static void ask_for(const float *x, int64_t n) {
-    for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x + i, 0, 2);
-}
 
 static int has_nan(const float *x, int64_t n) {
     int found = 0;
@@ -91,8 +96,7 @@ static int quantize_row(quantization *s, int64_t row, float *e, float *masked) {
     const place p = find(&a->attention, row);
     const int64_t n = p.prefix;
     const float *x = a->scores + row * a->attention.k;
-    if (a->attention.causal && row + 1 < s->rows)
-        ask_for(x + a->attention.k, ptq_min64(a->attention.k, n + 1));
+    const float *next = row + 1 < s->rows ? x + a->attention.k : x;
     int64_t allowed = n;
     if (p.allowed) {
         allowed = s->k->softmax_mask(n, x, p.allowed, -INFINITY, masked);
@@ -111,7 +115,7 @@ static int quantize_row(quantization *s, int64_t row, float *e, float *masked) {
         if (seen < allowed && a->codes && a->correction) return 2;
         allowed = seen;
     }
-    const double sum = s->k->softmax_exp(n, x, high, e);
+    const double sum = s->k->softmax_exp(n, x, high, next, e);
     if (!(sum < INFINITY)) return 1;
     const float factor = (float)(1.0 / (sum * (double)a->grid.scale));
     const float top = (float)(a->grid.max_code - a->grid.zero);
@@ -122,9 +126,12 @@ static int quantize_row(quantization *s, int64_t row, float *e, float *masked) {
     const int wide = a->grid.max_code > 255;
     char *out = (char *)a->out + row * a->attention.k * (!a->codes ? 4 : wide ? 2 : 1);
     const float *holes = low > -INFINITY ? NULL : x;
-    if (a->codes) s->k->softmax_codes(n, e, factor, top, a->grid.zero, wide, out);
-    else s->k->softmax_values(n, e, factor, top, holes, a->grid.scale, shift, (float *)out);
-    clear(a, row, n);
+    if (a->codes) {
+        s->k->softmax_codes(n, e, factor, top, a->grid.zero, wide, out);
+        clear(a, row, n);
+    } else
+        s->k->softmax_values(n, a->attention.k, e, factor, top, holes, a->grid.scale, shift,
+                             s->stream, (float *)out);
     return 0;
 }
 
@@ -138,6 +145,7 @@ static void quantize_task(void *ctx, int64_t task, int thread) {
         if (kind == 1) atomic_store(&s->kind, 1);
         refuse(&s->bad, row);
     }
+    if (s->stream) PTQ_STREAMED();
 }
 
 ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *info, int threads) {
@@ -152,9 +160,10 @@ ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *inf
          (args->table_lengths > 1 && args->table_lengths <= a->k)))
         return PTQ_INVALID;
     quantization s = {.k = ptq_kernels_get(), .args = args, .rows = attention_rows(a), .bad = -1};
-    s.block = ptq_max64(1, TASK / a->k);
     s.padded = ptq_ceil_div(a->k, PTQ_ROW_LANES) * PTQ_ROW_LANES;
     threads = ptq_thread_count(ptq_threads_for(threads, 8.0 * (double)s.rows * (double)a->k));
+    s.block = rows_of_a_task(s.rows, a->k, threads);
+    s.stream = args->out != (const void *)args->scores && s.rows * a->k > STREAM / 4;
     s.scratch = ptq_alloc(2 * threads * s.padded, sizeof(float));
     if (!s.scratch) return PTQ_NOMEM;
     ptq_status status =
@@ -167,8 +176,7 @@ ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *inf
 
 int ptq_length_class(int64_t length) {
     if (length < 16) return length < 0 ? 0 : (int)length;
-    int octave = 4;
-    while (octave < 31 && length >> (octave + 1)) octave++;
+    const int octave = (int)ptq_min64(31, 63 - __builtin_clzll((unsigned long long)length));
     const int64_t eighth = ptq_min64(7, (length >> (octave - 3)) - 8);
     return (int)(16 + 8 * (octave - 4) + eighth);
 }
@@ -190,7 +198,7 @@ static void statistics_row(statistics *s, int64_t row, float *masked, int64_t *s
     const place p = find(a, row);
     if (a->queries && !a->queries[p.batch * a->q + p.query]) return;
     const float *x = s->P + row * a->k;
-    if (a->causal && row + 1 < s->rows) ask_for(x + a->k, ptq_min64(a->k, p.prefix + 1));
+    const float *next = row + 1 < s->rows ? x + a->k : x;
     int64_t allowed = p.prefix;
     if (p.allowed) {
         allowed = s->k->softmax_mask(p.prefix, x, p.allowed, 0.0f, masked);
@@ -201,7 +209,7 @@ static void statistics_row(statistics *s, int64_t row, float *masked, int64_t *s
         return;
     }
     ptq_row_statistics r;
-    s->k->softmax_statistics(p.prefix, x, s->grid, &r);
+    s->k->softmax_statistics(p.prefix, x, next, s->grid, &r);
     if (r.low < 0 || !(fabs(r.sum - 1.0) <= s->tolerance)) {
         refuse(&s->bad, row);
         return;
@@ -231,8 +239,8 @@ ptq_status ptq_softmax_statistics(const ptq_attention *attention, const float *P
         return PTQ_INVALID;
     const int64_t rows = attention_rows(attention), k = attention->k;
     statistics s = {ptq_kernels_get(), attention, P, grid, tolerance, rows, 0, NULL, NULL, -1, 0};
-    s.block = ptq_max64(1, TASK / k);
     threads = ptq_thread_count(ptq_threads_for(threads, 2.0 * (double)rows * (double)k));
+    s.block = rows_of_a_task(rows, k, threads);
     const int64_t size = attention->heads * PTQ_LENGTH_CLASSES * 4;
     s.scratch = ptq_alloc(attention->allowed ? threads * k : 0, sizeof(float));
     s.sums = ptq_alloc(threads * size, sizeof(int64_t));
@@ -267,7 +275,7 @@ static void exp_task(void *ctx, int64_t task, int thread) {
     const int64_t end = ptq_min64((task + 1) * TASK, s->n);
     for (int64_t i = task * TASK; i < end; i += 1024) {
         const int64_t count = ptq_min64(1024, end - i);
-        s->k->softmax_exp(count, s->x + i, 0.0f, e);
+        s->k->softmax_exp(count, s->x + i, 0.0f, s->x + i, e);
         memcpy(s->out + i, e, (size_t)count * sizeof(float));
     }
 }

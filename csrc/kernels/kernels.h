@@ -36,6 +36,13 @@ typedef struct {
 /* Floats of a row of exponentials that are written at a time. */
 #define PTQ_ROW_LANES 32
 
+/* Orders stores past the caches before what other threads are told next. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PTQ_STREAMED() __builtin_ia32_sfence()
+#else
+#define PTQ_STREAMED() ((void)0)
+#endif
+
 /* What one row of probabilities adds to the statistics of softmax quantization. */
 typedef struct {
     double sum;    /* of the probabilities: float sums of 16 terms, then double */
@@ -106,20 +113,23 @@ typedef struct {
     /* Smallest and largest value; NaN may be overlooked. */
     void (*softmax_range)(int64_t n, const float *x, float *low, float *high);
     /* e = exp(x - shift), for shift no less than any x, and its sum; e is filled up with zeros to a
-     * multiple of PTQ_ROW_LANES. Float sums of 17 terms at most, then double. */
-    double (*softmax_exp)(int64_t n, const float *x, float shift, float *e);
+     * multiple of PTQ_ROW_LANES. Float sums of 17 terms at most, then double. The first n values
+     * of next, any address, are fetched meanwhile. */
+    double (*softmax_exp)(int64_t n, const float *x, float shift, const float *next, float *e);
     /* steps = round(min(e * factor, top)): their sum; scale * steps + shift, but 0 where x (NULL:
      * nowhere) is -Inf; steps + zero as uint8, or uint16 where wide. */
     int64_t (*softmax_code_sum)(int64_t n, const float *e, float factor, float top);
-    void (*softmax_values)(int64_t n, const float *e, float factor, float top, const float *x,
-                       float scale, float shift, float *out);
+    /* [n, width) of out become 0. stream: past the caches; PTQ_STREAMED() must follow. */
+    void (*softmax_values)(int64_t n, int64_t width, const float *e, float factor, float top,
+                           const float *x, float scale, float shift, int stream, float *out);
     void (*softmax_codes)(int64_t n, const float *e, float factor, float top, int zero, int wide,
                       void *out);
     /* out = allowed ? x : absent; returns how many are allowed. */
     int64_t (*softmax_mask)(int64_t n, const float *x, const uint8_t *allowed, float absent,
                         float *out);
-    void (*softmax_statistics)(int64_t n, const float *p, const ptq_softmax_grid *grid,
-                           ptq_row_statistics *out);
+    /* next: the row after this one, any address, fetched ahead. */
+    void (*softmax_statistics)(int64_t n, const float *p, const float *next,
+                               const ptq_softmax_grid *grid, ptq_row_statistics *out);
     /* For float32 and float64: out (2) += sums of x^2 and (y - x)^2; the same per column. */
     void (*energy[2])(int64_t n, const void *x, const void *y, double *out);
     void (*energy_row[2])(int64_t n, const void *x, const void *y, double *signal, double *noise);

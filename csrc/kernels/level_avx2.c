@@ -20,6 +20,7 @@
 typedef __m256 vf;
 #define vf_load(p) _mm256_loadu_ps(p)
 #define vf_store(p, v) _mm256_storeu_ps(p, v)
+#define vf_stream(p, v) _mm256_stream_ps(p, v)
 #define vf_set1(x) _mm256_set1_ps(x)
 #define vf_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define vf_add(a, b) _mm256_add_ps(a, b)

@@ -23,6 +23,7 @@
 typedef __m512 vf;
 #define vf_load(p) _mm512_loadu_ps(p)
 #define vf_store(p, v) _mm512_storeu_ps(p, v)
+#define vf_stream(p, v) _mm512_stream_ps(p, v)
 #define vf_set1(x) _mm512_set1_ps(x)
 #define vf_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define vf_add(a, b) _mm512_add_ps(a, b)

@@ -12,6 +12,12 @@
 typedef float vf __attribute__((vector_size(16), aligned(4), may_alias));
 #define vf_load(p) (*(const vf *)(p))
 #define vf_store(p, v) (*(vf *)(p) = (v))
+#ifdef PTQ_X86
+#include <xmmintrin.h>
+#define vf_stream(p, v) _mm_stream_ps(p, (__m128)(v))
+#else
+#define vf_stream(p, v) vf_store(p, v)
+#endif
 #define vf_set1(x) ((vf){(x), (x), (x), (x)})
 #define vf_fma(a, b, c) ((a) * (b) + (c))
 #define vf_add(a, b) ((a) + (b))
