@@ -1,0 +1,281 @@
+"""What an 8-bit softmax costs a language model, and what corrections of its bias give back.
+
+The language-model half of Table 3 of Pandey et al. 2023, "Softmax Bias Correction for Quantized
+Generative Models": float, 8-bit weights (round to nearest, one scale per output), 8-bit softmax,
+both, and the softmax with corrections: one bias per attention module, one per head (both the
+paper's), and the row sum. On held-out text, in windows drawn from all over it.
+
+    python benchmarks/softmax_lm.py                          # the embedded model, 512 and 1,024
+    python benchmarks/softmax_lm.py --data DIR               # and the trained models in that folder
+    python benchmarks/softmax_lm.py --bits 8 6 4 --only 512 --guard --seeds 3
+
+Perplexity is per token, in float32. "gain" is what a correction lowers the loss of a token by,
+against the same model without it: mean over the windows and its standard error, in thousandths of
+a nat. dB are of the logits, against those of the float model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import header, show, torch_threads
+from real_models import stories
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import ptqkit
+from ptqkit import demo
+from ptqkit.hf import SoftmaxStudy, attention_hooks, prepare_calibration
+from ptqkit.hf.attention_kinds import AttentionQuantizer
+from ptqkit.hf.calibration import CalibrationSet
+
+CORRECTIONS = {
+    "": (None, "tensor"),
+    " + BC per tensor": ("bias", "tensor"),
+    " + BC per head": ("bias", "head"),
+    " + row sum": ("row_sum", "tensor"),
+}
+CASES = {
+    "babyllama105 256": ("babyllama105", 256),
+    "stories260k 512": ("stories260k", 512),
+    "embedded 512": (demo.MODEL_DIR, 512),
+    "embedded 1024": (demo.MODEL_DIR, 1024),
+}
+
+
+def texts(args: argparse.Namespace, folder: Path | str) -> tuple[list[str], list[str]]:
+    """Calibration and held-out text of a model."""
+    if folder == demo.MODEL_DIR:
+        return [demo.text("calibration")], [demo.text("test")]
+    found = stories(args.data / "tinystories" / "train_800.jsonl.gz")
+    # No newlines: one of the tokenizers has none.
+    calibration, held_out = (" ".join(" ".join(p).split()) for p in (found[:400], found[400:]))
+    return [calibration], [held_out]
+
+
+class Case:
+    """A model with its windows of text, and the float logits of these."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path | str, context: int) -> None:
+        path = folder if folder == demo.MODEL_DIR else args.data / folder
+        self.args, self.context = args, context
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.calibration_text, held_out = texts(args, folder)
+        self.held_out = self.draw(held_out, args.tokens, 0)
+        self.calibration = self.draw(self.calibration_text, args.calibration, 0)
+        self.reference = [
+            [logits for _, logits in run(self.model, data)]
+            for data in (self.calibration, self.held_out)
+        ]
+
+    def draw(self, words: list[str], tokens: int, seed: int) -> CalibrationSet:
+        """Windows from all over a text, each after the start token."""
+        return prepare_calibration(
+            words,
+            self.tokenizer,
+            samples=tokens // self.context,
+            sequence_length=self.context,
+            batch_size=1,
+            seed=seed,
+        )
+
+    def measure(self, model: Any, quantizers: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Loss of every held-out window, dB of the logits on both texts."""
+        losses: list[float] = []
+        ratios = []
+        with hooked(model, quantizers):
+            for data, reference in zip(
+                (self.calibration, self.held_out), self.reference, strict=True
+            ):
+                meter = ptqkit.SQNR("sample")
+                losses.clear()
+                for (ids, logits), true in zip(run(model, data), reference, strict=True):
+                    meter.update(true.numpy(), logits.numpy())
+                    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+                    losses.append(float(loss))
+                ratios.append(float(meter.decibel))
+        return {"losses": losses, "calibration_db": ratios[0], "held_out_db": ratios[1]}
+
+
+def run(model: Any, data: CalibrationSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and logits of every window."""
+    for batch in data.batches:
+        with torch.no_grad():
+            yield batch["input_ids"], model(**batch, use_cache=False).logits
+
+
+def hooked(model: Any, quantizers: dict[str, Any] | None) -> Any:
+    """Quantize the softmax meanwhile, where there are quantizers."""
+    if quantizers is None:
+        return contextlib.nullcontext()
+    hooks = {name: AttentionQuantizer({"softmax": q}) for name, q in quantizers.items()}
+    return attention_hooks(model, hooks)
+
+
+def table_row(name: str, found: dict[str, Any], plain: Any, base: Any, full: Any) -> dict[str, Any]:
+    """One line: ``base`` has the same weights and a float softmax, ``plain`` no correction."""
+    losses = np.array(found["losses"])
+    perplexity = math.exp(losses.mean())
+    row = {"model": name, "perplexity": perplexity}
+    row["excess"] = perplexity - math.exp(np.mean(full["losses"]))
+    row["calibration_db"], row["held_out_db"] = found["calibration_db"], found["held_out_db"]
+    if plain is not None:
+        gain = np.array(plain["losses"]) - losses
+        row["gain"] = 1e3 * float(gain.mean())
+        row["gain_error"] = 1e3 * float(gain.std(ddof=1)) / math.sqrt(len(gain))
+        lost, kept = (math.exp(np.mean(x["losses"])) for x in (plain, base))
+        row["given_back"] = (lost - perplexity) / (lost - kept)
+    return row
+
+
+def softmax_rows(
+    case: Case, model: Any, label: str, base: Any, full: Any, bits: int
+) -> Iterator[dict[str, Any]]:
+    """Lines of one bit width on one state of the weights."""
+    study = SoftmaxStudy(model, case.calibration, bits=bits)
+    zero, mass = (
+        np.mean([float(getattr(s.bias, n)) for s in study.statistics.values()])
+        for n in ("share_zero", "row_sum")
+    )
+    plain = None
+    for ending, choice in CORRECTIONS.items():
+        found = case.measure(model, study.quantizers(*choice))
+        row = table_row(f"{label}SM{bits}{ending}", found, plain, base, full)
+        row |= {"bits": bits, "share_zero": float(zero), "row_sum": float(mass)}
+        if plain is not None and choice[0] == "bias":
+            row["seeds"] = [row["perplexity"], *other_seeds(case, model, bits, choice)]
+        if plain is not None and case.args.guard and not label:
+            row["guard"] = guarded(case, study, choice)
+        plain = plain or found
+        yield row
+
+
+def other_seeds(case: Case, model: Any, bits: int, choice: tuple[Any, str]) -> Iterator[float]:
+    """Perplexities with the correction from other calibration windows."""
+    for seed in range(1, case.args.seeds):
+        drawn = case.draw(case.calibration_text, case.args.calibration, seed)
+        study = SoftmaxStudy(model, drawn, bits=bits)
+        yield math.exp(np.mean(case.measure(model, study.quantizers(*choice))["losses"]))
+
+
+def guarded(case: Case, study: SoftmaxStudy, choice: tuple[Any, str]) -> dict[str, Any]:
+    """What the guard of ``quantize_softmax`` leaves out, and what is measured then."""
+    quantizers = study.quantizers(*choice)
+    report = study.compare(quantizers)
+    left = [row.name for row in report.layers if row.notes]
+    values: dict[str, Any] = {"left_out": left, "layers": len(report.layers), "note": report.notes}
+    if left:
+        found = case.measure(case.model, quantizers)
+        values |= {"perplexity": math.exp(np.mean(found["losses"]))}
+        values |= {name: found[name] for name in ("calibration_db", "held_out_db")}
+    return values
+
+
+def study(args: argparse.Namespace, folder: Path | str, context: int) -> dict[str, Any]:
+    """All lines of one model at one context."""
+    started = time.perf_counter()
+    case = Case(args, folder, context)
+    full = case.measure(case.model)
+    rounded = copy.deepcopy(case.model)
+    ptqkit.quantize(rounded, "rtn", bits=8, group_size=None, progress=False, diagnostics=False)
+    rows = []
+    for name, label, model in (("FP32", "", case.model), ("W8A16", "W8A16-", rounded)):
+        base = case.measure(model)
+        rows.append(table_row(name, base, None, base, full))
+        for bits in args.bits:
+            for row in softmax_rows(case, model, label, base, full, bits):
+                rows.append(row)
+                done = time.perf_counter() - started
+                print(f"[{done:6.0f} s] {row['model']}", file=sys.stderr, flush=True)
+    windows = case.held_out.samples
+    return {
+        "context": context,
+        "held_out": {"windows": windows, "tokens": windows * (context - 1)},
+        "calibration": {"windows": case.calibration.samples, "tokens": case.calibration.tokens},
+        "start_token": case.calibration.start_token,
+        "rows": rows,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def print_case(name: str, found: dict[str, Any]) -> None:
+    """Print a table."""
+    cells = []
+    for row in found["rows"]:
+        corrected, quantized = "gain" in row, "bits" in row
+        guard = row.get("guard")
+        cells.append(
+            [
+                row["model"],
+                f"{row['perplexity']:.4f}",
+                f"{row['excess']:+.4f}",
+                f"{100 * row['given_back']:.0f}%" if corrected else "",
+                f"{row['gain']:+.2f} ± {row['gain_error']:.2f}" if corrected else "",
+                f"{100 * row['share_zero']:.1f}%" if quantized else "",
+                f"{row['row_sum']:.4f}" if quantized else "",
+                f"{row['calibration_db']:.2f}",
+                f"{row['held_out_db']:.2f}",
+                f"{len(guard['left_out'])} of {guard['layers']}" if guard else "",
+            ]
+        )
+    columns = ["", "perplexity", "excess", "given back", "gain", "to zero", "row sum"]
+    columns += ["calibration dB", "held-out dB", "left out"]
+    tokens = (found["held_out"]["tokens"], found["calibration"]["tokens"])
+    show(f"{name}: {tokens[0]:,} held-out tokens, {tokens[1]:,} to calibrate on", columns, cells)
+
+
+def write(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write what there is so far, where a file was asked for; keep other models' results in it."""
+    if args.out is None:
+        return
+    known = json.loads(args.out.read_text())["models"] if args.out.exists() else {}
+    content = {"benchmark": "softmax_lm", "machine": header(), "models": {**known, **results}}
+    text = json.dumps(content, indent=1).replace("Infinity", '"inf"')
+    args.out.write_text(text + "\n", encoding="utf-8")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="folder of stories260k, babyllama105, tinystories")
+    add("--bits", type=int, nargs="+", default=[8], help="of the softmax (8)")
+    add("--tokens", type=int, default=16384, help="of held-out windows together (16,384)")
+    add("--calibration", type=int, default=6144, help="of calibration windows together (6,144)")
+    add("--seeds", type=int, default=1, help="calibration sets for the biases (1)")
+    add("--guard", action="store_true", help="also what quantize_softmax would leave out")
+    add("--only", default="", metavar="TEXT", help=f"of {', '.join(CASES)}: those with this text")
+    add("--out", type=Path, metavar="FILE", help="write JSON there")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script."""
+    args = parse(argv)
+    torch_threads()
+    logging.disable_progress_bar()
+    results = {}
+    for name, (folder, context) in CASES.items():
+        if args.only not in name or (folder != demo.MODEL_DIR and args.data is None):
+            continue
+        results[name] = study(args, folder, context)
+        print_case(name, results[name])
+        write(args, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
