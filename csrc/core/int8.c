@@ -66,6 +66,7 @@ static void product_task(void *ctx, int64_t task, int thread) {
     memset(s->xsum, 0, sizeof s->xsum);
     memset(s->wsum, 0, sizeof s->wsum);
     for (int64_t k0 = 0; k0 < a->n; k0 += DEPTH) {
+        if (ptq_should_stop()) return;
         const int64_t depth = ptq_min64(DEPTH, a->n - k0);
         widen_rows(p->k, a->x + t * a->n, a->n, height, tall, k0, depth, s->x, s->xsum);
         widen_rows(p->k, a->w + o * a->n, a->n, width, broad, k0, depth, s->w, s->wsum);
