@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -470,6 +471,39 @@ def test_the_output_of_the_model_never_gets_worse():
                 assert all(q.correction is None for q in quantizers.values())
             outcomes.add(bool(report.notes))
     assert outcomes == {True, False}, "the cases should hold both"
+
+
+def test_one_exact_sequence_does_not_decide():
+    """A row of one key has no error, which makes the mean of ratios infinite."""
+    long, short = {"input_ids": tokens(6)}, {"input_ids": tokens(1, 1)}
+    _, found = study(bits=4, batches=[long, short])
+    quantizers = found.quantizers("row_sum")
+    report = found.compare(quantizers)
+    assert all(math.isinf(row.sqnr_db) for row in report.layers)
+    assert all(q.correction == "row_sum" for q in quantizers.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("lowest", [None, "min", -math.inf, -1e9, -1e4])
+def test_masks_of_the_callers_own_are_masks(name, lowest):
+    """Four-dimensional masks, boolean (None) or added to the scores."""
+    model, found = study(name, bits=4)
+    ids = tokens(2, 24)
+    mask = torch.ones(2, 1, 24, 24, dtype=torch.bool).tril()
+    if lowest is not None:
+        value = torch.finfo(torch.float32).min if lowest == "min" else lowest
+        mask = torch.zeros(mask.shape).masked_fill(~mask, value)
+    with attention_hooks(
+        model,
+        {n: AttentionQuantizer({"softmax": q}) for n, q in found.quantizers("row_sum").items()},
+    ):
+        expected = logits(model, {"input_ids": ids})
+        if name == "opt":  # its positions come from a mask of two dimensions
+            positions = torch.arange(24).expand(2, 24)
+            own = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        else:
+            own = {"input_ids": ids, "attention_mask": mask}
+        torch.testing.assert_close(logits(model, own), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_calibrated_range():

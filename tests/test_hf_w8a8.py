@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ def test_ranges_by_torch_equal_the_core():
     ("name", "parts", "out_format", "message"),
     [
         ("llama", [RTN(**PER_TENSOR), Activations()], "gptq", "no place for quantized activations"),
-        ("llama", [RTN(bits=4, group_size=8), Activations()], "compressed-tensors", "symmetric"),
+        ("llama", [RTN(bits=4, group_size=8), BiasCorrection()], "compressed-tensors", "symmetric"),
         (
             "mistral",
             [RTN(**PER_TENSOR), BiasCorrection()],
@@ -256,3 +257,75 @@ def test_aweq_saves_and_loads_with_the_same_logits(tmp_path, name):
         expected, found = (m(input_ids=M.tokens()).logits for m in (model, loaded))
     assert torch.equal(found, expected)
     assert loaded.config.ptqkit_equalized["method"] == "awe"
+
+
+@pytest.mark.parametrize("options", [{"memory_budget": "1KB"}, {"schedule": "one-pass"}])
+def test_a_schedule_that_cannot_be_had_is_refused_before_anything_folds(monkeypatch, options):
+    model = M.build()
+    if "schedule" in options:
+        monkeypatch.setattr("ptqkit.hf.schedule_choice._has_greenlet", lambda: False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(Exception, match="memory_budget|is not possible"):
+        run(model, "aweq", **options)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not hasattr(model.config, "ptqkit_equalized")
+
+
+def test_interruption_after_the_folds_says_so(monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ptqkit.hf.runner.solve_group", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"but the model is equalized \(8 folds\)"):
+        run(M.build(), "aweq")
+
+
+def test_activations_in_overrides_reach_the_files(tmp_path):
+    other = {"*.down_proj": {"activations": Activations(8, outlier_threshold=6.0)}}
+    result = run(M.build(), "vector-wise", overrides=other)
+    result.save(tmp_path / "q")
+    assert Recipe.from_dict(json.loads((tmp_path / "q" / "ptqkit_recipe.json").read_text()))
+
+
+def test_warnings_of_the_equalization_are_in_the_report():
+    overrides = {"*.q_proj": {"activations": None}}
+    parts = [ptqkit.AWE(), RTN(**PER_TENSOR, overrides=overrides), STATIC]
+    warnings = run(M.build(), parts).report.warnings
+    assert any(w.startswith("equalization: the search measured") for w in warnings)
+    assert not run(M.build(), [ptqkit.AWE(), RTN(**PER_TENSOR), STATIC]).report.warnings
+
+
+def test_the_bar_closes_when_the_equalization_fails(monkeypatch):
+    class Bar:
+        closed = 0
+
+        def __call__(self, event):
+            raise RuntimeError("the caller's")
+
+        def close(self):
+            self.closed += 1
+
+    bar = Bar()
+    with pytest.raises(RuntimeError, match="the caller's"):
+        ptqkit.equalize(M.build(), M.tokens(), progress=bar)
+    assert bar.closed
+
+
+def test_a_model_that_gives_nan_is_not_equalized():
+    model = M.build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0] = torch.nan
+    with pytest.raises(CalibrationError, match="hold NaN or Inf"):
+        ptqkit.equalize(model, M.tokens())
+
+
+def test_compressed_tensors_with_activations_before_and_after_the_run(tmp_path):
+    with pytest.raises(PreflightError, match="cannot leave outlier columns in float"):
+        run(M.build(), "llm.int8", format="compressed-tensors")
+    model = M.build()
+    parts = [RTN(bits=4, group_size=16), Activations()]
+    run(model, parts, format="compressed-tensors", out_dir=tmp_path / "q")
+    loaded = ptqkit.load(tmp_path / "q")
+    with torch.no_grad():
+        expected, found = (m(input_ids=M.tokens()).logits for m in (model, loaded))
+    assert torch.equal(found, expected)

@@ -108,9 +108,11 @@ def _check(args: argparse.Namespace, recipe: dict[str, Any]) -> None:
 def _needs_text(args: argparse.Namespace, recipe: dict[str, Any]) -> str:
     """What in the recipe needs calibration text; empty where nothing does."""
     activations = recipe.get("activations") or {}
+    static, preset = args.recipe in ("aweq", "smoothquant"), f"--recipe {args.recipe}"
     found = {
         "--method gptq": args.method == "gptq",
-        f"--recipe {args.recipe}": args.recipe in ("aweq", "smoothquant"),
+        preset: (static and not {"equalization", "activations"} <= recipe.keys())
+        or (args.recipe == "aweq" and "bias_correction" not in recipe),
         "--grid hessian": args.grid == "hessian",
         "--equalize": bool(recipe.get("equalization")),
         "static --activations": activations.get("granularity") == "tensor",
@@ -160,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
         from ptqkit.hf import Recipe
 
         checked = Recipe.from_dict(recipe)
-        needs_text = bool(_needs_text(args, recipe))
+        needs_text = bool(_needs_text(args, recipe) or recipe["overrides"])
         result, info, facts = _work(args, checked, needs_text)
     seconds = time.perf_counter() - started
     load = _load_lines(result.model, info, facts)

@@ -103,8 +103,9 @@ class AttentionCall:
         if self.mask is None:
             return None
         mask = self.mask[..., : self.key.shape[-2]]
-        # Half the most negative number: an additive bias of position is never near it.
-        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        # Masks are written with -Inf, the dtype's lowest, -1e9 or -1e4; exp makes 0 of all of them.
+        # An additive bias of position is never near.
+        return mask if mask.dtype == torch.bool else mask > -9_000.0
 
     def run(self, hook: AttentionHook | None = None) -> Any:
         """Run the model's own eager function with a hook; returns what the function returns."""
@@ -241,6 +242,11 @@ def _attention(
     slot = module.__dict__.get(_SLOT)
     if slot is None:
         return eager(module, query, key, value, attention_mask, *args, **kwargs)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        # sdpa takes a mask of what is allowed; the eager functions would add it as a number.
+        forbidden, lowest = ~attention_mask, torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(forbidden, dtype=query.dtype)
+        attention_mask = attention_mask.masked_fill(forbidden, lowest)
     call = AttentionCall(
         slot.name, module, eager, query, key, value, attention_mask, args, kwargs
     )  # fmt: skip

@@ -164,8 +164,9 @@ def quantize(
         start_token=start_token,
     )
     run.check(blocks, format, out_dir, overwrite, share_inputs)
+    run.choose_schedule(schedule, budget)
     run.equalize(blocks)
-    run.execute(schedule, budget)
+    run.execute(schedule)
     result = QuantizationResult(
         model, run.matrices, run.report, recipe, run.activations, run.equalization, tokenizer
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 import ptqkit
 from ptqkit.equalization import SCALE_LIMITS
-from ptqkit.errors import PtqkitError
+from ptqkit.errors import CalibrationError, PtqkitError
 from ptqkit.hf.calibration import CalibrationSet
 from ptqkit.hf.capture import calibration_mode
 from ptqkit.hf.equalization_report import EqualizationReport, EqualizedGroup
@@ -98,10 +98,16 @@ class EqualizationRun:
         model, searching = self.model, self.equalization.alpha == "search"
         longest = max(self.calibration.batches, key=lambda b: b["input_ids"].shape[1])
         batch = short_batch(longest)
-        plan = _wanted(find_folds(model, batch, self.blocks), self.equalization, self.recipe)
-        self.report.left_alone = plan.left_alone
+        plan = find_folds(model, batch, self.blocks)
         with calibration_mode(model):
             before = model_outputs(model, batch)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in before):
+            raise CalibrationError(
+                "the float model's outputs on the first calibration tokens hold NaN or Inf: what "
+                "folds cannot be told from them"
+            )
+        plan = _wanted(plan, self.equalization, self.recipe)
+        self.report.left_alone = plan.left_alone
         self._lap("folds")
         readers = {f.consumers[0]: model.get_submodule(f.consumers[0]) for f in plan.folds}
         tokens = self.equalization.tokens if searching else 0
@@ -166,6 +172,7 @@ class EqualizationRun:
         shared = fold.channel_of if fold.channels < len(fold.channel_of) else None
         row = EqualizedGroup(fold.kind, fold.producer, list(fold.consumers), math.nan)
         if self.equalization.alpha == "search":
+            self._note_options(quantized)
             spread = self._search(fold, row, weights, next(iter(quantized.values())), shared)
         else:
             row.alpha = float(self.equalization.alpha)
@@ -177,6 +184,22 @@ class EqualizationRun:
         if fold.kind != "norm":
             self.rows[fold.producer] = (fold.rows, 1.0 / scales)
         return _Choice(fold, scales, row)
+
+    def _note_options(self, quantized: Mapping[str, Recipe | None]) -> None:
+        """Warn where layers will be quantized in another way than the search measures."""
+        first, *others = quantized
+        different = [n for n in others if _measured(quantized[n]) != _measured(quantized[first])]
+        if different:
+            self.report.warnings.append(
+                f"the search measured {', '.join(different)} with the options of {first}, which "
+                "reads the same input; theirs differ"
+            )
+        options = quantized[first]
+        activations = None if options is None else options.activations
+        if activations is not None and activations.outlier_threshold is not None:
+            text = "the search measured without leaving columns of outliers in float"
+            if text not in self.report.warnings:
+                self.report.warnings.append(text)
 
     def _search(
         self,
@@ -222,6 +245,14 @@ class EqualizationRun:
                 apply_fold(self.model, choice.fold, choice.scales)
                 self.folded.append(choice.fold.producer)
                 owner_of_mark(self.model).ptqkit_equalized = {**mark, "folds": len(self.folded)}
+
+
+def _measured(options: Recipe | None) -> tuple[Any, ...]:
+    """What of a recipe the search measures."""
+    if options is None:
+        return ()
+    o = options
+    return (o.bits, o.group_size, o.symmetric, o.per_tensor, o.activations)
 
 
 def owner_of_mark(model: nn.Module) -> Any:

@@ -161,6 +161,9 @@ def equalize_calibrated(
         if hasattr(error, "add_note") and not isinstance(error, EqualizationError):
             error.add_note(_partial_text("stopped by an error", run.folded, run.total))
         raise
+    finally:
+        if hasattr(progress, "close"):
+            progress.close()
     return run.report
 
 

@@ -134,9 +134,11 @@ def _format_conflicts(target: Target, out_format: str) -> list[str]:
         found.append("has no ternary codes; use 'ptqkit'")
     permuted = o.order == "act" and not o.static_groups and o.group_size is not None
     if out_format == "compressed-tensors":
-        whole_bytes = o.activations is not None and o.bits == 8  # int-quantized, not packed
-        if not o.symmetric and o.bits != "ternary" and not whole_bytes:
+        # With quantized activations the library reads asymmetric weights as they are meant.
+        if not o.symmetric and o.bits != "ternary" and o.activations is None:
             found.append("loads exactly only with symmetric=True")
+        if o.activations is not None and o.activations.outlier_threshold is not None:
+            found.append("cannot leave outlier columns in float; use 'ptqkit'")
         if permuted and o.method == "gptq":
             found.append("has no g_idx; use static_groups=True with order='act'")
         return found

@@ -271,7 +271,7 @@ class Recipe:
         """Return the recipe as plain values that ``json.dumps`` accepts."""
         values = asdict(self)
         values["overrides"] = {
-            k: v if isinstance(v, str) else dict(v) for k, v in self.overrides.items()
+            k: v if isinstance(v, str) else _plain(v) for k, v in self.overrides.items()
         }
         values["include"] = list(self.include)
         return values
@@ -291,3 +291,8 @@ class Recipe:
         names = list(names)
         patterns = [*self.overrides, *self.include]
         return [p for p in patterns if not any(match_pattern(p, n) for n in names)]
+
+
+def _plain(change: Mapping[str, Any]) -> dict[str, Any]:
+    """An override as values that ``json.dumps`` accepts."""
+    return {k: v.to_dict() if isinstance(v, Activations) else v for k, v in change.items()}

@@ -46,12 +46,18 @@ class QuantizationInterrupted(KeyboardInterrupt):
         Layers whose weights had been replaced in the model.
     """
 
-    def __init__(self, quantized: list[str], total: int) -> None:
+    def __init__(self, quantized: list[str], total: int, folds: int = 0) -> None:
         self.quantized = quantized
-        super().__init__(_partial_text("interrupted", quantized, total))
+        super().__init__(_partial_text("interrupted", quantized, total, folds))
 
 
-def _partial_text(what: str, quantized: list[str], total: int) -> str:
+def _partial_text(what: str, quantized: list[str], total: int, folds: int = 0) -> str:
+    """What an unfinished run has left in the model."""
+    if not quantized and folds:
+        return (
+            f"{what}: no layer had been quantized, but the model is equalized ({folds} folds), "
+            "which its float outputs do not show; load it again before another run"
+        )
     if not quantized:
         return f"{what}: no layer had been quantized, the model is unchanged"
     return (
@@ -83,6 +89,7 @@ class Runner:
         self.structure = Structure({})
         self.probe = Probe()
         self.late: set[str] = set()
+        self.not_one_pass: str | None = None
         self.matrices: dict[str, QuantizedMatrix] = {}
         self.activations: dict[str, ActivationQuantizer] = {}
         self.equalization: EqualizationReport | None = None
@@ -138,6 +145,11 @@ class Runner:
         self.late = check_probe(self.problems, self.structure, self.probe)
         self.problems.raise_if_any()
 
+    def choose_schedule(self, schedule: str, budget: int | None) -> None:
+        """Choose the schedule, or raise, before anything in the model changes."""
+        if self.calibration is not None:
+            self.not_one_pass = why_not_one_pass(self, schedule, budget)
+
     def equalize(self, blocks: tuple[str, ...] | None) -> None:
         """Equalize the float model, where the recipe says so."""
         if self.recipe.equalization is None:
@@ -156,9 +168,10 @@ class Runner:
             self.progress,
         )
         self.report.equalization = self.equalization.to_dict()
+        self.report.warnings += [f"equalization: {w}" for w in self.equalization.warnings]
         self.seconds["equalization"] = time.perf_counter() - start
 
-    def execute(self, schedule: str, budget: int | None) -> None:
+    def execute(self, schedule: str) -> None:
         """Run the schedule and complete the report."""
         setup = time.perf_counter() - self.start - self.seconds.get("equalization", 0.0)
         self.total_work = sum(map(self._work, self.structure.targets.values()))
@@ -166,15 +179,12 @@ class Runner:
             if self.calibration is None:
                 self._without_data()
             else:
-                self._with_data(schedule, budget)
+                self._with_data(schedule)
         except KeyboardInterrupt as error:
-            raise QuantizationInterrupted(
-                list(self.matrices), len(self.structure.targets)
-            ) from error
+            raise QuantizationInterrupted(*self._done_so_far()) from error
         except Exception as error:
             if hasattr(error, "add_note"):
-                total = len(self.structure.targets)
-                error.add_note(_partial_text("stopped by an error", list(self.matrices), total))
+                error.add_note(_partial_text("stopped by an error", *self._done_so_far()))
             raise
         finally:
             if hasattr(self.progress, "close"):
@@ -187,6 +197,10 @@ class Runner:
         device = next(self.model.parameters()).device
         self.report.memory["peak"] = peak_memory(device)
 
+    def _done_so_far(self) -> tuple[list[str], int, int]:
+        folds = 0 if self.equalization is None else len(self.equalization.groups)
+        return list(self.matrices), len(self.structure.targets), folds
+
     def _without_data(self) -> None:
         self.report.schedule = "no calibration"
         for name, target in self.structure.targets.items():
@@ -196,7 +210,7 @@ class Runner:
                 self._fail([target], named_error(error, name), "no calibration")
             self._notify([target])
 
-    def _with_data(self, schedule: str, budget: int | None) -> None:
+    def _with_data(self, schedule: str) -> None:
         assert self.calibration is not None
         data = self.calibration
         self.report.calibration = {
@@ -218,8 +232,7 @@ class Runner:
             self._notify,
             self.propagate,
         )
-        reason = why_not_one_pass(self, schedule, budget)
-        used = []
+        reason, used = self.not_one_pass, []
         with calibration_mode(self.model):
             if reason is None:
                 used.append("one-pass")

@@ -190,13 +190,12 @@ class SoftmaxStudy:
         report = SoftmaxReport(calibration=describe(self.calibration))
         for name, hook in hooks.items():
             row = softmax_row(self.statistics[name], quantizers[name], hook)
-            if guard and row.sqnr_corrected_db < row.sqnr_db:
+            if guard and hook.sqnr[1].below(hook.sqnr[0]):
                 self._leave_out(quantizers, row)
             report.layers.append(row)
-        report.output_db, report.output_corrected_db = compare_outputs(
-            self.model, self.calibration, [plain, quantizers]
-        )
-        if guard and report.output_corrected_db < report.output_db:
+        without, corrected = compare_outputs(self.model, self.calibration, [plain, quantizers])
+        report.output_db, report.output_corrected_db = without.decibel, corrected.decibel
+        if guard and corrected.below(without):
             report.notes = f"corrections left out: {report.output_corrected_db:.2f} dB with them"
             report.output_corrected_db = report.output_db
             for row in report.layers:

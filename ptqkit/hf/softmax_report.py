@@ -162,6 +162,37 @@ def _cells(row: SoftmaxLayerReport) -> tuple[str, ...]:
     )
 
 
+class OutputSQNR:
+    """SQNR of eq. 1, a mean of ratios over samples, beside the ratio of the sums.
+
+    One sample without any error makes the first infinite; decisions then take the second.
+    """
+
+    def __init__(self) -> None:
+        self._samples, self._total = SQNR("sample"), SQNR("tensor")
+
+    def update(self, reference: np.ndarray, quantized: np.ndarray) -> None:
+        """Add a batch."""
+        self._samples.update(reference, quantized)
+        self._total.update(reference, quantized)
+
+    @property
+    def decibel(self) -> float:
+        """As eq. 1 has it."""
+        return float(self._samples.decibel)
+
+    def below(self, other: OutputSQNR) -> bool:
+        """Whether this one is worse."""
+        if self._samples.infinite or other._samples.infinite:
+            return self.total < other.total
+        return self.decibel < other.decibel
+
+    @property
+    def total(self) -> float:
+        """Decibels of the sums over all samples."""
+        return float(self._total.decibel)
+
+
 class SoftmaxComparison(AttentionHook):
     """Runs one attention module float and with every one of several quantizers of its softmax.
 
@@ -173,7 +204,7 @@ class SoftmaxComparison(AttentionHook):
 
     Attributes
     ----------
-    sqnr : list of SQNR
+    sqnr : list of OutputSQNR
         Of the output (batch, q, heads, width) of real tokens, one per quantizer.
     rows : Tensor or None
         Which tokens of the batch at hand count, bool (batch, sequence).
@@ -181,7 +212,7 @@ class SoftmaxComparison(AttentionHook):
 
     def __init__(self, quantizers: Sequence[SoftmaxQuantizer]) -> None:
         self.hooks = [AttentionQuantizer({"softmax": q}) for q in quantizers]
-        self.sqnr = [SQNR("sample") for _ in quantizers]
+        self.sqnr = [OutputSQNR() for _ in quantizers]
         self.rows: torch.Tensor | None = None
 
     def __call__(self, call: AttentionCall) -> Any:
@@ -201,16 +232,16 @@ class SoftmaxComparison(AttentionHook):
 
 def compare_outputs(
     model: nn.Module, calibration: CalibrationSet, variants: Sequence[dict[str, SoftmaxQuantizer]]
-) -> list[float]:
-    """Signal to error of a model's output for several quantizations of its softmax, decibels."""
-    meters = [SQNR("sample") for _ in variants]
+) -> list[OutputSQNR]:
+    """Signal to error of a model's output for several quantizations of its softmax."""
+    meters = [OutputSQNR() for _ in variants]
     for batch, rows in zip(calibration.batches, calibration.masks(), strict=True):
         reference = _output(model, batch, rows)
         for quantizers, meter in zip(variants, meters, strict=True):
             hooks = {n: AttentionQuantizer({"softmax": q}) for n, q in quantizers.items()}
             with attention_hooks(model, hooks):
                 meter.update(reference, _output(model, batch, rows))
-    return [float(meter.decibel) for meter in meters]
+    return meters
 
 
 def _output(
@@ -238,8 +269,8 @@ def softmax_row(
         bias=float(np.mean(quantizer.bias)) if constant else math.nan,
         share_zero=float(statistics.bias.share_zero),
         row_sum=float(statistics.bias.row_sum),
-        sqnr_db=float(compared.sqnr[0].decibel),
-        sqnr_corrected_db=float(compared.sqnr[1].decibel),
+        sqnr_db=compared.sqnr[0].decibel,
+        sqnr_corrected_db=compared.sqnr[1].decibel,
         longest=statistics.longest,
     )
 

@@ -80,6 +80,6 @@ class RangeSearch:
         self._run(hooks)
         chosen = {}
         for name, hook in hooks.items():
-            decibels = [sqnr.decibel for sqnr in hook.sqnr]
+            decibels = [sqnr.total for sqnr in hook.sqnr]
             chosen[name] = self.candidates[name][decibels.index(max(decibels))]
         return chosen

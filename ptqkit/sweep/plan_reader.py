@@ -209,8 +209,15 @@ class PlanReader:
 def _without_channel(options: dict[str, Any]) -> dict[str, Any]:
     """TOML has no None: a group of all inputs is written ``"channel"``."""
     if options.get("group_size") == "channel":
-        return {**options, "group_size": None}
+        options = {**options, "group_size": None}
+    overrides = options.get("overrides")
+    if isinstance(overrides, dict):
+        options = {**options, "overrides": {k: _channels(v) for k, v in overrides.items()}}
     return options
+
+
+def _channels(change: Any) -> Any:
+    return _without_channel(change) if isinstance(change, dict) else change
 
 
 def _resolve(reader: Reader, value: Any) -> dict[str, Any]:
