@@ -18,6 +18,7 @@ import ptqkit  # noqa: E402
 from ptqkit import diffusion  # noqa: E402
 from ptqkit.hf.attention import AttentionHook  # noqa: E402
 from ptqkit.hf.attention_kinds import ATTENTION_KINDS  # noqa: E402
+from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer  # noqa: E402
 
 SELF = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 CROSS = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -244,3 +245,21 @@ def test_half_precision_and_upcasting_run(model):
         output = unet(noise, 3, context).sample
     assert output.dtype == torch.bfloat16 and torch.isfinite(output).all()
     assert hook.seen["softmax"].sum(-1).sub(1).abs().max() < 0.01
+
+
+def test_a_row_whose_keys_are_all_masked_masks_nothing(model):
+    """As in diffusers, where -10,000 on every score of a row cancels in the softmax."""
+    hook, mask = Recorder(), torch.tensor([[True, True, False, True], [False] * 4])
+    plain = forward(model, encoder_attention_mask=mask)
+    with diffusion.attention_hooks(model.unet, {CROSS: hook}):
+        forward(model, encoder_attention_mask=mask)
+    assert torch.equal(hook.allowed[0, 0, 0], mask[0]) and hook.allowed[1].all()
+    grid = ptqkit.softmax_grid(16)
+    quantizers = {
+        n: SoftmaxQuantizer(grid, "row_sum") for n in diffusion.find_attention(model.unet)
+    }
+    result = diffusion.UNetSoftmaxQuantization(model.unet, quantizers, diffusion.StepClock([1]))
+    result.install()
+    torch.testing.assert_close(
+        forward(model, encoder_attention_mask=mask), plain, rtol=0, atol=1e-3
+    )

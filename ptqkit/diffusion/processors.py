@@ -114,6 +114,8 @@ class _Scores:
         allowed = None
         if attention_mask is not None:
             allowed = (attention_mask > _MASKED).unflatten(0, (-1, heads))
+            # The same -10,000 on every key of a row cancels in the softmax: it masks nothing.
+            allowed |= ~allowed.any(-1, keepdim=True)
         with _SoftmaxTap(hook, heads, allowed) as tap:
             probabilities = self.plain(query, key, attention_mask)
         if tap.calls != 1:
