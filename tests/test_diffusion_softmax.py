@@ -380,3 +380,10 @@ def test_damaged_files_are_refused(model, study, tmp_path, change, message):
 
 def test_no_file_is_no_error(model, tmp_path):
     assert diffusion.load_softmax(model.unet, tmp_path) is None
+
+
+def test_saving_needs_a_folder(model, study, tmp_path):
+    missing = tmp_path / "nowhere"
+    with pytest.raises(NotADirectoryError, match="nowhere is no folder"):
+        diffusion.save_softmax(model.unet, study.quantizers(), study.clock, missing)
+    assert not missing.exists()

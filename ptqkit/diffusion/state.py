@@ -55,7 +55,15 @@ def save_softmax(
     -------
     Path
         Of the file.
+
+    Raises
+    ------
+    NotADirectoryError
+        If there is no such folder.
     """
+    path = Path(directory) / SOFTMAX_FILE
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"{path.parent} is no folder: save the UNet there, or make it")
     modules = find_attention(unet)
     check_heads(modules, dict(quantizers))
     content = {
@@ -64,7 +72,6 @@ def save_softmax(
         "steps": list(clock.steps),
         "layers": {name: _to_dict(q, modules[name].heads) for name, q in quantizers.items()},
     }
-    path = Path(directory) / SOFTMAX_FILE
     _write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
