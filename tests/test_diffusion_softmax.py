@@ -11,10 +11,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers", reason="needs diffusers")
 
-from diffusion_models import HEADS, STEPS, calibration, forward, tiny_model  # noqa: E402
+from diffusion_models import (  # noqa: E402
+    HEADS,
+    STEPS,
+    calibration,
+    forward,
+    tiny_model,
+    tiny_unet,
+)
 
 import ptqkit  # noqa: E402
 from ptqkit import diffusion  # noqa: E402
+from ptqkit.diffusion.comparison import SQNRPair  # noqa: E402
 from ptqkit.diffusion.fused import SoftmaxHook  # noqa: E402
 from ptqkit.hf.attention import AttentionHook  # noqa: E402
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer  # noqa: E402
@@ -226,6 +234,79 @@ def test_guard_takes_out_a_correction_that_hurts(model, latents, study):
     report = study.compare(quantizers)
     assert quantizers[SELF].correction is None and "left out" in report[SELF].notes
     assert report[SELF].sqnr_corrected_db == report[SELF].sqnr_db
+
+
+def test_sqnr_of_the_unet_by_hand(model, latents, study):
+    exact = diffusion.run_calibration(model.unet, latents).double()
+    quantizers = study.quantizers("row_sum")
+    report = study.compare(quantizers, guard=False)
+    found = (report.output_db, report.output_corrected_db)
+    assert found[0] != found[1]
+    for chosen, decibel in zip((study.quantizers(None), quantizers), found, strict=True):
+        noise = diffusion.run_calibration(model.unet, latents, study.hooks(chosen)).double() - exact
+        ratios = (exact**2).flatten(1).sum(1) / (noise**2).flatten(1).sum(1)
+        assert decibel == pytest.approx(10 * np.log10(ratios.mean().item()), abs=0.05)
+    assert "nan" not in report.table().splitlines()[-1]
+
+
+def test_guard_takes_out_corrections_that_hurt_the_output_together(model, study, monkeypatch):
+    """Where no layer alone is worse, but the UNet is."""
+    quantizers = study.quantizers("bias", "head")
+    quantizers[SELF] = SoftmaxQuantizer(quantizers[SELF].grid, "bias", 0.1)
+    whole = SQNRPair.hurts.fget
+    hurts = property(lambda pair: pair.name == "output of the UNet" and whole(pair))
+    monkeypatch.setattr(SQNRPair, "hurts", hurts)
+    report = study.compare(quantizers)
+    assert all(q.correction is None for q in quantizers.values())
+    assert all("left out" in row.notes and row.correction is None for row in report.layers)
+    assert report.output_corrected_db == report.output_db and "left out" in report.notes
+    unguarded = study.quantizers("bias", "head")
+    unguarded[SELF] = SoftmaxQuantizer(unguarded[SELF].grid, "bias", 0.1)
+    report = study.compare(unguarded, guard=False)
+    assert report.output_corrected_db < report.output_db and not report.notes
+    assert unguarded[SELF].correction == "bias"
+
+
+def test_one_exact_sample_decides_nothing():
+    """Eq. 1 is infinite then, whichever of the two the sample is exact in."""
+    x = torch.ones(2, 8)
+    for exact in (0, 1):
+        pair = SQNRPair("output")
+        noise = torch.tensor([[0.0], [0.5]]), torch.full((2, 1), 0.1)
+        for place in (0, 1):
+            pair.update(place, x, x + noise[place if exact == 0 else 1 - place])
+        assert np.isinf(pair.decibel[exact]) and pair.hurts == (exact == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"diagnostics": False}, {"range": "search", "diagnostics": False}]
+)
+def test_half_precision_with_upcast_attention(model, latents, dtype, options):
+    unet = tiny_unet(upcast_attention=True).to(dtype)
+    result = diffusion.quantize_softmax(unet, latents, **options)
+    assert result.remove() == 8
+    if not options:
+        assert all(np.isfinite(row.sqnr_corrected_db) for row in result.report.layers)
+
+
+@pytest.mark.parametrize("span", ["fixed", "calibrated", "search"])
+@pytest.mark.parametrize("part", ["to_q", "to_v"])
+def test_attention_that_is_not_finite_is_named(latents, span, part):
+    unet = tiny_unet()
+    getattr(unet.get_submodule(SELF), part).weight.data[0, 0] = float("nan")
+    with pytest.raises(ptqkit.CalibrationError, match=r"down_.*Check the weights") as caught:
+        diffusion.quantize_softmax(unet, latents, range=span)
+    assert SELF in str(caught.value) or part == "to_v"
+    assert not diffusion.installed_attention(unet) and not unet._forward_pre_hooks
+
+
+def test_an_output_that_is_not_finite_is_named(latents):
+    unet = tiny_unet()
+    unet.conv_out.bias.data[0] = float("inf")
+    with pytest.raises(ptqkit.CalibrationError, match="output of the UNet: .*NaN or Inf"):
+        diffusion.quantize_softmax(unet, latents)
+    assert not diffusion.installed_attention(unet)
 
 
 def test_calibrated_range_and_bits(model, latents):

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["check_choice", "check_finite", "check_inputs", "check_positive", "check_steps", "home"]
+from ptqkit.errors import CalibrationError
+
+__all__ = [
+    "check_choice",
+    "check_finite",
+    "check_inputs",
+    "check_positive",
+    "check_steps",
+    "home",
+    "naming",
+]
 
 
 def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
@@ -17,6 +28,18 @@ def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, not {value!r}")
     return value
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say of a ValueError in the block where it was, as CalibrationError."""
+    try:
+        yield
+    except ValueError as error:
+        raise CalibrationError(
+            f"{what}: {error}. Check the weights of the UNet; float16 overflows where bfloat16 and "
+            "float32 do not"
+        ) from error
 
 
 def check_positive(value: Any, name: str) -> int:

@@ -8,11 +8,47 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptqkit.diffusion.checks import naming
 from ptqkit.hf.attention import AttentionHook
 from ptqkit.hf.softmax_report import SoftmaxLayerReport
 from ptqkit.sqnr import SQNR
 
-__all__ = ["SoftmaxComparison", "layer_report"]
+__all__ = ["SQNRPair", "SoftmaxComparison", "layer_report"]
+
+
+class SQNRPair:
+    """Signal-to-noise ratios of an output without and with correction.
+
+    Attributes
+    ----------
+    name : str
+        Of the output, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._samples = (SQNR("sample"), SQNR("sample"))
+        self._totals = (SQNR("tensor"), SQNR("tensor"))
+
+    def update(self, place: int, reference: torch.Tensor, quantized: torch.Tensor) -> None:
+        """Add samples (n, ...) without (``place`` 0) or with correction (1)."""
+        x, y = (t.detach().float().cpu().numpy() for t in (reference, quantized))
+        with naming(self.name):
+            self._samples[place].update(x, y)
+            self._totals[place].update(x, y)
+
+    @property
+    def decibel(self) -> tuple[float, float]:
+        """SQNR of eq. 1, a mean over samples, without and with correction."""
+        plain, corrected = self._samples
+        return float(plain.decibel), float(corrected.decibel)
+
+    @property
+    def hurts(self) -> bool:
+        """Whether the correction adds to the squared error of all samples together."""
+        # Not eq. 1: one sample without error makes it infinite, whatever the others are.
+        plain, corrected = self._totals
+        return bool(corrected.decibel < plain.decibel)
 
 
 class SoftmaxComparison(AttentionHook):
@@ -22,13 +58,13 @@ class SoftmaxComparison(AttentionHook):
 
     Attributes
     ----------
-    plain, corrected : ptqkit.SQNR
+    sqnr : SQNRPair
         Of the output, probabilities times values: (batch, heads, q, width).
     """
 
-    def __init__(self, plain: Any, corrected: Any) -> None:
+    def __init__(self, name: str, plain: Any, corrected: Any) -> None:
         self.quantizers = (plain, corrected)
-        self.plain, self.corrected = SQNR("sample"), SQNR("sample")
+        self.sqnr = SQNRPair(f"attention output of {name}")
         self._value: torch.Tensor | None = None
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,14 +77,10 @@ class SoftmaxComparison(AttentionHook):
         value, self._value = self._value, None
         if value is None:
             raise RuntimeError("the probabilities came before the values")
-        reference = _numbers(p @ value)
-        for quantizer, sqnr in zip(self.quantizers, (self.plain, self.corrected), strict=True):
-            sqnr.update(reference, _numbers(quantizer(p, allowed) @ value))
+        value = value.to(p.dtype)  # the probabilities may be upcast
+        for place, quantizer in enumerate(self.quantizers):
+            self.sqnr.update(place, p @ value, quantizer(p, allowed) @ value)
         return p
-
-
-def _numbers(x: torch.Tensor) -> np.ndarray:
-    return x.float().cpu().numpy()
 
 
 def layer_report(
@@ -56,6 +88,7 @@ def layer_report(
 ) -> SoftmaxLayerReport:
     """Build the row of one attention module."""
     bias = quantizer.bias
+    plain, corrected = compared.sqnr.decibel
     return SoftmaxLayerReport(
         name=statistics.name,
         heads=statistics.heads,
@@ -66,7 +99,7 @@ def layer_report(
         bias=math.nan if bias is None else float(np.mean(bias)),
         share_zero=float(statistics.bias.share_zero),
         row_sum=float(statistics.bias.row_sum),
-        sqnr_db=float(compared.plain.decibel),
-        sqnr_corrected_db=float(compared.corrected.decibel),
+        sqnr_db=plain,
+        sqnr_corrected_db=corrected,
         longest=statistics.longest,
     )

@@ -13,36 +13,53 @@ import torch
 from torch import nn
 
 from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
+from ptqkit.diffusion.checks import naming
 from ptqkit.diffusion.processors import UNetAttention
 from ptqkit.hf.attention import AttentionHook
+from ptqkit.hf.attention_kinds import AttentionRanges
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
 from ptqkit.softmax import SoftmaxGrid, softmax_grid
 from ptqkit.softmax_bias import SoftmaxBias
 from ptqkit.sqnr import SQNR
 
-__all__ = ["search_grids"]
+__all__ = ["NamedRanges", "search_grids"]
 
 SHRINKS = tuple(2.0 ** (-k / 2) for k in range(12))
+
+
+class NamedRanges(AttentionRanges):
+    """Ranges in one attention module, named where they are not finite."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _see(self, kind: str, x: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
+        with naming(self.name):
+            return super()._see(kind, x, counted)
 
 
 class _Biases(AttentionHook):
     """Bias per head of one module on every candidate grid."""
 
-    def __init__(self, heads: int, grids: list[SoftmaxGrid]) -> None:
+    def __init__(self, name: str, heads: int, grids: list[SoftmaxGrid]) -> None:
+        self.name = name
         self.biases = [SoftmaxBias(heads, grid=grid) for grid in grids]
 
     def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         on_host = p.detach().cpu()
         mask = None if allowed is None else allowed.cpu()
-        for bias in self.biases:
-            bias.update(on_host, allowed=mask)
+        with naming(f"softmax of {self.name}"):
+            for bias in self.biases:
+                bias.update(on_host, allowed=mask)
         return p
 
 
 class _Errors(AttentionHook):
     """Error of the output of one module on every candidate grid, corrected per head."""
 
-    def __init__(self, biases: list[SoftmaxBias]) -> None:
+    def __init__(self, name: str, biases: list[SoftmaxBias]) -> None:
+        self.name = name
         self.quantizers = [SoftmaxQuantizer(b.grid, "bias", b.bias("head")) for b in biases]
         self.sqnr = [SQNR("tensor") for _ in biases]
         self._value: torch.Tensor | None = None
@@ -53,9 +70,13 @@ class _Errors(AttentionHook):
 
     def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         value, self._value = self._value, None
+        if value is None:
+            raise RuntimeError("the probabilities came before the values")
+        value = value.to(p.dtype)  # the probabilities may be upcast
         reference = (p @ value).float().cpu().numpy()
-        for quantizer, sqnr in zip(self.quantizers, self.sqnr, strict=True):
-            sqnr.update(reference, (quantizer(p, allowed) @ value).float().cpu().numpy())
+        with naming(f"attention output of {self.name}"):
+            for quantizer, sqnr in zip(self.quantizers, self.sqnr, strict=True):
+                sqnr.update(reference, (quantizer(p, allowed) @ value).float().cpu().numpy())
         return p
 
     def best(self) -> SoftmaxGrid:
@@ -83,8 +104,8 @@ def search_grids(
     hooks: dict[str, Any] = {}
     for name, module in modules.items():
         ends = dict.fromkeys([1.0, *(min(largest[name], 1.0) * shrink for shrink in SHRINKS)])
-        hooks[name] = _Biases(module.heads, [softmax_grid(bits, 0.0, end) for end in ends])
+        hooks[name] = _Biases(name, module.heads, [softmax_grid(bits, 0.0, e) for e in ends])
     run_calibration(unet, calibration, hooks)
-    errors = {name: _Errors(hook.biases) for name, hook in hooks.items()}
+    errors = {name: _Errors(name, hook.biases) for name, hook in hooks.items()}
     run_calibration(unet, calibration, errors)
     return {name: hook.best() for name, hook in errors.items()}

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
-from ptqkit.diffusion.checks import check_choice
-from ptqkit.diffusion.comparison import SoftmaxComparison, layer_report
+from ptqkit.diffusion.checks import check_choice, naming
+from ptqkit.diffusion.comparison import SoftmaxComparison, SQNRPair, layer_report
 from ptqkit.diffusion.fused import SoftmaxHook
-from ptqkit.diffusion.grid_search import search_grids
+from ptqkit.diffusion.grid_search import NamedRanges, search_grids
 from ptqkit.diffusion.processors import (
     UNetAttention,
     find_attention,
@@ -33,9 +33,8 @@ from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
 from ptqkit.diffusion.steps import StepClock
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.attention import AttentionHook
-from ptqkit.hf.attention_kinds import AttentionRanges
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
-from ptqkit.hf.softmax_report import SoftmaxReport
+from ptqkit.hf.softmax_report import SoftmaxLayerReport, SoftmaxReport
 from ptqkit.softmax import SoftmaxGrid, softmax_grid
 from ptqkit.softmax_bias import SoftmaxBias
 
@@ -72,7 +71,9 @@ class SoftmaxStatistics(AttentionHook):
     def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """Count the probabilities in."""
         mask = None if allowed is None else allowed.cpu()
-        self.bias.update(p.detach().cpu(), allowed=mask, step=self.clock.now(len(p))[0])
+        step = self.clock.now(len(p))[0]
+        with naming(f"softmax of {self.name}"):
+            self.bias.update(p.detach().cpu(), allowed=mask, step=step)
         self.longest = max(self.longest, p.shape[-1])
         return p
 
@@ -146,7 +147,7 @@ class SoftmaxStudy:
         """Grid of every module; see ``range``."""
         if range == "fixed":
             return {name: softmax_grid(bits) for name in self.modules}
-        ranges = {name: AttentionRanges() for name in self.modules}
+        ranges = {name: NamedRanges(name) for name in self.modules}
         run_calibration(self.unet, self.calibration, ranges)
         largest = {name: seen.maximum["softmax"] for name, seen in ranges.items()}
         if range == "search":
@@ -166,28 +167,42 @@ class SoftmaxStudy:
         return {name: SoftmaxHook(quantizer) for name, quantizer in quantizers.items()}
 
     def compare(self, quantizers: dict[str, Quantizer], guard: bool = True) -> SoftmaxReport:
-        """Measure every layer's output with and without its correction, one more pass.
+        """Measure layers and UNet with and without corrections, in three more passes.
 
-        With ``guard``, a correction that lowers the signal-to-noise ratio of its layer's output
-        on the calibration set is taken out of ``quantizers``; the report says so.
+        With ``guard``, a correction that adds to the squared error of its layer's output on the
+        calibration set is taken out of ``quantizers``, and all are where together they add to
+        that of the UNet's output; the report says so.
         """
-        hooks = {
-            name: SoftmaxComparison(SoftmaxQuantizer(q.grid), q) for name, q in quantizers.items()
-        }
-        run_calibration(self.unet, self.calibration, hooks, self.clock)
+        plain: dict[str, Quantizer] = {n: SoftmaxQuantizer(q.grid) for n, q in quantizers.items()}
+        hooks = {n: SoftmaxComparison(n, plain[n], q) for n, q in quantizers.items()}
+        reference = run_calibration(self.unet, self.calibration, hooks, self.clock)
         report = SoftmaxReport(
             calibration={"latents": len(self.calibration), "steps": list(self.clock.steps)}
         )
         for name, hook in hooks.items():
             row = layer_report(self.statistics[name], quantizers[name], hook)
-            if guard and row.sqnr_corrected_db < row.sqnr_db:
-                row.notes = (
-                    f"correction {row.correction!r} left out: {row.sqnr_corrected_db:.2f} dB"
-                )
-                row.correction, row.sqnr_corrected_db = None, row.sqnr_db
-                quantizers[name] = SoftmaxQuantizer(quantizers[name].grid)
+            if guard and hook.sqnr.hurts:
+                self._leave_out(quantizers, row)
             report.layers.append(row)
+        sqnr = SQNRPair("output of the UNet")
+        for place, chosen in enumerate((plain, quantizers)):
+            used = self.hooks(chosen)
+            output = run_calibration(self.unet, self.calibration, used, self.clock)
+            sqnr.update(place, reference, output)
+        report.output_db, report.output_corrected_db = sqnr.decibel
+        if guard and sqnr.hurts:
+            report.notes = f"corrections left out: {report.output_corrected_db:.2f} dB with them"
+            report.output_corrected_db = report.output_db
+            for row in report.layers:
+                if row.correction is not None:
+                    self._leave_out(quantizers, row)
         return report
+
+    @staticmethod
+    def _leave_out(quantizers: dict[str, Quantizer], row: SoftmaxLayerReport) -> None:
+        row.notes = f"correction {row.correction!r} left out: {row.sqnr_corrected_db:.2f} dB"
+        row.correction, row.sqnr_corrected_db = None, row.sqnr_db
+        quantizers[row.name] = SoftmaxQuantizer(quantizers[row.name].grid)
 
 
 @dataclass
@@ -257,13 +272,15 @@ def quantize_softmax(
         Of "bias". Those with steps are for the time steps of the calibration set; at others the
         nearest one counts.
     diagnostics : bool
-        One more pass for the layers' signal-to-noise ratios; a correction that lowers that of its
-        layer is left out.
+        Three more passes for signal-to-noise ratios of layers and UNet; corrections that lower
+        them are left out, see :meth:`SoftmaxStudy.compare`.
 
     Raises
     ------
     UnsupportedModuleError
         If an attention processor of the UNet is none of diffusers' two plain ones.
+    CalibrationError
+        If its attention or its output is not finite.
     ValueError
         If an option is not one of those above, or attention hooks are installed already.
 
