@@ -473,6 +473,19 @@ def test_the_output_of_the_model_never_gets_worse():
     assert outcomes == {True, False}, "the cases should hold both"
 
 
+def test_a_classifier_with_padding():
+    """Its output is a row per sequence, not per token."""
+    config = build("llama").config
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.LlamaForSequenceClassification(config).eval()
+    ids, mask = tokens(4, 4), torch.ones(4, 4, dtype=torch.long)
+    mask[0, 2:] = 0
+    batches = [{"input_ids": ids, "attention_mask": mask}]
+    report = quantize_softmax(model, batches, bits=4, correction="row_sum").report
+    assert math.isfinite(report.output_db)
+
+
 def test_one_exact_sequence_does_not_decide():
     """A row of one key has no error, which makes the mean of ratios infinite."""
     long, short = {"input_ids": tokens(6)}, {"input_ids": tokens(1, 1)}

@@ -285,7 +285,8 @@ class _Bench:
                 "its head, such as AutoModelForCausalLM"
             )
         logits = logits.float().cpu()
-        return logits if rows is None else logits * rows[..., None].cpu()
+        per_token = rows is not None and logits.dim() == 3 and logits.shape[:2] == rows.shape
+        return logits * rows[..., None].cpu() if per_token else logits
 
     def compare(self) -> SQNR:
         """Signal-to-noise ratio of the logits now, a sample being a sequence."""

@@ -251,7 +251,8 @@ def _output(
     device = next(model.parameters()).device
     with calibration_mode(model):
         x = model(**{k: v.to(device) for k, v in batch.items()})[0].float()
-    return (x if rows is None else x * rows.to(device)[..., None]).cpu().numpy()
+    per_token = rows is not None and x.dim() == 3 and x.shape[:2] == rows.shape
+    return (x * rows.to(device)[..., None] if per_token else x).cpu().numpy()
 
 
 def softmax_row(
