@@ -162,7 +162,7 @@ def test_debug_shows_where(folder, tmp_path, monkeypatch):
 
 
 def test_json_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    from ptqkit.cli import common, info
+    from ptqkit.cli import info
 
     file = tmp_path / "info.json"
     file.write_text("before", encoding="utf-8")
@@ -171,7 +171,7 @@ def test_json_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.os, "replace", interrupted)
+        patch.setattr("os.replace", interrupted)
         assert main(["info", "--json", str(file)]) == 130
     assert file.read_text(encoding="utf-8") == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["info.json"]

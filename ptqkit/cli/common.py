@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ptqkit._files import plain, write_atomically
 from ptqkit.errors import PreflightError
 
 __all__ = [
@@ -112,34 +110,11 @@ def write_json(args: argparse.Namespace, values: dict[str, Any]) -> None:
     from ptqkit import __version__
 
     head = {"schema": SCHEMA, "command": args.command, "version": __version__}
-    text = json.dumps(_plain({**head, **values}), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(plain({**head, **values}), indent=1, allow_nan=False) + "\n"
     if args.json == "-":
         sys.stdout.write(text)
         return
-    path = Path(args.json)
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _plain(value: Any) -> Any:
-    """Turn a result into what JSON can hold."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, os.PathLike) else value
+    write_atomically(Path(args.json), text)
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -10,8 +10,7 @@ import torch
 
 from ptqkit.diffusion.checks import naming
 from ptqkit.hf.attention import AttentionHook
-from ptqkit.hf.softmax_report import SoftmaxLayerReport
-from ptqkit.sqnr import SQNR
+from ptqkit.hf.softmax_report import OutputSQNR, SoftmaxLayerReport
 
 __all__ = ["SQNRPair", "SoftmaxComparison", "layer_report"]
 
@@ -27,28 +26,26 @@ class SQNRPair:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._samples = (SQNR("sample"), SQNR("sample"))
-        self._totals = (SQNR("tensor"), SQNR("tensor"))
+        self._meters = (OutputSQNR(), OutputSQNR())
 
     def update(self, place: int, reference: torch.Tensor, quantized: torch.Tensor) -> None:
         """Add samples (n, ...) without (``place`` 0) or with correction (1)."""
         x, y = (t.detach().float().cpu().numpy() for t in (reference, quantized))
         with naming(self.name):
-            self._samples[place].update(x, y)
-            self._totals[place].update(x, y)
+            self._meters[place].update(x, y)
 
     @property
     def decibel(self) -> tuple[float, float]:
         """SQNR of eq. 1, a mean over samples, without and with correction."""
-        plain, corrected = self._samples
-        return float(plain.decibel), float(corrected.decibel)
+        plain, corrected = self._meters
+        return plain.decibel, corrected.decibel
 
     @property
     def hurts(self) -> bool:
         """Whether the correction adds to the squared error of all samples together."""
         # Not eq. 1: one sample without error makes it infinite, whatever the others are.
-        plain, corrected = self._totals
-        return bool(corrected.decibel < plain.decibel)
+        plain, corrected = self._meters
+        return corrected.total < plain.total
 
 
 class SoftmaxComparison(AttentionHook):

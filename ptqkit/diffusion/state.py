@@ -19,26 +19,25 @@ No format of diffusers has a place for it. ``ptqkit_softmax.json`` holds::
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ptqkit._files import write_atomically
 from ptqkit.diffusion.processors import find_attention
 from ptqkit.diffusion.softmax import GRANULARITIES, UNetSoftmaxQuantization, check_heads
 from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
 from ptqkit.diffusion.steps import StepClock
 from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
+from ptqkit.hf.softmax_state import SOFTMAX_FILE, read_softmax_file
 from ptqkit.softmax import SoftmaxGrid
 
 __all__ = ["SOFTMAX_FILE", "load_softmax", "save_softmax"]
 
-SOFTMAX_FILE = "ptqkit_softmax.json"
 _FORMAT, _VERSION = "ptqkit-softmax-unet", 1
 _NEEDED = ("heads", "bits", "scale", "zero_point", "correction")
 
@@ -72,7 +71,7 @@ def save_softmax(
         "steps": list(clock.steps),
         "layers": {name: _to_dict(q, modules[name].heads) for name, q in quantizers.items()},
     }
-    _write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -89,24 +88,13 @@ def load_softmax(
     path = Path(directory) / SOFTMAX_FILE
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no {_FORMAT} file")
-    if values.get("version") != _VERSION:
-        version = values.get("version")
-        raise ValueError(f"{path} has version {version!r}; this ptqkit reads {_VERSION}")
-    layers = values.get("layers")
-    if not isinstance(layers, dict) or not layers:
-        raise ValueError(f"{path} names no layers")
+    values = read_softmax_file(path, _FORMAT, _VERSION)
     try:
         clock = StepClock(values.get("steps"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     modules, quantizers = find_attention(unet), {}
-    for name, layer in layers.items():
+    for name, layer in values["layers"].items():
         try:
             quantizers[name] = _from_dict(layer, clock)
         except (ValueError, TypeError, KeyError) as error:
@@ -169,20 +157,3 @@ def _from_dict(values: Any, clock: StepClock) -> SoftmaxQuantizer | StepSoftmaxQ
     if quantizer.heads != expected:
         raise ValueError(f"bias has not the shape of granularity {granularity!r} and {heads} heads")
     return quantizer
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

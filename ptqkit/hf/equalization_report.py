@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ptqkit._files import plain
+
 __all__ = ["EqualizationReport", "EqualizedGroup"]
 
 
@@ -86,7 +88,7 @@ class EqualizationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values that are valid JSON (NaN becomes None)."""
-        return _finite(asdict(self))
+        return plain(asdict(self))
 
     def table(self) -> str:
         """Plain text: a line per group, then what was left alone, and totals."""
@@ -135,11 +137,3 @@ def _align(row: tuple[str, ...], widths: list[int]) -> str:
 def _relative(error: float, base: float) -> str:
     """An error as a share of that without equalization."""
     return f"{error / base:.3f}" if base > 0 else "-"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ptqkit._files import plain
 from ptqkit.hf.activations import Activations
 from ptqkit.hf.solve import Solved
 from ptqkit.hf.structure import Target
@@ -163,7 +164,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values that are valid JSON (NaN becomes None)."""
-        return _finite({**asdict(self), "totals": self.totals()})
+        return plain({**asdict(self), "totals": self.totals()})
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the report as JSON text, and write it to ``path`` if one is given."""
@@ -268,16 +269,6 @@ def _decibel(signal: float, error: float) -> float:
     if math.isnan(signal) or math.isnan(error) or signal <= 0:
         return math.nan
     return math.inf if error <= 0 else 10 * math.log10(signal / error)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _activations(spec: Activations | None) -> str:

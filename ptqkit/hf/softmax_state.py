@@ -20,17 +20,16 @@ with one LAYER per quantized attention module, NAME its module name in the model
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ptqkit._files import write_atomically
 from ptqkit.hf.attention import find_attention, installed_attention
 from ptqkit.hf.attention_kinds import AttentionQuantizer
 from ptqkit.hf.checkpoint_writer import atomic_directory
@@ -72,24 +71,6 @@ def _to_json(model: nn.Module, quantizers: Mapping[str, SoftmaxQuantizer]) -> st
     return json.dumps({**head, "layers": layers}, indent=1, allow_nan=False) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
-    """All at once or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
 def save_softmax(
     model: nn.Module,
     quantizers: Mapping[str, SoftmaxQuantizer],
@@ -119,14 +100,14 @@ def save_softmax(
     target = Path(directory)
     if target.exists():
         _check_folder(model, target)
-        _write(target / SOFTMAX_FILE, text)
+        write_atomically(target / SOFTMAX_FILE, text)
         return target / SOFTMAX_FILE
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     with atomic_directory(Path(os.path.realpath(target)), overwrite=False, needed=size) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _write(folder / SOFTMAX_FILE, text)
+        write_atomically(folder / SOFTMAX_FILE, text)
     return target / SOFTMAX_FILE
 
 
@@ -168,7 +149,7 @@ def write_installed(model: nn.Module, folder: Path) -> None:
                 "all heads can be saved): call ptqkit.hf.remove_attention(model) first"
             )
         quantizers[name] = softmax
-    _write(folder / SOFTMAX_FILE, _to_json(model, quantizers))
+    write_atomically(folder / SOFTMAX_FILE, _to_json(model, quantizers))
 
 
 def load_softmax(model: nn.Module, directory: str | os.PathLike[str]) -> SoftmaxQuantization | None:
@@ -182,22 +163,10 @@ def load_softmax(model: nn.Module, directory: str | os.PathLike[str]) -> Softmax
     path = Path(directory) / SOFTMAX_FILE
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no {_FORMAT} file")
-    if values.get("version") != _VERSION:
-        raise ValueError(
-            f"{path} has version {values.get('version')!r}; this ptqkit reads {_VERSION}"
-        )
-    layers = values.get("layers")
-    if not isinstance(layers, dict) or not layers:
-        raise ValueError(f"{path} names no layers")
+    values = read_softmax_file(path, _FORMAT, _VERSION)
     modules = find_attention(model)
     quantizers = {}
-    for name, layer in layers.items():
+    for name, layer in values["layers"].items():
         try:
             quantizers[name], heads = _from_dict(layer)
         except (ValueError, TypeError, KeyError) as error:
@@ -210,6 +179,30 @@ def load_softmax(model: nn.Module, directory: str | os.PathLike[str]) -> Softmax
     result = SoftmaxQuantization(model, quantizers)
     result.install()
     return result
+
+
+def read_softmax_file(path: Path, form: str, version: int) -> dict[str, Any]:
+    """Values of a file of this format and version that names at least one layer.
+
+    Raises
+    ------
+    ValueError
+        If it is another file, or damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != form:
+        raise ValueError(f"{path} is no {form} file")
+    if values.get("version") != version:
+        raise ValueError(
+            f"{path} has version {values.get('version')!r}; this ptqkit reads {version}"
+        )
+    layers = values.get("layers")
+    if not isinstance(layers, dict) or not layers:
+        raise ValueError(f"{path} names no layers")
+    return values
 
 
 def _from_dict(values: Any) -> tuple[SoftmaxQuantizer, int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from ptqkit._files import plain, write_atomically
 
 __all__ = [
     "FAILED",
@@ -17,8 +16,6 @@ __all__ = [
     "OK",
     "Cell",
     "CellStore",
-    "plain",
-    "write_atomically",
     "write_json",
 ]
 
@@ -117,34 +114,7 @@ class CellStore:
         write_json(self.folder / f"{cell.key}.json", {**values, "environment": environment})
 
 
-def plain(value: Any) -> Any:
-    """Turn a result into what JSON can hold; numbers that are not finite become null."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, os.PathLike) else value
-
-
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write plain values, all at once or not at all."""
     text = json.dumps(plain(values), indent=1, allow_nan=False) + "\n"
-    write_atomically(path, text.encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file, all at once or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    write_atomically(path, text)

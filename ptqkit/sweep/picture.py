@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ptqkit.sweep.cells import OK, write_atomically
+from ptqkit._files import write_atomically
+from ptqkit.sweep.cells import OK
 from ptqkit.sweep.plan import FLOAT
 from ptqkit.sweep.run import SweepResult
 from ptqkit.sweep.table import rows

@@ -7,7 +7,8 @@ import io
 import math
 from typing import Any
 
-from ptqkit.sweep.cells import FAILED, MISSING, OK, Cell, plain, write_atomically, write_json
+from ptqkit._files import plain, write_atomically
+from ptqkit.sweep.cells import FAILED, MISSING, OK, Cell, write_json
 from ptqkit.sweep.plan import FLOAT
 from ptqkit.sweep.run import SweepResult
 
@@ -116,7 +117,7 @@ def write_results(result: SweepResult) -> list[str]:
     if result.plan.published:
         tables["published.csv"] = (_PUBLISHED, published_rows(result))
     for name, (columns, values) in tables.items():
-        write_atomically(result.out / name, _csv(columns, values).encode())
+        write_atomically(result.out / name, _csv(columns, values))
     write_json(result.out / "results.json", to_dict(result))
     return [str(result.out / name) for name in (*tables, "results.json")]
 
