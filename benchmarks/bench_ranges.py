@@ -16,7 +16,7 @@ import torch
 from common import interleave, medians, parser, save, show, torch_threads
 
 import ptqkit
-from ptqkit import _core
+import ptqkit._core as _core
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIECE = 1 << 17  # bytes: a copy of this stays in the second cache

@@ -36,9 +36,10 @@ from transformers.utils import logging
 
 import ptqkit
 from ptqkit import demo
-from ptqkit.hf import SoftmaxStudy, attention_hooks, prepare_calibration
-from ptqkit.hf.attention_kinds import AttentionQuantizer
-from ptqkit.hf.calibration import CalibrationSet
+from ptqkit.hf import SoftmaxStudy, prepare_calibration
+from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.nn import attention_hooks
+from ptqkit.nn.attention_quantizer import AttentionQuantizer
 
 CORRECTIONS = {
     "": (None, "tensor"),

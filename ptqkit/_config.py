@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
-from ptqkit import _core
+import ptqkit._core as _core
 
 __all__ = ["configure", "show_config"]
 
@@ -44,7 +44,7 @@ def show_config() -> dict[str, object]:
         ``version``, ``cpu_level`` (kernels in use), ``cpu_levels`` (that could run here), ``blas``
         ("builtin" or "scipy"), ``threads``, ``openmp``, ``machine``.
     """
-    from ptqkit import __version__
+    from ptqkit._version import __version__
 
     level, blas, threads, openmp = _core.config()
     return {

@@ -8,6 +8,7 @@ __all__ = [
     "PreflightError",
     "PtqkitError",
     "UnsupportedModuleError",
+    "prefix_error",
 ]
 
 
@@ -47,3 +48,16 @@ class PreflightError(PtqkitError, ValueError):
         self.problems = list(problems)
         lines = "\n".join(f"  - {p}" for p in self.problems)
         super().__init__(f"cannot start, {len(self.problems)} problem(s) found:\n{lines}")
+
+
+def prefix_error(error: Exception, name: str) -> Exception:
+    """The same error with the layer's name in its message, where it is not there yet."""
+    if name in str(error):
+        return error
+    if isinstance(error, PtqkitError) or type(error) in (ValueError, TypeError, RuntimeError):
+        if error.args and isinstance(error.args[0], str):
+            error.args = (f"{name}: {error.args[0]}", *error.args[1:])
+            return error
+    wrapped = RuntimeError(f"{name}: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

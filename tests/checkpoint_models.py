@@ -14,8 +14,8 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from ptqkit.hf.activations import ActivationQuantizer, install_quantizer  # noqa: E402
-from ptqkit.hf.capture import hooks  # noqa: E402
+from ptqkit.nn.activations import ActivationQuantizer, install_quantizer  # noqa: E402
+from ptqkit.nn.forward import hooks  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TOKENS = torch.arange(3, 23)[None]

@@ -35,7 +35,7 @@ def tie_distance() -> dict[str, float]:
 @pytest.fixture(params=["builtin", "scipy"])
 def blas(request):
     """Run with the built-in kernels and with SciPy's BLAS; put back what was there."""
-    from ptqkit import _core
+    import ptqkit._core as _core
 
     before = str(ptqkit.show_config()["blas"])
     use = {"builtin": _core.use_builtin_blas, "scipy": _core.use_scipy_blas}

@@ -146,7 +146,7 @@ def test_full_disk(folder, tmp_path, capsys, monkeypatch):
     def full(path, plans, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ptqkit.hf.checkpoint.write_tensors", full)
+    monkeypatch.setattr("ptqkit.hf.checkpoint.save.write_tensors", full)
     assert quantize(folder, out=tmp_path / "q") == 1
     assert "No space left" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from softmax_core_calls import SOFTMAX_OPTIONAL, SOFTMAX_OUTPUTS, softmax_calls
 
-from ptqkit import _core
+import ptqkit._core as _core
 
 GRID = (15, 0, 0, 40, 4, 0, 0, 0.3, 2.4)
 OPTIONS = (4, 128, 0, 0, 1, 0, 0.01)

@@ -16,9 +16,9 @@ from diffusion_models import HEADS, forward, tiny_model, tiny_unet  # noqa: E402
 
 import ptqkit  # noqa: E402
 from ptqkit import diffusion  # noqa: E402
-from ptqkit.hf.attention import AttentionHook  # noqa: E402
-from ptqkit.hf.attention_kinds import ATTENTION_KINDS  # noqa: E402
-from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer  # noqa: E402
+from ptqkit.nn.attention import AttentionHook  # noqa: E402
+from ptqkit.nn.attention_quantizer import ATTENTION_KINDS  # noqa: E402
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer  # noqa: E402
 
 SELF = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 CROSS = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"

@@ -24,8 +24,8 @@ import ptqkit  # noqa: E402
 from ptqkit import diffusion  # noqa: E402
 from ptqkit.diffusion.comparison import SQNRPair  # noqa: E402
 from ptqkit.diffusion.fused import SoftmaxHook  # noqa: E402
-from ptqkit.hf.attention import AttentionHook  # noqa: E402
-from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer  # noqa: E402
+from ptqkit.nn.attention import AttentionHook  # noqa: E402
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer  # noqa: E402
 
 SELF = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 GRANULARITIES = ("tensor", "head", "step", "step_head")

@@ -26,7 +26,7 @@ from diffusion_models import (  # noqa: E402
 
 from ptqkit import diffusion  # noqa: E402
 from ptqkit.diffusion import tables  # noqa: E402
-from ptqkit.hf.attention import AttentionHook  # noqa: E402
+from ptqkit.nn.attention import AttentionHook  # noqa: E402
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 NAN = float("nan")

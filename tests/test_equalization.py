@@ -11,7 +11,7 @@ from core_cases import EPS
 
 import ptqkit
 import ptqkit.reference as reference
-from ptqkit.equalization import SCALE_LIMITS
+from ptqkit.arrays.equalization import SCALE_LIMITS
 
 STATS = Path(__file__).resolve().parents[2] / "shared" / "data" / "act_stats"
 LEVELS = ["base", "avx2", "avx512", "avx512_bf16"]

@@ -7,8 +7,8 @@ import pytest
 from core_cases import EPS, layer
 
 import ptqkit
+import ptqkit._core as _core
 import ptqkit.reference as reference
-from ptqkit import _core
 
 ORDERS = ["natural", "act", "group"]
 

@@ -87,7 +87,7 @@ def test_ternary_bytes_are_base_three():
 @pytest.mark.parametrize("columns", [5, 8, 33, 64])
 def test_torch_unpacks_what_numpy_packs(bits, columns):
     torch = pytest.importorskip("torch")
-    from ptqkit.hf.qlinear import unpack_codes
+    from ptqkit.nn.qlinear import unpack_codes
 
     codes = _codes(4, columns, bits, seed=1)
     packed = torch.from_numpy(formats.native_pack(codes, bits))

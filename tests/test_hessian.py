@@ -237,7 +237,7 @@ def test_the_matrix_is_cached_read_only_and_follows_updates():
 
 
 def test_an_interrupted_update_is_not_used_silently(monkeypatch):
-    from ptqkit import _core
+    import ptqkit._core as _core
 
     X, _ = _inputs(30, 6, "float32")
     H = ptqkit.Hessian(6)

@@ -16,15 +16,15 @@ from torch import nn  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import ptqkit  # noqa: E402
-from ptqkit.hf.activation_grids import dynamic_grid, fake_quantize, static_grid  # noqa: E402
-from ptqkit.hf.activations import (  # noqa: E402
+from ptqkit.nn.activation_grids import dynamic_grid, fake_quantize, static_grid  # noqa: E402
+from ptqkit.nn.activations import (
     ActivationQuantizer,
-    Activations,
     install_quantizer,
     installed_quantizer,
     remove_quantizers,
 )
-from ptqkit.hf.capture import hooks  # noqa: E402
+from ptqkit.nn.forward import hooks  # noqa: E402
+from ptqkit.recipe.options import Activations
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

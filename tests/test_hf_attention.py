@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 from driver_models import build, padded_batches, tokens  # noqa: E402
 
 from ptqkit.errors import CalibrationError, UnsupportedModuleError  # noqa: E402
-from ptqkit.hf.activations import ActivationQuantizer, Activations  # noqa: E402
-from ptqkit.hf.attention import (  # noqa: E402
+from ptqkit.hf.data.calibration import prepare_calibration  # noqa: E402
+from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.nn.attention import (  # noqa: E402
     AttentionHook,
     attention_hooks,
     find_attention,
@@ -23,8 +24,8 @@ from ptqkit.hf.attention import (  # noqa: E402
     installed_attention,
     remove_attention,
 )
-from ptqkit.hf.attention_kinds import ATTENTION_KINDS, AttentionQuantizer, measure_ranges  # noqa: E402
-from ptqkit.hf.calibration import prepare_calibration  # noqa: E402
+from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer, measure_ranges  # noqa: E402
+from ptqkit.recipe.options import Activations
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SUPPORTED = (

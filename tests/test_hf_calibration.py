@@ -13,12 +13,12 @@ import numpy as np  # noqa: E402
 from driver_models import WordTokenizer, build, numbers  # noqa: E402
 
 from ptqkit.errors import CalibrationError  # noqa: E402
-from ptqkit.hf.calibration import (  # noqa: E402
+from ptqkit.hf.data.calibration import (  # noqa: E402
     max_positions,
     padding_mask,
     prepare_calibration,
 )
-from ptqkit.hf.text import read_documents, tokenize  # noqa: E402
+from ptqkit.hf.data.text import read_documents, tokenize  # noqa: E402
 
 SIZE = {"samples": 4, "sequence_length": 8, "batch_size": 3}
 

@@ -25,9 +25,9 @@ from checkpoint_models import (  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 import ptqkit  # noqa: E402
-from ptqkit.hf.checkpoint import save_checkpoint  # noqa: E402
-from ptqkit.hf.load import load, read_layers  # noqa: E402
-from ptqkit.hf.qlinear import QLinear  # noqa: E402
+from ptqkit.hf.checkpoint.reader import load, read_layers  # noqa: E402
+from ptqkit.hf.checkpoint.save import save_checkpoint  # noqa: E402
+from ptqkit.nn.qlinear import QLinear  # noqa: E402
 
 ARCHITECTURES = ["llama", "opt", "gpt2", "qwen2", "bloom", "gpt_neox", "bert"]
 GRIDS = {
@@ -303,7 +303,7 @@ def test_qlinear_dequantizes_as_numpy_does(bits):
 
 
 def _loaded(q, permuted):
-    from ptqkit.hf.formats import native_pack
+    from ptqkit.hf.checkpoint.formats import native_pack
 
     module = QLinear(
         *q.shape[::-1], bits=q.bits, group_size=q.group_size, symmetric=False,

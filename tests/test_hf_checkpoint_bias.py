@@ -20,10 +20,10 @@ from checkpoint_models import (  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-from ptqkit.hf.activations import Activations  # noqa: E402
-from ptqkit.hf.checkpoint import save_checkpoint  # noqa: E402
-from ptqkit.hf.checkpoint_bias import GainedBiases, find_gained_biases, plan_biases  # noqa: E402
-from ptqkit.hf.load import load, read_layers  # noqa: E402
+from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases, plan_biases  # noqa: E402
+from ptqkit.hf.checkpoint.reader import load, read_layers  # noqa: E402
+from ptqkit.hf.checkpoint.save import save_checkpoint  # noqa: E402
+from ptqkit.recipe.options import Activations
 
 W4 = {"bits": 4, "group_size": 32, "symmetric": True}
 GPTQ = {"bits": 4, "group_size": 32, "scale_dtype": "float16", "min_zero_point": 1}

@@ -17,9 +17,9 @@ transformers = pytest.importorskip("transformers")
 from checkpoint_models import assert_same_matrices, build, fake_quantize, logits  # noqa: E402
 
 from ptqkit.hf import checkpoint_writer  # noqa: E402
-from ptqkit.hf.checkpoint import save_checkpoint  # noqa: E402
-from ptqkit.hf.checkpoint_spec import LayerSpec, format_problems  # noqa: E402
-from ptqkit.hf.load import load, read_layers  # noqa: E402
+from ptqkit.hf.checkpoint.reader import load, read_layers  # noqa: E402
+from ptqkit.hf.checkpoint.save import save_checkpoint  # noqa: E402
+from ptqkit.hf.checkpoint.spec import LayerSpec, format_problems  # noqa: E402
 
 SYMMETRIC = {"bits": 4, "group_size": 32, "symmetric": True}
 Q_PROJ = "model.layers.0.self_attn.q_proj"

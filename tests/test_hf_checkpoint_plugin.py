@@ -15,8 +15,8 @@ from checkpoint_models import DATA, build, fake_quantize, logits  # noqa: E402
 from transformers.quantizers import auto  # noqa: E402
 
 from ptqkit.hf import quantizer  # noqa: E402
-from ptqkit.hf.checkpoint import save_checkpoint  # noqa: E402
-from ptqkit.hf.load import load  # noqa: E402
+from ptqkit.hf.checkpoint.reader import load  # noqa: E402
+from ptqkit.hf.checkpoint.save import save_checkpoint  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -52,7 +52,7 @@ def test_a_new_process_needs_one_call(tmp_path):
     torch.save(logits(model), tmp_path / "logits.pt")
     code = """
 import sys, torch
-from ptqkit.hf.load import load
+from ptqkit.hf.checkpoint.reader import load
 state = torch.get_rng_state()
 threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
 model = load(sys.argv[1] + "/out")

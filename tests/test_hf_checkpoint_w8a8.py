@@ -22,16 +22,12 @@ from checkpoint_models import (  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from ptqkit.hf import checkpoint_inputs  # noqa: E402
-from ptqkit.hf.activations import (  # noqa: E402
-    ActivationQuantizer,
-    Activations,
-    installed_quantizer,
-    remove_quantizers,
-)
-from ptqkit.hf.checkpoint import save_checkpoint  # noqa: E402
-from ptqkit.hf.checkpoint_spec import LayerSpec, format_problems  # noqa: E402
-from ptqkit.hf.load import load, read_layers  # noqa: E402
-from ptqkit.hf.qlinear import QLinear  # noqa: E402
+from ptqkit.hf.checkpoint.reader import load, read_layers  # noqa: E402
+from ptqkit.hf.checkpoint.save import save_checkpoint  # noqa: E402
+from ptqkit.hf.checkpoint.spec import LayerSpec, format_problems  # noqa: E402
+from ptqkit.nn.activations import ActivationQuantizer, installed_quantizer, remove_quantizers
+from ptqkit.nn.qlinear import QLinear  # noqa: E402
+from ptqkit.recipe.options import Activations
 
 WEIGHTS = {
     "w8 channel": {"bits": 8, "group_size": None, "symmetric": True},

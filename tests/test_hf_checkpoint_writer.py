@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from ptqkit.hf.checkpoint_writer import TensorPlan, parse_size, write_tensors  # noqa: E402
+from ptqkit.hf.checkpoint.files import TensorPlan, parse_size, write_tensors  # noqa: E402
 
 
 def test_written_files_are_what_safetensors_writes(tmp_path):

@@ -14,16 +14,12 @@ from driver_models import build, padded_batches, tokens  # noqa: E402
 
 import ptqkit  # noqa: E402
 from ptqkit.errors import CalibrationError, UnsupportedModuleError  # noqa: E402
-from ptqkit.hf.activations import (  # noqa: E402
-    ActivationQuantizer,
-    Activations,
-    install_quantizer,
-    installed_quantizer,
-)
-from ptqkit.hf.attention import installed_attention  # noqa: E402
-from ptqkit.hf.diagnose import KINDS, sensitivity  # noqa: E402
-from ptqkit.hf.perplexity import perplexity  # noqa: E402
-from ptqkit.hf.softmax import quantize_softmax  # noqa: E402
+from ptqkit.hf.diagnostics.sensitivity import KINDS, sensitivity  # noqa: E402
+from ptqkit.hf.evaluation.perplexity import perplexity  # noqa: E402
+from ptqkit.hf.softmax.driver import quantize_softmax  # noqa: E402
+from ptqkit.nn.activations import ActivationQuantizer, install_quantizer, installed_quantizer
+from ptqkit.nn.attention import installed_attention  # noqa: E402
+from ptqkit.recipe.options import Activations
 
 
 def logits(model, batch):

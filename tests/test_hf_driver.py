@@ -15,19 +15,22 @@ import numpy as np  # noqa: E402
 from driver_models import DATA, WordTokenizer, build, numbers, padded_batches, tokens  # noqa: E402
 
 import ptqkit  # noqa: E402
+from ptqkit import Recipe
+from ptqkit._units import parse_bytes
 from ptqkit.errors import (  # noqa: E402
     CalibrationError,
     NotPositiveDefiniteError,
     PreflightError,
     UnsupportedModuleError,
 )
-from ptqkit.hf import Recipe, quantize  # noqa: E402
+from ptqkit.hf import quantize
 from ptqkit.hf import solve as solve_module  # noqa: E402
-from ptqkit.hf.driver import QuantizationInterrupted  # noqa: E402
-from ptqkit.hf.memory import parse_bytes  # noqa: E402
+from ptqkit.hf.models.inputs import match_mask
+from ptqkit.hf.models.structure import find_blocks  # noqa: E402
 from ptqkit.hf.progress import ProgressEvent, _RichBar, make_progress  # noqa: E402
-from ptqkit.hf.solve import TorchHessian, match_mask, rtn_on_grid  # noqa: E402
-from ptqkit.hf.structure import find_blocks  # noqa: E402
+from ptqkit.hf.quantization.driver import QuantizationInterrupted  # noqa: E402
+from ptqkit.hf.quantization.solve import rtn_on_grid
+from ptqkit.nn.statistics import TorchHessian
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
 

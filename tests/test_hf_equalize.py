@@ -17,14 +17,15 @@ from driver_models import DATA, WordTokenizer, numbers, padded_batches, tokens  
 from fold_models import change, logits, make, one_batch  # noqa: E402
 
 import ptqkit  # noqa: E402
+from ptqkit import Recipe
 from ptqkit.errors import CalibrationError, PtqkitError, UnsupportedModuleError  # noqa: E402
-from ptqkit.hf import Recipe, equalization_run, equalize, find_folds  # noqa: E402
-from ptqkit.hf.calibration import prepare_calibration  # noqa: E402
-from ptqkit.hf.equalization_run import EqualizationError  # noqa: E402
-from ptqkit.hf.equalize import EqualizationInterrupted, equalize_calibrated  # noqa: E402
-from ptqkit.hf.fold import apply_fold  # noqa: E402
-from ptqkit.hf.input_samples import measure_inputs  # noqa: E402
-from ptqkit.hf.recipe import Equalization  # noqa: E402
+from ptqkit.hf import equalization_run, equalize, find_folds
+from ptqkit.hf.data.calibration import prepare_calibration  # noqa: E402
+from ptqkit.hf.equalization.driver import EqualizationInterrupted, equalize_calibrated  # noqa: E402
+from ptqkit.hf.equalization.fold import apply_fold  # noqa: E402
+from ptqkit.hf.equalization.inputs import measure_inputs  # noqa: E402
+from ptqkit.hf.equalization.run import EqualizationError  # noqa: E402
+from ptqkit.recipe.options import Equalization
 
 W8A8 = Recipe.preset(
     "rtn",
@@ -376,7 +377,7 @@ def test_text_and_threads():
 
 def test_report():
     report = run(make("gpt2"), alpha="search", recipe=W8A8)
-    assert ptqkit.hf.EqualizationReport is type(report) and ptqkit.equalize is equalize
+    assert ptqkit.recipe.EqualizationReport is type(report) and ptqkit.equalize is equalize
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert len(plain["groups"]) == 6 and plain["method"] == "awe" and plain["alpha"] == "search"
     assert list(plain["seconds"]) == ["folds", "ranges", "scales", "total"]

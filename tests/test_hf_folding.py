@@ -19,9 +19,9 @@ from torch import nn  # noqa: E402
 from ptqkit.errors import CalibrationError, UnsupportedModuleError  # noqa: E402
 from ptqkit.hf import fold as fold_module  # noqa: E402
 from ptqkit.hf import fold_proof  # noqa: E402
-from ptqkit.hf.fold_layouts import channel_layouts, row_layouts  # noqa: E402
-from ptqkit.hf.fold_proof import _exponents  # noqa: E402
-from ptqkit.hf.folding import Fold, apply_fold, find_folds  # noqa: E402
+from ptqkit.hf.equalization.find import Fold, apply_fold, find_folds  # noqa: E402
+from ptqkit.hf.equalization.layouts import channel_layouts, row_layouts  # noqa: E402
+from ptqkit.hf.equalization.proof import _exponents  # noqa: E402
 
 # What one block holds: kind, producer, consumers.
 LLAMA = [

@@ -12,14 +12,8 @@ if not torch.cuda.is_available():
 import numpy as np  # noqa: E402
 from driver_models import build, padded_batches, tokens  # noqa: E402
 
-from ptqkit.hf import (  # noqa: E402
-    AWE,
-    RTN,
-    Activations,
-    BiasCorrection,
-    perplexity,
-    quantize,
-)
+from ptqkit import AWE, RTN, Activations, BiasCorrection
+from ptqkit.hf import perplexity, quantize
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
 

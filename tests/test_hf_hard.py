@@ -13,9 +13,9 @@ from fold_models import change, logits, make, one_batch  # noqa: E402
 
 import ptqkit  # noqa: E402
 from ptqkit.hf import make_outliers  # noqa: E402
-from ptqkit.hf.calibration import prepare_calibration  # noqa: E402
-from ptqkit.hf.folding import find_folds  # noqa: E402
-from ptqkit.hf.input_samples import measure_inputs  # noqa: E402
+from ptqkit.hf.data.calibration import prepare_calibration  # noqa: E402
+from ptqkit.hf.equalization.find import find_folds  # noqa: E402
+from ptqkit.hf.equalization.inputs import measure_inputs  # noqa: E402
 
 W8A8 = {
     "preset": "rtn", "bits": 8, "group_size": None, "per_tensor": True, "symmetric": True,

@@ -7,10 +7,11 @@ import json
 import pytest
 
 pytest.importorskip("torch")
-
+from ptqkit import AWE, GPTQ, RTN, Activations, BiasCorrection, SmoothQuant
 from ptqkit.cli.quantize_options import GPTQ_RECIPES, RTN_RECIPES
-from ptqkit.hf import AWE, GPTQ, RTN, Activations, BiasCorrection, Equalization, SmoothQuant
-from ptqkit.hf.recipe import PRESETS, Recipe
+from ptqkit.recipe import Equalization, as_recipe
+from ptqkit.recipe.presets import PRESETS
+from ptqkit.recipe.recipe import Recipe
 
 STATIC = {"bits": 8, "granularity": "tensor", "symmetric": False, "outlier_threshold": None}
 
@@ -22,16 +23,16 @@ def test_parts_make_the_recipe_with_the_same_fields():
         Activations(8, "tensor"),
         BiasCorrection(),
     ]
-    assert Recipe.parse(parts) == Recipe(
+    assert as_recipe(parts) == Recipe(
         bits=3,
         group_size=64,
         equalization=Equalization("awe", 0.5),
         activations=Activations(8, "tensor", symmetric=False),
         bias_correction=True,
     )
-    assert Recipe.parse([RTN()]) == Recipe.preset("rtn")
-    assert Recipe.parse([GPTQ("reference", bits=2)]) == Recipe.preset("reference", bits=2)
-    assert Recipe.parse([AWE, RTN(bits=8)]).equalization == Equalization("awe", "search")
+    assert as_recipe([RTN()]) == Recipe.preset("rtn")
+    assert as_recipe([GPTQ("reference", bits=2)]) == Recipe.preset("reference", bits=2)
+    assert as_recipe([AWE, RTN(bits=8)]).equalization == Equalization("awe", "search")
 
 
 def test_parts_as_files_write_them():
@@ -41,7 +42,7 @@ def test_parts_as_files_write_them():
         {"part": "Activations", "granularity": "tensor"},
         "BiasCorrection",
     ]
-    recipe = Recipe.parse(parts)
+    recipe = as_recipe(parts)
     assert recipe == Recipe.preset(
         "aweq", equalization={"method": "awe", "alpha": "search", "tokens": 512}
     )
@@ -88,13 +89,13 @@ def test_the_command_line_has_every_preset():
 )
 def test_contradictions_are_named(parts, message):
     with pytest.raises(ValueError, match=message):
-        Recipe.parse(parts)
+        as_recipe(parts)
 
 
 @pytest.mark.parametrize("other", [Activations(), BiasCorrection()])
 def test_error_propagation_is_alone(other):
     with pytest.raises(ValueError, match="error_propagation=0.5 cannot be combined with"):
-        Recipe.parse([GPTQ(error_propagation=0.5), other])
+        as_recipe([GPTQ(error_propagation=0.5), other])
 
 
 def test_overrides_of_the_new_fields():

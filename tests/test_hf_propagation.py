@@ -19,8 +19,10 @@ import ptqkit  # noqa: E402
 import ptqkit.reference as reference  # noqa: E402
 from ptqkit.errors import PreflightError, UnsupportedModuleError  # noqa: E402
 from ptqkit.hf import quantize, schedule, solve  # noqa: E402
-from ptqkit.hf.float_path import InputDrift, check_same_tokens  # noqa: E402
-from ptqkit.hf.recipe import Recipe  # noqa: E402
+from ptqkit.hf.quantization.float_model import check_same_tokens
+from ptqkit.nn.statistics import InputDrift
+from ptqkit.recipe import as_recipe
+from ptqkit.recipe.recipe import Recipe  # noqa: E402
 
 ALPHA = 0.5
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False, "error_propagation": ALPHA}
@@ -430,7 +432,7 @@ def test_command_line_option():
 
     parser = add_options(argparse.ArgumentParser().add_subparsers())
     given = ["model", "--out", "x", "--error-propagation", "0.5"]
-    assert Recipe.parse(_recipe(parser.parse_args(given))).error_propagation == 0.5
-    assert Recipe.parse(_recipe(parser.parse_args(given[:3]))).error_propagation == 0
+    assert as_recipe(_recipe(parser.parse_args(given))).error_propagation == 0.5
+    assert as_recipe(_recipe(parser.parse_args(given[:3]))).error_propagation == 0
     with pytest.raises(UsageError, match="--error-propagation has no meaning with --method rtn"):
         _recipe(parser.parse_args([*given, "--method", "rtn"]))

@@ -7,8 +7,8 @@ import json
 import pytest
 
 pytest.importorskip("torch")
-
-from ptqkit.hf.recipe import Recipe, match_pattern
+from ptqkit.recipe import as_recipe
+from ptqkit.recipe.recipe import Recipe, match_pattern
 
 
 def test_presets():
@@ -23,8 +23,8 @@ def test_presets():
     assert reference.damping == 0.01
     assert (rtn.method, rtn.grid) == ("rtn", "minmax")
     assert Recipe.preset("rtn", bits=8, group_size=None).bits == 8
-    assert Recipe.parse("reference") == reference
-    assert Recipe.parse({"preset": "rtn", "bits": 3}) == Recipe.preset("rtn", bits=3)
+    assert as_recipe("reference") == reference
+    assert as_recipe({"preset": "rtn", "bits": 3}) == Recipe.preset("rtn", bits=3)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="recipe has no option 'bit'"):
         Recipe.preset("quality", bit=3)
     with pytest.raises(TypeError, match="recipe must be a Recipe"):
-        Recipe.parse(4)
+        as_recipe(4)
 
 
 def test_patterns():

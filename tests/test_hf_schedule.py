@@ -20,7 +20,7 @@ from torch import nn  # noqa: E402
 
 from ptqkit.errors import PreflightError, UnsupportedModuleError  # noqa: E402
 from ptqkit.hf import capture  # noqa: E402
-from ptqkit.hf.driver import quantize  # noqa: E402
+from ptqkit.hf.quantization.driver import quantize  # noqa: E402
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
 

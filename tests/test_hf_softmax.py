@@ -16,15 +16,15 @@ transformers = pytest.importorskip("transformers")
 from driver_models import WordTokenizer, build, numbers, padded_batches, tokens  # noqa: E402
 
 import ptqkit  # noqa: E402
+from ptqkit.arrays.softmax import SoftmaxGrid, softmax_grid  # noqa: E402
 from ptqkit.errors import CalibrationError, UnsupportedModuleError  # noqa: E402
-from ptqkit.hf.attention import attention_hooks, find_attention, installed_attention  # noqa: E402
-from ptqkit.hf.attention_kinds import AttentionQuantizer  # noqa: E402
-from ptqkit.hf.calibration import prepare_calibration  # noqa: E402
-from ptqkit.hf.softmax import SoftmaxStudy, quantize_softmax  # noqa: E402
-from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer, length_edges  # noqa: E402
-from ptqkit.hf.softmax_state import SOFTMAX_FILE, load_softmax, save_softmax  # noqa: E402
-from ptqkit.hf.softmax_table import softmax_table  # noqa: E402
-from ptqkit.softmax import SoftmaxGrid, softmax_grid  # noqa: E402
+from ptqkit.hf.data.calibration import prepare_calibration  # noqa: E402
+from ptqkit.hf.softmax.driver import SoftmaxStudy, quantize_softmax  # noqa: E402
+from ptqkit.hf.softmax.table import softmax_table  # noqa: E402
+from ptqkit.nn.attention import attention_hooks, find_attention, installed_attention  # noqa: E402
+from ptqkit.nn.attention_quantizer import AttentionQuantizer  # noqa: E402
+from ptqkit.nn.softmax.file import SOFTMAX_FILE, load_softmax, save_softmax  # noqa: E402
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer, length_edges  # noqa: E402
 
 VARIANTS = [
     (None, "tensor"), ("bias", "tensor"), ("bias", "head"), ("row_length", "tensor"),
@@ -201,7 +201,7 @@ def study(name="llama", bits=5, batches=None, **options):
 
 def allowed_probabilities(model, batches):
     """By module: pairs of probabilities and allowed entries in the rows of real tokens."""
-    from ptqkit.hf.attention import AttentionHook
+    from ptqkit.nn.attention import AttentionHook
 
     class Keep(AttentionHook):
         def __init__(self):
@@ -622,7 +622,7 @@ def test_saved_and_loaded(tmp_path, correction, granularity):
         assert (found.grid, found.correction) == (given.grid, given.correction)
         assert (found.longest, found.edges) == (given.longest, given.edges)
         assert np.array_equal(found.bias, given.bias)
-    assert ptqkit.hf.remove_attention(loaded) == 2
+    assert ptqkit.nn.remove_attention(loaded) == 2
     result.remove()
     assert torch.equal(logits(loaded), logits(model))
     # Beside a model that is there: the one file anew.
@@ -678,7 +678,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     model = build()
     quantize_softmax(model, bits=4, correction="row_sum").save(tmp_path / "m")
     before = (tmp_path / "m" / SOFTMAX_FILE).read_text(encoding="utf-8")
-    ptqkit.hf.remove_attention(model)
+    ptqkit.nn.remove_attention(model)
     result = quantize_softmax(model, bits=3, correction="row_sum")
 
     def fail(*_):

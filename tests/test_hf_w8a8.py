@@ -14,13 +14,16 @@ pytest.importorskip("transformers")
 import driver_models as M  # noqa: E402
 
 import ptqkit  # noqa: E402
+from ptqkit import RTN, Activations, BiasCorrection
 from ptqkit.errors import CalibrationError, PreflightError  # noqa: E402
-from ptqkit.hf import RTN, Activations, BiasCorrection, quantize, remove_quantizers  # noqa: E402
-from ptqkit.hf.activations import ActivationQuantizer, install_quantizer, installed_quantizer  # noqa: E402
-from ptqkit.hf.capture import probe  # noqa: E402
-from ptqkit.hf.input_ranges import TorchRanges  # noqa: E402
-from ptqkit.hf.recipe import Recipe  # noqa: E402
-from ptqkit.hf.structure import Target, find_structure  # noqa: E402
+from ptqkit.hf import quantize
+from ptqkit.hf.models.probe import probe
+from ptqkit.hf.models.structure import Target, find_structure  # noqa: E402
+from ptqkit.nn import remove_quantizers
+from ptqkit.nn.activations import ActivationQuantizer, install_quantizer, installed_quantizer  # noqa: E402
+from ptqkit.nn.statistics import TorchRanges  # noqa: E402
+from ptqkit.recipe import as_recipe
+from ptqkit.recipe.recipe import Recipe  # noqa: E402
 
 STATIC = Activations(8, "tensor")
 PER_TENSOR = {"bits": 8, "per_tensor": True, "symmetric": True}
@@ -33,7 +36,7 @@ def run(model, parts, **options):
 
 def by_hand(model, parts, batches):
     """Round to nearest, layer after layer, with a whole forward per group: the plainest form."""
-    recipe = Recipe.parse(parts)
+    recipe = as_recipe(parts)
     structure = find_structure(model, recipe)
     modules = {n: t.module for n, t in structure.targets.items()}
     blocks = {b: model.get_submodule(b) for b in structure.blocks}
@@ -193,7 +196,7 @@ def test_twice_is_refused():
 
 
 def test_a_failed_layer_stays_float_altogether(monkeypatch):
-    import ptqkit.hf.solve as solve
+    import ptqkit.hf.quantization.solve as solve
 
     def fail(weight, w_hat, mean):
         if weight.shape == (32, 64):
@@ -263,7 +266,7 @@ def test_aweq_saves_and_loads_with_the_same_logits(tmp_path, name):
 def test_a_schedule_that_cannot_be_had_is_refused_before_anything_folds(monkeypatch, options):
     model = M.build()
     if "schedule" in options:
-        monkeypatch.setattr("ptqkit.hf.schedule_choice._has_greenlet", lambda: False)
+        monkeypatch.setattr("ptqkit.hf.quantization.plan._has_greenlet", lambda: False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(Exception, match="memory_budget|is not possible"):
         run(model, "aweq", **options)
@@ -275,7 +278,7 @@ def test_interruption_after_the_folds_says_so(monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ptqkit.hf.runner.solve_group", interrupt)
+    monkeypatch.setattr("ptqkit.hf.quantization.run.solve_group", interrupt)
     with pytest.raises(KeyboardInterrupt, match=r"but the model is equalized \(8 folds\)"):
         run(M.build(), "aweq")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import ptqkit
+import ptqkit._core as _core
 import ptqkit.reference as reference
-from ptqkit import _core
-from ptqkit.int8 import LONGEST_SUM
+from ptqkit.arrays.matmul import LONGEST_SUM
 
 SHAPES = [  # tokens, outputs, inputs: around the tiles of 4 x 2, 64 x 128 and 1024
     (1, 1, 1), (3, 2, 5), (4, 3, 31), (5, 7, 32), (63, 127, 33), (65, 129, 64), (70, 260, 100),

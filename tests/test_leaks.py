@@ -9,7 +9,7 @@ import pytest
 COMMON = """
 import gc, resource, sys
 import numpy as np, ptqkit
-from ptqkit import _core
+import ptqkit._core as _core
 rng = np.random.default_rng(0)
 n = 128
 X = rng.normal(size=(300, n)).astype(np.float32)

@@ -28,7 +28,7 @@ for i in range(int(inputs["count"])):
     for kind, data in (("f32", X), ("f16", X.astype(np.float16)), ("bf16", None)):
         h = ptqkit.Hessian(X.shape[1])
         if data is None:  # bits of bfloat16, as a tensor would bring them
-            from ptqkit import _core
+            import ptqkit._core as _core
             bits = (X.view(np.uint32) >> 16).astype(np.uint16)
             _core.hessian_update(h._sum, bits, 2, None, 0)
             h.tokens = len(X)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import ptqkit
 import ptqkit.reference as reference
-from ptqkit.packing import pack_rows, unpack_rows
+from ptqkit.arrays.packing import pack_rows, unpack_rows
 
 
 @settings(max_examples=60, deadline=None)

@@ -195,8 +195,8 @@ def test_the_number_of_threads_changes_no_bit(n, dtype):
 LEVEL = """
 import sys
 import numpy as np, ptqkit
-from ptqkit import _core
-from ptqkit.ranges import batch_ranges
+import ptqkit._core as _core
+from ptqkit.arrays.ranges import batch_ranges
 inputs = np.load(sys.argv[1])
 rows = np.flatnonzero(np.arange(len(inputs["float32"])) % 3)
 found = [batch_ranges(inputs[d], i, r, 1)
@@ -249,7 +249,7 @@ def test_every_level_sees_nan_and_infinity(script, level):
 
 
 def test_an_interrupted_update_changes_nothing(monkeypatch):
-    from ptqkit import _core
+    import ptqkit._core as _core
 
     X, exact = _inputs(30, 6, "float32")
     ranges = ptqkit.ChannelRanges(6)

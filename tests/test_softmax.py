@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import ptqkit
+import ptqkit._core as _core
 import ptqkit.reference as reference
-from ptqkit import _core
 
 EPS = float(np.finfo(np.float32).eps)
 # Relative error of a probability before rounding: exponential, factor and their product. Measured

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import ptqkit
+import ptqkit._core as _core
 import ptqkit.reference as reference
-from ptqkit import _core
-from ptqkit.softmax_bias import LENGTH_CLASSES
+from ptqkit.arrays.softmax_bias import LENGTH_CLASSES
 
 GRID = ptqkit.softmax_grid(8)
 

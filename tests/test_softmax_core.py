@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from softmax_core_calls import softmax_calls
 
-from ptqkit import _core
+import ptqkit._core as _core
 
 BAD_GRIDS = [
     (), (1 / 255, 0), (1 / 255, 0, 255, 1), [1 / 255, 0, 255], (0.0, 0, 255), (-1.0, 0, 255),

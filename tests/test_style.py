@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import ptqkit
-from ptqkit import _core
+import ptqkit._core as _core
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sorted(p for p in ROOT.glob("ptqkit/**/*.py"))

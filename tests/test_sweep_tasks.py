@@ -12,7 +12,7 @@ import pytest
 from sweep_cases import DATA, choices, tiny_model, words
 
 from ptqkit.errors import CalibrationError
-from ptqkit.hf.perplexity import perplexity
+from ptqkit.hf.evaluation.perplexity import perplexity
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import TaskPlan, TextSource
 from ptqkit.sweep.tasks import RememberingTokenizer, documents_of, measure

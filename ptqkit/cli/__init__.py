@@ -46,7 +46,7 @@ environment:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    from ptqkit import __version__
+    from ptqkit._version import __version__
 
     parser = argparse.ArgumentParser(
         prog="ptqkit",

@@ -107,7 +107,7 @@ def write_json(args: argparse.Namespace, values: dict[str, Any]) -> None:
     """
     if args.json is None:
         return
-    from ptqkit import __version__
+    from ptqkit._version import __version__
 
     head = {"schema": SCHEMA, "command": args.command, "version": __version__}
     text = json.dumps(plain({**head, **values}), indent=1, allow_nan=False) + "\n"
@@ -277,7 +277,7 @@ def read_text(option: str, name: str, tokenizer: Any) -> Any:
         return torch.from_numpy(read_tokens(option, name))
     if tokenizer is None:
         raise UsageError(f"{option} {name} is text, but MODEL has no tokenizer; give tokens (.npy)")
-    from ptqkit.hf.calibration import read_documents
+    from ptqkit.hf.data.calibration import read_documents
 
     documents = list(read_documents(name))
     if not any(text.strip() for text in documents):

@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Load, measure, and return what is written to ``--json``."""
     model, tokenizer, facts = load_model(args)
     from ptqkit.hf import perplexity
-    from ptqkit.hf.calibration import max_positions
+    from ptqkit.hf.data.calibration import max_positions
 
     text = _text(args, tokenizer)
     limit = max_positions(model) or _LONGEST_DEFAULT

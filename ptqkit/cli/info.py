@@ -72,7 +72,7 @@ def _version(package: str) -> str | None:
 
 def collect() -> dict[str, Any]:
     """Return ``config``, ``python``, ``system``, ``packages`` and ``environment`` as a dict."""
-    from ptqkit import show_config
+    from ptqkit._config import show_config
 
     return {
         "config": show_config(),

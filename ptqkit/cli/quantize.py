@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args, recipe)
     started = time.perf_counter()
     with quiet_transformers():
-        from ptqkit.hf import Recipe
+        from ptqkit import Recipe
 
         checked = Recipe.from_dict(recipe)
         needs_text = bool(_needs_text(args, recipe) or recipe["overrides"])
@@ -246,8 +246,8 @@ def _work(
 
 def check_place(args: argparse.Namespace, model: Any, recipe: Any) -> None:
     """Refuse a place without room for the checkpoint before the work starts."""
-    from ptqkit.hf.preflight import Problems, check_output
-    from ptqkit.hf.structure import find_structure
+    from ptqkit.hf.models.structure import find_structure
+    from ptqkit.hf.quantization.preflight import Problems, check_output
 
     problems = Problems()
     targets = find_structure(model, recipe).targets

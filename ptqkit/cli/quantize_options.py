@@ -9,7 +9,7 @@ from ptqkit.cli.common import add_common, add_model_options
 
 __all__ = ["GPTQ_RECIPES", "RTN_RECIPES", "add_options", "parse_override"]
 
-# The presets of ptqkit.hf.recipe, by method, without its imports (a test compares them).
+# The presets of ptqkit.recipe.presets, by method, without its imports (a test compares them).
 GPTQ_RECIPES = ("quality", "reference")
 RTN_RECIPES = ("rtn", "aweq", "smoothquant", "vector-wise", "llm.int8", "zeroquant")
 

@@ -109,8 +109,8 @@ def calibration_of(
 ) -> tuple[Any, Any]:
     """Calibration set of the arguments, and the text that is left to measure on."""
     from ptqkit.hf import prepare_calibration
-    from ptqkit.hf.calibration import max_positions
-    from ptqkit.hf.text import tokenize
+    from ptqkit.hf.data.calibration import max_positions
+    from ptqkit.hf.data.text import tokenize
 
     options = {
         "samples": args.samples,
@@ -201,8 +201,8 @@ def run(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Load, measure, and return the table and what is written to ``--json``."""
     model, tokenizer, facts = load_model(args)
-    from ptqkit.hf.calibration import max_positions
-    from ptqkit.hf.softmax_table import softmax_table
+    from ptqkit.hf.data.calibration import max_positions
+    from ptqkit.hf.softmax.table import softmax_table
 
     if args.text is not None:
         text = read_text("--text", args.text, tokenizer)
@@ -241,7 +241,7 @@ def _demo_windows(tokenizer: Any, window: int, max_tokens: int | None) -> Any:
 
 def _save(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any) -> str:
     from ptqkit.hf import SoftmaxStudy, save_softmax
-    from ptqkit.hf.softmax_table import VARIANTS
+    from ptqkit.hf.softmax.table import VARIANTS
 
     study = SoftmaxStudy(model, data, bits=args.bits[0], range=args.range)
     # What the table measured, without the guard of quantize_softmax.

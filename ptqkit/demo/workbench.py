@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptqkit.demo import MODEL_DIR, text
-from ptqkit.hf import make_outliers, perplexity, prepare_calibration, quantize, remove_quantizers
-from ptqkit.hf.calibration import CalibrationSet
+from ptqkit.hf import make_outliers, perplexity, prepare_calibration, quantize
+from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.nn import remove_quantizers
 
 __all__ = ["WINDOW", "DemoRow", "Workbench"]
 

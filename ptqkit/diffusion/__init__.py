@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from ptqkit.diffusion.calibration import CalibrationLatents, draw_calibration, run_calibration
-from ptqkit.diffusion.processors import (
+from ptqkit.diffusion.attention import (
     attention_hooks,
     find_attention,
     install_attention,
     installed_attention,
     remove_attention,
 )
+from ptqkit.diffusion.calibration import CalibrationLatents, draw_calibration, run_calibration
+from ptqkit.diffusion.clock import StepClock
 from ptqkit.diffusion.sampling import ClassConditionalUNet, load_unet, sample, starting_noise
 from ptqkit.diffusion.softmax import SoftmaxStudy, UNetSoftmaxQuantization, quantize_softmax
 from ptqkit.diffusion.state import load_softmax, save_softmax
 from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
-from ptqkit.diffusion.steps import StepClock
 from ptqkit.diffusion.weights import quantize_weights
 
 __all__ = [

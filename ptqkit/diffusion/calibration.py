@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqkit.diffusion.attention import attention_hooks
 from ptqkit.diffusion.checks import check_inputs, check_positive, check_steps, home
-from ptqkit.diffusion.processors import attention_hooks
+from ptqkit.diffusion.clock import StepClock
 from ptqkit.diffusion.sampling import ddim_schedule, sample
-from ptqkit.diffusion.steps import StepClock
-from ptqkit.hf.attention import AttentionHook
-from ptqkit.hf.capture import calibration_mode
+from ptqkit.nn.attention import AttentionHook
+from ptqkit.nn.forward import calibration_mode
 
 __all__ = ["CalibrationLatents", "draw_calibration", "run_calibration"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ptqkit.diffusion.checks import naming
-from ptqkit.hf.attention import AttentionHook
-from ptqkit.hf.softmax_report import OutputSQNR, SoftmaxLayerReport
+from ptqkit.nn.attention import AttentionHook
+from ptqkit.nn.softmax.report import OutputSQNR, SoftmaxLayerReport
 
 __all__ = ["SQNRPair", "SoftmaxComparison", "layer_report"]
 

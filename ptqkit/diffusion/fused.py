@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ptqkit.arrays.softmax import quantized_softmax
 from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
-from ptqkit.hf.attention_kinds import AttentionQuantizer
-from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
-from ptqkit.softmax import quantized_softmax
+from ptqkit.nn.attention_quantizer import AttentionQuantizer
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 
 __all__ = ["SoftmaxHook"]
 

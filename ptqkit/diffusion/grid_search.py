@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit.arrays.metrics import SQNR
+from ptqkit.arrays.softmax import SoftmaxGrid, softmax_grid
+from ptqkit.arrays.softmax_bias import SoftmaxBias
+from ptqkit.diffusion.attention import UNetAttention
 from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
 from ptqkit.diffusion.checks import naming
-from ptqkit.diffusion.processors import UNetAttention
-from ptqkit.hf.attention import AttentionHook
-from ptqkit.hf.attention_kinds import AttentionRanges
-from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
-from ptqkit.softmax import SoftmaxGrid, softmax_grid
-from ptqkit.softmax_bias import SoftmaxBias
-from ptqkit.sqnr import SQNR
+from ptqkit.nn.attention import AttentionHook
+from ptqkit.nn.attention_quantizer import AttentionRanges
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 
 __all__ = ["NamedRanges", "search_grids"]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ptqkit.diffusion.checks import check_inputs, check_positive, home
-from ptqkit.hf.capture import calibration_mode
+from ptqkit.nn.forward import calibration_mode
 
 __all__ = ["ClassConditionalUNet", "load_unet", "sample", "starting_noise"]
 

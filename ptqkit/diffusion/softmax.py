@@ -3,7 +3,7 @@
 A fixed grid rounds most probabilities of a long row to zero, so that rows no longer sum to one.
 The mean of what is missing, per tensor, head, time step or step and head, can be taken from the
 offset of the grid at no cost at run time (Pandey et al. 2023); see
-:mod:`ptqkit.hf.softmax_quantizer` for the formulas.
+:mod:`ptqkit.nn.softmax.quantizer` for the formulas.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
-from ptqkit.diffusion.checks import check_choice, naming
-from ptqkit.diffusion.comparison import SoftmaxComparison, SQNRPair, layer_report
-from ptqkit.diffusion.fused import SoftmaxHook
-from ptqkit.diffusion.grid_search import NamedRanges, search_grids
-from ptqkit.diffusion.processors import (
+from ptqkit.arrays.softmax import SoftmaxGrid, softmax_grid
+from ptqkit.arrays.softmax_bias import SoftmaxBias
+from ptqkit.diffusion.attention import (
     UNetAttention,
     find_attention,
     install_attention,
     installed_attention,
     remove_attention,
 )
+from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
+from ptqkit.diffusion.checks import check_choice, naming
+from ptqkit.diffusion.clock import StepClock
+from ptqkit.diffusion.comparison import SoftmaxComparison, SQNRPair, layer_report
+from ptqkit.diffusion.fused import SoftmaxHook
+from ptqkit.diffusion.grid_search import NamedRanges, search_grids
 from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
-from ptqkit.diffusion.steps import StepClock
 from ptqkit.errors import CalibrationError
-from ptqkit.hf.attention import AttentionHook
-from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
-from ptqkit.hf.softmax_report import SoftmaxLayerReport, SoftmaxReport
-from ptqkit.softmax import SoftmaxGrid, softmax_grid
-from ptqkit.softmax_bias import SoftmaxBias
+from ptqkit.nn.attention import AttentionHook
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
+from ptqkit.nn.softmax.report import SoftmaxLayerReport, SoftmaxReport
 
 __all__ = [
     "CORRECTIONS",

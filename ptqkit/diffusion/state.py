@@ -28,13 +28,13 @@ from typing import Any
 from torch import nn
 
 from ptqkit._files import write_atomically
-from ptqkit.diffusion.processors import find_attention
+from ptqkit.arrays.softmax import SoftmaxGrid
+from ptqkit.diffusion.attention import find_attention
+from ptqkit.diffusion.clock import StepClock
 from ptqkit.diffusion.softmax import GRANULARITIES, UNetSoftmaxQuantization, check_heads
 from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
-from ptqkit.diffusion.steps import StepClock
-from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
-from ptqkit.hf.softmax_state import SOFTMAX_FILE, read_softmax_file
-from ptqkit.softmax import SoftmaxGrid
+from ptqkit.nn.softmax.file import SOFTMAX_FILE, read_softmax_file
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 
 __all__ = ["SOFTMAX_FILE", "load_softmax", "save_softmax"]
 

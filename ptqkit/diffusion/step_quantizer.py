@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.diffusion.steps import StepClock
-from ptqkit.hf.softmax_quantizer import SoftmaxQuantizer
-from ptqkit.softmax import SoftmaxGrid
+from ptqkit.arrays.softmax import SoftmaxGrid
+from ptqkit.diffusion.clock import StepClock
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 
 __all__ = ["StepSoftmaxQuantizer"]
 

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ptqkit.arrays.metrics import sqnr
+from ptqkit.diffusion.attention import attention_hooks, find_attention
 from ptqkit.diffusion.calibration import CalibrationLatents, draw_calibration, run_calibration
 from ptqkit.diffusion.checks import check_positive
-from ptqkit.diffusion.processors import attention_hooks, find_attention
 from ptqkit.diffusion.sampling import ClassConditionalUNet, sample
 from ptqkit.diffusion.softmax import SoftmaxStudy, refuse_installed
 from ptqkit.diffusion.weights import quantize_weights
-from ptqkit.hf.attention_kinds import ATTENTION_KINDS, AttentionQuantizer, AttentionRanges
-from ptqkit.sqnr import sqnr
+from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer, AttentionRanges
 
 __all__ = ["Experiment", "granularity_table", "row_sum_figure", "sensitivity_table", "total_table"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqkit.solvers import rtn
+from ptqkit.arrays.solvers import rtn
 
 __all__ = ["WeightQuantization", "quantize_weights"]
 

@@ -135,7 +135,7 @@ class Bench:
     def _calibration(self) -> Any:
         """Batches, the same for every recipe."""
         if self._batches is None:
-            from ptqkit.hf.calibration import max_positions, prepare_calibration
+            from ptqkit.hf.data.calibration import max_positions, prepare_calibration
 
             plan = self.plan.calibration
             self._batches = prepare_calibration(

@@ -38,7 +38,7 @@ def cell_inputs(
     device : str
         Type of the device: other hardware sums in another order.
     """
-    from ptqkit import __version__
+    from ptqkit._version import __version__
 
     inputs: dict[str, Any] = {
         "schema": SCHEMA,

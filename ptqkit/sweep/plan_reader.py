@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ptqkit.recipe import as_recipe
 from ptqkit.sweep.plan import (
     DEMO,
     FLOAT,
@@ -222,10 +223,9 @@ def _channels(change: Any) -> Any:
 
 def _resolve(reader: Reader, value: Any) -> dict[str, Any]:
     """Plain values of a recipe with every default filled in."""
-    from ptqkit.hf.recipe import Recipe
 
     try:
-        return Recipe.parse(value).to_dict()
+        return as_recipe(value).to_dict()
     except (ValueError, TypeError) as error:
         reader.problem(str(error))
         return {}

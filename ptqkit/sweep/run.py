@@ -185,7 +185,8 @@ def _environment(device: str) -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    from ptqkit import __version__, show_config
+    from ptqkit._config import show_config
+    from ptqkit._version import __version__
 
     return {**found, "ptqkit": __version__, "cpu_level": str(show_config()["cpu_level"])}
 

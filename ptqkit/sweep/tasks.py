@@ -77,7 +77,7 @@ def documents_of(source: TextSource, split: str = "test") -> list[str]:
 
         documents = [text(split)]
     else:
-        from ptqkit.hf.text import read_documents
+        from ptqkit.hf.data.text import read_documents
 
         documents = list(read_documents(source.path))
     if source.documents is not None:
@@ -114,7 +114,7 @@ def measure(model: Any, tokenizer: Any, task: TaskPlan) -> Measured:
         from ptqkit.sweep.zeroshot import zero_shot
 
         return zero_shot(model, tokenizer, task.source.path, **task.settings)
-    from ptqkit.hf.perplexity import perplexity
+    from ptqkit.hf.evaluation.perplexity import perplexity
 
     settings = dict(task.settings)
     text: Any = documents_of(task.source)
@@ -136,7 +136,7 @@ def _spread(
     """Windows at equal distances from the joined text, so that few speak for all of it."""
     import torch
 
-    from ptqkit.hf.text import start_token_id
+    from ptqkit.hf.data.text import start_token_id
 
     body = window - (start_token_id(tokenizer, start_token) is not None)
     found = (tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"] for d in documents)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqkit.hf.calibration import max_positions
+from ptqkit.hf.data.calibration import max_positions
 from ptqkit.sweep.items import chance, read_items
 from ptqkit.sweep.tasks import Measured, RememberingTokenizer
 

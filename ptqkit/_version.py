@@ -1,0 +1,5 @@
+"""The version, in one place: the packaging reads it from here too."""
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,327 @@
+"""Integer codes of activations: per token or per tensor, outlier columns apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import ptqkit._core as _core
+from ptqkit.arrays._inputs import (
+    BF16,
+    as_tokens,
+    check_count,
+    check_number,
+    check_threads,
+)
+
+__all__ = [
+    "QuantizedActivations",
+    "activation_grid",
+    "outlier_columns",
+    "quantize_activations",
+]
+
+GRANULARITIES = ("token", "tensor")
+
+
+@dataclass(frozen=True)
+class QuantizedActivations:
+    """Activations on signed uniform grids: ``x = scale * (code - zero_point)``.
+
+    Attributes
+    ----------
+    codes : ndarray of int8 (int16 above 8 bits), shape (..., channels)
+        In ``[-2**(bits-1), 2**(bits-1) - 1]``; ``narrow_range``: without the smallest one. Outlier
+        columns hold the code of 0.
+    scales : ndarray of float32, shape (..., 1), or (1,) for granularity "tensor"
+    zero_points : ndarray like ``codes``, shape of ``scales``
+        0 where symmetric.
+    bits : int
+    granularity : {"token", "tensor"}
+    symmetric, narrow_range : bool
+    outliers : ndarray of bool, shape (channels,), or None
+        Columns that are not quantized.
+    outlier_values : ndarray of float32, shape (..., number of outliers), or None
+        Those columns, exactly as they were.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray
+    bits: int
+    granularity: str
+    symmetric: bool
+    narrow_range: bool = False
+    outliers: np.ndarray | None = None
+    outlier_values: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., channels)."""
+        return self.codes.shape
+
+    def dequantize(self, dtype: np.dtype | type = np.float32) -> np.ndarray:
+        """Return ``scale * (code - zero_point)``, shape (..., channels), outliers as they were."""
+        values = (self.codes.astype(np.int32) - self.zero_points).astype(dtype)
+        values *= self.scales.astype(dtype, copy=False)
+        if self.outliers is not None:
+            values[..., self.outliers] = self.outlier_values
+        return values
+
+
+def activation_grid(
+    minimum: Any,
+    maximum: Any,
+    *,
+    bits: int = 8,
+    symmetric: bool = False,
+    narrow_range: bool = False,
+) -> tuple[np.float32, int]:
+    """Return scale and zero-point of the static grid of a tensor whose range is known.
+
+    Parameters
+    ----------
+    minimum, maximum : number or array
+        Range of the tensor; of arrays (one entry per channel) the extremes count. 0 always belongs
+        to the range. A range of 0 gets a scale of 2**-23.
+    bits : int from 2 to 16
+    symmetric, narrow_range
+        As in :func:`quantize_activations`.
+
+    Returns
+    -------
+    scale : numpy.float32
+    zero_point : int
+        In ``[-2**(bits-1), 2**(bits-1) - 1]``.
+
+    Raises
+    ------
+    ValueError
+        NaN or Inf, a minimum above the maximum, or a range that overflows float32.
+    """
+    options = _grid_options(bits, symmetric, narrow_range)
+    low, high = _extreme(minimum, "minimum", np.min), _extreme(maximum, "maximum", np.max)
+    if low > high:
+        raise ValueError(f"minimum {low:g} lies above maximum {high:g}")
+    return _fit_range(low, high, options)
+
+
+def _extreme(value: Any, what: str, reduce) -> np.float32:
+    value = np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
+    if value.dtype == bool or not np.issubdtype(value.dtype, np.number) or value.dtype.kind == "c":
+        raise TypeError(f"{what} must be a number or an array of numbers, not {value.dtype}")
+    if value.size == 0:
+        raise ValueError(f"{what} is empty")
+    with np.errstate(over="ignore"):
+        extreme = np.float32(reduce(value))
+    if not np.isfinite(extreme):
+        raise ValueError(f"{what} must be finite (in float32), but is {reduce(value)}")
+    return extreme
+
+
+def _grid_options(bits: Any, symmetric: Any, narrow_range: Any) -> tuple[int, bool, bool]:
+    bits = check_count(bits, "bits", 2, 16)
+    symmetric, narrow = bool(symmetric), bool(narrow_range)
+    if narrow and not symmetric:
+        raise ValueError("narrow_range=True needs symmetric=True: it is the symmetric code range")
+    return bits, symmetric, narrow
+
+
+def _fit_range(low, high, options: tuple[int, bool, bool]) -> tuple[np.float32, int]:
+    scale, zero = _core.signed_grid(low, high, options)
+    if not np.isfinite(scale):
+        raise ValueError(f"the range from {low:g} to {high:g} overflows float32")
+    return np.float32(scale), zero
+
+
+def _tokens(X: Any, what: str = "X") -> tuple[np.ndarray, int, tuple[int, ...]]:
+    """As as_tokens, for a matrix that says itself how many channels it has."""
+    if not hasattr(X, "shape"):
+        try:
+            X = np.asarray(X)
+        except ValueError as error:  # rows of different lengths
+            raise ValueError(f"{what} must be an array: {error}") from None
+    if len(X.shape) == 0 or X.shape[-1] == 0:
+        raise ValueError(f"{what} must have shape (..., channels), but has {tuple(X.shape)}")
+    X, dtype, shape = as_tokens(X, int(X.shape[-1]))
+    return np.ascontiguousarray(X), dtype, shape
+
+
+def _not_finite() -> ValueError:
+    return ValueError("X holds NaN or Inf (or values beyond float32)")
+
+
+def outlier_columns(X: Any, threshold: float = 6.0, *, threads: int = 0) -> np.ndarray:
+    """Return the columns in which some |x| reaches the threshold [LLM.int8(), arXiv 2208.07339].
+
+    Parameters
+    ----------
+    X : array or torch tensor, shape (..., channels)
+        float32, float16 or bfloat16 (tensor); float64 is rounded to float32.
+    threshold : float
+        Above 0.
+    threads : int
+        0 means automatic.
+
+    Returns
+    -------
+    ndarray of bool, shape (channels,)
+
+    Raises
+    ------
+    TypeError, ValueError
+        X is not floating point, has no channels, or holds NaN or Inf; a threshold of 0 or below.
+    """
+    threshold = check_number(threshold, "threshold")
+    if not threshold > 0:
+        raise ValueError(f"threshold must be above 0, not {threshold}")
+    threads = check_threads(threads)
+    X, dtype, shape = _tokens(X)
+    outliers = np.empty(shape[-1], bool)
+    try:
+        _core.outlier_columns(X, dtype, threshold, outliers, threads)
+    except FloatingPointError:
+        raise _not_finite() from None
+    return outliers
+
+
+def _outlier_mask(outliers: Any, channels: int) -> np.ndarray | None:
+    if outliers is None:
+        return None
+    if hasattr(outliers, "detach"):
+        outliers = outliers.detach().cpu().numpy()
+    mask = np.asarray(outliers)
+    if mask.dtype != bool:
+        raise TypeError(
+            f"outliers must be boolean, one entry per channel, not {mask.dtype}; "
+            "outlier_columns(X, threshold) makes it"
+        )
+    if mask.shape != (channels,):
+        raise ValueError(f"outliers must have shape ({channels},), not {mask.shape}")
+    return mask.copy()
+
+
+def _given_grid(scale: Any, zero_point: Any, granularity: str, options: tuple[int, bool, bool]):
+    """Check a static grid; returns (scale, zero_point), or None where the data decides."""
+    bits, symmetric, narrow = options
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError("zero_point was given without scale")
+        return None
+    if granularity == "token":
+        raise ValueError('scale is the static grid of granularity="tensor"; tokens have their own')
+    if np.size(scale) != 1 or np.size(zero_point) != 1:
+        raise ValueError("scale and zero_point must each be one number")
+    scale = check_number(np.asarray(scale).reshape(-1)[0], "scale")
+    with np.errstate(over="ignore", under="ignore"):
+        scale = np.float32(scale)
+    if not (np.isfinite(scale) and scale > 0):
+        raise ValueError("scale must be positive and finite (in float32)")
+    if zero_point is None:
+        if not symmetric:
+            raise ValueError("an asymmetric static grid needs zero_point beside scale")
+        return scale, 0
+    high = (1 << (bits - 1)) - 1
+    low = -high if narrow else -high - 1
+    zero = check_count(np.asarray(zero_point).reshape(-1)[0], "zero_point", low, high)
+    if symmetric and zero:
+        raise ValueError(f"zero_point is {zero}, but symmetric=True means 0")
+    return scale, zero
+
+
+def quantize_activations(
+    X: Any,
+    bits: int = 8,
+    *,
+    granularity: str = "token",
+    symmetric: bool = True,
+    narrow_range: bool = False,
+    scale: float | None = None,
+    zero_point: int | None = None,
+    outliers: Any = None,
+    threads: int = 0,
+) -> QuantizedActivations:
+    """Quantize activations (or the rows of a weight matrix) on signed grids, in float32.
+
+    ``code = clamp(round(x / s + z))``, ties to even. The grids are those of compressed-tensors:
+    symmetric ``s = max|x| / ((2**bits - 1) / 2)``; asymmetric
+    ``s = (max - min) / (2**bits - 1)``, ``z = round(-2**(bits-1) - min / s)``, 0 being part of the
+    range. A range of 0 gets z = 0 and s = 2**-23, so that it dequantizes to exactly 0.
+
+    Parameters
+    ----------
+    X : array or torch tensor, shape (..., channels)
+        float32, float16 or bfloat16 (tensor); float64 is rounded to float32.
+    bits : int from 2 to 16
+        Codes are int8, above 8 bits int16.
+    granularity : {"token", "tensor"}
+        One grid for each row of X (dynamic), or one for all of it.
+    symmetric : bool
+        Zero-point 0.
+    narrow_range : bool
+        Symmetric codes in +-(2**(bits-1) - 1), ``s = max|x| / (2**(bits-1) - 1)`` [Intriguing
+        Properties of Quantization at Scale, arXiv 2305.19268].
+    scale, zero_point : number, optional
+        Static grid of granularity "tensor" (see :func:`activation_grid`); None: from X.
+    outliers : array of bool, shape (channels,), optional
+        Columns that stay float and do not widen the grids (see :func:`outlier_columns`).
+    threads : int
+        0 means automatic. The result does not depend on it.
+
+    Returns
+    -------
+    QuantizedActivations
+
+    Raises
+    ------
+    TypeError, ValueError
+        X is not floating point, has no channels, or holds NaN or Inf; options that contradict.
+
+    Examples
+    --------
+    >>> import numpy as np, ptqkit
+    >>> q = ptqkit.quantize_activations(np.array([[1.0, -2.0, 0.5]]), narrow_range=True)
+    >>> q.codes, q.scales
+    (array([[  64, -127,   32]], dtype=int8), array([[0.01574803]], dtype=float32))
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be one of token, tensor, not {granularity!r}")
+    options = _grid_options(bits, symmetric, narrow_range)
+    grid = _given_grid(scale, zero_point, granularity, options)
+    threads = check_threads(threads)
+    X, dtype, shape = _tokens(X)
+    mask = _outlier_mask(outliers, shape[-1])
+    codes = np.empty(X.shape, np.int8 if options[0] <= 8 else np.int16)
+    grids = len(X) if granularity == "token" else 1
+    scales, zeros = np.empty(grids, np.float32), np.empty(grids, np.int16)
+    try:
+        if granularity == "tensor":
+            if grid is None:
+                grid = _fit_range(*_core.activation_range(X, dtype, mask, threads), options)
+            scales[0], zeros[0] = grid
+        per_token = int(granularity == "token")
+        arrays = (codes, scales, zeros)
+        _core.activations_quantize(X, dtype, mask, options, per_token, *arrays, threads)
+    except FloatingPointError:
+        raise _not_finite() from None
+    if not np.isfinite(scales).all():
+        raise ValueError("the range of a token overflows float32")
+    lead = (1,) if granularity == "tensor" else (*shape[:-1], 1)
+    return QuantizedActivations(
+        codes.reshape(shape),
+        scales.reshape(lead),
+        zeros.astype(codes.dtype).reshape(lead),
+        *(options[0], granularity, *options[1:]),
+        mask,
+        None if mask is None else _columns(X, dtype, mask).reshape(*shape[:-1], -1),
+    )
+
+
+def _columns(X: np.ndarray, dtype: int, mask: np.ndarray) -> np.ndarray:
+    """float32 values of some columns; exact."""
+    X = X[:, mask]
+    if dtype == BF16:
+        return (X.astype(np.uint32) << 16).view(np.float32)
+    return X.astype(np.float32)

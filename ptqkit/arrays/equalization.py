@@ -1,0 +1,305 @@
+"""Activation-weight equalization: scales that move range from activations into weights [AWEQ]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import ptqkit._core as _core
+from ptqkit.arrays._grids import group_width
+from ptqkit.arrays._inputs import F32, as_matrix, check_count, check_number, check_threads, label
+from ptqkit.arrays.matrix import parse_bits
+from ptqkit.arrays.ranges import ChannelRanges, batch_ranges, extent_of
+
+__all__ = [
+    "SCALE_LIMITS",
+    "EqualizationSearch",
+    "equalization_scales",
+    "search_equalization",
+    "weight_extent",
+]
+
+SCALE_LIMITS = (2.0**-20, 2.0**20)  # every scale lies between: about 1e-6 and 1e6
+MOST_LAYERS = 64  # of one input; the core's limit
+ALPHAS = tuple(i / 20 for i in range(21))
+
+
+def weight_extent(W: Any, *, threads: int = 0) -> np.ndarray:
+    """Return max - min of every input column over all given layers together.
+
+    Parameters
+    ----------
+    W : array or tensor, shape (out, in), or a sequence of them
+        All layers that one tensor feeds (q, k, v; gate, up).
+
+    Returns
+    -------
+    ndarray of float32, shape (in,)
+        r^W of [AWEQ, eq. 10].
+
+    Raises
+    ------
+    TypeError, ValueError
+        No layer, a wrong dtype or shape, different inputs, NaN or Inf.
+    """
+    low, high = None, None
+    threads = check_threads(threads)
+    for layer in _weights(W, None, threads):
+        least, most, _ = batch_ranges(layer, F32, None, threads)
+        low = least if low is None else np.minimum(low, least)
+        high = most if high is None else np.maximum(high, most)
+    return extent_of(low, high)
+
+
+def _weights(W: Any, name: str | None, threads: int) -> list[np.ndarray]:
+    """A list of finite float32 matrices with the same number of columns."""
+    if not isinstance(W, (list, tuple)):
+        W = [W]
+    if not 1 <= len(W) <= MOST_LAYERS:
+        raise ValueError(
+            f"{label(name)}weights must hold at least one layer and at most {MOST_LAYERS}, not "
+            f"{len(W)}"
+        )
+    found = [
+        as_matrix(w, "W" if len(W) == 1 else f"W[{i}]", name, threads) for i, w in enumerate(W)
+    ]
+    inputs = [w.shape[1] for w in found]
+    if len(set(inputs)) > 1:
+        raise ValueError(
+            f"{label(name)}layers fed by one tensor must have the same inputs, not {inputs} (W is "
+            "(out, in), as in torch.nn.Linear)"
+        )
+    return found
+
+
+def _extent(x: Any, what: str) -> np.ndarray:
+    x = np.asarray(x)
+    if not np.issubdtype(x.dtype, np.floating):
+        raise TypeError(f"{what} must be floating point, not {x.dtype}")
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"{what} must have shape (in,), but has shape {x.shape}")
+    if not np.all(np.isfinite(x) & (x >= 0)):
+        raise ValueError(f"{what} must be finite and not negative: it is maximum - minimum")
+    return x.astype(np.float64)
+
+
+def _tied(channel_of: Any, n: int) -> np.ndarray | None:
+    """Group of each channel, counted from 0."""
+    if channel_of is None:
+        return None
+    channel_of = np.asarray(channel_of)
+    if not np.issubdtype(channel_of.dtype, np.integer):
+        raise TypeError(f"channel_of must be integer, not {channel_of.dtype}")
+    if channel_of.shape != (n,):
+        raise ValueError(f"channel_of must have shape ({n},), not {channel_of.shape}")
+    return np.unique(channel_of, return_inverse=True)[1]
+
+
+def _check_alpha(alpha: Any) -> float:
+    alpha = check_number(alpha, "alpha")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
+    return alpha
+
+
+def equalization_scales(
+    activation_extent: Any, weight_extent: Any, alpha: float = 0.5, *, channel_of: Any = None
+) -> np.ndarray:
+    """Return s = rx^alpha / rw^(1 - alpha): X becomes X / s and W becomes W s, X W^T stays.
+
+    alpha = 1/2 is the closed form [AWEQ, eq. 10], s = sqrt(rx / rw): it minimises
+    max_j(rx_j / s_j) max_k(s_k rw_k). 0 makes all columns of W equal in range, 1 all channels of X.
+
+    Parameters
+    ----------
+    activation_extent, weight_extent : array, shape (in,)
+        max - min of every channel of X over the tokens, and of every column of W
+        (:attr:`ChannelRanges.extent`, :func:`weight_extent`).
+    alpha : float in [0, 1]
+    channel_of : array of int, shape (in,), optional
+        Channels with the same number share a scale (grouped-query attention: one channel of v feeds
+        several columns of o). The largest extent of each group counts, for X and W apart; who wants
+        the extent of the pooled values merges minima and maxima beforehand.
+
+    Returns
+    -------
+    ndarray of float32, shape (in,)
+        A channel that is dead in X or in W (extent 0) keeps s = 1, whole groups likewise; all
+        others lie in ``SCALE_LIMITS`` = [2^-20, 2^20].
+
+    Raises
+    ------
+    TypeError, ValueError
+        Extents that are not floating point, negative or not finite; shapes that differ; alpha
+        outside [0, 1].
+    """
+    rx, rw = (
+        _extent(activation_extent, "activation_extent"),
+        _extent(weight_extent, "weight_extent"),
+    )
+    if rx.shape != rw.shape:
+        raise ValueError(
+            f"activation_extent has {len(rx)} channels, but weight_extent has {len(rw)}"
+        )
+    alpha, group = _check_alpha(alpha), _tied(channel_of, len(rx))
+    if group is not None:
+        rx, rw = _largest(rx, group), _largest(rw, group)
+    scales = np.empty(len(rx), np.float32)
+    _core.equalization_scales(rx, rw, alpha, *SCALE_LIMITS, scales)
+    return scales if group is None else scales[group]
+
+
+def _largest(extent: np.ndarray, group: np.ndarray) -> np.ndarray:
+    most = np.zeros(group.max() + 1)
+    np.maximum.at(most, group, extent)
+    return most
+
+
+@dataclass(frozen=True)
+class EqualizationSearch:
+    """What :func:`search_equalization` found.
+
+    Attributes
+    ----------
+    alpha : float
+        The exponent with the least error; NaN where no equalization is best.
+    scales : ndarray of float32, shape (in,)
+        Its scales (all 1 for NaN).
+    alphas : ndarray of float64, shape (candidates,)
+        What was tried, in the order that settles ties: NaN (no equalization), 0.5, the others.
+    errors : ndarray of float64, shape (candidates,)
+        Sum over tokens and outputs of (Q_a(X / s) Q_w(W s)^T - X W^T)^2.
+    """
+
+    alpha: float
+    scales: np.ndarray
+    alphas: np.ndarray
+    errors: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The least error."""
+        return float(self.errors.min())
+
+
+def search_equalization(
+    weights: Any,
+    X: Any,
+    ranges: ChannelRanges,
+    *,
+    bits: int | str = 4,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    per_tensor: bool = False,
+    activation_bits: int | None = None,
+    activation_granularity: str = "token",
+    activation_symmetric: bool | None = None,
+    alphas: Sequence[float] | None = None,
+    channel_of: Any = None,
+    threads: int = 0,
+    name: str | None = None,
+) -> EqualizationSearch:
+    """Find the alpha of :func:`equalization_scales` with the least quantized output error on X.
+
+    No equalization and alpha = 0.5 are always among the candidates, so on this measure the result
+    is never worse than either [AWEQ, section 3.2].
+
+    Parameters
+    ----------
+    weights : array or tensor, shape (out, in), or a sequence of them
+        All layers that X feeds.
+    X : array or tensor, shape (..., in), floating point
+        Calibration inputs to measure on; a few hundred tokens do.
+    ranges : ChannelRanges
+        Of the layers' inputs over the whole calibration set.
+    bits, group_size, symmetric : int or "ternary", int or None, bool
+        Weights are rounded to nearest on their min-max grid, as :func:`rtn` does.
+    per_tensor : bool
+        One grid for each whole weight matrix; excludes ``group_size``.
+    activation_bits : int from 2 to 16 or None
+        None leaves activations as they are.
+    activation_granularity : {"token", "tensor"}
+        One grid per token, from its own values; or one for all, from ``ranges`` divided by s.
+    activation_symmetric : bool, optional
+        Default: True per token, False per tensor.
+    alphas : sequence of float in [0, 1], optional
+        Default 0, 0.05, ... 1.
+    channel_of : array of int, shape (in,), optional
+        See :func:`equalization_scales`.
+    threads : int
+        0 means automatic. The result does not depend on it.
+    name : str, optional
+        Layer name for error messages.
+
+    Returns
+    -------
+    EqualizationSearch
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong dtypes, shapes or options, NaN or Inf, no token, or an output error beyond float64.
+    """
+    threads = check_threads(threads)
+    W = _weights(weights, name, threads)
+    n = W[0].shape[1]
+    X = _inputs(X, n, name, threads)
+    _check_ranges(ranges, n, name)
+    max_code = parse_bits(bits)
+    symmetric = bool(symmetric) or bits == "ternary"
+    if per_tensor and group_size is not None:
+        raise ValueError(f"{label(name)}per_tensor excludes group_size (got {group_size})")
+    size = group_width(group_size, n, name)
+    levels = _activation_codes(activation_bits, activation_granularity, name)
+    static = activation_granularity == "tensor"
+    if activation_symmetric is None:
+        activation_symmetric = not static
+    grid = _alpha_grid(alphas)
+    rx, rw = ranges.extent, weight_extent(W, threads=threads)
+    tried = [equalization_scales(rx, rw, a, channel_of=channel_of) for a in grid[1:]]
+    scales = np.stack([np.ones(n, np.float32), *tried])
+    errors = np.empty(len(grid), np.float64)
+    spec = (max_code, int(symmetric), 0, 1, 1, 0, 0, 1.0, 2.0)  # ptq_grid: min-max, float32 scales
+    options = (size, int(bool(per_tensor)), levels, int(bool(activation_symmetric)), int(static))
+    limits = (ranges.minimum, ranges.maximum)
+    _core.equalization_errors(X, tuple(W), scales, options, spec, *limits, errors, threads)
+    best = int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))
+    if not np.isfinite(errors[best]):
+        raise ValueError(f"{label(name)}the outputs overflow: X or W holds huge values")
+    return EqualizationSearch(float(grid[best]), scales[best], grid, errors)
+
+
+def _inputs(X: Any, n: int, name: str | None, threads: int) -> np.ndarray:
+    shape = getattr(X, "shape", None) or np.shape(X)
+    if not shape or shape[-1] != n:
+        raise ValueError(f"{label(name)}X must have shape (..., {n}), but has {tuple(shape)}")
+    if not hasattr(X, "reshape"):
+        X = np.asarray(X)
+    return as_matrix(X.reshape(-1, n), "X", name, threads)
+
+
+def _check_ranges(ranges: Any, n: int, name: str | None) -> None:
+    if not isinstance(ranges, ChannelRanges):
+        raise TypeError(f"{label(name)}ranges must be ChannelRanges, not {type(ranges).__name__}")
+    if ranges.channels != n:
+        raise ValueError(f"{label(name)}ranges has {ranges.channels} channels, but W has {n}")
+
+
+def _activation_codes(bits: int | None, granularity: str, name: str | None) -> int:
+    """Largest activation code, or 0 where activations stay as they are."""
+    if granularity not in ("token", "tensor"):
+        raise ValueError(
+            f"{label(name)}activation_granularity must be 'token' or 'tensor', not {granularity!r}"
+        )
+    if bits is None:
+        return 0
+    return (1 << check_count(bits, "activation_bits", 2, 16)) - 1
+
+
+def _alpha_grid(alphas: Sequence[float] | None) -> np.ndarray:
+    """NaN (no equalization), 0.5, then the others as given."""
+    others = [_check_alpha(a) for a in (ALPHAS if alphas is None else alphas)]
+    return np.array([np.nan, *dict.fromkeys([0.5, *others])])

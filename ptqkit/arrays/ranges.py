@@ -1,0 +1,209 @@
+"""Ranges of a layer's input channels: minimum, maximum and mean over batches of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import ptqkit._core as _core
+from ptqkit.arrays._inputs import as_mask, as_tokens, check_count, check_threads
+from ptqkit.errors import CalibrationError
+
+__all__ = ["ChannelRanges", "batch_ranges", "extent_of"]
+
+
+def _read_only(x: np.ndarray) -> np.ndarray:
+    x.flags.writeable = False
+    return x
+
+
+def batch_ranges(X: np.ndarray, dtype: int, rows: np.ndarray | None, threads: int) -> tuple:
+    """Minimum and maximum (float32) and sum (float64) of every column of the given rows.
+
+    Arguments as :func:`ptqkit.arrays._inputs.as_tokens` returns them, at least one row; raises
+    FloatingPointError for NaN and Inf.
+    """
+    low, high = np.empty((2, X.shape[1]), np.float32)
+    total = np.empty(X.shape[1], np.float64)
+    _core.channel_ranges(X, dtype, rows, low, high, total, threads)
+    return low, high, total
+
+
+class ChannelRanges:
+    """Streaming minimum, maximum and mean of every input channel of a linear layer.
+
+    What equalization and static activation grids are made of [AWEQ, section 3.2]. Nothing is kept
+    of the activations themselves; sums are in float64. An update that fails or is interrupted
+    leaves everything as it was.
+
+    Parameters
+    ----------
+    channels : int
+        Inputs of the layer.
+    threads : int
+        Threads to use; 0 means automatic. No result depends on it.
+
+    Examples
+    --------
+    >>> import numpy as np, ptqkit
+    >>> ranges = ptqkit.ChannelRanges(64)
+    >>> ranges.update(np.random.default_rng(0).normal(size=(4, 100, 64)))
+    >>> ranges.tokens, ranges.extent.shape
+    (400, (64,))
+    """
+
+    def __init__(self, channels: int, *, threads: int = 0) -> None:
+        self.channels = check_count(channels, "channels", 1, 1 << 24)
+        self.threads = check_threads(threads)
+        # (minimum, maximum, sum, tokens), replaced in one assignment: never half updated
+        self._seen: tuple[np.ndarray, np.ndarray, np.ndarray, int] | None = None
+
+    @classmethod
+    def from_arrays(
+        cls, minimum: Any, maximum: Any, mean: Any, tokens: int, *, threads: int = 0
+    ) -> ChannelRanges:
+        """Return the ranges with the given values, seen over ``tokens`` tokens.
+
+        Parameters
+        ----------
+        minimum, maximum, mean : array, shape (channels,)
+            Finite, with minimum <= mean <= maximum up to rounding.
+        tokens : int
+            At least 1.
+        """
+        tokens = check_count(tokens, "tokens", 1, 1 << 62)
+        low, high = _vector(minimum, "minimum", np.float32), _vector(maximum, "maximum", np.float32)
+        middle = _vector(mean, "mean", np.float64)
+        if not len(low) == len(high) == len(middle):
+            raise ValueError(
+                f"minimum, maximum and mean must have one length, not {len(low)}, {len(high)} "
+                f"and {len(middle)}"
+            )
+        slack = 1e-6 * np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
+        wrong = (low > high) | (middle < low - slack) | (middle > high + slack)
+        if wrong.any():
+            raise ValueError(
+                f"minimum <= mean <= maximum does not hold for channel {int(wrong.argmax())}"
+            )
+        result = cls(len(low), threads=threads)
+        result._seen = (_read_only(low), _read_only(high), middle * tokens, tokens)
+        return result
+
+    def update(self, X: Any, mask: Any = None) -> None:
+        """Add a batch of inputs.
+
+        Parameters
+        ----------
+        X : array or torch tensor, shape (..., channels)
+            float32, float16 or bfloat16 (tensor); float64 is rounded to float32.
+        mask : array or tensor of bool or int, shape (...), optional
+            Tokens that count (an attention mask); padding must not.
+
+        Raises
+        ------
+        ValueError
+            Wrong shape, or NaN or Inf in X; what was seen before is left as it was.
+        TypeError
+            X is not floating point.
+        """
+        X, dtype, shape = as_tokens(X, self.channels)
+        rows = None if mask is None else as_mask(mask, shape[:-1])
+        if rows is not None and len(rows) == len(X):
+            rows = None
+        tokens = len(X) if rows is None else len(rows)
+        if tokens == 0:
+            return
+        try:
+            low, high, total = batch_ranges(X, dtype, rows, self.threads)
+        except FloatingPointError:
+            raise ValueError(
+                "X holds NaN or Inf; the batch was not added. Check the calibration data and "
+                "the model's dtype (float16 overflows easily)"
+            ) from None
+        self._add(low, high, total, tokens)
+
+    def _add(self, low: np.ndarray, high: np.ndarray, total: np.ndarray, tokens: int) -> None:
+        if self._seen is not None:
+            low, high = np.minimum(low, self._seen[0]), np.maximum(high, self._seen[1])
+            total, tokens = total + self._seen[2], tokens + self._seen[3]
+        self._seen = (_read_only(low), _read_only(high), total, tokens)
+
+    def merge(self, other: ChannelRanges) -> None:
+        """Add what ``other`` has seen."""
+        if not isinstance(other, ChannelRanges):
+            raise TypeError(f"other must be ChannelRanges, not {type(other).__name__}")
+        if other.channels != self.channels:
+            raise ValueError(f"cannot merge {other.channels} channels into {self.channels}")
+        if other._seen is not None:
+            self._add(*other._seen)
+
+    def copy(self) -> ChannelRanges:
+        """Return an independent copy."""
+        result = ChannelRanges(self.channels, threads=self.threads)
+        result._seen = self._seen  # never written to, so it can be shared
+        return result
+
+    def _state(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        if self._seen is None:
+            raise CalibrationError("the ranges have seen no token; call update(X) first")
+        return self._seen
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return 0 if self._seen is None else self._seen[3]
+
+    @property
+    def minimum(self) -> np.ndarray:
+        """Smallest value of each channel, read-only float32 (channels,).
+
+        This and the other values raise CalibrationError while no token has been seen.
+        """
+        return self._state()[0]
+
+    @property
+    def maximum(self) -> np.ndarray:
+        """Largest value of each channel, read-only float32 (channels,)."""
+        return self._state()[1]
+
+    @property
+    def absmax(self) -> np.ndarray:
+        """Largest absolute value of each channel, float32 (channels,)."""
+        low, high = self._state()[:2]
+        return np.maximum(-low, high) + np.float32(0)  # no negative zero
+
+    @property
+    def extent(self) -> np.ndarray:
+        """maximum - minimum, r^X of [AWEQ, eq. 10]; float32 (channels,), never infinite."""
+        low, high = self._state()[:2]
+        return extent_of(low, high)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of each channel, float64 (channels,)."""
+        total, tokens = self._state()[2:]
+        return total / tokens
+
+    def __repr__(self) -> str:
+        return f"ChannelRanges(channels={self.channels}, tokens={self.tokens})"
+
+
+def extent_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """high - low as float32, at most its largest finite number."""
+    wide = high.astype(np.float64) - low
+    return np.minimum(wide, np.finfo(np.float32).max).astype(np.float32)
+
+
+def _vector(x: Any, what: str, dtype: type) -> np.ndarray:
+    """A finite copy of a 1-D floating-point array."""
+    x = np.asarray(x)
+    if not np.issubdtype(x.dtype, np.floating):
+        raise TypeError(f"{what} must be floating point, not {x.dtype}")
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"{what} must have shape (channels,), but has shape {x.shape}")
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{what} holds NaN or Inf (or values beyond {np.dtype(dtype)})")
+    return x

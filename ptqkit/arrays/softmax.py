@@ -1,0 +1,298 @@
+"""Softmax on a grid: the grid itself, and softmax, rounding and correction in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import ptqkit._core as _core
+from ptqkit.arrays._attention import as_allowed, as_attention, as_float32
+from ptqkit.arrays._inputs import check_count, check_number, check_threads
+
+__all__ = ["QuantizedProbabilities", "SoftmaxGrid", "quantized_softmax", "softmax_grid"]
+
+CORRECTIONS = {None: 0, "bias": 1, "row_length": 1, "row_sum": 2}  # ptq_correction
+
+
+@dataclass(frozen=True)
+class SoftmaxGrid:
+    """Asymmetric uniform grid of probabilities, one for the tensor: ``y = s * code - c``, c = s z.
+
+    Attributes
+    ----------
+    bits : int
+        Codes run from 0 to ``2**bits - 1``.
+    scale : float
+        A float32 number, above 0.
+    zero_point : int
+        Code of 0.
+    """
+
+    bits: int
+    scale: float
+    zero_point: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self.bits, "bits", 2, 16)
+        check_count(self.zero_point, "zero_point", 0, self.max_code)
+        scale = check_number(self.scale, "scale")
+        if not 0 < scale < 1e30 or float(np.float32(scale)) != scale:
+            raise ValueError(f"scale must be a positive float32 number, not {scale!r}")
+
+    @property
+    def max_code(self) -> int:
+        """``2**bits - 1``."""
+        return (1 << self.bits) - 1
+
+    def offset(self, bias: float = 0.0) -> float:
+        """Return ``c' = s * z - bias``: the offset that has absorbed a correction [SBC, eq. 4]."""
+        bias = check_number(bias, "bias")
+        if not np.isfinite(bias):
+            raise ValueError(f"bias must be finite, not {bias!r}")
+        return self.scale * self.zero_point - bias
+
+    def quantize(self, P: Any) -> np.ndarray:
+        """Codes of probabilities, ``clamp(round(p * (1 / s)) + z)``, ties to even, in float32.
+
+        Returns
+        -------
+        ndarray of uint8 (uint16 above 8 bits), shape of P
+        """
+        P = as_float32(P, "P")
+        if not np.isfinite(P).all():
+            raise ValueError("P holds NaN or Inf")
+        low, high = np.float32(-self.zero_point), np.float32(self.max_code - self.zero_point)
+        steps = np.clip(P * (np.float32(1) / np.float32(self.scale)), low, high)
+        return (np.rint(steps) + np.float32(self.zero_point)).astype(self._code_type)
+
+    def dequantize(self, codes: np.ndarray, bias: float = 0.0) -> np.ndarray:
+        """Return float32 ``s * (code - z) + bias``: ``s * code - offset(bias)``, rounded."""
+        steps = np.asarray(codes).astype(np.float32) - np.float32(self.zero_point)
+        return np.float32(self.scale) * steps + np.float32(bias)
+
+    @property
+    def _code_type(self) -> type:
+        return np.uint8 if self.bits <= 8 else np.uint16
+
+    def _tuple(self) -> tuple[float, int, int]:
+        return self.scale, self.zero_point, self.max_code
+
+
+def softmax_grid(bits: int = 8, minimum: float = 0.0, maximum: float = 1.0) -> SoftmaxGrid:
+    """Return the min-max grid of a range; 0 always belongs to it.
+
+    Parameters
+    ----------
+    bits : int
+        2 to 16.
+    minimum, maximum : float
+        The fixed range of a softmax, [0, 1], or the range seen in calibration.
+
+    Raises
+    ------
+    ValueError
+        Not finite, or nothing but 0 in the range.
+    """
+    bits = check_count(bits, "bits", 2, 16)
+    low = min(check_number(minimum, "minimum"), 0.0)
+    high = max(check_number(maximum, "maximum"), 0.0)
+    if not (minimum <= maximum and low < high and high - low < 1e30):
+        raise ValueError(
+            f"minimum and maximum must be finite and span a range, not [{minimum!r}, {maximum!r}]"
+        )
+    max_code = (1 << bits) - 1
+    scale = float(np.maximum(np.float32((high - low) / max_code), np.finfo(np.float32).tiny))
+    return SoftmaxGrid(bits, scale, min(round(-low / scale), max_code))
+
+
+@dataclass(frozen=True)
+class QuantizedProbabilities:
+    """Codes of a softmax and the offset of every row: ``y = s * code - offset`` where allowed.
+
+    Attributes
+    ----------
+    codes : ndarray of uint8 (uint16 above 8 bits), shape (..., q, k)
+        The zero-point where a key is not allowed; there the value is 0 and not ``s z - offset``.
+    corrections : ndarray of float32, shape (..., q)
+        What every row's allowed entries gain.
+    grid : SoftmaxGrid
+    empty_rows : int
+        Rows without an allowed key: all 0, correction 0.
+    """
+
+    codes: np.ndarray
+    corrections: np.ndarray
+    grid: SoftmaxGrid
+    empty_rows: int
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """``c' = s * z - correction`` of every row, float64 (..., q)."""
+        return self.grid.scale * self.grid.zero_point - self.corrections.astype(np.float64)
+
+    def dequantize(self, allowed: Any = None, causal: bool = False) -> np.ndarray:
+        """Return float32 values: bit for bit what the call with the same mask and no codes gives.
+
+        Parameters
+        ----------
+        allowed, causal
+            As in :func:`quantized_softmax`; the codes alone do not say which keys were allowed.
+        """
+        codes, shape = as_attention(self.codes.astype(np.float32), "codes")
+        mask = as_allowed(allowed, codes.shape, shape)
+        seen = np.ones((1, 1, 1, 1), bool) if mask is None else mask
+        if causal:
+            seen = seen & np.tri(shape[-2], shape[-1], shape[-1] - shape[-2], dtype=bool)
+        steps = codes - np.float32(self.grid.zero_point)
+        rows = self.corrections.reshape(*codes.shape[:3], 1)
+        values = np.float32(self.grid.scale) * steps + rows
+        return np.where(seen, values, np.float32(0)).reshape(shape)
+
+
+def _bias_table(correction: str | None, bias: Any, heads: int, k: int) -> np.ndarray:
+    """The table of the core: (heads or 1, k + 1 or 1)."""
+    if correction not in CORRECTIONS:
+        raise ValueError(
+            f"correction must be None, 'bias', 'row_length' or 'row_sum', not {correction!r}"
+        )
+    if correction in (None, "row_sum"):
+        if bias is not None:
+            raise ValueError(f"correction={correction!r} takes no bias")
+        return np.zeros((1, 1))
+    if bias is None:
+        raise ValueError(f"correction={correction!r} needs bias=, see ptqkit.SoftmaxBias")
+    try:
+        table = np.asarray(bias, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"bias must be numbers: {error}") from None
+    by_length = correction == "row_length"
+    shapes = "(lengths,) or (heads, lengths)" if by_length else "() or (heads,)"
+    heads_of = table.shape[: table.ndim - by_length]
+    if table.ndim not in (by_length, by_length + 1) or any(n != heads for n in heads_of):
+        raise ValueError(f"bias must have shape {shapes}, {heads} head(s); it has {table.shape}")
+    if not np.isfinite(table).all():
+        raise ValueError("bias holds NaN or Inf")
+    if not by_length:
+        return np.ascontiguousarray(table.reshape(-1, 1))
+    if table.shape[-1] <= k:
+        raise ValueError(
+            f"bias has entries for rows of up to {table.shape[-1] - 1} keys, but there are {k}; "
+            "SoftmaxBias.bias_by_length(keys) gives a longer table"
+        )
+    return np.ascontiguousarray(table.reshape(-1, table.shape[-1])[:, : k + 1])
+
+
+def _check_out(out: Any, scores: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    if out is None:
+        return np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+        raise ValueError(
+            f"out must be a C-contiguous {np.dtype(dtype)} array of shape {shape}, not {out.dtype} "
+            f"{out.shape}"
+        )
+    if not (out.flags.writeable and out.flags.aligned):
+        raise ValueError("out must be writable and aligned")
+    same = out.ctypes.data == scores.ctypes.data and out.dtype == scores.dtype
+    if not same and np.may_share_memory(out, scores):
+        raise ValueError("out may be scores itself, but must not share a part of its memory")
+    return out
+
+
+def quantized_softmax(
+    scores: Any,
+    grid: SoftmaxGrid,
+    *,
+    correction: str | None = None,
+    bias: Any = None,
+    allowed: Any = None,
+    causal: bool = False,
+    out: np.ndarray | None = None,
+    codes: bool = False,
+    threads: int = 0,
+) -> np.ndarray | QuantizedProbabilities:
+    """Softmax over the last axis, rounded to a grid and corrected, without storing the softmax.
+
+    Keys that are not allowed, and scores of -Inf, get exactly 0 and no correction, and what their
+    scores are changes no bit of the result. A row without an allowed key is all 0. A row depends on
+    its own scores only, so that fewer rows or a longer cache of keys change nothing. Exponentials
+    are good to 1.2 ulp, sums are in double; a code can differ from exact arithmetic where the exact
+    value lies within about 1e-6 of itself from a tie.
+
+    Parameters
+    ----------
+    scores : array or tensor, shape (..., heads, q, k)
+        float32; halves are widened, float64 is rounded. Scaled, not masked.
+    grid : SoftmaxGrid
+    correction : {None, "bias", "row_sum", "row_length"}
+        "bias": beta is added to every allowed entry [SBC, eq. 4]. "row_sum": each row's own missing
+        mass, ``(1 - sum of the rounded row) / (number of allowed keys)``; needs no calibration.
+        "row_length": beta by the number of allowed keys.
+    bias : float or array, optional
+        "bias": () or (heads,). "row_length": (lengths,) or (heads, lengths), entry n for rows of n
+        allowed keys. See :class:`ptqkit.SoftmaxBias`.
+    allowed : array or tensor of bool or int, optional
+        Keys, (batch, k); or entries, with the axes of ``scores``, each full or 1.
+    causal : bool
+        Query i sees the keys up to ``i + k - q`` only, besides ``allowed``.
+    out : ndarray, optional
+        Where to write; float32 (or the type of the codes), C-contiguous. May be ``scores``.
+        Undefined after an error.
+    codes : bool
+        Return codes and row corrections in place of values.
+    threads : int
+        0 means automatic. The result does not depend on it.
+
+    Returns
+    -------
+    ndarray of float32, shape of scores; or QuantizedProbabilities
+
+    Raises
+    ------
+    ValueError
+        NaN or +Inf at an allowed key; shapes, bias or out that do not fit; with ``codes`` and a
+        correction, -Inf at an allowed key (codes could not say that it takes no correction).
+    TypeError
+        Scores that are not floating point, a mask of floats.
+    """
+    if not isinstance(grid, SoftmaxGrid):
+        raise TypeError(f"grid must be a SoftmaxGrid, see softmax_grid(); not {grid!r}")
+    threads = check_threads(threads)
+    x, shape = as_attention(scores, "scores")
+    mask = as_allowed(allowed, x.shape, shape)
+    table = _bias_table(correction, bias, x.shape[1], x.shape[3])
+    result = _check_out(out, x, shape, grid._code_type if codes else np.float32)
+    rows = np.empty(x.size // x.shape[3], np.float32) if codes else None
+    bad, empty = _core.softmax_quantize(
+        x, mask, int(bool(causal)), grid._tuple(), CORRECTIONS[correction], table,
+        result.reshape(x.shape), rows, threads,
+    )  # fmt: skip
+    if bad >= 0:
+        _raise_row(x, bad, shape, mask, causal)
+    if rows is None:
+        return result
+    return QuantizedProbabilities(result, rows.reshape(shape[:-1]), grid, empty)
+
+
+def _raise_row(
+    x: np.ndarray, bad: int, shape: tuple[int, ...], mask: np.ndarray | None, causal: bool
+) -> None:
+    """Say what was wrong with a row of scores that the core refused (and left as it was)."""
+    b, h, i = (int(n) for n in np.unravel_index(bad, x.shape[:3]))
+    q, k = x.shape[2:]
+    row = x[b, h, i, : min(k, k - q + i + 1) if causal else k]
+    if mask is not None:
+        row = row[np.broadcast_to(mask, x.shape)[b, h, i, : len(row)]]
+    where = ", ".join(str(int(n)) for n in np.unravel_index(bad, shape[:-1]))
+    if np.isnan(row).any() or (row == np.inf).any():
+        raise ValueError(
+            f"scores[{where}] holds NaN or +Inf at an allowed key; check the model's dtype "
+            "(float16 overflows easily)"
+        )
+    raise ValueError(
+        f"scores[{where}] is -Inf at an allowed key, which codes cannot leave out of the "
+        "correction; pass the mask as allowed= or causal=True, or take codes=False"
+    )

@@ -1,0 +1,279 @@
+"""The bias that rounding gives a softmax, estimated from probabilities in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import ptqkit._core as _core
+import ptqkit.reference as reference
+from ptqkit.arrays._attention import as_allowed, as_attention, as_queries
+from ptqkit.arrays._inputs import check_count, check_threads
+from ptqkit.arrays.softmax import SoftmaxGrid
+from ptqkit.errors import CalibrationError
+
+__all__ = ["HALF_SUM_TOLERANCE", "SUM_TOLERANCE", "SoftmaxBias"]
+
+# How far the sum of a row may be from 1. A float32 softmax is within 1e-5; halves round each entry.
+SUM_TOLERANCE, HALF_SUM_TOLERANCE = 1e-3, 2e-2
+
+GRANULARITIES = {"tensor": (0, 1), "head": (0,), "step": (1,), "step_head": ()}  # axes summed
+LENGTH_CLASSES = 240
+ROWS, ENTRIES, CODES, ZEROS = range(4)
+
+
+class SoftmaxBias:
+    """Bias of a softmax on a grid, ``beta = E[p] - E[q(p)]`` over the allowed entries [SBC, eq. 4].
+
+    E[p] is the mean of 1 / (allowed keys of the row), E[q(p)] what is measured. Added to every
+    allowed entry, or taken off the grid's offset (``grid.offset(beta)``), beta makes the mean
+    error on the data seen zero. All that is kept are integers, so neither the order of batches nor
+    threads change anything. An update that fails or is interrupted leaves everything as it was.
+
+    Parameters
+    ----------
+    heads : int
+    grid : SoftmaxGrid
+    steps : int, optional
+        Number of time steps of a diffusion model that are told apart.
+    threads : int
+        0 means automatic. No result depends on it.
+
+    Examples
+    --------
+    >>> import numpy as np, ptqkit
+    >>> bias = ptqkit.SoftmaxBias(2, grid=ptqkit.softmax_grid(8))
+    >>> bias.update(np.full((1, 2, 600, 600), 1 / 600))  # all of them round to 0
+    >>> bias.share_zero, bias.row_sum, float(bias.bias()) == 1 / 600
+    (1.0, 0.0, True)
+    """
+
+    def __init__(
+        self, heads: int, *, grid: SoftmaxGrid, steps: int | None = None, threads: int = 0
+    ) -> None:
+        self.heads = check_count(heads, "heads", 1, 1 << 16)
+        if not isinstance(grid, SoftmaxGrid):
+            raise TypeError(f"grid must be a SoftmaxGrid, see softmax_grid(); not {grid!r}")
+        self.grid = grid
+        self.steps = None if steps is None else check_count(steps, "steps", 1, 1 << 20)
+        self.threads = check_threads(threads)
+        self.empty_rows = 0
+        # (heads, classes, 4) of every step seen; its arrays are replaced, never written to
+        self._sums: dict[int, np.ndarray] = {}
+
+    def update(
+        self,
+        P: Any,
+        allowed: Any = None,
+        causal: bool = False,
+        step: int | None = None,
+        *,
+        queries: Any = None,
+    ) -> None:
+        """Add a batch of probabilities.
+
+        Parameters
+        ----------
+        P : array or tensor, shape (..., heads, q, k)
+            Softmax over the last axis, before rounding. float32 is read as it is.
+        allowed : array or tensor of bool or int, optional
+            Keys, (batch, k); or entries, with the axes of ``P``, each full or 1. Entries that are
+            not allowed count for nothing, whatever they hold; a row without an allowed key is
+            counted in ``empty_rows`` only.
+        causal : bool
+            Query i sees the keys up to ``i + k - q`` only, besides ``allowed``.
+        step : int, optional
+            Time step, from 0; needed where ``steps`` was given.
+        queries : array or tensor of bool or int, shape (batch, q), optional
+            Rows that count: those of padding must not.
+
+        Raises
+        ------
+        ValueError
+            Wrong shape or step; NaN, negative probabilities, or a row whose allowed entries do not
+            sum to 1 within ``SUM_TOLERANCE`` (``HALF_SUM_TOLERANCE`` for float16 and bfloat16).
+        TypeError
+            P is not floating point.
+        """
+        at = self._check_step(step)
+        half = getattr(getattr(P, "dtype", None), "itemsize", 4) == 2
+        P, shape = as_attention(P, "P")
+        if P.shape[1] != self.heads:
+            raise ValueError(
+                f"P must have shape (..., {self.heads}, q, k): {self.heads} head(s); it has {shape}"
+            )
+        mask = as_allowed(allowed, P.shape, shape)
+        rows = as_queries(queries, P.shape[0], P.shape[2])
+        sums = np.empty((self.heads, LENGTH_CLASSES, 4), np.int64)
+        tolerance = HALF_SUM_TOLERANCE if half else SUM_TOLERANCE
+        bad, empty = _core.softmax_statistics(
+            P, mask, rows, int(bool(causal)), self.grid._tuple(), tolerance, sums, self.threads
+        )
+        if bad >= 0:
+            self._raise_row(P, bad, shape, mask, causal, tolerance)
+        if at in self._sums:
+            sums += self._sums[at]
+        self._sums[at] = sums
+        self.empty_rows += empty
+
+    def _check_step(self, step: int | None) -> int:
+        if self.steps is None:
+            if step is not None:
+                raise ValueError(f"step={step!r}, but SoftmaxBias was made without steps=")
+            return 0
+        if step is None:
+            raise ValueError(f"step must be given: there are {self.steps} of them")
+        return check_count(step, "step", 0, self.steps - 1)
+
+    @staticmethod
+    def _raise_row(P, bad, shape, mask, causal, tolerance) -> None:
+        """Say what was wrong with a row that the core refused."""
+        b, h, i = (int(n) for n in np.unravel_index(bad, P.shape[:3]))
+        q, k = P.shape[2:]
+        row = P[b, h, i, : min(k, k - q + i + 1) if causal else k]
+        if mask is not None:
+            row = row[np.broadcast_to(mask, P.shape)[b, h, i, : len(row)]]
+        where = f"P[{', '.join(str(int(n)) for n in np.unravel_index(bad, shape[:-1]))}]"
+        if not np.isfinite(row).all():
+            raise ValueError(f"{where} holds NaN or Inf; the batch was not added")
+        if (row < 0).any():
+            raise ValueError(f"{where} holds a negative value: P must be probabilities, not scores")
+        raise ValueError(
+            f"{where}: the allowed entries sum to {row.sum(dtype=np.float64):.6g}, not 1 within "
+            f"{tolerance:g}. P must be a softmax over its last axis, without dropout, and allowed "
+            "the mask that it was taken with"
+        )
+
+    def merge(self, other: SoftmaxBias) -> None:
+        """Add what ``other`` has seen; it must have the same heads, grid and steps."""
+        if not isinstance(other, SoftmaxBias):
+            raise TypeError(f"other must be a SoftmaxBias, not {type(other).__name__}")
+        for name in ("heads", "grid", "steps"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(f"cannot merge: {name} is {mine!r} here and {theirs!r} there")
+        for at, sums in other._sums.items():
+            self._sums[at] = sums + self._sums[at] if at in self._sums else sums
+        self.empty_rows += other.empty_rows
+
+    def copy(self) -> SoftmaxBias:
+        """Return an independent copy."""
+        result = SoftmaxBias(self.heads, grid=self.grid, steps=self.steps, threads=self.threads)
+        result.merge(self)
+        return result
+
+    def _totals(self, granularity: str, field: int) -> np.ndarray:
+        """Sum of a field over all but the granularity's axes (steps, heads), int64."""
+        axes = GRANULARITIES.get(granularity)
+        if axes is None:
+            raise ValueError(
+                f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}"
+            )
+        if 0 not in axes and self.steps is None:
+            raise ValueError(f"granularity={granularity!r} needs SoftmaxBias(..., steps=...)")
+        found = np.zeros((self.steps or 1, self.heads), np.int64)
+        for at, sums in self._sums.items():
+            found[at] = sums[..., field].sum(axis=1)
+        return found.sum(axis=axes)
+
+    def _seen(self, granularity: str) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and entries, none of them 0."""
+        rows, entries = (self._totals(granularity, f) for f in (ROWS, ENTRIES))
+        if not np.all(rows):
+            missing = "" if rows.ndim == 0 else f" for {granularity} {np.argwhere(rows == 0)[0]}"
+            raise CalibrationError(
+                f"no row of probabilities has been seen{missing}; call update(P) first"
+            )
+        return rows, entries
+
+    def bias(self, granularity: str = "tensor") -> np.ndarray:
+        """Return beta, float64.
+
+        Parameters
+        ----------
+        granularity : {"tensor", "head", "step", "step_head"}
+            Shape (), (heads,), (steps,) or (steps, heads).
+
+        Raises
+        ------
+        CalibrationError
+            A head or step has seen no row.
+        """
+        rows, entries = self._seen(granularity)
+        return (rows - self.grid.scale * self._totals(granularity, CODES)) / entries
+
+    def row_sums(self, granularity: str = "tensor") -> np.ndarray:
+        """Return the mean sum of a rounded row, before correction; shapes as in :meth:`bias`."""
+        rows, _ = self._seen(granularity)
+        return self.grid.scale * self._totals(granularity, CODES) / rows
+
+    def shares_zero(self, granularity: str = "tensor") -> np.ndarray:
+        """Return the share of allowed entries that round to 0; shapes as in :meth:`bias`."""
+        _, entries = self._seen(granularity)
+        return self._totals(granularity, ZEROS) / entries
+
+    def bias_by_length(self, keys: int, granularity: str = "tensor") -> np.ndarray:
+        """Return one beta per row length, for ``quantized_softmax(correction="row_length")``.
+
+        Entry n is m / n, for rows of n allowed keys: m is the mean mass that rounding takes from
+        rows of about this length (exact below 16 keys, then 8 classes to the octave), so the mean
+        error on the data seen is zero in every class. Between lengths seen m is interpolated over
+        log n, beyond them it is that of the nearest; entry 0 is 0.
+
+        Parameters
+        ----------
+        keys : int
+            Longest row.
+        granularity : {"tensor", "head"}
+            Shape (keys + 1,) or (heads, keys + 1).
+        """
+        keys = check_count(keys, "keys", 1, 1 << 24)
+        if granularity not in ("tensor", "head"):
+            raise ValueError(f"granularity must be 'tensor' or 'head', not {granularity!r}")
+        self._seen(granularity)
+        sums = sum(self._sums.values())
+        tables = np.stack([self._mass(s) for s in sums]) if granularity == "head" else None
+        mass = self._mass(sums.sum(axis=0)) if tables is None else tables
+        lengths = np.arange(1, keys + 1)
+        classes, where = np.unique([reference.length_class(int(n)) for n in lengths], False, True)
+        beta = mass[..., classes][..., where] / lengths
+        return np.concatenate([np.zeros((*beta.shape[:-1], 1)), beta], axis=-1)
+
+    def _mass(self, sums: np.ndarray) -> np.ndarray:
+        """Mean missing mass of every class of lengths, from sums (classes, 4)."""
+        seen = np.flatnonzero(sums[:, ROWS])
+        rows = sums[seen, ROWS]
+        middle = np.log(_class_start(np.arange(LENGTH_CLASSES)))
+        mass = 1.0 - self.grid.scale * sums[seen, CODES] / rows
+        return np.interp(middle, middle[seen], mass)
+
+    @property
+    def row_sum(self) -> float:
+        """Mean sum of a rounded row, before correction."""
+        return float(self.row_sums())
+
+    @property
+    def share_zero(self) -> float:
+        """Share of the allowed entries that round to 0."""
+        return float(self.shares_zero())
+
+    @property
+    def rows(self) -> int:
+        """Rows seen, without empty ones."""
+        return int(self._totals("tensor", ROWS))
+
+    @property
+    def entries(self) -> int:
+        """Allowed entries seen."""
+        return int(self._totals("tensor", ENTRIES))
+
+    def __repr__(self) -> str:
+        steps = "" if self.steps is None else f", steps={self.steps}"
+        return f"SoftmaxBias(heads={self.heads}, bits={self.grid.bits}{steps}, rows={self.rows})"
+
+
+def _class_start(classes: np.ndarray) -> np.ndarray:
+    """Smallest length of each class (1 for class 0, which no row has)."""
+    octave, eighth = np.divmod(np.maximum(classes - 16, 0), 8)
+    return np.where(classes < 16, np.maximum(classes, 1), (8 + eighth) << (octave + 1))

@@ -1,0 +1,134 @@
+"""Errors of earlier layers, corrected in the weights of later ones before these are quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ptqkit.arrays._inputs import as_matrix, check_number, label
+from ptqkit.arrays.factorization import as_hessian
+from ptqkit.errors import NotPositiveDefiniteError
+
+__all__ = ["propagate_error"]
+
+
+def propagate_error(
+    W: Any, H: Any, G: Any, alpha: float, damping: float = 0.01, *, name: str | None = None
+) -> np.ndarray:
+    """Return the weights to quantize instead of W where a layer's inputs carry errors already.
+
+    With x a layer's inputs in the float model and x~ those in the model quantized so far, W x is
+    the output wanted, and what the layer can give is W* x~. The least-squares W* is
+    ``W G (H + lambda I)^-1``; the result goes the part ``alpha`` of the way there [QEP, section 4],
+
+        W + alpha W (G - H) (H + lambda I)^-1,  lambda = damping * mean(diag H over live inputs),
+
+    and is to be quantized by any solver with the same H. Computed in float64.
+
+    Parameters
+    ----------
+    W : array or tensor, shape (out, in), floating point
+    H : Hessian, Factorization or array, shape (in, in)
+        ``(2/N) sum x~ x~^T``, of the quantized model's inputs.
+    G : array, shape (in, in)
+        ``(2/N) sum x x~^T`` over the same tokens. Not symmetric. The difference G - H matters:
+        given in float64, G keeps the digits that float32 would lose.
+    alpha : float
+        From 0 (W as it is) to 1 (all of the correction, which follows the calibration data most).
+    damping : float
+        As in :func:`ptqkit.factorize`; at 0 the plain least squares, if H is positive definite.
+    name : str, optional
+        Layer name for error messages.
+
+    Returns
+    -------
+    ndarray of float32, shape (out, in)
+        Equal to W where G equals H. Weights of dead inputs (H_jj = 0) stay as they are.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If H cannot be factorized with this damping.
+    TypeError, ValueError
+        For a wrong dtype or shape, NaN or Inf, alpha outside [0, 1].
+
+    References
+    ----------
+    [QEP] Arai and Ichikawa 2025, Quantization Error Propagation, arXiv 2504.09629.
+
+    Examples
+    --------
+    >>> import numpy as np, ptqkit
+    >>> rng = np.random.default_rng(0)
+    >>> W, X = rng.normal(size=(8, 16)), rng.normal(size=(200, 16))
+    >>> X_q = X + 0.1 * rng.normal(size=X.shape)
+    >>> H, G = 2 / 200 * X_q.T @ X_q, 2 / 200 * X.T @ X_q
+    >>> q = ptqkit.gptq(ptqkit.propagate_error(W, H, G, alpha=0.5), H, group_size=16)
+    """
+    alpha = check_number(alpha, f"{label(name)}alpha")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{label(name)}alpha must lie in [0, 1], not {alpha!r}")
+    damping = check_number(damping, f"{label(name)}damping")
+    if not (np.isfinite(damping) and damping >= 0):
+        raise ValueError(
+            f"{label(name)}damping must be a fraction of the mean diagonal, at least 0, not "
+            f"{damping!r}"
+        )
+    W = as_matrix(W, "W", name)
+    matrix = as_hessian(H, name)
+    if len(matrix) != W.shape[1]:
+        raise ValueError(
+            f"{label(name)}H has {len(matrix)} inputs, but W has {W.shape[1]} (W is (out, in), as "
+            "in torch.nn.Linear)"
+        )
+    drift = _drift(G, matrix, name)
+    if alpha == 0 or not drift.any():
+        return W.copy()
+    correction = _solve(W.astype(np.float64) @ drift, matrix, damping, name)
+    with np.errstate(over="ignore"):
+        result = (W + alpha * correction).astype(np.float32)
+    if not np.isfinite(result).all():
+        raise ValueError(
+            f"{label(name)}the corrected weights are beyond float32: H is too close to singular at "
+            f"damping {damping:g}. Raise damping"
+        )
+    return result
+
+
+def _drift(G: Any, matrix: np.ndarray, name: str | None) -> np.ndarray:
+    """G - H in float64; exactly zero in the columns of dead inputs, as sums over x~_j = 0 are."""
+    wide = isinstance(G, np.ndarray) and G.dtype == np.float64
+    checked = as_matrix(G, "G", name)
+    if checked.shape != matrix.shape:
+        raise ValueError(
+            f"{label(name)}G must have the shape {matrix.shape} of H, not {checked.shape}"
+        )
+    drift = np.subtract(G if wide else checked, matrix, dtype=np.float64)
+    drift[:, np.diagonal(matrix) == 0] = 0.0
+    return drift
+
+
+def _solve(right: np.ndarray, matrix: np.ndarray, damping: float, name: str | None) -> np.ndarray:
+    """right (H + lambda I)^-1 by a Cholesky factorization in float64; ``right`` is overwritten."""
+    # Imported here: reading the array functions costs no start of scipy.linalg.
+    from scipy.linalg import cho_solve
+    from scipy.linalg.lapack import dpotrf
+
+    diagonal = np.diagonal(matrix).astype(np.float64)
+    dead = diagonal == 0
+    shift = damping * float(diagonal[~dead].mean())
+    # Fortran order, so that LAPACK works in place. H is symmetric: its transpose is H.
+    damped = np.array(matrix, np.float64, order="C").T
+    damped[np.diag_indices_from(damped)] += np.where(dead, 1.0, shift)
+    factor, failed = dpotrf(damped, lower=1, clean=0, overwrite_a=1)
+    if failed:
+        raise NotPositiveDefiniteError(
+            f"{label(name)}the Hessian is not positive definite: the pivot of input {failed - 1} "
+            f"failed with damping {damping:g} of the mean diagonal. Use more calibration tokens "
+            "or raise damping",
+            failed - 1,
+            damping,
+        )
+    solved = cho_solve((factor, True), right.T, overwrite_b=True, check_finite=False)
+    return solved.T

@@ -1,0 +1,244 @@
+"""Write a quantized model as a checkpoint directory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptqkit._files import atomic_directory
+from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases
+from ptqkit.hf.checkpoint.config import quantization_config
+from ptqkit.hf.checkpoint.files import TensorPlan, parse_size, write_tensors
+from ptqkit.hf.checkpoint.inputs import check_activations, find_flat_inputs
+from ptqkit.hf.checkpoint.spec import LayerSpec, choose_format, describe_layers
+from ptqkit.hf.checkpoint.tensors import tensor_plans
+from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.nn.softmax.file import write_installed
+
+__all__ = ["CheckpointInfo", "save_checkpoint"]
+
+# Configuration, tokenizer and reports: what is asked for on top of the tensors.
+SMALL_FILES = 16 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What was written, and why in this form.
+
+    Attributes
+    ----------
+    directory : Path
+    format : str
+        "compressed-tensors", "gptq", "gptq_v2" or "ptqkit".
+    reason : str
+    files : tuple of str
+    bytes : int
+        All files together.
+    tensor_bytes : int
+        Tensors alone.
+    quantized_layers : int
+    """
+
+    directory: Path
+    format: str
+    reason: str
+    files: tuple[str, ...]
+    bytes: int
+    tensor_bytes: int
+    quantized_layers: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.directory}: {self.format} ({self.reason}), "
+            f"{self.quantized_layers} quantized layers, {self.bytes:,} bytes"
+        )
+
+
+def save_checkpoint(
+    model: Any,
+    layers: Mapping[str, QuantizedMatrix],
+    recipe: Any,
+    directory: str | os.PathLike[str],
+    *,
+    format: str = "auto",
+    tokenizer: Any = None,
+    report: Any = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    activations: Mapping[str, ActivationQuantizer] | None = None,
+) -> CheckpointInfo:
+    """Write ``model`` with the weights of ``layers`` replaced by their packed codes.
+
+    Everything is written under a temporary name beside ``directory`` and renamed at the end; on
+    any error nothing is left. Tensors are packed one at a time, so no second copy of the model is
+    held. Loading the result gives the fake-quantized model exactly.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model whose layers hold ``q.dequantize()`` already.
+    layers : mapping of str to QuantizedMatrix
+        By module name, (out, in) also for GPT-2's Conv1D.
+    recipe : Recipe, dict or None
+        Written as ``ptqkit_recipe.json``.
+    directory : path
+    format : {"auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit"}
+        "auto" takes compressed-tensors where it carries every layer exactly, else "ptqkit".
+    tokenizer : optional
+        Saved along.
+    report : optional
+        Written as ``ptqkit_report.json``.
+    overwrite : bool
+        Replace an existing checkpoint directory.
+    max_shard_size : int or str
+        Largest safetensors file, as in transformers.
+    activations : mapping of str to ActivationQuantizer, optional
+        What quantizes the inputs, by module name; every name is one of ``layers``. The file loads
+        as the model with these quantizers installed.
+
+    Raises
+    ------
+    ValueError
+        If the format cannot carry a layer, or a weight is not what its codes say, or the model
+        quantizes inputs otherwise; names every layer. Raised before anything is written.
+    FileExistsError, OSError
+        If the name is taken, or there is not enough space.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("model is loaded from a quantized checkpoint already: save_pretrained it")
+    parse_size(max_shard_size)
+    activations = dict(activations or {})
+    check_activations(model, layers, activations)
+    specs = describe_layers(model, layers, activations, find_flat_inputs(model, activations))
+    biases = find_gained_biases(model)
+    chosen, reason = choose_format(specs, layers, format, activations, biases.problems())
+    config = _model_config(model, specs, chosen, recipe, biases)
+    _check_weights(model, specs, layers)
+    plans = _plan(model, specs, layers, chosen, activations)
+    if chosen != "ptqkit":
+        plans += _zero_plans(model, biases)
+    tensor_bytes = sum(plan.nbytes for plan in plans)
+    needed = tensor_bytes + SMALL_FILES
+    target = Path(os.path.realpath(directory))
+    with atomic_directory(target, overwrite=overwrite, needed=needed) as folder:
+        write_tensors(folder, plans, max_shard_size)
+        config.save_pretrained(folder)
+        if model.can_generate() and getattr(model, "generation_config", None) is not None:
+            # Straight to the file: save_pretrained refuses settings that loaded without complaint.
+            model.generation_config.to_json_file(folder / "generation_config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _write_json(folder / "ptqkit_recipe.json", recipe)
+        _write_json(folder / "ptqkit_report.json", report)
+        write_installed(model, folder)
+        written = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+        total = sum(path.stat().st_size for path in written.values())
+    files = tuple(sorted(written))
+    return CheckpointInfo(target, chosen, reason, files, total, tensor_bytes, len(specs))
+
+
+def _plain(value: Any) -> Any:
+    """Turn a recipe or report into what json writes."""
+    for method in ("to_dict", "to_dicts"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    return value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    if value is None:
+        return
+    if hasattr(value, "to_json"):
+        value.to_json(path)
+        return
+    path.write_text(json.dumps(_plain(value), indent=2) + "\n", encoding="utf-8")
+
+
+def _model_config(
+    model: Any, specs: list[LayerSpec], format: str, recipe: Any, biases: GainedBiases
+) -> Any:
+    """Copy of the model's configuration with the quantization and what save_pretrained adds."""
+    from transformers.pytorch_utils import Conv1D
+
+    linears = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    settings = _plain(recipe)
+    act_order = isinstance(settings, dict) and settings.get("order") == "act"
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.quantization_config = quantization_config(
+        specs, format, linears=linears, act_order=act_order, gained_biases=biases.names
+    )
+    if format != "ptqkit":
+        biases.apply(config)
+    return config
+
+
+def _zero_plans(model: Any, biases: GainedBiases) -> list[TensorPlan]:
+    """Biases that only exist because a setting that another layer needs creates them."""
+    plans = []
+    for name, shape in biases.zeros.items():
+        dtype = model.get_submodule(name.rpartition(".")[0]).weight.dtype
+        plans.append(TensorPlan(name, dtype, shape, partial(torch.zeros, shape, dtype=dtype)))
+    return plans
+
+
+def _check_weights(
+    model: Any, specs: list[LayerSpec], layers: Mapping[str, QuantizedMatrix]
+) -> None:
+    """Refuse a model whose weights are not those of the codes: the file would be another model."""
+    different = []
+    for spec in specs:
+        weight = model.get_submodule(spec.name).weight.detach()
+        if weight.device.type == "meta":
+            continue
+        expected = torch.from_numpy(layers[spec.name].dequantize()).to(weight.dtype)
+        if spec.kind == "conv1d":
+            weight = weight.t()
+        if not torch.equal(weight.to("cpu"), expected):
+            different.append(spec.name)
+    if different:
+        raise ValueError(
+            "the weights of the model are not the dequantized codes for "
+            f"{len(different)} layer(s): {', '.join(different)}; assign q.dequantize() first"
+        )
+
+
+def _plan(
+    model: Any,
+    specs: list[LayerSpec],
+    layers: Mapping[str, QuantizedMatrix],
+    format: str,
+    activations: Mapping[str, ActivationQuantizer],
+) -> list[TensorPlan]:
+    by_weight = {f"{spec.name}.weight": spec for spec in specs}
+    state = model.state_dict()
+    skipped = _tied_copies(model) | set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    plans: list[TensorPlan] = []
+    for name, tensor in state.items():
+        if name in by_weight:
+            spec = by_weight[name]
+            plans += tensor_plans(spec, layers[spec.name], format, activations.get(spec.name))
+        elif name not in skipped:
+            plans.append(TensorPlan.of(name, tensor))
+    return plans
+
+
+def _tied_copies(model: Any) -> set[str]:
+    """Names that loading ties to another tensor again, so that one copy is enough."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        target
+        for target, source in tied.items()
+        if target in parameters and parameters.get(source) is parameters[target]
+    }

@@ -1,0 +1,266 @@
+"""Calibration data: from text, token tensors, batches or a ``datasets`` name to model inputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ptqkit.errors import CalibrationError
+from ptqkit.hf.data.text import (
+    DATASET_NAME,
+    MissingTextError,
+    dataset_documents,
+    read_documents,
+    start_token_id,
+    tokenize,
+)
+
+__all__ = [
+    "CalibrationSet",
+    "max_positions",
+    "prepare_calibration",
+]
+
+# Tokenizing stops at this multiple of the tokens that are needed.
+_SURPLUS = 16
+
+
+@dataclass
+class CalibrationSet:
+    """Batches of model inputs.
+
+    Attributes
+    ----------
+    batches : list of dict of str to Tensor
+        Keyword arguments of the model's forward; integer tensors of shape (batch, sequence).
+    tokens : int
+        Positions that count, padding excluded.
+    samples : int
+    sequence_length : int
+        The longest.
+    start_token : str
+        How windows start: ``"<s>"`` (say), or ``"none"`` / ``"as given"``.
+    source : str
+    """
+
+    batches: list[dict[str, torch.Tensor]]
+    tokens: int
+    samples: int
+    sequence_length: int
+    start_token: str
+    source: str
+
+    def masks(self) -> list[torch.Tensor | None]:
+        """Per batch the positions that count, bool (batch, sequence); None where all do."""
+        return [padding_mask(batch) for batch in self.batches]
+
+
+def padding_mask(
+    batch: Mapping[str, torch.Tensor], key: str = "attention_mask"
+) -> torch.Tensor | None:
+    """Return the bool mask of real tokens, or None where nothing is padded."""
+    mask = batch.get(key)
+    if mask is None or mask.dim() != 2 or bool(mask.bool().all()):
+        return None
+    return mask.bool()
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Longest sequence a model takes according to its configuration; None where unlimited."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    # RoBERTa counts positions from padding_idx + 1, so its table is longer than its sequences.
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            if module.padding_idx is not None:
+                limit = min(limit, module.num_embeddings - module.padding_idx - 1)
+    return limit
+
+
+def prepare_calibration(
+    source: Any,
+    tokenizer: Any = None,
+    *,
+    samples: int = 128,
+    sequence_length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    start_token: str | int | None = "auto",
+    limit: int | None = None,
+) -> CalibrationSet:
+    """Turn any accepted source into batches.
+
+    Text is tokenized without special tokens in its order (at most 16 times what is needed),
+    joined, and cut into consecutive windows; ``samples`` of them are drawn with a generator of
+    their own, seeded by ``seed``, and kept in text order. With a start token, each window is that
+    token and ``sequence_length - 1`` tokens of text. Token tensors and batches are used as given.
+
+    Parameters
+    ----------
+    source : str, path, list of str, Tensor, list of Tensor, list of dict
+        A text or ``.jsonl`` file (``.gz`` too); texts; tokens of shape (samples, sequence) or a
+        list of 1-D sequences; a list of dicts with ``input_ids`` and ``attention_mask``; or
+        ``"name:config:split"`` of the package ``datasets``.
+    tokenizer : optional
+        Needed for text.
+    samples, sequence_length, batch_size, seed : int
+    start_token : "auto", int or None
+    limit : int, optional
+        Longest sequence of the model.
+
+    Raises
+    ------
+    CalibrationError
+        If the source is not understood, empty, or too small; the message says how many tokens
+        were found and how many are needed.
+    """
+    for name, value in (
+        ("samples", samples),
+        ("sequence_length", sequence_length),
+        ("batch_size", batch_size),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CalibrationError(f"{name} must be an integer of at least 1, not {value!r}")
+    documents, described = _as_documents(source)
+    if documents is None:
+        return _from_tokens(source, batch_size, samples)
+    if tokenizer is None:
+        raise CalibrationError("calibration is text, so tokenizer= is needed")
+    length = sequence_length if limit is None else min(sequence_length, limit)
+    start = start_token_id(tokenizer, start_token)
+    body = length - (start is not None)
+    if body < 1:
+        raise CalibrationError(f"sequence_length {length} leaves no room beside the start token")
+    ids = tokenize(tokenizer, documents, _SURPLUS * samples * body)
+    if len(ids) < samples * body:
+        raise CalibrationError(
+            f"calibration holds {len(ids)} tokens, but samples={samples} windows of {body} need "
+            f"{samples * body}; give more text or lower samples or sequence_length"
+        )
+    windows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    windows = windows[order[:samples].sort().values]
+    if start is not None:
+        windows = torch.cat([torch.full((samples, 1), start), windows], dim=1)
+    name = "none" if start is None else str(tokenizer.convert_ids_to_tokens(start))
+    batches = [{"input_ids": part.contiguous()} for part in windows.split(batch_size)]
+    return CalibrationSet(batches, windows.numel(), samples, length, name, described)
+
+
+def _as_documents(source: Any) -> tuple[Iterable[str] | None, str]:
+    """Return the texts of a source, or None where it holds tokens."""
+    if isinstance(source, os.PathLike):
+        return read_documents(source), Path(source).name
+    if isinstance(source, str):
+        if os.path.exists(source):
+            return read_documents(source), Path(source).name
+        if DATASET_NAME.fullmatch(source):
+            return dataset_documents(source), source
+        raise MissingTextError(
+            f"calibration {source[:80]!r} is neither a file nor 'name:config:split' of datasets; "
+            "give text itself as a list of strings"
+        )
+    if isinstance(source, (list, tuple)) and source and all(isinstance(s, str) for s in source):
+        return source, f"{len(source)} texts"
+    return None, ""
+
+
+def _from_tokens(source: Any, batch_size: int, samples: int) -> CalibrationSet:
+    if source is None:
+        raise CalibrationError("calibration is missing: give a text file, strings or tokens")
+    if isinstance(source, Mapping):
+        source = [source]
+    if isinstance(source, (torch.Tensor, np.ndarray)):
+        rows = torch.as_tensor(source)
+        if rows.dim() != 2:
+            raise CalibrationError(
+                f"calibration tokens must have shape (samples, sequence), not {tuple(rows.shape)}"
+            )
+        source = list(rows[:samples])
+    if not isinstance(source, (list, tuple)):
+        try:
+            source = list(source)
+        except TypeError:
+            raise CalibrationError(
+                f"calibration cannot be a {type(source).__name__}; give a text file, a list of "
+                "strings, tokens, or a list of dicts with input_ids"
+            ) from None
+    if not source:
+        raise CalibrationError("calibration is empty")
+    if all(isinstance(item, Mapping) for item in source):
+        batches = [_check_batch(dict(item), i) for i, item in enumerate(source)]
+    else:
+        rows = [_check_row(row, i) for i, row in enumerate(source[:samples])]
+        batches = _batch_rows(rows, batch_size)
+    ids = [b["input_ids"] for b in batches]
+    masks = [padding_mask(b) for b in batches]
+    tokens = sum(i.numel() if m is None else int(m.sum()) for i, m in zip(ids, masks, strict=True))
+    if tokens == 0:
+        raise CalibrationError("calibration holds no token: the attention masks are all zero")
+    longest = max(i.shape[1] for i in ids)
+    return CalibrationSet(
+        batches, tokens, sum(len(i) for i in ids), longest, "as given", "tokens as given"
+    )
+
+
+def _check_row(row: Any, index: int) -> torch.Tensor:
+    try:
+        ids = torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError):
+        raise CalibrationError(
+            f"calibration[{index}] is a {type(row).__name__}, not a sequence of token ids"
+        ) from None
+    if ids.dim() == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.dim() != 1 or ids.is_floating_point() or ids.numel() == 0:
+        raise CalibrationError(
+            f"calibration[{index}] must be a non-empty 1-D sequence of integer token ids, not "
+            f"{ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    return ids.long()
+
+
+def _batch_rows(rows: list[torch.Tensor], batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """Batch rows of equal length together, in their order: nothing needs padding."""
+    by_length: dict[int, list[torch.Tensor]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    return [
+        {"input_ids": torch.stack(group[i : i + batch_size])}
+        for group in by_length.values()
+        for i in range(0, len(group), batch_size)
+    ]
+
+
+def _check_batch(batch: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
+    where = f"calibration[{index}]"
+    if "input_ids" not in batch:
+        raise CalibrationError(f"{where} has no input_ids")
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            batch[key] = value = torch.as_tensor(value)
+        if value.dim() == 1:
+            batch[key] = value[None]
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise CalibrationError(
+            f"{where}: input_ids must be integers of shape (batch, sequence), not {ids.dtype} of "
+            f"shape {tuple(ids.shape)}"
+        )
+    if mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
+        raise CalibrationError(
+            f"{where}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}"
+        )
+    batch.pop("labels", None)
+    return batch

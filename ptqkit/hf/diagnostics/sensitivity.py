@@ -1,0 +1,302 @@
+"""Which tensors of a model suffer most from quantization: one kind or layer at a time.
+
+Table 1 of Pandey et al. 2023 for any model of transformers: everything stays float but the tensors
+of one case, and the signal-to-noise ratio of the final logits says what they cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptqkit.arrays.metrics import SQNR
+from ptqkit.arrays.softmax import softmax_grid
+from ptqkit.arrays.solvers import rtn
+from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
+from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
+from ptqkit.hf.evaluation.perplexity import perplexity
+from ptqkit.hf.models.structure import Target, find_blocks
+from ptqkit.hf.softmax.driver import refuse_installed
+from ptqkit.nn.activations import (
+    ActivationQuantizer,
+    install_quantizer,
+    installed_quantizer,
+    remove_quantizers,
+)
+from ptqkit.nn.attention import attention_hooks, find_attention
+from ptqkit.nn.attention_quantizer import (
+    ATTENTION_KINDS,
+    AttentionQuantizer,
+    AttentionRanges,
+    measure_ranges,
+)
+from ptqkit.nn.forward import calibration_mode, forward, hooks
+from ptqkit.nn.linear import is_linear
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
+from ptqkit.nn.softmax.report import describe
+from ptqkit.nn.statistics import range_accumulator
+from ptqkit.recipe.options import Activations
+from ptqkit.recipe.recipe import Recipe
+
+__all__ = ["CASES", "KINDS", "sensitivity"]
+
+KINDS = (*ATTENTION_KINDS, "weights", "inputs")
+"""Tensors that can be quantized alone; inputs are those of linear layers."""
+
+CASES = ("kind", "layer", "each")
+
+
+@dataclass
+class _Case:
+    """Tensors that are quantized together: (kind, module name)."""
+
+    kind: str
+    layer: str
+    members: list[tuple[str, str]] = field(default_factory=list)
+
+
+def sensitivity(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    kinds: Sequence[str] = KINDS,
+    bits: int = 8,
+    by: str = "kind",
+    tokenizer: Any = None,
+    text: Any = None,
+    samples: int = 8,
+    sequence_length: int = 256,
+    batch_size: int = 4,
+    seed: int = 0,
+    start_token: str | int | None = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    **windows: Any,
+) -> SensitivityReport:
+    """Quantize one case at a time and rank by what it costs; the model stays as it was.
+
+    Grids: weights round to nearest per output channel, asymmetric min-max; all others one
+    asymmetric grid per tensor with the range of the calibration data, the softmax [0, 1] without
+    correction.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Anything that returns ``logits``.
+    calibration
+        Ranges come from it, and it is what the logits are compared on; see
+        :func:`ptqkit.hf.prepare_calibration`. The float logits of all of it are kept in memory.
+    kinds : sequence of str
+        Of :data:`KINDS`.
+    bits : int from 2 to 16 (weights: 8)
+    by : {"kind", "layer", "each"}
+        A case is one kind in all layers; all kinds in one block; or one kind of one module.
+    text : optional
+        Also measure the perplexity on it, for every case; see :func:`ptqkit.hf.perplexity`, which
+        takes ``**windows`` (``window``, ``stride``, ``max_tokens``).
+    progress : callable, optional
+        Called with (cases done, cases in all).
+
+    Raises
+    ------
+    ValueError
+        If an option is not one of those above, or something in the model is quantized by hooks.
+    UnsupportedModuleError
+        If attention kinds are asked for and the model's attention cannot be hooked.
+    CalibrationError
+        If the data cannot be used, or the model's values are not finite on it.
+    """
+    kinds = _check(kinds, bits, by)
+    data = prepare_calibration(
+        calibration, tokenizer, samples=samples, sequence_length=sequence_length,
+        batch_size=batch_size, seed=seed, start_token=start_token, limit=max_positions(model),
+    )  # fmt: skip
+    bench = _Bench(model, data, kinds, bits)
+    cases = bench.cases(by)
+    score = None
+    if text is not None:
+        options = {"start_token": start_token, "batch_size": batch_size, **windows}
+
+        def score() -> float:
+            return perplexity(model, tokenizer, text, **options).perplexity
+
+    report = SensitivityReport(
+        bits=bits,
+        by=by,
+        calibration=describe(data),
+        float_perplexity=score() if score is not None else None,
+    )
+    for done, case in enumerate(cases):
+        with bench.quantized(case):
+            sqnr = bench.compare()
+            value = score() if score is not None else None
+        row = SensitivityRow(case.kind, case.layer, len(case.members))
+        row.sqnr_db, row.infinite = float(sqnr.decibel), int(sqnr.infinite)
+        row.perplexity = value
+        report.rows.append(row)
+        if progress is not None:
+            progress(done + 1, len(cases))
+    report.rows.sort(key=lambda row: row.sqnr_db)
+    return report
+
+
+def _check(kinds: Sequence[str], bits: int, by: str) -> tuple[str, ...]:
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(dict.fromkeys(kinds))
+    unknown = [k for k in kinds if k not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"kinds must be some of {KINDS}, not {unknown[0] if unknown else kinds!r}")
+    if by not in CASES:
+        raise ValueError(f"by must be one of {CASES}, not {by!r}")
+    Activations(bits, "tensor")
+    if "weights" in kinds and bits > 8:
+        raise ValueError(f"weights take at most 8 bits, not {bits}: leave them out of kinds")
+    return kinds
+
+
+class _Bench:
+    """A model with the ranges of its tensors and its float logits."""
+
+    def __init__(
+        self, model: nn.Module, data: CalibrationSet, kinds: Sequence[str], bits: int
+    ) -> None:
+        self.model, self.data, self.kinds, self.bits = model, data, kinds, bits
+        self.linears: dict[str, Target] = {}
+        self.inputs: dict[str, ActivationQuantizer] = {}
+        self.attention: dict[str, AttentionRanges] = {}
+        self.blocks = [name for names in find_blocks(model).values() for name in names]
+        if any(kind in ATTENTION_KINDS for kind in kinds):
+            refuse_installed(model)
+            find_attention(model)
+            self.attention = measure_ranges(model, data)
+        if "weights" in kinds or "inputs" in kinds:
+            self._find_linears()
+        if "inputs" in kinds:
+            self.inputs = self._input_quantizers()
+        self.reference = [self._logits(i) for i in range(len(data.batches))]
+
+    def _find_linears(self) -> None:
+        for name, module in self.model.named_modules():
+            if is_linear(module) and self._block(name) != name:
+                self.linears[name] = Target(name, module, Recipe(), self._block(name))
+        if not self.linears:
+            raise UnsupportedModuleError(
+                f"{type(self.model).__name__} has no float linear layers in its blocks; leave "
+                "weights and inputs out of kinds"
+            )
+        taken = [n for n, t in self.linears.items() if installed_quantizer(t.module) is not None]
+        if taken:
+            raise ValueError(
+                f"the inputs of {taken[0]} are quantized already: call "
+                "ptqkit.nn.remove_quantizers(model) first"
+            )
+
+    def _block(self, name: str) -> str:
+        """Block that a module lies in; its own name outside of blocks."""
+        return next((b for b in self.blocks if name.startswith(f"{b}.")), name)
+
+    def _input_quantizers(self) -> dict[str, ActivationQuantizer]:
+        device = next(self.model.parameters()).device
+        seen = {n: range_accumulator(t.shape[1], device) for n, t in self.linears.items()}
+        rows: list[torch.Tensor | None] = [None]
+
+        def see(name: str, x: torch.Tensor) -> None:
+            mask = rows[0]
+            seen[name].update(x, None if mask is None else mask.reshape(x.shape[:-1]))
+
+        modules = {name: target.module for name, target in self.linears.items()}
+        with hooks(modules, see), calibration_mode(self.model):
+            for batch, mask in zip(self.data.batches, self.data.masks(), strict=True):
+                rows[0] = mask
+                forward(self.model, batch)
+        spec, dtype = Activations(self.bits, "tensor"), _dtype(self.model)
+        ranges = {n: r.finish() if hasattr(r, "finish") else r for n, r in seen.items()}
+        idle = [n for n, r in ranges.items() if not r.tokens]
+        if idle:
+            raise CalibrationError(f"no calibration token reached {idle[0]}; give more data")
+        return {n: ActivationQuantizer.calibrate(spec, r, dtype) for n, r in ranges.items()}
+
+    def cases(self, by: str) -> list[_Case]:
+        """All tensors of the kinds, put together as ``by`` says."""
+        members = []
+        for kind in self.kinds:
+            names = self.attention if kind in ATTENTION_KINDS else self.linears
+            members += [(kind, name) for name in names]
+        found: dict[tuple[str, str], _Case] = {}
+        for kind, name in members:
+            key = {
+                "kind": (kind, "all"),
+                "layer": ("all", self._block(name)),
+                "each": (kind, name),
+            }[by]
+            found.setdefault(key, _Case(*key)).members.append((kind, name))
+        return list(found.values())
+
+    @contextlib.contextmanager
+    def quantized(self, case: _Case) -> Iterator[None]:
+        """Quantize the tensors of a case; everything is put back bit for bit."""
+        dtype = _dtype(self.model)
+        attention: dict[str, dict[str, Any]] = {}
+        for kind, name in case.members:
+            if kind == "softmax":
+                quantizer: Any = SoftmaxQuantizer(softmax_grid(self.bits))
+            elif kind in ATTENTION_KINDS:
+                quantizer = self.attention[name].quantizer(kind, self.bits, dtype)
+            else:
+                continue
+            attention.setdefault(name, {})[kind] = quantizer
+        with contextlib.ExitStack() as stack:
+            if attention:
+                quantizers = {n: AttentionQuantizer(q) for n, q in attention.items()}
+                stack.enter_context(attention_hooks(self.model, quantizers))
+            for kind, name in case.members:
+                if kind == "weights":
+                    stack.enter_context(self._rounded(self.linears[name]))
+                elif kind == "inputs":
+                    module = self.linears[name].module
+                    install_quantizer(module, self.inputs[name])
+                    stack.callback(remove_quantizers, module)
+            yield
+
+    @contextlib.contextmanager
+    def _rounded(self, target: Target) -> Iterator[None]:
+        kept = target.module.weight.detach().clone()
+        try:
+            matrix = rtn(target.read(), bits=self.bits, group_size=None, name=target.name)
+            target.write(matrix.dequantize())
+            yield
+        finally:
+            with torch.no_grad():
+                target.module.weight.copy_(kept)
+
+    def _logits(self, index: int) -> torch.Tensor:
+        """Logits of a batch on the host, in float32, zero where there is padding."""
+        batch, rows = self.data.batches[index], self.data.masks()[index]
+        device = next(self.model.parameters()).device
+        with calibration_mode(self.model):
+            output = self.model(**{k: v.to(device) for k, v in batch.items()})
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise UnsupportedModuleError(
+                f"{type(self.model).__name__} returns no logits to compare; take the class with "
+                "its head, such as AutoModelForCausalLM"
+            )
+        logits = logits.float().cpu()
+        per_token = rows is not None and logits.dim() == 3 and logits.shape[:2] == rows.shape
+        return logits * rows[..., None].cpu() if per_token else logits
+
+    def compare(self) -> SQNR:
+        """Signal-to-noise ratio of the logits now, a sample being a sequence."""
+        sqnr = SQNR("sample")
+        for index, reference in enumerate(self.reference):
+            sqnr.update(reference.numpy(), self._logits(index).numpy())
+        return sqnr
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Floating-point type of a model's parameters."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -1,0 +1,243 @@
+"""Everything that can be known to go wrong is found before the first calibration forward."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleError
+from ptqkit.hf.checkpoint.biases import plan_biases
+from ptqkit.hf.data.calibration import CalibrationSet, max_positions
+from ptqkit.hf.data.text import MissingTextError
+from ptqkit.hf.models.probe import Probe
+from ptqkit.hf.models.structure import Structure, Target
+from ptqkit.nn.activations import installed_quantizer
+from ptqkit.recipe.recipe import Recipe
+
+__all__ = ["FORMATS", "Problems", "check_model", "check_output", "check_probe", "check_tokens"]
+
+FORMATS = ("auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit")
+
+
+class Problems:
+    """Collects problems and raises them together, as every kind of error they are."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._kinds: list[type[Exception]] = []
+
+    def add(self, text: str, kind: type[Exception] | None = None) -> None:
+        """Note a problem; ``kind`` is an error class that the caller may want to catch."""
+        self.texts.append(text)
+        if kind is not None and kind not in self._kinds:
+            self._kinds.append(kind)
+
+    def raise_if_any(self) -> None:
+        """Raise PreflightError with all problems; it also is an instance of each one's kind."""
+        if not self.texts:
+            return
+        # A class may not be listed as a base beside its own subclass.
+        every = self._kinds
+        kinds = [k for k in every if not any(o is not k and issubclass(o, k) for o in every)]
+        if not kinds:
+            raise PreflightError(self.texts)
+        raise type("PreflightError", (PreflightError, *kinds), {})(self.texts)
+
+
+def check_model(
+    problems: Problems,
+    model: nn.Module,
+    structure: Structure,
+    recipe: Recipe,
+    calibrated: bool,
+    out_format: str,
+) -> None:
+    """Check what the model and the recipe tell: shapes, patterns, weights, format."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
+    for text in structure.problems:
+        problems.add(text, UnsupportedModuleError)
+    if recipe.equalization is not None:
+        if not calibrated:
+            problems.add("equalization needs calibration data", CalibrationError)
+        if getattr(getattr(model, "config", None), "ptqkit_equalized", None) is not None:
+            problems.add(
+                "the model is equalized already (config.ptqkit_equalized says how); load the "
+                "original model, or leave equalization out of the recipe",
+                UnsupportedModuleError,
+            )
+    for pattern in recipe.unmatched(structure.known_names):
+        problems.add(f"pattern {pattern!r} of the recipe matches no module of the model")
+    meta = [n for n, p in model.named_parameters() if p.device.type == "meta"]
+    if meta:
+        problems.add(
+            f"{len(meta)} parameters are on the meta device (the first is {meta[0]}); load the "
+            "weights before quantizing"
+        )
+        return
+    for target in structure.targets.values():
+        _check_target(problems, target, calibrated)
+        for text in _format_conflicts(target, out_format):
+            problems.add(f"{target.name}: the format {out_format!r} {text}")
+    gaining = [n for n, t in structure.targets.items() if t.options.bias_correction]
+    if gaining and out_format not in ("auto", "ptqkit"):
+        for text in plan_biases(model, gaining).problems():
+            problems.add(text)
+
+
+def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
+    options, (rows, columns) = target.options, target.shape
+    if options.group_size is not None and columns % options.group_size:
+        problems.add(
+            f"{target.name}: group_size {options.group_size} does not divide its {columns} inputs; "
+            "use a divisor or None (per channel), for this layer alone by an override"
+        )
+    if not calibrated and options.method == "gptq":
+        problems.add(f"{target.name}: method 'gptq' needs calibration data", CalibrationError)
+    if not calibrated and options.method == "rtn" and options.grid == "hessian":
+        problems.add(
+            f"{target.name}: the 'hessian' grid needs calibration data; use 'minmax' or 'mse'",
+            CalibrationError,
+        )
+    if not calibrated and target.needs_ranges:
+        what = "bias_correction" if options.bias_correction else "a static grid of activations"
+        problems.add(f"{target.name}: {what} needs calibration data", CalibrationError)
+    if installed_quantizer(target.module) is not None:
+        problems.add(
+            f"{target.name}: its activations are quantized already; load the model again, or take "
+            "the quantizers off with ptqkit.nn.remove_quantizers(model)",
+            UnsupportedModuleError,
+        )
+    weight = target.module.weight.detach()
+    # A sum is finite only where every term is; it may overflow, so look twice before complaining.
+    if not math.isfinite(float(weight.sum(dtype=torch.float32))):
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            problems.add(f"{target.name}: {bad} of its {rows}x{columns} weights are not finite")
+
+
+def _format_conflicts(target: Target, out_format: str) -> list[str]:
+    """Why a checkpoint format cannot hold a layer quantized with these options."""
+    o = target.options
+    if out_format in ("auto", "ptqkit"):
+        return []
+    found = []
+    if target.transposed:
+        found.append("cannot hold transformers' Conv1D; use 'ptqkit'")
+    if o.bits == "ternary":
+        found.append("has no ternary codes; use 'ptqkit'")
+    permuted = o.order == "act" and not o.static_groups and o.group_size is not None
+    if out_format == "compressed-tensors":
+        # With quantized activations the library reads asymmetric weights as they are meant.
+        if not o.symmetric and o.bits != "ternary" and o.activations is None:
+            found.append("loads exactly only with symmetric=True")
+        if o.activations is not None and o.activations.outlier_threshold is not None:
+            found.append("cannot leave outlier columns in float; use 'ptqkit'")
+        if permuted and o.method == "gptq":
+            found.append("has no g_idx; use static_groups=True with order='act'")
+        return found
+    if o.bits != "ternary" and o.bits not in (2, 3, 4, 8):
+        found.append(f"holds 2, 3, 4 or 8 bits, not {o.bits}")
+    if o.activations is not None:
+        found.append("has no place for quantized activations; use 'compressed-tensors' or 'ptqkit'")
+    return found
+
+
+def check_tokens(problems: Problems, model: nn.Module, calibration: CalibrationSet) -> None:
+    """Check token ids and lengths against the model's tables."""
+    limit = max_positions(model)
+    if limit is not None and calibration.sequence_length > limit:
+        problems.add(
+            f"calibration has sequences of {calibration.sequence_length} tokens, but the model "
+            f"takes at most {limit}",
+            CalibrationError,
+        )
+    try:
+        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return
+    low = min(int(b["input_ids"].min()) for b in calibration.batches)
+    high = max(int(b["input_ids"].max()) for b in calibration.batches)
+    if low < 0 or high >= vocabulary:
+        problems.add(
+            f"calibration holds token ids from {low} to {high}, but the model's vocabulary has "
+            f"{vocabulary}; is this the right tokenizer?",
+            CalibrationError,
+        )
+
+
+def check_output(
+    problems: Problems,
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    out_dir: str | os.PathLike[str],
+    overwrite: bool,
+) -> None:
+    """Check that a checkpoint can be written: the place is free and the disk has room."""
+    path = Path(out_dir)
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        problems.add(f"out_dir {path.name!r} exists already; use overwrite=True or another name")
+    parent = next((p for p in [path.absolute(), *path.absolute().parents] if p.is_dir()), None)
+    if parent is None or not os.access(parent, os.W_OK):
+        problems.add(f"out_dir {str(path)!r} cannot be created there")
+        return
+    needed = checkpoint_bytes(model, targets)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        problems.add(
+            f"out_dir: the checkpoint needs about {needed / 2**20:,.0f} MiB, the disk has "
+            f"{free / 2**20:,.0f} MiB free"
+        )
+
+
+def checkpoint_bytes(model: nn.Module, targets: Mapping[str, Target]) -> int:
+    """Size of the checkpoint, about: float parameters as they are, codes, scales, zero-points."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    for target in targets.values():
+        rows, columns = target.shape
+        bits = 2 if target.options.bits == "ternary" else int(target.options.bits)
+        groups = columns // min(target.options.group_size or columns, columns)
+        total -= target.module.weight.numel() * target.module.weight.element_size()
+        total += rows * columns * bits // 8 + rows * groups * 5 + 4 * columns
+    return total
+
+
+def check_probe(problems: Problems, structure: Structure, found: Probe) -> set[str]:
+    """Check what the short forward pass showed.
+
+    Returns
+    -------
+    set of str
+        Layers the probe did not reach that may still see tokens: items of a list inside a block,
+        as experts are.
+    """
+    for name, count in found.repeated.items():
+        problems.add(
+            f"{name} runs {count} times in one forward pass: a reused layer cannot be quantized; "
+            "add an override 'skip'",
+            UnsupportedModuleError,
+        )
+    late = set()
+    for name in found.uncalled:
+        block = structure.targets[name].block
+        inside = name[len(block) + 1 :].split(".") if block is not None else []
+        if any(part.isdigit() for part in inside):
+            late.add(name)
+        else:
+            problems.add(
+                f"{name} is never called by the model's forward on this calibration data (its "
+                "weight may be used directly); add an override 'skip'",
+                UnsupportedModuleError,
+            )
+    return late
+
+
+def missing_kind(error: Exception) -> type[Exception]:
+    """The error class under which a calibration problem is raised."""
+    return MissingTextError if isinstance(error, MissingTextError) else CalibrationError

@@ -1,0 +1,325 @@
+"""What a quantization run did, layer by layer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ptqkit._files import plain
+from ptqkit.hf.models.structure import Target
+from ptqkit.hf.quantization.solve import Solved
+from ptqkit.recipe.options import Activations
+
+__all__ = ["LayerReport", "Report", "layer_report"]
+
+
+@dataclass
+class LayerReport:
+    """One layer. Numbers that were not computed are NaN (``None`` in JSON).
+
+    Attributes
+    ----------
+    name, status, method : str
+        Status is ``"quantized"``, ``"skipped: why"`` or ``"failed: why"``.
+    shape : tuple of int
+        (out, in).
+    objective, objective_rtn : float
+        tr((W - Q) H (W - Q)^T) with H = (2/N) sum x x^T, of the result and of rounding to nearest
+        on the same grid. With error propagation W is the corrected weight, which the solver was
+        given, in these and in the decibels; H is of the quantized model's inputs as ever.
+    improvement : float
+        ``1 - objective / objective_rtn``.
+    weight_sqnr_db, output_sqnr_db : float
+        Signal to error of the weights, and of the layer's outputs on the calibration inputs.
+    bits_per_weight : float
+        With scales, zero-points and group indices.
+    activations : str
+        How the layer's inputs are quantized, such as ``"8 token"``; empty where they are not.
+    bias_share : float
+        Share of the output error's power on the calibration inputs that was its mean, which bias
+        correction takes away; the objective is without it.
+    damping : float
+        Used, as a fraction of the mean diagonal of H; ``damping_raised`` counts the steps it had
+        to be raised by, and ``notes`` says why.
+    tokens : int
+        Calibration tokens behind H.
+    seconds_hessian, seconds_solve, seconds_diagnostics, seconds_propagation : float
+        Layers that were solved together share the time by rows. The last: accumulating G and
+        correcting the weight.
+    schedule : str
+    shares_input_with : list of str
+    """
+
+    name: str
+    shape: tuple[int, int] = (0, 0)
+    status: str = "quantized"
+    method: str = ""
+    bits: int | str | None = None
+    group_size: int | None = None
+    per_tensor: bool = False
+    symmetric: bool = False
+    objective: float = math.nan
+    objective_rtn: float = math.nan
+    improvement: float = math.nan
+    weight_sqnr_db: float = math.nan
+    output_sqnr_db: float = math.nan
+    bits_per_weight: float = math.nan
+    activations: str = ""
+    bias_share: float = math.nan
+    damping: float = math.nan
+    damping_raised: int = 0
+    dead_inputs: int = 0
+    tokens: int = 0
+    seconds_hessian: float = 0.0
+    seconds_solve: float = 0.0
+    seconds_diagnostics: float = 0.0
+    seconds_propagation: float = 0.0
+    schedule: str = ""
+    shares_input_with: list[str] = field(default_factory=list)
+    notes: str = ""
+
+
+@dataclass
+class Report:
+    """All layers and the run as a whole.
+
+    Attributes
+    ----------
+    layers : list of LayerReport
+        In order of execution, then what was left alone.
+    equalization : dict or None
+        :meth:`EqualizationReport.to_dict`, where the float model was equalized first.
+    schedule : str
+        ``"one-pass"``, ``"re-forward"``, ``"one-pass, then re-forward"`` or ``"no calibration"``.
+    schedule_reason : str
+        Why it was not one pass; empty where it was.
+    calibration : dict
+        Source, samples, sequence length, tokens, start token.
+    seconds : dict of str to float
+        ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``, with
+        error propagation ``propagation`` (G and the correction), and ``forward``: the rest,
+        mostly the model (both models).
+    memory : dict
+        ``estimate`` of the schedule used and of the other one, ``budget``, and ``peak`` resident
+        (or device) memory of the process, in bytes.
+    recipe : dict
+    warnings : list of str
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    equalization: dict[str, Any] | None = None
+    schedule: str = ""
+    schedule_reason: str = ""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """Row of a layer by name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @property
+    def quantized(self) -> list[LayerReport]:
+        """Rows of the layers that were quantized."""
+        return [layer for layer in self.layers if layer.status == "quantized"]
+
+    @property
+    def failed(self) -> list[LayerReport]:
+        """Rows of the layers that were left float because of an error."""
+        return [layer for layer in self.layers if layer.status.startswith("failed")]
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the quantized layers; ``bits_per_weight`` is weighted by size."""
+        rows = self.quantized
+        weights = [r.shape[0] * r.shape[1] for r in rows]
+        total = sum(weights)
+        objective = math.fsum(r.objective for r in rows)
+        objective_rtn = math.fsum(r.objective_rtn for r in rows)
+        bits = math.fsum(w * r.bits_per_weight for w, r in zip(weights, rows, strict=True))
+        return {
+            "layers": len(rows),
+            "skipped": sum(r.status.startswith("skipped") for r in self.layers),
+            "failed": len(self.failed),
+            "weights": total,
+            "bits_per_weight": bits / total if total else math.nan,
+            "objective": objective,
+            "objective_rtn": objective_rtn,
+            "improvement": _improvement(objective, objective_rtn),
+            "damping_raised": sum(r.damping_raised > 0 for r in rows),
+            "dead_inputs": sum(r.dead_inputs for r in rows),
+            "seconds": self.seconds.get("total", math.nan),
+        }
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One dict per layer, for ``pandas.DataFrame(report.to_dicts())``."""
+        return [asdict(layer) for layer in self.layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values that are valid JSON (NaN becomes None)."""
+        return plain({**asdict(self), "totals": self.totals()})
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the report as JSON text, and write it to ``path`` if one is given."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+        return text
+
+    def table(self, skipped: bool = False) -> str:
+        """Plain text table: a line per layer (``skipped``: also those left alone) and totals."""
+        rows = [r for r in self.layers if skipped or not r.status.startswith("skipped")]
+        cells = [_HEADER, *(_cells(r) for r in rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
+        lines = [_align(row, widths) for row in cells]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join([*lines, "", *self._summary()])
+
+    def _summary(self) -> list[str]:
+        t = self.totals()
+        lines = [
+            f"{t['layers']} layers, {t['weights']:,} weights at {t['bits_per_weight']:.3f} bits; "
+            f"{t['skipped']} skipped, {t['failed']} failed",
+            f"objective {t['objective']:.6g}, round-to-nearest {t['objective_rtn']:.6g} "
+            f"({_percent(t['improvement'])} better)",
+            "schedule "
+            + self.schedule
+            + (f" ({self.schedule_reason})" if self.schedule_reason else ""),
+            "seconds " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()),
+        ]
+        alpha = self.recipe.get("error_propagation", 0)
+        if alpha:
+            lines.append(
+                f"error propagation {alpha:g}: figures are of the corrected weights, not the "
+                "model's own"
+            )
+        if self.memory.get("peak"):
+            lines.append(f"peak memory {self.memory['peak'] / 2**20:,.0f} MiB")
+        return lines + [f"warning: {w}" for w in self.warnings]
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+_HEADER = (
+    "layer", "shape", "bits", "group", "act", "objective", "rtn", "better", "W dB", "Y dB", "bpw",
+    "damping", "dead", "tokens", "s", "status",
+)  # fmt: skip
+
+
+def _cells(r: LayerReport) -> tuple[str, ...]:
+    damping = _number(r.damping, ".3g") + (f" (+{r.damping_raised})" if r.damping_raised else "")
+    return (
+        r.name,
+        f"{r.shape[0]}x{r.shape[1]}" if r.shape[0] else "-",
+        "-" if r.bits is None else str(r.bits),
+        _group(r),
+        r.activations or "-",
+        _number(r.objective, ".4g"),
+        _number(r.objective_rtn, ".4g"),
+        _percent(r.improvement),
+        _number(r.weight_sqnr_db, ".1f"),
+        _number(r.output_sqnr_db, ".1f"),
+        _number(r.bits_per_weight, ".2f"),
+        damping,
+        str(r.dead_inputs),
+        str(r.tokens),
+        f"{r.seconds_hessian + r.seconds_propagation + r.seconds_solve:.2f}",
+        r.status + (f" [{r.notes}]" if r.notes else ""),
+    )
+
+
+def _group(r: LayerReport) -> str:
+    if r.bits is None:
+        return "-"
+    return str(r.group_size) if r.group_size else "tensor" if r.per_tensor else "channel"
+
+
+def _align(row: tuple[str, ...], widths: list[int]) -> str:
+    first = row[0].ljust(widths[0])
+    middle = (c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True))
+    return "  ".join([first, *middle, row[-1]]).rstrip()
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def _improvement(objective: float, objective_rtn: float) -> float:
+    if math.isnan(objective_rtn) or math.isnan(objective):
+        return math.nan
+    if objective_rtn == 0:
+        return 0.0 if objective == 0 else -math.inf
+    return 1.0 - objective / objective_rtn
+
+
+def _decibel(signal: float, error: float) -> float:
+    if math.isnan(signal) or math.isnan(error) or signal <= 0:
+        return math.nan
+    return math.inf if error <= 0 else 10 * math.log10(signal / error)
+
+
+def _activations(spec: Activations | None) -> str:
+    if spec is None:
+        return ""
+    outliers = "" if spec.outlier_threshold is None else f" <{spec.outlier_threshold:g}"
+    return f"{spec.bits} {spec.granularity}{outliers}"
+
+
+def _bias_share(solved: Solved) -> float:
+    """|eps E[x]|^2 in E|eps x|^2, which is half the objective."""
+    if solved.bias_shift is None or not solved.objective > 0:
+        return math.nan
+    return 2.0 * float(solved.bias_shift @ solved.bias_shift) / solved.objective
+
+
+def layer_report(
+    target: Target, solved: Solved, tokens: int, seconds_hessian: float, schedule: str
+) -> LayerReport:
+    """Build the row of a quantized layer."""
+    matrix, options, notes = solved.matrix, target.options, []
+    if matrix.damping_raised:
+        notes.append(
+            f"H not positive definite at damping {options.damping:g}, raised to {matrix.damping:g}"
+        )
+    if 0 < tokens < target.shape[1]:
+        notes.append(f"only {tokens} tokens for {target.shape[1]} inputs")
+    return LayerReport(
+        name=target.name,
+        shape=target.shape,
+        method=options.method,
+        bits=options.bits,
+        group_size=options.group_size,
+        per_tensor=options.per_tensor,
+        symmetric=matrix.symmetric,
+        objective=solved.objective,
+        objective_rtn=solved.objective_rtn,
+        improvement=_improvement(solved.objective, solved.objective_rtn),
+        weight_sqnr_db=_decibel(solved.weight_power, solved.weight_error),
+        output_sqnr_db=_decibel(solved.output_power, solved.objective),
+        bits_per_weight=matrix.bits_per_weight,
+        activations=_activations(options.activations),
+        bias_share=_bias_share(solved),
+        damping=matrix.damping if options.method == "gptq" else math.nan,
+        damping_raised=matrix.damping_raised,
+        dead_inputs=matrix.dead_inputs,
+        tokens=tokens,
+        seconds_hessian=seconds_hessian,
+        seconds_solve=solved.seconds_solve,
+        seconds_diagnostics=solved.seconds_diagnostics,
+        seconds_propagation=solved.seconds_propagation,
+        schedule=schedule,
+        notes="; ".join(notes),
+    )

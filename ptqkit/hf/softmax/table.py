@@ -1,0 +1,213 @@
+"""What a quantized softmax costs a language model, and what corrections give back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.evaluation.perplexity import PerplexityResult, perplexity
+from ptqkit.hf.softmax.driver import SoftmaxStudy
+from ptqkit.nn.attention import attention_hooks
+from ptqkit.nn.attention_quantizer import AttentionQuantizer
+from ptqkit.nn.softmax.report import SoftmaxReport, describe
+
+__all__ = ["VARIANTS", "SoftmaxTable", "SoftmaxTableRow", "softmax_table"]
+
+VARIANTS = {
+    "none": (None, "tensor"),
+    "bias": ("bias", "tensor"),
+    "bias/head": ("bias", "head"),
+    "row_length": ("row_length", "tensor"),
+    "row_length/head": ("row_length", "head"),
+    "row_sum": ("row_sum", "tensor"),
+}
+"""Names of corrections with their granularity; without "/head" one per attention module."""
+
+
+@dataclass
+class SoftmaxTableRow:
+    """One line.
+
+    Attributes
+    ----------
+    bits : int or None
+        None for the float softmax.
+    correction : str
+        Of :data:`VARIANTS`.
+    perplexity : float
+    excess : float
+        Above the float model's.
+    recovered : float
+        Share of the excess without correction that the correction takes away; NaN where there is
+        none.
+    sqnr_db : float
+        Mean over the layers, of the attention's output on the calibration set.
+    output_db : float
+        Of the logits on the calibration set, all layers quantized.
+    left_out : int
+        Layers whose correction was left out, with ``guard``.
+    """
+
+    bits: int | None
+    correction: str
+    perplexity: float
+    excess: float = 0.0
+    recovered: float = math.nan
+    sqnr_db: float = math.inf
+    output_db: float = math.inf
+    left_out: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name as in the paper's Table 3: FP32, SM8, SM8 + correction."""
+        if self.bits is None:
+            return "float softmax"
+        plus = "" if self.correction == "none" else f" + {self.correction}"
+        return f"SM{self.bits}{plus}"
+
+
+@dataclass
+class SoftmaxTable:
+    """Perplexities of one model with a quantized softmax.
+
+    Attributes
+    ----------
+    rows : list of SoftmaxTableRow
+    layers : dict of int to list of dict
+        By bits: every layer's share rounded to zero, expected row sum and decibels without
+        correction.
+    float_result : PerplexityResult
+        With the conventions of all rows.
+    calibration : dict
+    """
+
+    float_result: PerplexityResult
+    calibration: dict[str, Any]
+    rows: list[SoftmaxTableRow] = field(default_factory=list)
+    layers: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values; NaN and infinity stay."""
+        return {
+            "rows": [{**asdict(row), "name": row.name} for row in self.rows],
+            "layers": {str(bits): rows for bits, rows in self.layers.items()},
+            "conventions": self.float_result.to_dict(),
+            "calibration": self.calibration,
+        }
+
+    def table(self) -> str:
+        """Plain text table."""
+        cells = [("softmax", "perplexity", "excess", "recovered", "attention dB", "logits dB")]
+        cells += [
+            (
+                row.name,
+                f"{row.perplexity:.4f}",
+                "" if row.bits is None else f"{row.excess:+.4f}",
+                "" if math.isnan(row.recovered) else f"{100 * row.recovered:.0f} %",
+                "" if math.isinf(row.sqnr_db) else f"{row.sqnr_db:.2f}",
+                "" if math.isinf(row.output_db) else f"{row.output_db:.2f}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        lines = [
+            "  ".join(
+                [line[0].ljust(widths[0])]
+                + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
+            )
+            for line in cells
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join([*lines, "", *(self._zeros(bits) for bits in self.layers)])
+
+    def _zeros(self, bits: int) -> str:
+        zero = [row["share_zero"] for row in self.layers[bits]]
+        sums = [row["row_sum"] for row in self.layers[bits]]
+        return (
+            f"{bits} bits: {100 * sum(zero) / len(zero):.1f} % of the allowed probabilities round "
+            f"to zero ({100 * min(zero):.1f} to {100 * max(zero):.1f} % by layer); expected row "
+            f"sum {sum(sums) / len(sums):.4f} ({min(sums):.4f} to {max(sums):.4f})"
+        )
+
+
+def softmax_table(
+    model: nn.Module,
+    tokenizer: Any,
+    text: Any,
+    calibration: CalibrationSet,
+    *,
+    bits: Sequence[int] = (8,),
+    corrections: Sequence[str] = ("none", "bias", "bias/head", "row_length/head", "row_sum"),
+    range: str = "fixed",
+    guard: bool = False,
+    progress: Callable[[str], None] | None = None,
+    **windows: Any,
+) -> SoftmaxTable:
+    """Measure perplexities with a float and a quantized softmax, corrected or not.
+
+    The quantized softmax without correction is always measured. The model stays as it was.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+    tokenizer, text, **windows
+        See :func:`ptqkit.hf.perplexity`.
+    calibration : CalibrationSet
+        See :func:`ptqkit.hf.prepare_calibration`.
+    bits : sequence of int from 2 to 16
+    corrections : sequence of str
+        Of :data:`VARIANTS`.
+    range : {"fixed", "calibrated", "search"}
+    guard : bool
+        Leave out corrections that lower signal-to-noise ratios, as :func:`quantize_softmax` does;
+        here every line is by default what it says.
+    progress : callable, optional
+        Called with the name of what comes next.
+    """
+    unknown = [c for c in corrections if c not in VARIANTS]
+    if unknown:
+        raise ValueError(f"corrections must be some of {', '.join(VARIANTS)}, not {unknown[0]!r}")
+    chosen = list(dict.fromkeys(["none", *corrections]))
+    tell = progress or (lambda name: None)
+
+    def score() -> PerplexityResult:
+        return perplexity(model, tokenizer, text, **windows)
+
+    tell("float softmax")
+    first = score()
+    table = SoftmaxTable(first, describe(calibration))
+    table.rows.append(SoftmaxTableRow(None, "none", first.perplexity))
+    for width in bits:
+        tell(f"SM{width}: calibration")
+        study = SoftmaxStudy(model, calibration, bits=width, range=range)
+        plain = math.nan
+        for name in chosen:
+            tell(f"SM{width} {name}")
+            quantizers = study.quantizers(*VARIANTS[name])
+            report = study.compare(quantizers, guard)
+            hooks = {n: AttentionQuantizer({"softmax": q}) for n, q in quantizers.items()}
+            with attention_hooks(model, hooks):
+                found = score().perplexity
+            excess = found - first.perplexity
+            plain = excess if name == "none" else plain
+            table.rows.append(_row(width, name, found, excess, plain, report))
+            if name == "none":
+                table.layers[width] = report.to_dict()["layers"]
+    return table
+
+
+def _row(
+    bits: int, name: str, value: float, excess: float, plain: float, report: SoftmaxReport
+) -> SoftmaxTableRow:
+    recovered = math.nan if name == "none" or plain <= 0 else 1 - excess / plain
+    left_out = sum(bool(row.notes) for row in report.layers)
+    decibel = report.totals()["sqnr_corrected_db"]
+    return SoftmaxTableRow(
+        bits, name, value, excess, recovered, decibel, report.output_corrected_db, left_out
+    )

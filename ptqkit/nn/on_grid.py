@@ -1,0 +1,56 @@
+"""Weights from codes, and codes from weights, on a grid that is given: on torch's threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ptqkit.arrays.matrix import QuantizedMatrix
+
+__all__ = ["dequantize", "row_blocks", "rtn_on_grid"]
+
+# Rows of the weight per step: keeps the temporaries small.
+_ROWS = 256
+
+
+def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
+    """As ``matrix.dequantize()``, the same bits, on torch's threads."""
+    result = torch.empty(matrix.shape, dtype=torch.float32)
+    for rows in row_blocks(len(result)):
+        scales, zeros = _grid(matrix, rows)
+        codes = torch.from_numpy(matrix.codes[rows]).view(zeros.shape[0], zeros.shape[1], -1)
+        torch.sub(codes, zeros, out=result[rows].view_as(codes)).mul_(scales)
+    return result.numpy()
+
+
+def rtn_on_grid(weight: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
+    """Round a weight (out, in) to nearest on a result's own grid; returns the dequantized form."""
+    result = torch.empty(matrix.shape, dtype=torch.float32)
+    for rows in row_blocks(len(result)):
+        scales, zeros = _grid(matrix, rows)
+        values = torch.from_numpy(weight[rows]).view(zeros.shape[0], zeros.shape[1], -1)
+        codes = torch.div(values, scales, out=result[rows].view_as(values)).round_()
+        codes.clamp_(-zeros, matrix.max_code - zeros).mul_(scales)
+    return result.numpy()
+
+
+def row_blocks(rows: int) -> list[slice]:
+    """Runs of rows that fit a cache together with the temporaries."""
+    return [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+
+
+def _grid(matrix: QuantizedMatrix, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero-points of some rows as float32 that broadcast to (rows, runs, run length).
+
+    Groups that are runs of consecutive inputs stay as they are; others get one entry per input.
+    """
+    scales = torch.from_numpy(matrix.scales[rows])
+    zeros = torch.from_numpy(matrix.zero_points[rows]).float()
+    groups, inputs = scales.shape[1], matrix.shape[1]
+    runs = inputs % groups == 0 and np.array_equal(
+        matrix.g_idx, np.arange(inputs, dtype=np.int32) // (inputs // groups)
+    )
+    if not runs:
+        index = torch.from_numpy(matrix.g_idx).long()
+        scales, zeros = scales[:, index], zeros[:, index]
+    return scales[:, :, None], zeros[:, :, None]

@@ -1,0 +1,256 @@
+"""What to do with each linear layer: method, bits, groups, and exceptions by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ptqkit.arrays.matrix import parse_bits
+from ptqkit.recipe.options import Activations, Equalization, check_int, check_names
+from ptqkit.recipe.presets import PRESETS
+
+__all__ = ["Recipe", "check_combination", "check_overrides", "check_propagation", "match_pattern"]
+
+_CHOICES = {
+    "method": ("gptq", "rtn"),
+    "order": ("natural", "act", "group"),
+    "grid": ("minmax", "mse", "hessian"),
+    "scale_dtype": (None, "float32", "float16", "bfloat16"),
+}
+
+
+def match_pattern(pattern: str, name: str) -> bool:
+    """Whether a layer name matches a glob (``*.mlp.*``) or a regex (``re:.*\\.q_proj``)."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of a quantization run; the defaults are the ``quality`` preset.
+
+    Parameters
+    ----------
+    method : {"gptq", "rtn"}
+    bits : int from 2 to 8, or "ternary"
+    group_size : int or None
+        Inputs that share a scale; None for one scale per output channel.
+    symmetric : bool
+    order : {"natural", "act", "group"}
+        Quantization order: as stored, by decreasing diagonal of H, or group-aware.
+    static_groups : bool
+        With ``order="act"`` and groups: grids fixed beforehand on runs of consecutive inputs.
+    grid : {"minmax", "mse", "hessian"}
+    sweeps : int
+        Coordinate-descent passes after the solve.
+    damping, max_damping : float
+        Fraction of the mean diagonal added to H; how far it may be raised.
+    feedback : bool
+        False: no error feedback, which makes GPTQ equal round-to-nearest.
+    scale_dtype : {None, "float32", "float16", "bfloat16"}
+        None: the dtype of the layer's weight.
+    min_zero_point : {0, 1}
+        1 for the GPTQ format, version 1, which cannot store a zero-point of 0.
+    block_size : int
+        Columns per lazy block of the solver (changes no code).
+    error_propagation : float
+        Alpha of :func:`ptqkit.propagate_error`: 0 (off) to 1. Above 0 the float model runs beside
+        the quantized one, at twice the activations' memory, and each weight is corrected for the
+        errors of the layers before it. Of the whole run: an override cannot change it.
+    per_tensor : bool
+        One scale for the whole weight matrix (``method="rtn"``, ``group_size=None``).
+    activations : Activations or None
+        Also quantize the layer's inputs (simulated: exact grids in float); None leaves them.
+    equalization : Equalization or None
+        Equalize the float model first. Of the whole run.
+    bias_correction : bool
+        Subtract ``(W_hat - W) E[x]`` from each layer's bias [AWEQ, eqs. 11-15]; a layer without a
+        bias gains one.
+    overrides : mapping of pattern to a mapping of changes, or to "skip"
+        Patterns are globs on the full module name, or regular expressions after ``re:``. All
+        matching patterns apply in order, the last one wins.
+    include : sequence of patterns
+        Linear layers outside the repeated blocks (such as an untied ``lm_head``) to quantize too.
+
+    Raises
+    ------
+    ValueError
+        If a field has a value outside its range; the message names the field.
+
+    Examples
+    --------
+    >>> recipe = Recipe(bits=3, group_size=64, overrides={"*.down_proj": {"bits": 4}})
+    >>> recipe.for_layer("model.layers.0.mlp.down_proj").bits
+    4
+    """
+
+    method: str = "gptq"
+    bits: int | str = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    order: str = "group"
+    static_groups: bool = False
+    grid: str = "hessian"
+    sweeps: int = 1
+    damping: float = 0.01
+    max_damping: float = 1.0
+    feedback: bool = True
+    scale_dtype: str | None = None
+    min_zero_point: int = 0
+    block_size: int = 128
+    error_propagation: float = 0.0
+    per_tensor: bool = False
+    activations: Activations | None = None
+    equalization: Equalization | None = None
+    bias_correction: bool = False
+    overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
+    include: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        parse_bits(self.bits)
+        if self.group_size is not None:
+            check_int("group_size", self.group_size, 1, hint="; None means per channel")
+        check_int("sweeps", self.sweeps, 0)
+        check_int("block_size", self.block_size, 1)
+        check_int("min_zero_point", self.min_zero_point, 0, 1)
+        for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name in ("damping", "max_damping"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
+        if self.max_damping < self.damping:
+            raise ValueError(
+                f"max_damping ({self.max_damping}) must not be below damping ({self.damping})"
+            )
+        check_propagation(self.error_propagation, self.method)
+        if self.activations is not None:
+            object.__setattr__(self, "activations", Activations.parse(self.activations))
+        object.__setattr__(self, "equalization", Equalization.parse(self.equalization))
+        check_combination(self)
+        if isinstance(self.include, str):
+            raise ValueError("include must be a sequence of patterns, not one string")
+        object.__setattr__(self, "include", tuple(self.include))
+        check_overrides(self)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Recipe:
+        """Return a named recipe (see :data:`PRESETS`) with changes applied."""
+        if name not in PRESETS:
+            raise ValueError(f"recipe must be one of {tuple(PRESETS)}, not {name!r}")
+        check_names(changes, "recipe", cls)
+        if changes.get("per_tensor"):
+            changes.setdefault("group_size", None)
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Inverse of :meth:`to_dict`; a key ``preset`` may name the preset to start from."""
+        values = dict(values)
+        name = values.pop("preset", "quality")
+        return cls.preset(name, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain values that ``json.dumps`` accepts."""
+        values = asdict(self)
+        values["overrides"] = {
+            k: v if isinstance(v, str) else _plain(v) for k, v in self.overrides.items()
+        }
+        values["include"] = list(self.include)
+        return values
+
+    def for_layer(self, name: str) -> Recipe | None:
+        """Options of one layer with the overrides applied; None where it is to be skipped."""
+        changes: dict[str, Any] | None = {}
+        for pattern, change in self.overrides.items():
+            if match_pattern(pattern, name):
+                changes = None if isinstance(change, str) else {**(changes or {}), **change}
+        if changes is None:
+            return None
+        return replace(self, **changes, overrides={}, include=())
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Patterns of ``overrides`` and ``include`` that match none of the names."""
+        names = list(names)
+        patterns = [*self.overrides, *self.include]
+        return [p for p in patterns if not any(match_pattern(p, n) for n in names)]
+
+
+def _plain(change: Mapping[str, Any]) -> dict[str, Any]:
+    """An override as values that ``json.dumps`` accepts."""
+    return {k: v.to_dict() if isinstance(v, Activations) else v for k, v in change.items()}
+
+
+def check_propagation(alpha: Any, method: str) -> None:
+    """Refuse an error propagation out of range, or without a solver that it is made for."""
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not number or not 0 <= alpha <= 1:
+        raise ValueError(f"error_propagation must be a number from 0 to 1, not {alpha!r}")
+    if alpha > 0 and method != "gptq":
+        raise ValueError(
+            f"error_propagation={alpha} needs method 'gptq', not {method!r}: it is made for a "
+            "solver with the Hessian; use error_propagation=0, or 'skip' the layer"
+        )
+
+
+def check_overrides(recipe: Recipe) -> None:
+    """Every override must be a valid change, alone, of this recipe."""
+    if not isinstance(recipe.overrides, Mapping):
+        raise ValueError(f"overrides must be a mapping, not {type(recipe.overrides).__name__}")
+    for pattern in [*recipe.overrides, *recipe.include]:
+        if not isinstance(pattern, str):
+            raise ValueError(f"a pattern must be a string, not {pattern!r}")
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
+    for pattern, change in recipe.overrides.items():
+        if change == "skip":
+            continue
+        if not isinstance(change, Mapping):
+            raise ValueError(
+                f"overrides[{pattern!r}] must be a mapping of changes or 'skip', not {change!r}"
+            )
+        check_names(change, f"overrides[{pattern!r}]", type(recipe))
+        if {"overrides", "include"} & set(change):
+            raise ValueError(f"overrides[{pattern!r}] cannot hold overrides or include")
+        for name in ("error_propagation", "equalization"):
+            if name in change:
+                raise ValueError(
+                    f"overrides[{pattern!r}] cannot hold {name}: it holds for the whole run"
+                )
+        try:
+            replace(recipe, **change, overrides={}, include=())
+        except ValueError as error:
+            raise ValueError(f"overrides[{pattern!r}]: {error}") from None
+
+
+def check_combination(recipe: Recipe) -> None:
+    """Refuse fields that contradict each other."""
+    if recipe.per_tensor:
+        if recipe.method != "rtn":
+            raise ValueError(
+                "per_tensor=True needs method 'rtn': GPTQ fits grids per channel or group"
+            )
+        if recipe.group_size is not None:
+            raise ValueError(
+                f"per_tensor=True needs group_size=None (one scale), not {recipe.group_size}"
+            )
+        if recipe.grid != "minmax":
+            raise ValueError(f"per_tensor=True needs grid 'minmax', not {recipe.grid!r}")
+    if recipe.error_propagation > 0:
+        for name in ("bias_correction", "activations"):
+            if getattr(recipe, name):
+                raise ValueError(
+                    f"error_propagation={recipe.error_propagation:g} cannot be combined with "
+                    f"{name}: its float model runs in the same modules; use error_propagation=0"
+                )
