@@ -13,11 +13,22 @@ import pytest
 # machine. Read when OpenMP is loaded, so before the package.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from helpers.extras import HF, missing
+
 import ptqkit
 
 # Distance from a rounding tie, in steps of the grid, within which a float32 solver may put a code
 # on the other side. Measured on all cases of the tests: see tests/test_gptq.py.
 TIE_DISTANCE = {"base": 2e-5, "avx2": 2e-5, "avx512": 2e-5, "avx512_bf16": 2e-5}
+
+
+def pytest_report_header() -> list[str]:
+    """Name the folders that are left out for want of a package."""
+    folders = {"tests/nn, tests/hf": HF, "tests/diffusion": (*HF, "diffusers")}
+    absent = {folder: missing(packages) for folder, packages in folders.items()}
+    return [
+        f"left out: {folder} (no {', '.join(names)})" for folder, names in absent.items() if names
+    ]
 
 
 @pytest.fixture

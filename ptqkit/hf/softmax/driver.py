@@ -242,7 +242,7 @@ def quantize_softmax(
         fixed range; then there is no report.
     bits : int from 2 to 16
     correction : {"bias", "row_length", "row_sum", None}
-        See :mod:`ptqkit.hf.softmax_quantizer`. "bias" is the paper's, free where the offset of
+        See :mod:`ptqkit.nn.softmax.quantizer`. "bias" is the paper's, free where the offset of
         the quantizer absorbs it, and so the default; "row_length" its refinement by the number of
         allowed keys; "row_sum" needs a sum per row at run time but no calibration, was the best
         in most of our measurements, and does not depend on the lengths calibrated on.

@@ -1,0 +1,267 @@
+"""The command line: what it writes, prints and returns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.cli_calls import SMALL, model_of, quantize
+
+import ptqkit
+from ptqkit.cli import main
+from ptqkit.cli.common import SCHEMA, compute_dtype
+from ptqkit.cli.quantize_options import parse_override
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 42)[None]).logits
+
+
+def fake_quantized(folder, checkpoint):
+    """The float model with the dequantized weights of a checkpoint in place of its own."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    for name, matrix in ptqkit.hf.read_layers(checkpoint).items():
+        model.get_submodule(name).weight.data = torch.from_numpy(matrix.dequantize())
+    return model
+
+
+def test_own_format_round_trips_and_json_says_all(folder, tmp_path, capsys):
+    out, file = tmp_path / "q", tmp_path / "q.json"
+    assert quantize(folder, "--bits", "3", "--json", str(file), out=out) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert (found["schema"], found["command"]) == (SCHEMA, "quantize")
+    assert found["version"] == ptqkit.__version__
+    assert found["checkpoint"]["format"] == "ptqkit"
+    assert found["recipe"]["grid"] == "hessian" and found["recipe"]["sweeps"] == 1
+    assert len(found["report"]["layers"]) == 15  # seven in each of two blocks, and the head
+    assert {"objective", "damping", "bits_per_weight"} <= found["report"]["layers"][0].keys()
+    # float16 on disk, float32 arithmetic: the scales are float16, so nothing is rounded.
+    assert (found["dtype"], found["written_dtype"]) == ("float32", "float16")
+    assert ptqkit.hf.read_layers(out)["model.layers.1.mlp.down_proj"].bits == 3
+    model = ptqkit.load(out, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(fake_quantized(folder, out)))
+
+
+def test_symmetric_checkpoint_loads_in_stock_transformers(folder, tmp_path, capsys):
+    out = tmp_path / "q"
+    assert quantize(folder, "--symmetric", out=out) == 0
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(fake_quantized(folder, out)))
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+def test_gptq_formats(folder, tmp_path, format, capsys):
+    out = tmp_path / "q"
+    assert quantize(folder, "--format", format, out=out) == 0
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["checkpoint_format"] == format
+    assert main(["eval", str(out), "--text", str(folder / "test.txt"), "--quiet"]) == 0
+    assert float(capsys.readouterr().out.split()[-1]) > 1
+
+
+def test_reports_layers_format_and_how_to_load(folder, tmp_path, capsys):
+    given = ["--calibration", str(folder / "train.txt"), *SMALL[:-1], "--symmetric"]
+    out = tmp_path / "q"
+    assert main(["quantize", model_of(folder), *given, "--out", str(out)]) == 0
+    printed, progress = capsys.readouterr()
+    assert "model.layers.1.mlp.down_proj" in printed and "objective" in printed
+    assert f"wrote {out}" in printed and "format compressed-tensors" in printed
+    assert "AutoModelForCausalLM.from_pretrained(" in printed
+    lines = progress.strip().splitlines()
+    assert len(lines) == 14
+    assert re.fullmatch(r"\[14/14\] model\.layers\.1\.\S+  loss \S+  0 s left", lines[-1])
+
+
+def test_overrides_and_rtn_without_text(folder, tmp_path, capsys):
+    out = tmp_path / "q"
+    arguments = [
+        "quantize", model_of(folder), "--method", "rtn", "--group-size", "channel", "--quiet",
+        "--override", "*.mlp.*=bits:8,group-size:32", "--override", "re:.*[.]0[.].*=skip",
+        "--out", str(out),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    layers = ptqkit.hf.read_layers(out)
+    assert len(layers) == 7 and not any(".0." in name for name in layers)
+    found = {name.split(".")[-1]: (q.bits, q.group_size) for name, q in layers.items()}
+    assert found["up_proj"] == (8, 32) and found["q_proj"] == (4, None)
+
+
+def test_tokens_from_a_file(folder, tmp_path, capsys):
+    out = tmp_path / "q"
+    assert quantize(folder, "--calibration", str(folder / "tokens.npy"), out=out) == 0
+    text = ["--text", str(folder / "tokens.npy"), "--json", "-"]
+    assert main(["eval", str(out), *text]) == 0
+    found = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    assert found["texts"] == 6 and found["tokens"] == 6 * 20
+
+
+def test_model_without_a_tokenizer(folder, tmp_path, capsys):
+    config = transformers.GPT2Config(
+        vocab_size=4000, n_embd=32, n_layer=1, n_head=2, n_positions=32
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
+    out, tokens = str(tmp_path / "q"), str(folder / "tokens.npy")
+    given = ["--group-size", "16", "--samples", "4", "--calibration", tokens, "--out", out]
+    assert main(["quantize", str(tmp_path / "m"), *given]) == 0
+    assert "--symmetric" not in capsys.readouterr().out  # would not help: Conv1D
+    assert not list((tmp_path / "q").glob("token*"))
+    assert main(["eval", out, "--text", tokens]) == 0
+    assert "start token none" in capsys.readouterr().out
+    given = ["--text", str(folder / "test.txt")]
+    assert main(["eval", out, *given]) == 2
+    assert "MODEL has no tokenizer" in capsys.readouterr().err
+
+
+def test_eval_states_its_conventions(folder, capsys, tmp_path):
+    file = tmp_path / "e.json"
+    text = ["--text", str(folder / "test.txt")]
+    options = ["--window", "32", "--stride", "16", "--max-tokens", "100", "--json", str(file)]
+    assert main(["eval", model_of(folder), *text, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "window 32, stride 16, start token '<s>' (id 0)" in printed
+    assert "tokens 100 scored" in printed and "float32 arithmetic on cpu" in printed
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["perplexity"] == pytest.approx(np.exp(found["nll_per_token"]))
+    assert found["quantization"] == "float"
+    assert main(["eval", model_of(folder), *text, *options, "--start-token", "none"]) == 0
+    assert "tokens 99 scored" in capsys.readouterr().out
+
+
+def test_eval_equals_the_library(folder, capsys):
+    path = folder / "test.txt"
+    assert main(["eval", model_of(folder), "--text", str(path), "--quiet"]) == 0
+    model = ptqkit.load(folder / "model", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    expected = ptqkit.hf.perplexity(model, tokenizer, path.read_text(encoding="utf-8"))
+    assert float(capsys.readouterr().out) == pytest.approx(expected.perplexity, rel=1e-5)
+
+
+def test_info(capsys, monkeypatch):
+    monkeypatch.setenv("PTQKIT_DEBUG", "0")
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("cpu_level", "blas", "torch", "PTQKIT_CPU", transformers.__version__):
+        assert word in printed
+    assert main(["info", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"] == ptqkit.show_config()
+    assert found["environment"]["PTQKIT_DEBUG"] == "0"
+
+
+@pytest.mark.parametrize("command", [[], ["quantize"], ["eval"], ["demo"], ["info"]])
+def test_help_is_worth_reading(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "example" in printed or "exit codes" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_help_and_mistakes_do_not_import_torch(script):
+    code = """
+import sys
+from ptqkit.cli import main
+for arguments in (
+    ["--help"],
+    ["quantize", "--help"],
+    ["quantize", "x", "--out", "no such folder", "--calibration", "no such file"],
+    ["eval", "x", "--text", "no such file"],
+):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    script(code)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("*.up_proj=skip", ("*.up_proj", "skip")),
+        ("a=bits:8", ("a", {"bits": 8})),
+        ("re:a=b=bits:ternary,symmetric:true", ("re:a=b", {"bits": "ternary", "symmetric": True})),
+        ("a=group_size:channel,damping:0.1", ("a", {"group_size": None, "damping": 0.1})),
+        ("a=group-size:none, bits:3", ("a", {"group_size": None, "bits": 3})),
+    ],
+)
+def test_override_syntax(text, expected):
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a", "=bits:4", "a=", "a=bits", "a=bits:", "a=:4"])
+def test_override_mistakes(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_override(text)
+
+
+def test_arithmetic_follows_the_stored_dtype():
+    assert compute_dtype("auto", "float16", "cpu") == "float32"
+    assert compute_dtype("auto", "float16", "cuda") == "float16"
+    assert compute_dtype("auto", "bfloat16", "cpu") == "bfloat16"
+    assert compute_dtype("float16", "float32", "cpu") == "float16"
+
+
+def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+    def stop(event):
+        if event.index == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("ptqkit.cli.quantize._progress", lambda args: stop)
+    assert quantize(folder, out=tmp_path / "q") == 130
+    error = capsys.readouterr().err
+    assert "of 14 layers are already quantized" in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_interrupt_of_the_process(folder, tmp_path):
+    root = Path(ptqkit.__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "ptqkit", "quantize", "demo", "--out", "q"]
+    options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # tests that run as a background job inherit SIGINT ignored
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, env=environment, **options) as process:
+        line = process.stderr.readline()
+        assert line.startswith("[1/"), line + process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert time.monotonic() - started < 30
+    assert "Traceback" not in error and "interrupted" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reader_that_goes_away(tmp_path):
+    root = Path(ptqkit.__file__).resolve().parents[1]
+    code = "import sys; from ptqkit.cli import main; input(); sys.exit(main(['info']))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        error = process.stderr.read()
+        assert process.wait(60) == 1
+    assert error == ""

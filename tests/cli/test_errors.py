@@ -1,0 +1,207 @@
+"""Bad input at the command line: one clear line, the right code, nothing written."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import numpy as np
+import pytest
+from helpers.cli_calls import SMALL, model_of, quantize
+
+from ptqkit.cli import exit_code, main
+from ptqkit.errors import NotPositiveDefiniteError, PreflightError
+
+pytest.importorskip("torch")
+
+# Options after "quantize MODEL --calibration train.txt <small> --out q"; code; part of the message.
+QUANTIZE = {
+    "no calibration file": (["--calibration", "no.txt"], 2, "--calibration no.txt: there is no"),
+    "no token file": (["--calibration", "no.npy"], 2, "--calibration no.npy: there is no"),
+    "flat tokens": (["--calibration", "flat.npy"], 2, "integers of shape"),
+    "empty text": (["--calibration", "empty.txt"], 2, "empty.txt: the file is empty"),
+    "too little text": (["--samples", "900"], 3, "lower samples"),
+    "group size": (["--group-size", "48"], 3, "group_size 48 does not divide its 64 inputs"),
+    "pattern": (["--override", "*.nothing=skip"], 3, "'*.nothing' of the recipe matches no"),
+    "override name": (["--override", "*=bit:4"], 2, "no option 'bit'"),
+    "override value": (["--override", "*=bits:9"], 2, "bits must be"),
+    "damping": (["--damping", "-1"], 2, "damping must be"),
+    "format": (["--format", "compressed-tensors"], 3, "symmetric=True"),
+    "gptq bits": (["--format", "gptq", "--bits", "5"], 3, "holds 2, 3, 4 or 8 bits, not 5"),
+    "recipe of rtn": (["--method", "rtn", "--recipe", "quality"], 2, "is for --method gptq"),
+    "order of rtn": (["--method", "rtn", "--order", "act"], 2, "--order has no meaning"),
+    "start token": (["--start-token", "x"], 2, "--start-token x"),
+    "device": (["--device", "cuda:77"], 2, "--device cuda:77 cannot be used"),
+    "json": (["--json", "no/where.json"], 2, "--json no/where.json"),
+    "memory budget": (["--memory-budget", "much"], 2, "much"),
+    "singular": (
+        ["--samples", "1", "--sequence-length", "8", "--damping", "0", "--max-damping", "0"],
+        4,
+        "model.layers.0",
+    ),
+}
+
+EVAL = {
+    "no text": ([], 2, "--text FILE is needed"),
+    "no file": (["--text", "no.txt"], 2, "--text no.txt: there is no such file"),
+    "empty": (["--text", "empty.txt"], 2, "empty.txt: the file is empty"),
+    "window": (["--text", "test.txt", "--window", "500"], 2, "longer than the 128 positions"),
+    "zero window": (["--text", "test.txt", "--window", "0"], 2, "--window must be at least 1"),
+    "stride": (["--text", "test.txt", "--window", "16", "--stride", "99"], 2, "stride must be"),
+}
+
+
+def check(capsys, code, expected, message):
+    printed, error = capsys.readouterr()
+    assert code == expected, error
+    assert message in error
+    assert "Traceback" not in error
+    if expected != 3:
+        assert len(error.strip().splitlines()) == 1
+    return printed
+
+
+@pytest.mark.parametrize("case", QUANTIZE)
+def test_quantize(folder, tmp_path, capsys, monkeypatch, case):
+    options, expected, message = QUANTIZE[case]
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    code = quantize(folder, *options, out=tmp_path / "q")
+    check(capsys, code, expected, message)
+    assert list(tmp_path.iterdir()) == [] and sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("case", EVAL)
+def test_eval(folder, capsys, monkeypatch, case):
+    options, expected, message = EVAL[case]
+    monkeypatch.chdir(folder)
+    check(capsys, main(["eval", model_of(folder), *options]), expected, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "x", "--out", "q", "--bits", "9"], "'9' is neither a number from 2 to 8"),
+        (["quantize", "x", "--out", "q", "--group-size", "0"], "'0' is neither a positive"),
+        (["quantize", "x", "--out", "q", "--override", "x"], "must be PATTERN=skip"),
+        (["quantize", "x"], "--out"),
+        (["quantize", "x", "--out", "q", "--format", "gguf"], "gguf"),
+        (["melt"], "melt"),
+        ([], "COMMAND"),
+    ],
+)
+def test_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_model_that_is_not_there(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = ["--text", str(folder / "test.txt")]
+    check(capsys, main(["eval", "./no/such/model", *text]), 2, "there is no such folder")
+    (tmp_path / "bare").mkdir()
+    check(capsys, main(["eval", "bare", *text]), 2, "the folder has no config.json")
+    check(capsys, main(["eval", str(folder / "test.txt"), *text]), 2, "there is no such folder")
+
+
+def test_gptq_asks_for_text(folder, tmp_path, capsys):
+    code = main(["quantize", model_of(folder), "--out", str(tmp_path / "q")])
+    check(capsys, code, 2, "--calibration FILE is needed for --method gptq")
+
+
+def test_existing_folder_is_kept(folder, tmp_path, capsys):
+    (tmp_path / "kept.txt").write_text("mine", encoding="utf-8")
+    code = quantize(folder, out=tmp_path)
+    check(capsys, code, 3, "exists already; give --overwrite")
+    assert (tmp_path / "kept.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_overwrite_replaces(folder, tmp_path, capsys):
+    out = tmp_path / "q"
+    assert quantize(folder, "--bits", "4", out=out) == 0
+    assert quantize(folder, "--bits", "2", "--overwrite", out=out) == 0
+    recipe = json.loads((out / "ptqkit_recipe.json").read_text(encoding="utf-8"))
+    assert recipe["bits"] == 2
+
+
+def test_quantized_already(folder, tmp_path, capsys):
+    assert quantize(folder, out=tmp_path / "q") == 0
+    arguments = ["--calibration", str(folder / "train.txt"), *SMALL, "--out", str(tmp_path / "r")]
+    code = main(["quantize", str(tmp_path / "q"), *arguments])
+    check(capsys, code, 3, "is quantized already")
+
+
+def test_all_problems_at_once(folder, tmp_path, capsys):
+    options = ["--group-size", "48", "--override", "*.nothing=skip", "--samples", "900"]
+    assert quantize(folder, *options, out=tmp_path / "q") == 3
+    error = capsys.readouterr().err
+    for part in ("does not divide", "'*.nothing'", "lower samples"):
+        assert part in error
+
+
+def test_full_disk(folder, tmp_path, capsys, monkeypatch):
+    def full(path, plans, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ptqkit.hf.checkpoint.save.write_tensors", full)
+    assert quantize(folder, out=tmp_path / "q") == 1
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where(folder, tmp_path, monkeypatch):
+    arguments = ["eval", model_of(folder), "--text", str(tmp_path / "no.txt")]
+    with pytest.raises(Exception, match="there is no such file"):
+        main([*arguments, "--debug"])
+    monkeypatch.setenv("PTQKIT_DEBUG", "1")
+    with pytest.raises(Exception, match="there is no such file"):
+        main(arguments)
+
+
+def test_json_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    from ptqkit.cli import info
+
+    file = tmp_path / "info.json"
+    file.write_text("before", encoding="utf-8")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", interrupted)
+        assert main(["info", "--json", str(file)]) == 130
+    assert file.read_text(encoding="utf-8") == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["info.json"]
+    monkeypatch.setattr(info, "collect", lambda: {**info_facts(), "odd": [float("nan"), np.inf]})
+    assert main(["info", "--json", str(file)]) == 0
+    assert json.loads(file.read_text(encoding="utf-8"))["odd"] == [None, None]
+
+
+def info_facts():
+    from ptqkit import show_config
+
+    packages = dict.fromkeys(("numpy", "torch"), "1")
+    environment = dict.fromkeys(
+        ("PTQKIT_CPU", "PTQKIT_BLAS", "PTQKIT_OPENMP", "PTQKIT_CFLAGS", "PTQKIT_DEBUG",
+         "OMP_NUM_THREADS")
+    )  # fmt: skip
+    return {"config": show_config(), "python": "3", "system": "s", "packages": packages,
+            "environment": environment}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (PreflightError(["x"]), 3),
+        (NotPositiveDefiniteError("x", 0, 1.0), 4),
+        (FileNotFoundError("x"), 2),
+        (ValueError("x"), 2),
+        (OSError(errno.ENOSPC, "full"), 1),
+        (RuntimeError("bug"), 1),
+    ],
+)
+def test_exit_codes(error, code):
+    assert exit_code(error) == code

@@ -1,0 +1,325 @@
+"""The compiled module called directly with garbage: an exception, never a crash."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers.softmax_core_calls import SOFTMAX_OPTIONAL, SOFTMAX_OUTPUTS, softmax_calls
+
+import ptqkit._core as _core
+
+GRID = (15, 0, 0, 40, 4, 0, 0, 0.3, 2.4)
+OPTIONS = (4, 128, 0, 0, 1, 0, 0.01)
+
+
+def _f32(*shape):
+    return np.ones(shape, np.float32)
+
+
+def _calls():
+    """A valid call of every function: name -> list of arguments."""
+    eye, order = np.eye(8, dtype=np.float32), np.arange(8)
+    codes, scales, zeros = np.zeros((3, 8), np.uint8), _f32(3, 2), np.zeros((3, 2), np.uint8)
+    int8, one = np.ones((3, 8), np.int8), np.ones(1, np.int8)
+    signed = (8, 1, 0)
+    return {
+        "codes_on_grid": [_f32(3, 8), _f32(3), np.zeros(3, np.uint8), 15, codes, 1],
+        "signed_grid": [-1.0, 2.0, signed],
+        "activation_range": [_f32(5, 8), 0, np.zeros(8, bool), 1],
+        "activations_quantize": [_f32(5, 8), 0, np.zeros(8, bool), signed, 1,
+                                 np.zeros((5, 8), np.int8), _f32(5), np.zeros(5, np.int16), 1],
+        "outlier_columns": [_f32(5, 8), 0, 6.0, np.zeros(8, bool), 1],
+        "bias_correction": [_f32(3, 8), _f32(3, 8), np.ones(8), np.zeros(3), 1],
+        "int8_matmul": [int8, _f32(3), one.repeat(3), np.ones((5, 8), np.int8), _f32(1), one,
+                        _f32(3, 2), _f32(2, 5), _f32(3, 5), 1],
+        "hessian_update": [_f32(8, 8), _f32(5, 8), 0, np.arange(3), 1],
+        "hessian_finish": [_f32(8, 8), _f32(8, 8), 0.5, 1],
+        "channel_ranges": [_f32(5, 8), 0, np.arange(3), _f32(8), _f32(8), np.ones(8), 1],
+        "equalization_scales": [np.ones(8), np.ones(8), 0.5, 0.1, 10.0, _f32(8)],
+        "equalization_errors": [_f32(5, 8), (_f32(3, 8), _f32(2, 8)), _f32(2, 8), (4, 0, 255, 1, 0),
+                                GRID, _f32(8), _f32(8), np.ones(2), 1],
+        "symmetric_check": [eye, 0.0, 1],
+        "finite_check": [eye, 1],
+        "factor": [eye, order, np.zeros(8), _f32(8, 8), 1],
+        "gptq": [_f32(3, 8), eye, eye, order, OPTIONS, GRID, codes, scales, zeros,
+                 np.zeros(8, np.int32), np.zeros((1, 3)), 1],
+        "rtn": [_f32(3, 8), 4, GRID, eye, codes, scales, zeros, 1],
+        "obq": [np.ones((3, 8)), np.eye(8), np.ones((3, 8)), np.ones((3, 8)), 15, codes, 1],
+        "objective": [_f32(3, 8), eye, np.zeros(3), 1],
+        "pack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
+        "unpack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
+        **softmax_calls(),
+    }  # fmt: skip
+
+
+NAMES = sorted(_calls())
+OUTPUTS = {  # positions that are written
+    "hessian_update": [0], "hessian_finish": [1], "factor": [3], "gptq": [6, 7, 8, 9, 10],
+    "rtn": [4, 5, 6], "obq": [5], "objective": [2], "pack": [2], "unpack": [0],
+    "symmetric_check": [], "finite_check": [], "signed_grid": [], "activation_range": [],
+    "codes_on_grid": [4], "activations_quantize": [5, 6, 7], "outlier_columns": [3],
+    "bias_correction": [3], "int8_matmul": [8], "channel_ranges": [3, 4, 5],
+    "equalization_scales": [5], "equalization_errors": [7], **SOFTMAX_OUTPUTS,
+}  # fmt: skip
+OPTIONAL = {  # None is allowed
+    ("hessian_update", 3), ("rtn", 3), ("activation_range", 2), ("activations_quantize", 2),
+    ("channel_ranges", 2), *SOFTMAX_OPTIONAL,
+}  # fmt: skip
+INT8 = {("activations_quantize", 5), *(("int8_matmul", at) for at in (0, 2, 3, 5))}
+BAD = (TypeError, ValueError, OverflowError, IndexError, BufferError)
+
+
+def _fails(name, arguments, errors=BAD):
+    with pytest.raises(errors):
+        getattr(_core, name)(*arguments)
+
+
+def test_every_function_is_covered():
+    names = {n for n in dir(_core) if not n.startswith("_")}
+    switches = {"use_scipy_blas", "use_builtin_blas", "set_cpu_level", "cpu_supports", "config"}
+    assert names - switches == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_valid_call_works(name):
+    getattr(_core, name)(*_calls()[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_arity_and_keywords(name):
+    arguments = _calls()[name]
+    for wrong in ([], arguments[:-1], [*arguments, 1], [*arguments, None, None]):
+        _fails(name, wrong, TypeError)
+    with pytest.raises(TypeError):
+        getattr(_core, name)(*arguments[:-1], threads=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("junk", [None, "x", 1.5, object(), [], {}, b"bytes", np.float32(1), -7])
+def test_junk_in_every_position(name, junk):
+    for at, valid in enumerate(_calls()[name]):
+        if (junk is None and (name, at) in OPTIONAL) or isinstance(valid, float):
+            continue
+        arguments = _calls()[name]
+        arguments[at] = junk
+        _fails(name, arguments)
+
+
+def _wrong_arrays(a):
+    """The same array with one property wrong at a time."""
+    yield "dtype", a.astype(np.complex128)
+    yield "narrow", a.astype(np.int8)
+    yield "swapped", a.astype(a.dtype.newbyteorder()) if a.itemsize > 1 else a.astype(">i2")
+    yield "dimensions", a[None]
+    yield "flat", a.reshape(-1) if a.ndim > 1 else a.reshape(1, -1)
+    yield "0-D", np.array(a.flat[0])
+    yield "longer", np.concatenate([a, a])
+    yield "shorter", a[:0]
+    if a.ndim == 2:
+        yield "wider", np.concatenate([a, a], axis=1)
+        yield "narrower", a[:, :0].copy()
+        yield "fortran", np.asfortranarray(a) if min(a.shape) > 1 else a[:, :0].copy()
+        yield "strided", np.repeat(a, 2, axis=1)[:, ::2] if a.shape[1] > 1 else a[:0]
+    if a.itemsize > 1:
+        buffer = np.zeros(a.nbytes + 1, np.uint8)
+        odd = buffer[1:].view(a.dtype).reshape(a.shape)
+        odd[...] = a
+        yield "unaligned", odd
+
+
+def _legal(name, at, kind):
+    """Changes that a function rightly accepts: any number of tokens, rows or indices."""
+    if name == "hessian_update":
+        return (at == 1 and kind in ("longer", "strided")) or (
+            at == 3 and kind in ("longer", "shorter")
+        )
+    if kind == "narrow" and (name, at) in INT8:
+        return True
+    if name in ("activation_range", "outlier_columns") and at == 0:
+        return kind in ("longer", "shorter")
+    if name == "channel_ranges":
+        return (at == 0 and kind in ("longer", "strided")) or (at == 2 and kind == "longer")
+    if name == "equalization_errors":
+        return at == 0 and kind == "longer"
+    return name == "finite_check" and kind in ("longer", "shorter", "wider", "narrower")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_arrays_in_every_position(name):
+    for at, valid in enumerate(_calls()[name]):
+        if not isinstance(valid, np.ndarray):
+            continue
+        for kind, wrong in _wrong_arrays(valid):
+            if _legal(name, at, kind):
+                continue
+            arguments = _calls()[name]
+            arguments[at] = wrong
+            with pytest.raises(BAD):
+                getattr(_core, name)(*arguments)
+                pytest.fail(f"{name}: argument {at} with wrong {kind} was accepted")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OUTPUTS[n]])
+def test_outputs_must_be_writable(name):
+    for at in OUTPUTS[name]:
+        arguments = _calls()[name]
+        arguments[at].flags.writeable = False
+        before = arguments[at].copy()
+        _fails(name, arguments, ValueError)
+        np.testing.assert_array_equal(arguments[at], before)
+
+
+BAD_GRIDS = [
+    (), GRID[:-1], (*GRID, 1), list(GRID), (0, *GRID[1:]), (256, *GRID[1:]), (-1, *GRID[1:]),
+    (15, 0, 3, *GRID[3:]), (15, 0, -1, *GRID[3:]), (15, 0, 1, 0, *GRID[4:]),
+    (15, 0, 1, 257, *GRID[4:]), (15, 0, 1, 40, 0, *GRID[5:]), (*GRID[:5], 3, *GRID[6:]),
+    (*GRID[:6], 16, *GRID[7:]), (*GRID[:6], -1, *GRID[7:]), (*GRID[:7], 0.0, 2.4),
+    (*GRID[:7], 1.5, 2.4), (*GRID[:7], np.nan, 2.4), (*GRID[:8], 0.0), (*GRID[:8], np.nan),
+    (*GRID[:8], 1e9), (2**40, *GRID[1:]), ("a", *GRID[1:]), (15.0, *GRID[1:]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", BAD_GRIDS, ids=range(len(BAD_GRIDS)))
+def test_bad_grids(grid):
+    for name, at in (("rtn", 2), ("gptq", 5)):
+        arguments = _calls()[name]
+        arguments[at] = grid
+        _fails(name, arguments)
+
+
+BAD_OPTIONS = [
+    (), OPTIONS[:-1], list(OPTIONS), (0, *OPTIONS[1:]), (3, *OPTIONS[1:]), (-4, *OPTIONS[1:]),
+    (16, *OPTIONS[1:]), (4, 0, *OPTIONS[2:]), (4, -128, *OPTIONS[2:]), (*OPTIONS[:5], -1, 0.01),
+    (*OPTIONS[:5], 1001, 0.01), (*OPTIONS[:5], 1, 0.01), (2**70, *OPTIONS[1:]),
+    (4.0, *OPTIONS[1:]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=range(len(BAD_OPTIONS)))
+def test_bad_options(options):
+    arguments = _calls()["gptq"]
+    arguments[4] = options
+    _fails("gptq", arguments)
+
+
+@pytest.mark.parametrize(
+    "order", [[0] * 8, [-1, *range(1, 8)], [*range(7), 8], [*range(7), 2**62], [*range(7), 0]]
+)
+def test_the_order_must_be_a_permutation(order):
+    for name, at in (("gptq", 3), ("factor", 1)):
+        arguments = _calls()[name]
+        arguments[at] = np.array(order)
+        with pytest.raises(ValueError, match="order must be a permutation"):
+            getattr(_core, name)(*arguments)
+
+
+@pytest.mark.parametrize("rows", [[-1], [5], [0, 2**62]])
+def test_row_indices_must_lie_in_x(rows):
+    arguments = _calls()["hessian_update"]
+    arguments[3] = np.array(rows)
+    _fails("hessian_update", arguments, IndexError)
+    np.testing.assert_array_equal(arguments[0], 1)
+
+
+def test_hessian_grids_need_h():
+    arguments = _calls()["rtn"]
+    arguments[2], arguments[3] = (15, 0, 2, *GRID[3:]), None
+    _fails("rtn", arguments, ValueError)
+
+
+def test_numbers_out_of_range():
+    for name, arguments in _calls().items():
+        if name == "equalization_scales":  # has none
+            continue
+        for threads in (-1, 1025, 2**40, 2**80):
+            _fails(name, [*arguments[:-1], threads])
+    for name, at, values in [
+        ("hessian_update", 2, (-1, 3)), ("rtn", 1, (0, 3, 16, -8)), ("obq", 4, (0, 256)),
+        ("pack", 1, (0, 9)), ("unpack", 1, (0, 9)),
+    ]:  # fmt: skip
+        for value in values:
+            arguments = _calls()[name]
+            arguments[at] = value
+            _fails(name, arguments, ValueError)
+
+
+BAD_SIGNED_GRIDS = [
+    (), (8, 1), (8, 1, 0, 0), [8, 1, 0], (1, 1, 0), (17, 1, 0), (-8, 1, 0), (8, 0, 1),
+    (2**40, 1, 0), (8.0, 1, 0), ("8", 1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", BAD_SIGNED_GRIDS, ids=range(len(BAD_SIGNED_GRIDS)))
+def test_bad_signed_grids(grid):
+    for name, at in (("signed_grid", 2), ("activations_quantize", 3)):
+        arguments = _calls()[name]
+        arguments[at] = grid
+        _fails(name, arguments)
+
+
+def test_activation_arguments_that_do_not_belong_together():
+    for at, value in [
+        (3, (9, 1, 0)),  # codes must be int16
+        (4, 0),  # one grid, but as many scales as tokens
+        (4, 2),
+        (0, np.ones((5, 0), np.float32)),
+    ]:
+        arguments = _calls()["activations_quantize"]
+        arguments[at] = value
+        _fails("activations_quantize", arguments)
+    for scale in (0.0, -1.0, np.nan):
+        arguments = _calls()["activations_quantize"]
+        arguments[4], arguments[6] = 0, np.full(1, scale, np.float32)
+        arguments[7] = np.zeros(1, np.int16)
+        _fails("activations_quantize", arguments, ValueError)
+    for at in (6, 7):
+        arguments = _calls()["int8_matmul"]
+        arguments[at] = None
+        _fails("int8_matmul", arguments, TypeError)
+    arguments = _calls()["bias_correction"]
+    arguments[0] = np.ones((3, 8))  # float64 beside float32
+    _fails("bias_correction", arguments, TypeError)
+
+
+def test_hopeless_values_do_not_crash():
+    # NaN and infinity in what Python checks beforehand
+    for value in (np.nan, np.inf, -np.inf, 3e38):
+        for name, at in [("gptq", 0), ("gptq", 1), ("gptq", 2), ("rtn", 0), ("rtn", 3), ("obq", 0),
+                         ("obq", 1), ("obq", 2), ("objective", 0), ("factor", 0)]:  # fmt: skip
+            for method in (0, 1, 2):
+                arguments = _calls()[name]
+                arguments[at] = np.full_like(arguments[at], value)
+                if name in ("gptq", "rtn"):
+                    spot = 5 if name == "gptq" else 2
+                    arguments[spot] = (15, 0, method, *GRID[3:])
+                try:
+                    getattr(_core, name)(*arguments)
+                except (FloatingPointError, ArithmeticError):
+                    pass
+        for name, spots in [("codes_on_grid", (0, 1)), ("activation_range", (0,)),
+                            ("activations_quantize", (0,)), ("outlier_columns", (0,)),
+                            ("bias_correction", (0, 1, 2)),
+                            ("int8_matmul", (1, 4, 6, 7))]:  # fmt: skip
+            for at in spots:
+                arguments = _calls()[name]
+                arguments[at] = np.full_like(arguments[at], value)
+                try:
+                    getattr(_core, name)(*arguments)
+                except FloatingPointError:
+                    pass
+        _core.signed_grid(value, -value, (8, 1, 0))
+        _core.signed_grid(-value, value, (8, 0, 0))
+
+
+def test_cpu_levels():
+    level = _core.config()[0]
+    for name in ("AVX2", "sse", "avx512_bf16 "):
+        with pytest.raises(ValueError):
+            _core.set_cpu_level(name)
+        assert _core.cpu_supports(name) is False
+    for junk in (None, 5, b"base"):
+        with pytest.raises(TypeError):
+            _core.set_cpu_level(junk)
+        with pytest.raises(TypeError):
+            _core.cpu_supports(junk)
+    assert _core.config()[0] == level

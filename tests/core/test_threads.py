@@ -1,0 +1,227 @@
+"""Threads: same bits, GIL released, fork, Ctrl-C, concurrent calls."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from helpers.core_cases import layer, same_result
+
+import ptqkit
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_results_are_bitwise_the_same(threads):
+    W, H = layer(200, 96, "outlier")
+    for options in (
+        {"group_size": 12},
+        {"group_size": None, "order": "act", "sweeps": 2},
+        {"group_size": 48, "order": "act", "static_groups": True, "grid": "hessian", "sweeps": 1},
+        {"group_size": 16, "order": "group", "grid": "mse"},
+    ):
+        one = ptqkit.gptq(W, H, threads=1, bits=3, **options)
+        many = ptqkit.gptq(W, H, threads=threads, bits=3, **options)
+        assert same_result(one, many)
+        np.testing.assert_array_equal(one.row_objectives, many.row_objectives)
+    X = np.random.default_rng(0).normal(size=(2100, 203))
+    for dtype in (np.float32, np.float16):
+        one, many = (ptqkit.Hessian(203, threads=t) for t in (1, threads))
+        for hessian in (one, many):
+            hessian.update(X.astype(dtype), np.arange(2100) % 7 > 0)
+        np.testing.assert_array_equal(one.matrix, many.matrix)
+    codes = np.random.default_rng(1).integers(0, 8, (500, 33), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        ptqkit.packing.pack_rows(codes, 3, threads=threads),
+        ptqkit.packing.pack_rows(codes, 3, threads=1),
+    )
+
+
+def test_concurrent_calls_give_their_own_results():
+    layers = [layer(40 + i, 64, "correlated", i) for i in range(6)]
+    want = [ptqkit.gptq(W, H, group_size=16, sweeps=1) for W, H in layers]
+    failures = []
+
+    def work(i):
+        W, H = layers[i]
+        for threads in (1, 2, 0) * 3:
+            q = ptqkit.gptq(W, H, group_size=16, sweeps=1, threads=threads)
+            if not (same_result(q, want[i]) and q.objective == want[i].objective):
+                failures.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(layers))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+        assert not worker.is_alive()
+    assert not failures
+
+
+GIL = """
+import threading, time
+import numpy as np, ptqkit
+n = 1024
+rng = np.random.default_rng(0)
+X = rng.normal(size=(4 * n, n)).astype(np.float32)
+W = rng.normal(size=(2 * n, n)).astype(np.float32)
+H = ptqkit.Hessian(n)
+H.update(X)
+calls = {
+    "hessian": lambda: ptqkit.Hessian(n).update(X),
+    "factor": lambda: ptqkit.factorize(H),
+    "gptq": lambda: ptqkit.gptq(W, H, order="act", static_groups=True, sweeps=2),
+    "rtn": lambda: ptqkit.rtn(W, grid="mse"),
+    "objective": lambda: ptqkit.objective(W, 0, H),
+    "obq": lambda: ptqkit.obq(W[:4, :160], H.matrix[:160, :160]),
+    "int8": lambda: ptqkit.int8_matmul(qx, qw),
+}
+qx, qw = ptqkit.quantize_activations(X), ptqkit.quantize_activations(W)
+H.matrix
+for name, call in calls.items():
+    stamps, stop = [], threading.Event()
+    def tick():
+        while not stop.is_set():
+            stamps.append(time.perf_counter())
+            time.sleep(0.0005)
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < 0.25:
+        first = time.perf_counter()
+        call()
+    end = time.perf_counter()
+    stop.set()
+    ticker.join()
+    inside = [t for t in stamps if begin < t < end]
+    # with the GIL held, the ticker would wake once a call at most
+    assert len(inside) > 20, (name, len(inside), end - begin)
+"""
+
+
+def test_the_gil_is_released(script):
+    script(GIL, timeout=120)
+
+
+FORK = """
+import os, sys, time
+import numpy as np, ptqkit
+rng = np.random.default_rng(0)
+n = 96
+X, W = rng.normal(size=(500, n)).astype(np.float32), rng.normal(size=(300, n)).astype(np.float32)
+def work(threads):
+    H = ptqkit.Hessian(n, threads=threads)
+    H.update(X)
+    q = ptqkit.gptq(W, H, group_size=16, order="act", sweeps=1, threads=threads)
+    return q.codes.tobytes() + q.scales.tobytes() + ptqkit.packing.pack_rows(q.codes, 4).tobytes()
+want = work(2)  # a parallel region, whose threads do not survive the fork
+for depth in range(2):
+    child = os.fork()
+    if child == 0:
+        grand = os.fork()
+        if grand == 0:
+            os._exit(0 if work(2) == want else 3)
+        same = work(2) == want and work(0) == want
+        os._exit(0 if same and os.waitpid(grand, 0)[1] == 0 else 4)
+    limit = time.monotonic() + 30
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > limit:
+            os.kill(child, 9)
+            sys.exit("the child hangs")
+        time.sleep(0.01)
+    assert status == 0, status
+    assert work(2) == want  # and the parent still has its threads
+import multiprocessing
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert all(r == want for r in pool.map_async(work, [2, 0, 3]).get(timeout=60))
+"""
+
+
+@pytest.mark.parametrize("blas", ["builtin", "scipy"])
+def test_fork_after_a_parallel_region(script, blas):
+    script(FORK, timeout=120, PTQKIT_BLAS=blas)
+
+
+INTERRUPT = """
+import signal, sys, threading, time
+import numpy as np, ptqkit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
+what = sys.argv[1]
+rng = np.random.default_rng(0)
+def correlated(n, tokens):
+    return rng.normal(size=(tokens, n)).astype(np.float32)
+if what == "gptq":
+    n = 2048
+    H = np.eye(n, dtype=np.float32)
+    F = ptqkit.factorize(H)
+    W = rng.normal(size=(4 * n, n)).astype(np.float32)
+    call = lambda: ptqkit.gptq(W, F, sweeps=500)
+elif what == "obq":
+    n = 160
+    W = rng.normal(size=(20000, n)).astype(np.float32)
+    call = lambda: ptqkit.obq(W, np.eye(n, dtype=np.float32))
+elif what == "rtn":
+    n = 256
+    W = np.tile(rng.normal(size=(256, n)).astype(np.float32), (256, 1))
+    call = lambda: ptqkit.rtn(W, grid="mse", grid_steps=256)
+elif what == "int8":
+    codes = np.zeros((3000, 131071), np.int8)  # never written, so never in memory
+    grid = np.ones((3000, 1), np.float32), np.zeros((3000, 1), np.int8)
+    q = ptqkit.QuantizedActivations(codes, *grid, 8, "token", True)
+    call = lambda: ptqkit.int8_matmul(q, q)
+elif what == "factor":
+    n = 4096
+    H = np.eye(n, dtype=np.float32)
+    call = lambda: [ptqkit.factorize(H) for _ in range(1000)]
+sent = []
+def fire():
+    sent.append(time.perf_counter())
+    signal.raise_signal(signal.SIGINT)
+small = np.ones((3, 8), np.float32)
+before = ptqkit.rtn(small, group_size=8).codes
+timer = threading.Timer(0.4, fire)
+timer.start()
+try:
+    call()
+except KeyboardInterrupt:
+    late = time.perf_counter() - sent[0]
+else:
+    sys.exit("not interrupted")
+assert late < 1.0 + float(sys.argv[2]), late
+# and the process goes on
+assert (ptqkit.rtn(small, group_size=8).codes == before).all()
+assert ptqkit.gptq(small, np.eye(8), group_size=8).objective >= 0
+print(late)
+"""
+
+
+@pytest.mark.parametrize("what", ["gptq", "obq", "rtn", "factor", "int8"])
+def test_ctrl_c_stops_a_long_call_and_leaves_the_process_usable(script, what):
+    slack = "1.0"  # for a loaded machine; without polling each of these calls goes on for longer
+    script(INTERRUPT, what, slack, timeout=120)
+
+
+HANDLER = """
+import signal, threading
+import numpy as np, ptqkit
+class Stop(Exception):
+    pass
+def handler(*_):
+    raise Stop("mine")
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+W = np.random.default_rng(0).normal(size=(6000, 160)).astype(np.float32)
+try:
+    ptqkit.obq(W, np.eye(160, dtype=np.float32))
+except Stop as error:
+    assert str(error) == "mine"
+else:
+    raise SystemExit("the handler's exception was lost")
+"""
+
+
+def test_an_exception_of_a_signal_handler_arrives_as_it_is(script):
+    script(HANDLER, timeout=60)

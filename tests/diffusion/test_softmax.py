@@ -1,0 +1,466 @@
+"""The quantized softmax of UNets: statistics, corrections by head and step, saved and restored."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.diffusion_models import (
+    HEADS,
+    STEPS,
+    calibration,
+    forward,
+    tiny_model,
+    tiny_unet,
+)
+
+import ptqkit
+from ptqkit import diffusion
+from ptqkit.diffusion.comparison import SQNRPair
+from ptqkit.diffusion.fused import SoftmaxHook
+from ptqkit.nn.attention import AttentionHook
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
+
+SELF = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+GRANULARITIES = ("tensor", "head", "step", "step_head")
+LEVELS = 255
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def latents(model):
+    return calibration(model)
+
+
+@pytest.fixture(scope="module")
+def study(model, latents):
+    return diffusion.SoftmaxStudy(model.unet, latents)
+
+
+class Collector(AttentionHook):
+    """Keeps the probabilities of every batch."""
+
+    def __init__(self):
+        self.p = []
+
+    def softmax(self, p, allowed):
+        self.p.append(p.double())
+        return p
+
+
+def probabilities(model, latents):
+    """Per module and time step, those of all latents: (n, heads, q, k)."""
+    hooks = {name: Collector() for name in diffusion.find_attention(model.unet)}
+    diffusion.run_calibration(model.unet, latents, hooks)
+    times = [step for _, step, _ in latents.batches()]
+    return {
+        name: {
+            t: torch.cat([p for p, at in zip(hook.p, times, strict=True) if at == t])
+            for t in latents.steps
+        }
+        for name, hook in hooks.items()
+    }
+
+
+def rounded(p):
+    return torch.round(p.float() * LEVELS).double() / LEVELS
+
+
+def test_bias_by_hand(model, latents, study):
+    seen = probabilities(model, latents)
+    for name, statistics in study.statistics.items():
+        per_step = [seen[name][t] for t in latents.steps]
+        by_hand = np.array([(p - rounded(p)).mean((0, 2, 3)).numpy() for p in per_step])
+        np.testing.assert_allclose(statistics.bias.bias("step_head"), by_hand, atol=1e-7)
+        everything = torch.cat(per_step)
+        error = (everything - rounded(everything)).mean().item()
+        assert statistics.bias.bias("tensor") == pytest.approx(error, abs=1e-7)
+        zero = (rounded(everything) == 0).double().mean().item()
+        assert statistics.bias.share_zero == pytest.approx(zero, abs=1e-9)
+        assert statistics.longest == everything.shape[-1]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_correction_makes_the_mean_error_zero_on_the_calibration_set(
+    model, latents, study, granularity
+):
+    quantizers = study.quantizers("bias", granularity)
+    axes = {"tensor": (0, 1, 2), "head": (0, 2), "step": (1, 2), "step_head": (2,)}[granularity]
+    for name, by_step in probabilities(model, latents).items():
+        error, plain, weight = [], [], []
+        for step, p in by_step.items():
+            study.clock.set(step)
+            error.append((quantizers[name](p.float()).double() - p).mean(-1).transpose(0, 1))
+            plain.append((rounded(p) - p).mean(-1).transpose(0, 1))
+            weight.append(len(p))
+        # (steps, heads): means over samples and rows, then over what the granularity averages
+        parts = [torch.stack([e.flatten(1).mean(1) for e in part]) for part in (error, plain)]
+        counts = torch.tensor(weight, dtype=torch.float64)[:, None] / sum(weight) * STEPS
+        keep = [a for a in (0, 1) if a in axes]
+        means = [(part * counts).mean(keep) if keep else part for part in parts]
+        assert means[0].abs().max() < 2e-8
+        assert by_step[latents.steps[0]].shape[-1] < 64 or means[1].abs().max() > 1e-6
+
+
+def test_the_bias_of_the_time_step_at_hand_is_used(model, latents, study):
+    quantizers = study.quantizers("bias", "step_head")
+    p = torch.rand(2, HEADS, 3, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    for place, step in enumerate(latents.steps):
+        seen = {}
+
+        class Apply(AttentionHook):
+            def softmax(self, x, allowed, seen=seen):
+                seen["y"] = quantizers[SELF](p)
+                return x
+
+        with diffusion.attention_hooks(model.unet, {SELF: Apply()}, study.clock):
+            forward(model, step=step)
+        bias = study.statistics[SELF].bias.bias("step_head")[place]
+        expected = rounded(p) + torch.tensor(bias)[:, None, None]
+        torch.testing.assert_close(seen["y"].double(), expected, rtol=0, atol=1e-7)
+    assert len({tuple(row) for row in study.statistics[SELF].bias.bias("step_head")}) == STEPS
+
+
+def test_a_batch_of_several_time_steps_is_as_its_samples_alone(model, study):
+    quantizer = study.quantizers("bias", "step_head")[SELF]
+    p = torch.rand(3, HEADS, 4, 9, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    allowed = torch.ones(3, 1, 1, 9, dtype=torch.bool)
+    allowed[1, ..., 5:] = False
+    steps = [study.clock.steps[i] for i in (2, 0, 2)]
+    study.clock.set(torch.tensor(steps))
+    together = quantizer(p, allowed)
+    for i, step in enumerate(steps):
+        study.clock.set(step)
+        assert torch.equal(quantizer(p[i : i + 1], allowed[i : i + 1]), together[i : i + 1])
+    assert not together[1, ..., 5:].any() and together[1, ..., :5].all()
+
+
+def test_row_sum_makes_rows_sum_to_one(study):
+    p = torch.rand(1, HEADS, 5, 300, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    y = study.quantizers("row_sum")[SELF](p)
+    assert (y.double().sum(-1) - 1).abs().max() < 1e-5 and rounded(p).sum(-1).max() < 1.2
+    assert (rounded(p).sum(-1) - 1).abs().min() > 0.1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("correction", "granularity"),
+    [(None, "head"), ("row_sum", "head"), *(("bias", g) for g in GRANULARITIES)],
+)
+def test_fused_softmax_is_the_plain_one(study, correction, granularity, masked):
+    quantizer = study.quantizers(correction, granularity)[SELF]
+    study.clock.set(study.clock.steps[1])
+    scores = torch.randn(2, HEADS, 40, 500, generator=torch.Generator().manual_seed(3)) * 2
+    allowed = torch.ones(2, 1, 1, 500, dtype=torch.bool) if masked else None
+    if masked:
+        allowed[0, ..., 100:] = False
+        scores = scores.masked_fill(~allowed, -10_000.0)
+    plain = quantizer(scores.softmax(-1), allowed)
+    fused = SoftmaxHook(quantizer).fused(scores.clone(), allowed)
+    apart = (plain - fused).abs()
+    # A code on the other side of a tie is one step away, and moves its whole row with "row_sum".
+    assert (apart > 2e-5).double().mean() < 1e-4 and apart.max() < 1.1 / LEVELS
+    if masked:
+        assert not fused[0, ..., 100:].any() and not plain[0, ..., 100:].any()
+
+
+def test_fused_softmax_only_where_it_can(study):
+    hook = SoftmaxHook(study.quantizers("bias", "step")[SELF])
+    scores = torch.zeros(2, HEADS, 3, 4)
+    study.clock.set(torch.tensor(study.clock.steps[:2]))
+    assert hook.fused(scores, None) is None
+    study.clock.set(study.clock.steps[0])
+    assert hook.fused(scores.bfloat16(), None) is None and hook.fused(scores, None) is scores
+    assert hook.fused(torch.zeros(2, HEADS, 3, 4, requires_grad=True), None) is None
+
+
+def test_gradients_pass_a_hooked_unet(model, study):
+    """Not through the rounding, but around it; and the fused routine stays out of the way."""
+    noise, context = model.noise(1), model.context(1).requires_grad_()
+    with diffusion.attention_hooks(
+        model.unet, study.hooks(study.quantizers("row_sum")), study.clock
+    ):
+        model.unet(noise, 500, context).sample.sum().backward()
+    assert torch.isfinite(context.grad).all() and context.grad.abs().max() > 0
+
+
+def test_quantized_model_and_removal(model, latents):
+    plain = forward(model)
+    result = diffusion.quantize_softmax(model.unet, latents, granularity="step_head")
+    changed = forward(model)
+    assert not torch.equal(changed, plain)
+    with pytest.raises(ValueError, match="has hooks already"):
+        diffusion.quantize_softmax(model.unet, latents)
+    rows = result.report.layers
+    assert len(rows) == len(diffusion.find_attention(model.unet))
+    assert all(row.sqnr_corrected_db >= row.sqnr_db for row in rows)
+    assert all(0 <= row.share_zero <= 1 and 0 < row.row_sum < 2 for row in rows)
+    assert result.remove() == len(rows)
+    assert torch.equal(forward(model), plain)
+    result.install()
+    assert torch.equal(forward(model), changed)
+    result.remove()
+
+
+def test_sqnr_of_a_layer_by_hand(model, latents):
+    """The ratio of eq. 1 for the output of one module, from the probabilities and the values."""
+    hook = Both()
+    diffusion.run_calibration(model.unet, latents, {SELF: hook})
+    study = diffusion.SoftmaxStudy(model.unet, latents, layers=[SELF])
+    row = study.compare(study.quantizers("bias", "tensor"), guard=False)[SELF]
+    beta = float(study.statistics[SELF].bias.bias())
+    for bias, found in ((0.0, row.sqnr_db), (beta, row.sqnr_corrected_db)):
+        ratios = []
+        for p, v in zip(hook.p, hook.v, strict=True):
+            p, v = p.double(), v.double()
+            exact, noise = p @ v, (rounded(p) + bias - p) @ v
+            ratios += ((exact**2).flatten(1).sum(1) / (noise**2).flatten(1).sum(1)).tolist()
+        assert found == pytest.approx(10 * np.log10(np.mean(ratios)), abs=1e-3)
+
+
+def test_guard_takes_out_a_correction_that_hurts(model, latents, study):
+    quantizers = study.quantizers("bias", "tensor")
+    quantizers[SELF] = SoftmaxQuantizer(quantizers[SELF].grid, "bias", 0.1)
+    report = study.compare(quantizers)
+    assert quantizers[SELF].correction is None and "left out" in report[SELF].notes
+    assert report[SELF].sqnr_corrected_db == report[SELF].sqnr_db
+
+
+def test_sqnr_of_the_unet_by_hand(model, latents, study):
+    exact = diffusion.run_calibration(model.unet, latents).double()
+    quantizers = study.quantizers("row_sum")
+    report = study.compare(quantizers, guard=False)
+    found = (report.output_db, report.output_corrected_db)
+    assert found[0] != found[1]
+    for chosen, decibel in zip((study.quantizers(None), quantizers), found, strict=True):
+        noise = diffusion.run_calibration(model.unet, latents, study.hooks(chosen)).double() - exact
+        ratios = (exact**2).flatten(1).sum(1) / (noise**2).flatten(1).sum(1)
+        assert decibel == pytest.approx(10 * np.log10(ratios.mean().item()), abs=0.05)
+    assert "nan" not in report.table().splitlines()[-1]
+
+
+def test_guard_takes_out_corrections_that_hurt_the_output_together(model, study, monkeypatch):
+    """Where no layer alone is worse, but the UNet is."""
+    quantizers = study.quantizers("bias", "head")
+    quantizers[SELF] = SoftmaxQuantizer(quantizers[SELF].grid, "bias", 0.1)
+    whole = SQNRPair.hurts.fget
+    hurts = property(lambda pair: pair.name == "output of the UNet" and whole(pair))
+    monkeypatch.setattr(SQNRPair, "hurts", hurts)
+    report = study.compare(quantizers)
+    assert all(q.correction is None for q in quantizers.values())
+    assert all("left out" in row.notes and row.correction is None for row in report.layers)
+    assert report.output_corrected_db == report.output_db and "left out" in report.notes
+    unguarded = study.quantizers("bias", "head")
+    unguarded[SELF] = SoftmaxQuantizer(unguarded[SELF].grid, "bias", 0.1)
+    report = study.compare(unguarded, guard=False)
+    assert report.output_corrected_db < report.output_db and not report.notes
+    assert unguarded[SELF].correction == "bias"
+
+
+def test_one_exact_sample_decides_nothing():
+    """Eq. 1 is infinite then, whichever of the two the sample is exact in."""
+    x = torch.ones(2, 8)
+    for exact in (0, 1):
+        pair = SQNRPair("output")
+        noise = torch.tensor([[0.0], [0.5]]), torch.full((2, 1), 0.1)
+        for place in (0, 1):
+            pair.update(place, x, x + noise[place if exact == 0 else 1 - place])
+        assert np.isinf(pair.decibel[exact]) and pair.hurts == (exact == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"diagnostics": False}, {"range": "search", "diagnostics": False}]
+)
+def test_half_precision_with_upcast_attention(model, latents, dtype, options):
+    unet = tiny_unet(upcast_attention=True).to(dtype)
+    result = diffusion.quantize_softmax(unet, latents, **options)
+    assert result.remove() == 8
+    if not options:
+        assert all(np.isfinite(row.sqnr_corrected_db) for row in result.report.layers)
+
+
+@pytest.mark.parametrize("span", ["fixed", "calibrated", "search"])
+@pytest.mark.parametrize("part", ["to_q", "to_v"])
+def test_attention_that_is_not_finite_is_named(latents, span, part):
+    unet = tiny_unet()
+    getattr(unet.get_submodule(SELF), part).weight.data[0, 0] = float("nan")
+    with pytest.raises(ptqkit.CalibrationError, match=r"down_.*Check the weights") as caught:
+        diffusion.quantize_softmax(unet, latents, range=span)
+    assert SELF in str(caught.value) or part == "to_v"
+    assert not diffusion.installed_attention(unet) and not unet._forward_pre_hooks
+
+
+def test_an_output_that_is_not_finite_is_named(latents):
+    unet = tiny_unet()
+    unet.conv_out.bias.data[0] = float("inf")
+    with pytest.raises(ptqkit.CalibrationError, match="output of the UNet: .*NaN or Inf"):
+        diffusion.quantize_softmax(unet, latents)
+    assert not diffusion.installed_attention(unet)
+
+
+def test_calibrated_range_and_bits(model, latents):
+    wide = diffusion.SoftmaxStudy(model.unet, latents, bits=4)
+    fitted = diffusion.SoftmaxStudy(model.unet, latents, bits=4, range="calibrated")
+    largest = {
+        name: max(p.max().item() for p in by_step.values())
+        for name, by_step in probabilities(model, latents).items()
+    }
+    for name, statistics in fitted.statistics.items():
+        assert statistics.grid.scale == pytest.approx(largest[name] / 15, rel=1e-6)
+        assert statistics.bias.share_zero <= wide.statistics[name].bias.share_zero
+        assert wide.statistics[name].grid.scale == pytest.approx(1 / 15, rel=1e-6)
+
+
+def test_searched_range_has_the_least_error_of_its_candidates(model, latents):
+    """Never worse than [0, 1] and than the whole range seen, on the calibration set."""
+    decibel, scales = {}, {}
+    for span in ("fixed", "calibrated", "search"):
+        study = diffusion.SoftmaxStudy(model.unet, latents, bits=4, range=span, layers="self")
+        values, seen = {}, {}
+        hooks = {name: Both() for name in study.modules}
+        diffusion.run_calibration(model.unet, latents, hooks)
+        for name, quantizer in study.quantizers("bias", "head").items():
+            hook = hooks[name]
+            exact = torch.cat([p @ v for p, v in zip(hook.p, hook.v, strict=True)])
+            other = [quantizer(p) @ v for p, v in zip(hook.p, hook.v, strict=True)]
+            noise = (torch.cat(other) - exact).double()
+            seen[name] = ((exact.double() ** 2).sum() / (noise**2).sum()).log10().item() * 10
+            values[name] = study.statistics[name].grid.scale
+        decibel[span], scales[span] = seen, values
+    for name, found in decibel["search"].items():
+        assert found >= max(decibel["fixed"][name], decibel["calibrated"][name]) - 1e-4
+    assert scales["search"] != scales["calibrated"] and scales["search"] != scales["fixed"]
+
+
+class Both(AttentionHook):
+    """Keeps probabilities and values of every batch."""
+
+    def __init__(self):
+        self.p, self.v = [], []
+
+    def value(self, x):
+        self.v.append(x)
+        return x
+
+    def softmax(self, p, allowed):
+        self.p.append(p)
+        return p
+
+
+def test_layers_can_be_chosen(model, latents):
+    chosen = {
+        wanted: [*diffusion.SoftmaxStudy(model.unet, latents, layers=wanted).statistics]
+        for wanted in ("self", "cross", SELF)
+    }
+    assert chosen[SELF] == [SELF]
+    assert all(name.endswith("attn1") for name in chosen["self"])
+    assert all(name.endswith("attn2") for name in chosen["cross"])
+    assert len(chosen["self"]) == len(chosen["cross"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"correction": "row_length"}, "correction must be one of"),
+        ({"granularity": "channel"}, "granularity must be one of"),
+        ({"range": "wide"}, "range must be one of"),
+        ({"bits": 1}, "bits must"),
+        ({"layers": ["attn9"]}, "'attn9' is no attention module"),
+        ({"layers": []}, "layers is empty"),
+    ],
+)
+def test_bad_options_are_refused(model, latents, options, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion.quantize_softmax(model.unet, latents, **options)
+    assert not diffusion.installed_attention(model.unet)
+
+
+def test_bad_calibration_is_refused(model, latents):
+    with pytest.raises(TypeError, match="CalibrationLatents"):
+        diffusion.quantize_softmax(model.unet, [latents.latents])
+    grid = ptqkit.softmax_grid(8)
+    clock = diffusion.StepClock([1, 2])
+    for shape in ((3,), (3, HEADS), ()):
+        with pytest.raises(ValueError, match="a row for every time step"):
+            diffusion.StepSoftmaxQuantizer(grid, np.zeros(shape), clock)
+    with pytest.raises(ValueError, match="finite"):
+        diffusion.StepSoftmaxQuantizer(grid, [0.0, np.nan], clock)
+    wrong = SoftmaxQuantizer(grid, "bias", np.zeros(HEADS + 1))
+    result = diffusion.UNetSoftmaxQuantization(model.unet, {SELF: wrong}, clock)
+    with pytest.raises(ValueError, match=f"has {HEADS} heads, its softmax correction is for 3"):
+        result.install()
+
+
+@pytest.mark.parametrize(
+    ("correction", "granularity"), [*(("bias", g) for g in GRANULARITIES), ("row_sum", "head")]
+)
+def test_saved_corrections_give_the_same_bits(
+    model, latents, study, tmp_path, correction, granularity
+):
+    quantizers = study.quantizers(correction, granularity)
+    result = diffusion.UNetSoftmaxQuantization(model.unet, quantizers, study.clock)
+    path = result.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["ptqkit_softmax.json"]
+    result.install()
+    expected = [forward(model, step=step) for step in latents.steps]
+    result.remove()
+    other = tiny_model()
+    loaded = diffusion.load_softmax(other.unet, path.parent)
+    for step, output in zip(latents.steps, expected, strict=True):
+        assert torch.equal(forward(other, step=step), output)
+    assert loaded.remove() == len(quantizers)
+
+
+def edit(**changes):
+    return lambda content: content["layers"][SELF].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "has version 2"),
+        (lambda c: c.update(format="other"), "is no ptqkit-softmax-unet file"),
+        (lambda c: c.update(layers={}), "names no layers"),
+        (lambda c: c.update(steps=[5, -1, 3]), "from 0"),
+        (lambda c: c.update(steps=[5]), "a row for every time step"),
+        (edit(heads=3), "3 heads"),
+        (edit(bits=99), "attn1: .*bits"),
+        (edit(scale=-1.0), "attn1: .*scale"),
+        (edit(granularity="tensor"), "attn1: .*bias"),
+        (edit(bias=[[0.0] * 3] * STEPS), "shape of granularity"),
+        (edit(bias=None), "attn1"),
+        (edit(more=1), "unknown field 'more'"),
+        (lambda c: c["layers"][SELF].pop("scale"), "'scale' is missing"),
+        (lambda c: c["layers"].update(other=c["layers"][SELF]), "no such attention module"),
+    ],
+)
+def test_damaged_files_are_refused(model, study, tmp_path, change, message):
+    quantizers = study.quantizers("bias", "step_head")
+    path = diffusion.save_softmax(model.unet, quantizers, study.clock, tmp_path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        diffusion.load_softmax(model.unet, tmp_path)
+    assert not diffusion.installed_attention(model.unet)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        diffusion.load_softmax(model.unet, tmp_path)
+
+
+def test_no_file_is_no_error(model, tmp_path):
+    assert diffusion.load_softmax(model.unet, tmp_path) is None
+
+
+def test_saving_needs_a_folder(model, study, tmp_path):
+    missing = tmp_path / "nowhere"
+    with pytest.raises(NotADirectoryError, match="nowhere is no folder"):
+        diffusion.save_softmax(model.unet, study.quantizers(), study.clock, missing)
+    assert not missing.exists()

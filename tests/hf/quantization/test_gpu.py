@@ -1,0 +1,74 @@
+"""A model on a GPU: H is accumulated there, the result is that of the host but for ties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+import numpy as np
+from helpers.driver_models import build, padded_batches, tokens
+
+from ptqkit import AWE, RTN, Activations, BiasCorrection
+from ptqkit.hf import perplexity, quantize
+
+OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+def test_gpu_equals_host(name, schedule):
+    host = quantize(build(name), "quality", padded_batches(name), **OPTIONS)
+    device = quantize(
+        build(name).cuda(), "quality", padded_batches(name), **OPTIONS, schedule=schedule
+    )
+    assert device.report.schedule == schedule and device.report.memory["peak"] > 0
+    first = host.report.quantized[0].name
+    for key, matrix in host.layers.items():
+        different = float(np.mean(device.layers[key].codes != matrix.codes))
+        assert different < (0.01 if key == first else 0.1), key
+        weight = device.model.get_submodule(key).weight
+        values = device.layers[key].dequantize()
+        assert weight.is_cuda
+        expected = torch.from_numpy(values.T if name == "gpt2" else values)
+        assert torch.equal(weight.cpu(), expected)
+
+
+def test_schedules_agree_on_the_gpu():
+    one = quantize(build().cuda(), "quality", padded_batches(), **OPTIONS)
+    two = quantize(build().cuda(), "quality", padded_batches(), **OPTIONS, schedule="re-forward")
+    for key, matrix in one.layers.items():
+        np.testing.assert_array_equal(matrix.codes, two.layers[key].codes, err_msg=key)
+
+
+def test_half_precision_and_perplexity():
+    model = build().to("cuda", torch.bfloat16)
+    before = perplexity(model, None, tokens(2), start_token=1)
+    quantize(model, "quality", tokens(), bits=8, group_size=16, progress=False)
+    after = perplexity(model, None, tokens(2), start_token=1)
+    assert after.nll_per_token == pytest.approx(before.nll_per_token, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_w8a8_on_the_gpu_equals_the_host(name):
+    parts = [
+        AWE(alpha=0.5),
+        RTN(bits=8, per_tensor=True, symmetric=True),
+        Activations(8, "tensor"),
+        BiasCorrection(),
+    ]
+    batches = padded_batches(name)
+    host = quantize(build(name), parts, batches, progress=False)
+    device = quantize(build(name).cuda(), parts, batches, progress=False)
+    for key, matrix in host.layers.items():
+        assert float(np.mean(device.layers[key].codes != matrix.codes)) < 0.02, key
+        scale, expected = (r.activations[key].scale for r in (device, host))
+        torch.testing.assert_close(scale.cpu(), expected, rtol=1e-2, atol=0, msg=key)
+    ids = batches[0]["input_ids"][:1]
+    with torch.no_grad():
+        found = device.model(ids.cuda()).logits.cpu()
+        expected = host.model(ids).logits
+    error = (found - expected).square().mean() / expected.square().mean()
+    assert float(error) < 1e-2
