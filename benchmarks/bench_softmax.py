@@ -40,7 +40,7 @@ def torch_fake_quantize(x: torch.Tensor, grid: ptqkit.SoftmaxGrid, beta: float) 
 
 def softmax_candidates(scores: np.ndarray) -> dict[str, Callable[[], Any]]:
     """The same result by every way, and what ptqkit offers beyond it."""
-    grid, beta, ours = ptqkit.softmax_grid(8), 4e-4, ptqkit.quantized_softmax
+    grid, beta, ours = ptqkit.softmax_grid(8), 4e-4, ptqkit.softmax_on_grid
     out, codes = np.empty_like(scores), np.empty(scores.shape, np.uint8)
     x, y = torch.from_numpy(scores), torch.empty(scores.shape)
     bias = {"correction": "bias", "bias": beta}

@@ -13,7 +13,7 @@ from torch_gptq import gptq as torch_gptq
 import ptqkit
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (4096, 4096))
-QUALITY = {"order": "group", "grid": "hessian", "sweeps": 1}
+QUALITY = {"order": "group-act", "grid": "hessian", "refine_passes": 1}
 
 
 def layer(rows: int, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from common import parser, save, show
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptqkit.cli import main as ptqkit_main
-from ptqkit.hf import perplexity, read_layers
+from ptqkit.hf import perplexity, read_matrices
 
 # Group sizes that divide every layer's inputs: 64 and 172; 128 and 352; 48 and 192.
 MODELS = {"stories260k": 4, "babyllama105": 32, "nanosort_gpt2": 16}
@@ -54,7 +54,7 @@ def exactness(folder: Path, original: Path, probe: torch.Tensor) -> float:
     """Largest difference of the loaded checkpoint's logits to the fake-quantized float model's."""
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     fake = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
-    for name, matrix in read_layers(folder).items():
+    for name, matrix in read_matrices(folder).items():
         weight = fake.get_submodule(name).weight
         values = torch.from_numpy(matrix.dequantize())
         weight.copy_(

@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 import ptqkit
 from ptqkit import demo
-from ptqkit.hf import SoftmaxStudy, prepare_calibration
+from ptqkit.hf import SoftmaxCalibration, prepare_calibration
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.nn import attention_hooks
 from ptqkit.nn.attention_quantizer import AttentionQuantizer
@@ -145,16 +145,16 @@ def softmax_rows(
     case: Case, model: Any, label: str, base: Any, full: Any, bits: int
 ) -> Iterator[dict[str, Any]]:
     """Lines of one bit width on one state of the weights."""
-    study = SoftmaxStudy(model, case.calibration, bits=bits)
+    study = SoftmaxCalibration(model, case.calibration, bits=bits)
     zero, mass = (
         np.mean([float(getattr(s.bias, n)) for s in study.statistics.values()])
-        for n in ("share_zero", "row_sum")
+        for n in ("zero_fraction", "mean_row_sum")
     )
     plain = None
     for ending, choice in CORRECTIONS.items():
         found = case.measure(model, study.quantizers(*choice))
         row = table_row(f"{label}SM{bits}{ending}", found, plain, base, full)
-        row |= {"bits": bits, "share_zero": float(zero), "row_sum": float(mass)}
+        row |= {"bits": bits, "zero_fraction": float(zero), "mean_row_sum": float(mass)}
         if plain is not None and choice[0] == "bias":
             row["seeds"] = [row["perplexity"], *other_seeds(case, model, bits, choice)]
         if plain is not None and case.args.guard and not label:
@@ -167,11 +167,11 @@ def other_seeds(case: Case, model: Any, bits: int, choice: tuple[Any, str]) -> I
     """Perplexities with the correction from other calibration windows."""
     for seed in range(1, case.args.seeds):
         drawn = case.draw(case.calibration_text, case.args.calibration, seed)
-        study = SoftmaxStudy(model, drawn, bits=bits)
+        study = SoftmaxCalibration(model, drawn, bits=bits)
         yield math.exp(np.mean(case.measure(model, study.quantizers(*choice))["losses"]))
 
 
-def guarded(case: Case, study: SoftmaxStudy, choice: tuple[Any, str]) -> dict[str, Any]:
+def guarded(case: Case, study: SoftmaxCalibration, choice: tuple[Any, str]) -> dict[str, Any]:
     """What the guard of ``quantize_softmax`` leaves out, and what is measured then."""
     quantizers = study.quantizers(*choice)
     report = study.compare(quantizers)
@@ -224,8 +224,8 @@ def print_case(name: str, found: dict[str, Any]) -> None:
                 f"{row['excess']:+.4f}",
                 f"{100 * row['given_back']:.0f}%" if corrected else "",
                 f"{row['gain']:+.2f} ± {row['gain_error']:.2f}" if corrected else "",
-                f"{100 * row['share_zero']:.1f}%" if quantized else "",
-                f"{row['row_sum']:.4f}" if quantized else "",
+                f"{100 * row['zero_fraction']:.1f}%" if quantized else "",
+                f"{row['mean_row_sum']:.4f}" if quantized else "",
                 f"{row['calibration_db']:.2f}",
                 f"{row['held_out_db']:.2f}",
                 f"{len(guard['left_out'])} of {guard['layers']}" if guard else "",

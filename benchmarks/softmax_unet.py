@@ -103,7 +103,7 @@ def table(args: argparse.Namespace, experiment: tables.Experiment, number: int) 
 def figure(args: argparse.Namespace, experiment: tables.Experiment) -> None:
     """Compute, print and draw Figure 1."""
     found = tables.row_sum_figure(experiment, args.bits[0])
-    rows = [{**p, "share_zero": f"{100 * p['share_zero']:.1f}%"} for p in found["points"]]
+    rows = [{**p, "zero_fraction": f"{100 * p['zero_fraction']:.1f}%"} for p in found["points"]]
     print_rows("Figure 1: only this layer's softmax quantized, SQNR of the UNet's output", rows)
     print(f"correlation of row sum and SQNR: {found['pearson']:.3f}, ranks {found['spearman']:.3f}")
     write(args, experiment, "figure1", found)
@@ -123,7 +123,10 @@ def draw_figure(path: Path, found: dict[str, Any], bits: int) -> None:
         points = [p for p in found["points"] if p["cross"] == cross]
         points = [p for p in points if math.isfinite(p["sqnr_db"])]
         axes.scatter(
-            [p["row_sum"] for p in points], [p["sqnr_db"] for p in points], label=label, zorder=3
+            [p["mean_row_sum"] for p in points],
+            [p["sqnr_db"] for p in points],
+            label=label,
+            zorder=3,
         )
     axes.set_xlabel(f"expected row sum of the {bits}-bit softmax")
     axes.set_ylabel("SQNR of the UNet's output, dB")

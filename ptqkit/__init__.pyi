@@ -12,7 +12,7 @@ from .arrays.bias import bias_correction as bias_correction
 from .arrays.equalization import EqualizationSearch as EqualizationSearch
 from .arrays.equalization import equalization_scales as equalization_scales
 from .arrays.equalization import search_equalization as search_equalization
-from .arrays.equalization import weight_extent as weight_extent
+from .arrays.equalization import weight_span as weight_span
 from .arrays.factorization import Factorization as Factorization
 from .arrays.factorization import factorize as factorize
 from .arrays.hessian import Hessian as Hessian
@@ -23,8 +23,8 @@ from .arrays.metrics import sqnr as sqnr
 from .arrays.ranges import ChannelRanges as ChannelRanges
 from .arrays.softmax import QuantizedProbabilities as QuantizedProbabilities
 from .arrays.softmax import SoftmaxGrid as SoftmaxGrid
-from .arrays.softmax import quantized_softmax as quantized_softmax
 from .arrays.softmax import softmax_grid as softmax_grid
+from .arrays.softmax import softmax_on_grid as softmax_on_grid
 from .arrays.softmax_bias import SoftmaxBias as SoftmaxBias
 from .arrays.solvers import gptq as gptq
 from .arrays.solvers import objective as objective
@@ -43,7 +43,7 @@ from .hf.softmax.driver import quantize_softmax as quantize_softmax
 from .recipe import AWE as AWE
 from .recipe import GPTQ as GPTQ
 from .recipe import RTN as RTN
-from .recipe import Activations as Activations
+from .recipe import ActivationQuantization as ActivationQuantization
 from .recipe import BiasCorrection as BiasCorrection
 from .recipe import Recipe as Recipe
 from .recipe import SmoothQuant as SmoothQuant

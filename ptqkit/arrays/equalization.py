@@ -12,14 +12,14 @@ import ptqkit._core as _core
 from ptqkit.arrays._grids import group_width
 from ptqkit.arrays._inputs import F32, as_matrix, check_count, check_number, check_threads, label
 from ptqkit.arrays.matrix import parse_bits
-from ptqkit.arrays.ranges import ChannelRanges, batch_ranges, extent_of
+from ptqkit.arrays.ranges import ChannelRanges, batch_ranges, span_of
 
 __all__ = [
     "SCALE_LIMITS",
     "EqualizationSearch",
     "equalization_scales",
     "search_equalization",
-    "weight_extent",
+    "weight_span",
 ]
 
 SCALE_LIMITS = (2.0**-20, 2.0**20)  # every scale lies between: about 1e-6 and 1e6
@@ -27,7 +27,7 @@ MOST_LAYERS = 64  # of one input; the core's limit
 ALPHAS = tuple(i / 20 for i in range(21))
 
 
-def weight_extent(W: Any, *, threads: int = 0) -> np.ndarray:
+def weight_span(W: Any, *, threads: int = 0) -> np.ndarray:
     """Return max - min of every input column over all given layers together.
 
     Parameters
@@ -51,7 +51,7 @@ def weight_extent(W: Any, *, threads: int = 0) -> np.ndarray:
         least, most, _ = batch_ranges(layer, F32, None, threads)
         low = least if low is None else np.minimum(low, least)
         high = most if high is None else np.maximum(high, most)
-    return extent_of(low, high)
+    return span_of(low, high)
 
 
 def _weights(W: Any, name: str | None, threads: int) -> list[np.ndarray]:
@@ -106,7 +106,7 @@ def _check_alpha(alpha: Any) -> float:
 
 
 def equalization_scales(
-    activation_extent: Any, weight_extent: Any, alpha: float = 0.5, *, channel_of: Any = None
+    activation_extent: Any, weight_span: Any, alpha: float = 0.5, *, channel_of: Any = None
 ) -> np.ndarray:
     """Return s = rx^alpha / rw^(1 - alpha): X becomes X / s and W becomes W s, X W^T stays.
 
@@ -115,9 +115,9 @@ def equalization_scales(
 
     Parameters
     ----------
-    activation_extent, weight_extent : array, shape (in,)
+    activation_extent, weight_span : array, shape (in,)
         max - min of every channel of X over the tokens, and of every column of W
-        (:attr:`ChannelRanges.extent`, :func:`weight_extent`).
+        (:attr:`ChannelRanges.extent`, :func:`weight_span`).
     alpha : float in [0, 1]
     channel_of : array of int, shape (in,), optional
         Channels with the same number share a scale (grouped-query attention: one channel of v feeds
@@ -138,12 +138,10 @@ def equalization_scales(
     """
     rx, rw = (
         _extent(activation_extent, "activation_extent"),
-        _extent(weight_extent, "weight_extent"),
+        _extent(weight_span, "weight_span"),
     )
     if rx.shape != rw.shape:
-        raise ValueError(
-            f"activation_extent has {len(rx)} channels, but weight_extent has {len(rw)}"
-        )
+        raise ValueError(f"activation_extent has {len(rx)} channels, but weight_span has {len(rw)}")
     alpha, group = _check_alpha(alpha), _tied(channel_of, len(rx))
     if group is not None:
         rx, rw = _largest(rx, group), _largest(rw, group)
@@ -152,9 +150,9 @@ def equalization_scales(
     return scales if group is None else scales[group]
 
 
-def _largest(extent: np.ndarray, group: np.ndarray) -> np.ndarray:
+def _largest(span: np.ndarray, group: np.ndarray) -> np.ndarray:
     most = np.zeros(group.max() + 1)
-    np.maximum.at(most, group, extent)
+    np.maximum.at(most, group, span)
     return most
 
 
@@ -258,7 +256,7 @@ def search_equalization(
     if activation_symmetric is None:
         activation_symmetric = not static
     grid = _alpha_grid(alphas)
-    rx, rw = ranges.extent, weight_extent(W, threads=threads)
+    rx, rw = ranges.span, weight_span(W, threads=threads)
     tried = [equalization_scales(rx, rw, a, channel_of=channel_of) for a in grid[1:]]
     scales = np.stack([np.ones(n, np.float32), *tried])
     errors = np.empty(len(grid), np.float64)

@@ -14,7 +14,7 @@ from ptqkit.errors import NotPositiveDefiniteError
 
 __all__ = ["Factorization", "factorize", "quantization_order"]
 
-ORDERS = ("natural", "act", "group")
+ORDERS = ("natural", "act", "group-act")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Factorization:
     order : ndarray of int64, shape (n,)
         ``order[i]`` is the input that is quantized i-th.
     order_name : str
-        "natural", "act" or "group".
+        "natural", "act" or "group-act".
     group_size : int or None
         Group size the order was made for ("group" only).
     damping : float
@@ -57,7 +57,7 @@ class Factorization:
 def quantization_order(diagonal: np.ndarray, order: str, group_size: int | None) -> np.ndarray:
     """Return the inputs in the order in which they are quantized.
 
-    "natural": as they are. "act": decreasing H_jj [GPTQ code, act-order]. "group": groups by
+    "natural": as they are. "act": decreasing H_jj [GPTQ code, act-order]. "group-act": groups by
     decreasing sum of H_jj, the inputs of a group by decreasing H_jj, so that groups stay whole.
     Ties keep the original order.
     """
@@ -65,7 +65,7 @@ def quantization_order(diagonal: np.ndarray, order: str, group_size: int | None)
     if order == "natural":
         return np.arange(n, dtype=np.int64)
     decreasing = np.argsort(-diagonal, kind="stable")
-    if order == "group":
+    if order == "group-act":
         size = group_size or n
         totals = diagonal.astype(np.float64).reshape(-1, size).sum(axis=1)
         rank = np.empty(n // size, np.int64)
@@ -127,7 +127,7 @@ def factorize(
     ----------
     H : Hessian or array, shape (n, n)
         ``(2/N) X^T X``, symmetric.
-    order : {"natural", "act", "group"}
+    order : {"natural", "act", "group-act"}
         Quantization order, see :func:`quantization_order`.
     group_size : int or None
         Needed by order "group" only.
@@ -157,7 +157,7 @@ def factorize(
     matrix = as_hessian(H, name, threads)
     n = len(matrix)
     if (
-        order == "group"
+        order == "group-act"
         and group_size is not None
         and n % check_count(group_size, f"{label(name)}group_size", 1, n)
     ):

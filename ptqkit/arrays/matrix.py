@@ -47,7 +47,7 @@ class QuantizedMatrix:
         None: one grid per output channel.
     symmetric : bool
     scale_dtype : {"float32", "float16", "bfloat16"}
-    row_objectives : ndarray of float64, shape (sweeps + 1, out), or None
+    row_objectives : ndarray of float64, shape (refine_passes + 1, out), or None
         Objective of each output row after the solve and after each coordinate-descent sweep.
     damping : float
         Damping used, as a fraction of the mean diagonal of H (0 where none was needed).

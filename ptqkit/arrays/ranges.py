@@ -10,7 +10,7 @@ import ptqkit._core as _core
 from ptqkit.arrays._inputs import as_mask, as_tokens, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
-__all__ = ["ChannelRanges", "batch_ranges", "extent_of"]
+__all__ = ["ChannelRanges", "batch_ranges", "span_of"]
 
 
 def _read_only(x: np.ndarray) -> np.ndarray:
@@ -174,10 +174,10 @@ class ChannelRanges:
         return np.maximum(-low, high) + np.float32(0)  # no negative zero
 
     @property
-    def extent(self) -> np.ndarray:
+    def span(self) -> np.ndarray:
         """maximum - minimum, r^X of [AWEQ, eq. 10]; float32 (channels,), never infinite."""
         low, high = self._state()[:2]
-        return extent_of(low, high)
+        return span_of(low, high)
 
     @property
     def mean(self) -> np.ndarray:
@@ -189,7 +189,7 @@ class ChannelRanges:
         return f"ChannelRanges(channels={self.channels}, tokens={self.tokens})"
 
 
-def extent_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def span_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """high - low as float32, at most its largest finite number."""
     wide = high.astype(np.float64) - low
     return np.minimum(wide, np.finfo(np.float32).max).astype(np.float32)

@@ -11,7 +11,7 @@ import ptqkit._core as _core
 from ptqkit.arrays._attention import as_allowed, as_attention, as_float32
 from ptqkit.arrays._inputs import check_count, check_number, check_threads
 
-__all__ = ["QuantizedProbabilities", "SoftmaxGrid", "quantized_softmax", "softmax_grid"]
+__all__ = ["QuantizedProbabilities", "SoftmaxGrid", "softmax_grid", "softmax_on_grid"]
 
 CORRECTIONS = {None: 0, "bias": 1, "row_length": 1, "row_sum": 2}  # ptq_correction
 
@@ -138,7 +138,7 @@ class QuantizedProbabilities:
         Parameters
         ----------
         allowed, causal
-            As in :func:`quantized_softmax`; the codes alone do not say which keys were allowed.
+            As in :func:`softmax_on_grid`; the codes alone do not say which keys were allowed.
         """
         codes, shape = as_attention(self.codes.astype(np.float32), "codes")
         mask = as_allowed(allowed, codes.shape, shape)
@@ -202,7 +202,7 @@ def _check_out(out: Any, scores: np.ndarray, shape: tuple[int, ...], dtype: type
     return out
 
 
-def quantized_softmax(
+def softmax_on_grid(
     scores: Any,
     grid: SoftmaxGrid,
     *,

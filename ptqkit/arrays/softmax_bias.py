@@ -45,7 +45,7 @@ class SoftmaxBias:
     >>> import numpy as np, ptqkit
     >>> bias = ptqkit.SoftmaxBias(2, grid=ptqkit.softmax_grid(8))
     >>> bias.update(np.full((1, 2, 600, 600), 1 / 600))  # all of them round to 0
-    >>> bias.share_zero, bias.row_sum, float(bias.bias()) == 1 / 600
+    >>> bias.zero_fraction, bias.mean_row_sum, float(bias.bias()) == 1 / 600
     (1.0, 0.0, True)
     """
 
@@ -214,7 +214,7 @@ class SoftmaxBias:
         return self._totals(granularity, ZEROS) / entries
 
     def bias_by_length(self, keys: int, granularity: str = "tensor") -> np.ndarray:
-        """Return one beta per row length, for ``quantized_softmax(correction="row_length")``.
+        """Return one beta per row length, for ``softmax_on_grid(correction="row_length")``.
 
         Entry n is m / n, for rows of n allowed keys: m is the mean mass that rounding takes from
         rows of about this length (exact below 16 keys, then 8 classes to the octave), so the mean
@@ -249,12 +249,12 @@ class SoftmaxBias:
         return np.interp(middle, middle[seen], mass)
 
     @property
-    def row_sum(self) -> float:
+    def mean_row_sum(self) -> float:
         """Mean sum of a rounded row, before correction."""
         return float(self.row_sums())
 
     @property
-    def share_zero(self) -> float:
+    def zero_fraction(self) -> float:
         """Share of the allowed entries that round to 0."""
         return float(self.shares_zero())
 

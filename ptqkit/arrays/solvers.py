@@ -173,7 +173,7 @@ def gptq(
     order: str = "natural",
     static_groups: bool = False,
     grid: str = "minmax",
-    sweeps: int = 0,
+    refine_passes: int = 0,
     damping: float = 0.01,
     max_damping: float = 1.0,
     feedback: bool = True,
@@ -190,7 +190,7 @@ def gptq(
     """Quantize a weight matrix with GPTQ [Frantar et al. 2022, Algorithm 1].
 
     By default the published form: natural order, min-max grids fitted to the updated weights when
-    their group is reached. ``order="group", grid="hessian", sweeps=1`` gave the best models of all
+    their group is reached. ``order="group-act", grid="hessian", refine_passes=1`` gave the best models of all
     variants measured (the ``quality`` recipe).
 
     Parameters
@@ -200,13 +200,13 @@ def gptq(
         ``(2/N) X^T X``. A Factorization brings its own order and damping.
     bits, group_size, symmetric, grid, scale_dtype, min_zero_point, threads, name
         As in :func:`rtn`; ternary is published with groups of 8.
-    order : {"natural", "act", "group"}
+    order : {"natural", "act", "group-act"}
         Columns as they are; by decreasing H_jj (act-order: with groups, ``g_idx`` is permuted
         unless ``static_groups``); or groups by importance and columns inside them by H_jj
         (groups stay whole).
     static_groups : bool
         Fit all grids to the original weights beforehand, groups of consecutive inputs.
-    sweeps : int
+    refine_passes : int
         Coordinate-descent passes over the codes after the solve; none raises the objective.
     damping, max_damping : float
         See :func:`ptqkit.factorize`.
@@ -231,7 +231,7 @@ def gptq(
     search = (grid_steps, grid_min_shrink, grid_norm, grid_candidates)
     spec = grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search)
     threads = check_threads(threads)
-    check_count(sweeps, "sweeps", 0, 1000)
+    check_count(refine_passes, "refine_passes", 0, 1000)
     check_count(block_size, "block_size", 1, 1 << 20)
     W = as_matrix(W, "W", name, threads)
     size = group_width(group_size, W.shape[1], name)
@@ -244,14 +244,14 @@ def gptq(
             f"{label(name)}order={order!r}, but the Factorization was made with {F.order_name!r}"
         )
     _matching(F.matrix, W.shape[1], name)
-    if F.order_name == "group" and F.group_size != group_size:
+    if F.order_name == "group-act" and F.group_size != group_size:
         raise ValueError(f"{label(name)}the Factorization was ordered for another group_size")
     if F.dead.any():
         W = np.where(F.dead, np.float32(0), W)
     # No feedback has reached the weights when a channel's only grid is fitted: it is static.
     static = bool(static_groups) or size == W.shape[1]
     runs = F.order_name == "act" and not static
-    switches = (size, block_size, int(static), int(runs), int(bool(feedback)), sweeps)
+    switches = (size, block_size, int(static), int(runs), int(bool(feedback)), refine_passes)
     codes, scales, zeros, g_idx, history = _solve(W, F, switches, spec, threads, name)
     check_scales(scales, scale_dtype, name)
     q = QuantizedMatrix(

@@ -41,7 +41,7 @@ _EPILOG = """\
 examples:
   ptqkit diagnose demo --sensitivity
   ptqkit diagnose ./model --sensitivity --calibration train.txt --bits 6 --picture six.png
-  ptqkit diagnose ./model --sensitivity --by each --kinds softmax --calibration train.txt
+  ptqkit diagnose ./model --sensitivity --by module --kinds softmax --calibration train.txt
 """
 
 
@@ -100,7 +100,7 @@ def add_parser(commands: Any) -> None:
         help=f"any of {', '.join(_KINDS)}",
     )  # fmt: skip
     group.add_argument(
-        "--by", default="kind", choices=("kind", "layer", "each"),
+        "--by", default="kind", choices=("kind", "layer", "module"),
         help="one kind in all layers (default), all kinds in one block, or one kind of one module",
     )  # fmt: skip
     group.add_argument("--text", metavar="FILE", help="also measure the perplexity on a text")

@@ -34,7 +34,14 @@ def add_parser(commands: Any) -> None:
 
 
 _PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction")
-_OF_GPTQ = ("order", "static_groups", "sweeps", "damping", "max_damping", "error_propagation")
+_OF_GPTQ = (
+    "order",
+    "static_groups",
+    "refine_passes",
+    "damping",
+    "max_damping",
+    "error_propagation",
+)
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:

@@ -111,13 +111,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recipe", choices=(*GPTQ_RECIPES, *RTN_RECIPES), metavar="NAME", help="one of those above"
     )
-    group.add_argument("--order", choices=("natural", "act", "group"), help="order of the columns")
+    group.add_argument(
+        "--order", choices=("natural", "act", "group-act"), help="order of the columns"
+    )
     group.add_argument(
         "--static-groups", action=argparse.BooleanOptionalAction,
         help="with order 'act': grids fixed beforehand on consecutive inputs; without, g_idx",
     )  # fmt: skip
     group.add_argument("--grid", choices=("minmax", "mse", "hessian"), help="how ranges are chosen")
-    group.add_argument("--sweeps", type=int, metavar="N", help="coordinate-descent passes")
+    group.add_argument("--refine-passes", type=int, metavar="N", help="coordinate-descent passes")
     group.add_argument(
         "--damping", type=float, metavar="X", help="share of the mean diagonal (0.01)"
     )
@@ -194,7 +196,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=0, metavar="N", help="of the solver (0: auto)"
     )
     group.add_argument(
-        "--on-error", choices=("raise", "keep"), default="raise",
+        "--on-error", choices=("raise", "leave_float"), default="raise",
         help="keep: leave a layer that fails in float, and mark it in the report",
     )  # fmt: skip
 

@@ -116,7 +116,7 @@ def calibration_of(
         "samples": args.samples,
         "sequence_length": args.sequence_length,
         "batch_size": args.batch_size,
-        "limit": max_positions(model),
+        "max_length": max_positions(model),
     }
     source: Any
     if args.calibration is not None:
@@ -126,7 +126,7 @@ def calibration_of(
 
         source = [demo_text("calibration")]
     else:
-        source, text = _split(text, tokenizer, tokenize, args, options["limit"])
+        source, text = _split(text, tokenizer, tokenize, args, options["max_length"])
     return prepare_calibration(source, tokenizer, **options), text
 
 
@@ -240,10 +240,10 @@ def _demo_windows(tokenizer: Any, window: int, max_tokens: int | None) -> Any:
 
 
 def _save(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any) -> str:
-    from ptqkit.hf import SoftmaxStudy, save_softmax
+    from ptqkit.hf import SoftmaxCalibration, save_softmax
     from ptqkit.hf.softmax.table import VARIANTS
 
-    study = SoftmaxStudy(model, data, bits=args.bits[0], range=args.range)
+    study = SoftmaxCalibration(model, data, bits=args.bits[0], range=args.range)
     # What the table measured, without the guard of quantize_softmax.
     quantizers = study.quantizers(*VARIANTS[args.correction[0]])
     return str(save_softmax(model, quantizers, args.out, tokenizer=tokenizer))

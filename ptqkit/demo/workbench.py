@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptqkit.demo import MODEL_DIR, text
-from ptqkit.hf import make_outliers, perplexity, prepare_calibration, quantize
+from ptqkit.hf import inject_outliers, perplexity, prepare_calibration, quantize
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.nn import remove_quantizers
 
@@ -63,7 +63,7 @@ class Workbench:
         Of the solver; 0 is its own policy.
     outliers : mapping, optional
         Make the model hard on purpose, the same in float: options of
-        :func:`ptqkit.hf.make_outliers`, such as ``{"factor": 30}``.
+        :func:`ptqkit.hf.inject_outliers`, such as ``{"factor": 30}``.
 
     Examples
     --------
@@ -84,7 +84,7 @@ class Workbench:
         self._test = self._spread(text("test"), test_windows)
         self.calibrate(calibration_windows)
         if outliers is not None:
-            make_outliers(self.model, self._calibration, **outliers)
+            inject_outliers(self.model, self._calibration, **outliers)
         self._state = {name: t.clone() for name, t in self.model.state_dict().items()}
         first = self._evaluate()
         self.settings = {

@@ -12,7 +12,7 @@ from ptqkit.diffusion.attention import (
 from ptqkit.diffusion.calibration import CalibrationLatents, draw_calibration, run_calibration
 from ptqkit.diffusion.clock import StepClock
 from ptqkit.diffusion.sampling import ClassConditionalUNet, load_unet, sample, starting_noise
-from ptqkit.diffusion.softmax import SoftmaxStudy, UNetSoftmaxQuantization, quantize_softmax
+from ptqkit.diffusion.softmax import SoftmaxCalibration, UNetSoftmaxQuantization, quantize_softmax
 from ptqkit.diffusion.state import load_softmax, save_softmax
 from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
 from ptqkit.diffusion.weights import quantize_weights
@@ -20,7 +20,7 @@ from ptqkit.diffusion.weights import quantize_weights
 __all__ = [
     "CalibrationLatents",
     "ClassConditionalUNet",
-    "SoftmaxStudy",
+    "SoftmaxCalibration",
     "StepClock",
     "StepSoftmaxQuantizer",
     "UNetSoftmaxQuantization",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ptqkit.arrays.softmax import quantized_softmax
+from ptqkit.arrays.softmax import softmax_on_grid
 from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
 from ptqkit.nn.attention_quantizer import AttentionQuantizer
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
@@ -15,7 +15,7 @@ __all__ = ["SoftmaxHook"]
 class SoftmaxHook(AttentionQuantizer):
     """Quantizes the softmax output of one attention module.
 
-    Scores in float32 on the CPU go through :func:`ptqkit.quantized_softmax`, which never writes
+    Scores in float32 on the CPU go through :func:`ptqkit.softmax_on_grid`, which never writes
     the float probabilities; all others through PyTorch's softmax and the quantizer. The two agree
     but for probabilities within about 1e-6 of themselves from a tie.
 
@@ -39,7 +39,7 @@ class SoftmaxHook(AttentionQuantizer):
         if quantizer.correction == "row_length":
             return None
         scores = scores.contiguous()
-        quantized_softmax(
+        softmax_on_grid(
             scores.numpy(),
             quantizer.grid,
             correction=quantizer.correction,

@@ -41,7 +41,7 @@ from ptqkit.nn.softmax.report import SoftmaxLayerReport, SoftmaxReport
 __all__ = [
     "CORRECTIONS",
     "GRANULARITIES",
-    "SoftmaxStudy",
+    "SoftmaxCalibration",
     "UNetSoftmaxQuantization",
     "quantize_softmax",
 ]
@@ -87,7 +87,7 @@ class SoftmaxStatistics(AttentionHook):
         return StepSoftmaxQuantizer(self.grid, values, self.clock)
 
 
-class SoftmaxStudy:
+class SoftmaxCalibration:
     """What one pass over calibration latents tells about the softmax of a UNet.
 
     Any number of corrections can be made from it, at one bit width.
@@ -265,7 +265,7 @@ def quantize_softmax(
     Parameters
     ----------
     unet, calibration, bits, range, layers
-        See :class:`SoftmaxStudy`.
+        See :class:`SoftmaxCalibration`.
     correction : {"bias", "row_sum", None}
         "bias" is the paper's; "row_sum" needs one sum per row at run time and no calibration.
     granularity : {"head", "tensor", "step", "step_head"}
@@ -273,7 +273,7 @@ def quantize_softmax(
         nearest one counts.
     diagnostics : bool
         Three more passes for signal-to-noise ratios of layers and UNet; corrections that lower
-        them are left out, see :meth:`SoftmaxStudy.compare`.
+        them are left out, see :meth:`SoftmaxCalibration.compare`.
 
     Raises
     ------
@@ -288,7 +288,7 @@ def quantize_softmax(
     """
     check_choice(correction, "correction", CORRECTIONS)
     check_choice(granularity, "granularity", GRANULARITIES)
-    study = SoftmaxStudy(unet, calibration, bits=bits, range=range, layers=layers)
+    study = SoftmaxCalibration(unet, calibration, bits=bits, range=range, layers=layers)
     quantizers = study.quantizers(correction, granularity)
     report = study.compare(quantizers) if diagnostics else None
     result = UNetSoftmaxQuantization(unet, quantizers, study.clock, report)

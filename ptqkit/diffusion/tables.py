@@ -22,7 +22,7 @@ from ptqkit.diffusion.attention import attention_hooks, find_attention
 from ptqkit.diffusion.calibration import CalibrationLatents, draw_calibration, run_calibration
 from ptqkit.diffusion.checks import check_positive
 from ptqkit.diffusion.sampling import ClassConditionalUNet, sample
-from ptqkit.diffusion.softmax import SoftmaxStudy, refuse_installed
+from ptqkit.diffusion.softmax import SoftmaxCalibration, refuse_installed
 from ptqkit.diffusion.weights import quantize_weights
 from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer, AttentionRanges
 
@@ -121,11 +121,13 @@ class Experiment:
         quantize_weights(unet, 8)
         return unet
 
-    def study(self, bits: int = 8, unet: nn.Module | None = None, **options: Any) -> SoftmaxStudy:
+    def study(
+        self, bits: int = 8, unet: nn.Module | None = None, **options: Any
+    ) -> SoftmaxCalibration:
         """Bias of the softmax outputs on the calibration latents."""
         self.progress(f"softmax bias, {bits} bits")
         target = self.model.unet if unet is None else unet
-        return SoftmaxStudy(target, self.calibration, bits=bits, **options)
+        return SoftmaxCalibration(target, self.calibration, bits=bits, **options)
 
     def final(self, unet: nn.Module | None = None, hooks: Any = None, clock: Any = None) -> float:
         """SQNR of final samples of a UNet, with hooks on its attention, in dB."""
@@ -135,7 +137,7 @@ class Experiment:
             return float(sqnr(reference, self.run(target), per="sample"))
 
 
-def variant_hooks(study: SoftmaxStudy, variant: str) -> dict[str, Any]:
+def variant_hooks(study: SoftmaxCalibration, variant: str) -> dict[str, Any]:
     """Hooks that quantize the softmax, with the correction of that name."""
     return study.hooks(study.quantizers(*VARIANTS[variant]))
 
@@ -170,7 +172,7 @@ def sensitivity_table(experiment: Experiment, bits: Sequence[int] = (8,)) -> lis
 def granularity_table(
     experiment: Experiment, bits: Sequence[int] = (8,), ranges: Sequence[str] = ("fixed",)
 ) -> list[dict[str, Any]]:
-    """Table 2: corrections of a quantized softmax, on grids of these ranges (SoftmaxStudy).
+    """Table 2: corrections of a quantized softmax, on grids of these ranges (SoftmaxCalibration).
 
     Besides the final samples, the output of the UNet on the calibration latents and on held-out
     ones ("calibration_db", "held_out_db").
@@ -239,12 +241,12 @@ def row_sum_figure(experiment: Experiment, bits: int = 8) -> dict[str, Any]:
                 "layer": name,
                 "cross": study.modules[name].cross,
                 "keys": statistics.longest,
-                "share_zero": float(statistics.bias.share_zero),
-                "row_sum": float(statistics.bias.row_sum),
+                "zero_fraction": float(statistics.bias.zero_fraction),
+                "mean_row_sum": float(statistics.bias.mean_row_sum),
                 "sqnr_db": float(sqnr(study.outputs.numpy(), seen, per="sample")),
             }
         )
-    sums = np.array([p["row_sum"] for p in points])
+    sums = np.array([p["mean_row_sum"] for p in points])
     ratios = np.array([p["sqnr_db"] for p in points])
     return {
         "points": points,

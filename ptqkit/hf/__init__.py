@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import lazy_loader
 
-from ptqkit.hf.checkpoint.plugin import register
+from ptqkit.hf.checkpoint.plugin import register_format
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 del lazy_loader
 
-register()
+register_format()

@@ -1,6 +1,6 @@
-from .checkpoint.plugin import register as register
+from .checkpoint.plugin import register_format as register_format
 from .checkpoint.reader import load as load
-from .checkpoint.reader import read_layers as read_layers
+from .checkpoint.reader import read_matrices as read_matrices
 from .checkpoint.save import CheckpointInfo as CheckpointInfo
 from .checkpoint.save import save_checkpoint as save_checkpoint
 from .data.calibration import CalibrationSet as CalibrationSet
@@ -10,7 +10,7 @@ from .diagnostics.sensitivity import sensitivity as sensitivity
 from .equalization.driver import EqualizationReport as EqualizationReport
 from .equalization.driver import equalize as equalize
 from .equalization.find import find_folds as find_folds
-from .equalization.outliers import make_outliers as make_outliers
+from .equalization.outliers import inject_outliers as inject_outliers
 from .evaluation.perplexity import PerplexityResult as PerplexityResult
 from .evaluation.perplexity import perplexity as perplexity
 from .progress import ProgressEvent as ProgressEvent
@@ -19,8 +19,8 @@ from .quantization.driver import QuantizationResult as QuantizationResult
 from .quantization.driver import quantize as quantize
 from .quantization.report import LayerReport as LayerReport
 from .quantization.report import Report as Report
+from .softmax.driver import SoftmaxCalibration as SoftmaxCalibration
 from .softmax.driver import SoftmaxQuantization as SoftmaxQuantization
-from .softmax.driver import SoftmaxStudy as SoftmaxStudy
 from .softmax.driver import load_softmax as load_softmax
 from .softmax.driver import quantize_softmax as quantize_softmax
 from .softmax.driver import save_softmax as save_softmax

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ptqkit.nn.activation_grids import dynamic_grid, fake_quantize, limits, static_grid
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = [
     "ActivationQuantizer",
@@ -26,7 +26,7 @@ __all__ = [
 @torch.no_grad()
 def quantize_input(
     x: torch.Tensor,
-    spec: Activations,
+    spec: ActivationQuantization,
     scale: torch.Tensor | None = None,
     zero_point: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -79,8 +79,10 @@ class ActivationQuantizer:
         If scale or zero_point do not fit the spec.
     """
 
-    def __init__(self, spec: Activations, scale: Any = None, zero_point: Any = None) -> None:
-        if not isinstance(spec, Activations):
+    def __init__(
+        self, spec: ActivationQuantization, scale: Any = None, zero_point: Any = None
+    ) -> None:
+        if not isinstance(spec, ActivationQuantization):
             raise TypeError(f"spec must be Activations, not {type(spec).__name__}")
         self.spec = spec
         self.saw_2d: bool | None = None
@@ -98,7 +100,7 @@ class ActivationQuantizer:
 
     @classmethod
     def calibrate(
-        cls, spec: Activations, ranges: Any = None, dtype: torch.dtype = torch.float32
+        cls, spec: ActivationQuantization, ranges: Any = None, dtype: torch.dtype = torch.float32
     ) -> ActivationQuantizer:
         """Return the quantizer for inputs with these ranges.
 
@@ -166,7 +168,7 @@ def _one_scale(value: Any) -> torch.Tensor:
     return scale.reshape(1).clone()
 
 
-def _one_zero_point(value: Any, spec: Activations) -> int:
+def _one_zero_point(value: Any, spec: ActivationQuantization) -> int:
     if value is None:
         return 0
     number = float(value)

@@ -19,7 +19,7 @@ from ptqkit.nn.activation_grids import static_grid
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.attention import AttentionHook, attention_hooks, find_attention
 from ptqkit.nn.forward import calibration_mode, forward
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["ATTENTION_KINDS", "AttentionQuantizer", "AttentionRanges", "measure_ranges"]
 
@@ -164,7 +164,7 @@ class AttentionRanges(AttentionHook):
         if low > high:
             raise CalibrationError(f"no calibration token reached the {kind}")
         scale, zero = static_grid(low, high, bits=bits, symmetric=False, dtype=dtype)
-        spec = Activations(bits, "tensor")
+        spec = ActivationQuantization(bits, "tensor")
         return ActivationQuantizer(spec, torch.tensor([scale], dtype=dtype), zero)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ptqkit.hf.checkpoint.formats import TRITS_PER_BYTE, native_row_bytes
 from ptqkit.nn.activations import ActivationQuantizer, quantize_input
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["QLinear", "unpack_codes"]
 
@@ -78,7 +78,7 @@ class QLinear(nn.Module):
     scale_dtype : {"float32", "float16", "bfloat16"}
     per_tensor : bool
         All scales are one.
-    activations : Activations or None
+    activations : ActivationQuantization or None
         Quantize every input so before it is used.
 
     Attributes
@@ -111,7 +111,7 @@ class QLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         scale_dtype: str = "float32",
         per_tensor: bool = False,
-        activations: Activations | None = None,
+        activations: ActivationQuantization | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features

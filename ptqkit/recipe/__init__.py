@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ptqkit.recipe.options import Activations, Equalization
+from ptqkit.recipe.options import ActivationQuantization, Equalization
 from ptqkit.recipe.parts import AWE, GPTQ, PARTS, RTN, BiasCorrection, SmoothQuant, combine
 from ptqkit.recipe.presets import PRESETS
 from ptqkit.recipe.recipe import Recipe, match_pattern
@@ -16,7 +16,7 @@ __all__ = [
     "PARTS",
     "PRESETS",
     "RTN",
-    "Activations",
+    "ActivationQuantization",
     "BiasCorrection",
     "Equalization",
     "Recipe",

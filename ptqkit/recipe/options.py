@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["GRANULARITIES", "Activations", "Equalization", "check_int", "check_names"]
+__all__ = ["GRANULARITIES", "ActivationQuantization", "Equalization", "check_int", "check_names"]
 
 
 GRANULARITIES = ("token", "tensor")
 
 
 @dataclass(frozen=True)
-class Activations:
+class ActivationQuantization:
     """How the inputs of linear layers are quantized.
 
     Parameters
@@ -83,7 +83,7 @@ class Activations:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Activations:
+    def from_dict(cls, values: Mapping[str, Any]) -> ActivationQuantization:
         """Inverse of :meth:`to_dict`; missing options have their defaults."""
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known), key=str)
@@ -92,13 +92,15 @@ class Activations:
         return cls(**values)
 
     @classmethod
-    def parse(cls, value: Activations | Mapping[str, Any]) -> Activations:
-        """Accept an Activations or the mapping that :meth:`to_dict` gives."""
-        if isinstance(value, Activations):
+    def parse(cls, value: ActivationQuantization | Mapping[str, Any]) -> ActivationQuantization:
+        """Accept an ActivationQuantization or the mapping that :meth:`to_dict` gives."""
+        if isinstance(value, ActivationQuantization):
             return value
         if isinstance(value, Mapping):
             return cls.from_dict(value)
-        raise TypeError(f"activations must be Activations or a mapping, not {type(value).__name__}")
+        raise TypeError(
+            f"activations must be ActivationQuantization or a mapping, not {type(value).__name__}"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Recipes put together from parts: ``[AWE(), GPTQ(bits=4), Activations(8, "tensor")]``."""
+"""Recipes put together from parts: ``[AWE(), GPTQ(bits=4), ActivationQuantization(8, "tensor")]``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptqkit.recipe.options import Activations, Equalization, check_names
+from ptqkit.recipe.options import ActivationQuantization, Equalization, check_names
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["AWE", "GPTQ", "PARTS", "RTN", "BiasCorrection", "SmoothQuant", "combine"]
@@ -119,7 +119,7 @@ PARTS: dict[str, type] = {
     "SmoothQuant": SmoothQuant,
     "GPTQ": GPTQ,
     "RTN": RTN,
-    "Activations": Activations,
+    "ActivationQuantization": ActivationQuantization,
     "BiasCorrection": BiasCorrection,
 }
 
@@ -131,7 +131,7 @@ def combine(parts: Sequence[Any]) -> Recipe:
     ----------
     parts : sequence
         At most one equalization (:class:`AWE`, :class:`SmoothQuant`), then exactly one solver
-        (:class:`GPTQ`, :class:`RTN`), and at most one each of :class:`Activations` and
+        (:class:`GPTQ`, :class:`RTN`), and at most one each of :class:`ActivationQuantization` and
         :class:`BiasCorrection`. In files: the part's name, or ``{"part": name, option: value}``.
 
     Raises
@@ -146,7 +146,7 @@ def combine(parts: Sequence[Any]) -> Recipe:
     for part in made:
         if isinstance(part, (AWE, SmoothQuant)):
             changes["equalization"] = part.equalization()
-        elif isinstance(part, Activations):
+        elif isinstance(part, ActivationQuantization):
             changes["activations"] = part
         elif isinstance(part, BiasCorrection):
             changes["bias_correction"] = True
@@ -180,7 +180,7 @@ def _check_order(parts: Sequence[Any]) -> None:
         "equalization (AWE or SmoothQuant)": [
             p for p in parts if isinstance(p, (AWE, SmoothQuant))
         ],
-        "Activations": [p for p in parts if isinstance(p, Activations)],
+        "ActivationQuantization": [p for p in parts if isinstance(p, ActivationQuantization)],
         "BiasCorrection": [p for p in parts if isinstance(p, BiasCorrection)],
     }
     for what, found in kinds.items():

@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["PRESETS"]
 
 
-_REFERENCE = {"order": "natural", "static_groups": False, "grid": "minmax", "sweeps": 0}
+_REFERENCE = {"order": "natural", "static_groups": False, "grid": "minmax", "refine_passes": 0}
 
 
 _RTN = {"method": "rtn", **_REFERENCE}

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ptqkit.arrays.matrix import parse_bits
-from ptqkit.recipe.options import Activations, Equalization, check_int, check_names
+from ptqkit.recipe.options import ActivationQuantization, Equalization, check_int, check_names
 from ptqkit.recipe.presets import PRESETS
 
 __all__ = ["Recipe", "check_combination", "check_overrides", "check_propagation", "match_pattern"]
 
 _CHOICES = {
     "method": ("gptq", "rtn"),
-    "order": ("natural", "act", "group"),
+    "order": ("natural", "act", "group-act"),
     "grid": ("minmax", "mse", "hessian"),
     "scale_dtype": (None, "float32", "float16", "bfloat16"),
 }
@@ -40,12 +40,12 @@ class Recipe:
     group_size : int or None
         Inputs that share a scale; None for one scale per output channel.
     symmetric : bool
-    order : {"natural", "act", "group"}
+    order : {"natural", "act", "group-act"}
         Quantization order: as stored, by decreasing diagonal of H, or group-aware.
     static_groups : bool
         With ``order="act"`` and groups: grids fixed beforehand on runs of consecutive inputs.
     grid : {"minmax", "mse", "hessian"}
-    sweeps : int
+    refine_passes : int
         Coordinate-descent passes after the solve.
     damping, max_damping : float
         Fraction of the mean diagonal added to H; how far it may be raised.
@@ -63,7 +63,7 @@ class Recipe:
         errors of the layers before it. Of the whole run: an override cannot change it.
     per_tensor : bool
         One scale for the whole weight matrix (``method="rtn"``, ``group_size=None``).
-    activations : Activations or None
+    activations : ActivationQuantization or None
         Also quantize the layer's inputs (simulated: exact grids in float); None leaves them.
     equalization : Equalization or None
         Equalize the float model first. Of the whole run.
@@ -92,10 +92,10 @@ class Recipe:
     bits: int | str = 4
     group_size: int | None = 128
     symmetric: bool = False
-    order: str = "group"
+    order: str = "group-act"
     static_groups: bool = False
     grid: str = "hessian"
-    sweeps: int = 1
+    refine_passes: int = 1
     damping: float = 0.01
     max_damping: float = 1.0
     feedback: bool = True
@@ -104,7 +104,7 @@ class Recipe:
     block_size: int = 128
     error_propagation: float = 0.0
     per_tensor: bool = False
-    activations: Activations | None = None
+    activations: ActivationQuantization | None = None
     equalization: Equalization | None = None
     bias_correction: bool = False
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class Recipe:
         parse_bits(self.bits)
         if self.group_size is not None:
             check_int("group_size", self.group_size, 1, hint="; None means per channel")
-        check_int("sweeps", self.sweeps, 0)
+        check_int("refine_passes", self.refine_passes, 0)
         check_int("block_size", self.block_size, 1)
         check_int("min_zero_point", self.min_zero_point, 0, 1)
         for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):
@@ -133,7 +133,7 @@ class Recipe:
             )
         check_propagation(self.error_propagation, self.method)
         if self.activations is not None:
-            object.__setattr__(self, "activations", Activations.parse(self.activations))
+            object.__setattr__(self, "activations", ActivationQuantization.parse(self.activations))
         object.__setattr__(self, "equalization", Equalization.parse(self.equalization))
         check_combination(self)
         if isinstance(self.include, str):
@@ -186,7 +186,9 @@ class Recipe:
 
 def _plain(change: Mapping[str, Any]) -> dict[str, Any]:
     """An override as values that ``json.dumps`` accepts."""
-    return {k: v.to_dict() if isinstance(v, Activations) else v for k, v in change.items()}
+    return {
+        k: v.to_dict() if isinstance(v, ActivationQuantization) else v for k, v in change.items()
+    }
 
 
 def check_propagation(alpha: Any, method: str) -> None:

@@ -20,7 +20,7 @@ from ptqkit.reference.equalization import (
     equalization_scales,
     fake_quantize,
     static_range,
-    weight_extent,
+    weight_span,
 )
 from ptqkit.reference.grids import (
     dequantize,
@@ -35,11 +35,11 @@ from ptqkit.reference.packing import pack_rows, unpack_rows
 from ptqkit.reference.softmax import (
     allowed_keys,
     length_class,
-    quantized_softmax,
     softmax,
     softmax_bias,
     softmax_codes,
     softmax_grid,
+    softmax_on_grid,
     softmax_statistics,
 )
 from ptqkit.reference.solvers import (
@@ -85,7 +85,6 @@ __all__ = [
     "quantization_targets",
     "quantize",
     "quantize_activations",
-    "quantized_softmax",
     "round_to_dtype",
     "rtn",
     "shrink_factors",
@@ -94,11 +93,12 @@ __all__ = [
     "softmax_bias",
     "softmax_codes",
     "softmax_grid",
+    "softmax_on_grid",
     "softmax_statistics",
     "sqnr",
     "static_range",
     "sweep",
     "unpack_rows",
     "upper_factor",
-    "weight_extent",
+    "weight_span",
 ]

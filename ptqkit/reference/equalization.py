@@ -11,7 +11,7 @@ __all__ = [
     "equalization_scales",
     "fake_quantize",
     "static_range",
-    "weight_extent",
+    "weight_span",
 ]
 
 SCALE_LIMITS = (2.0**-20, 2.0**20)  # of an equalization scale
@@ -25,20 +25,20 @@ def channel_ranges(X, mask=None):
     return X.min(axis=0), X.max(axis=0), X.mean(axis=0)
 
 
-def weight_extent(weights):
+def weight_span(weights):
     """max - min of every column of the layers (out, in) that one tensor feeds, together."""
     W = np.concatenate([np.asarray(w, np.float64) for w in weights])
     return W.max(axis=0) - W.min(axis=0)
 
 
-def equalization_scales(activation_extent, weight_extent, alpha=0.5, channel_of=None):
+def equalization_scales(activation_extent, weight_span, alpha=0.5, channel_of=None):
     """s = rx^alpha / rw^(1 - alpha), float64; alpha = 1/2 is eq. 10, s = sqrt(rx / rw).
 
     Tied channels count with the largest of their extents. A channel with either extent 0 keeps
     s = 1; the rest lies in ``SCALE_LIMITS``.
     """
     rx = np.asarray(activation_extent, np.float64)
-    rw = np.asarray(weight_extent, np.float64)
+    rw = np.asarray(weight_span, np.float64)
     if channel_of is not None:
         _, group = np.unique(channel_of, return_inverse=True)
         rx = np.array([rx[group == g].max() for g in group])

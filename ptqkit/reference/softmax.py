@@ -7,11 +7,11 @@ import numpy as np
 __all__ = [
     "allowed_keys",
     "length_class",
-    "quantized_softmax",
     "softmax",
     "softmax_bias",
     "softmax_codes",
     "softmax_grid",
+    "softmax_on_grid",
     "softmax_statistics",
 ]
 
@@ -57,7 +57,7 @@ def softmax_codes(P, scale, zero, max_code):
     return np.clip(np.rint(P * inverse) + zero, 0, max_code).astype(np.int64)
 
 
-def quantized_softmax(
+def softmax_on_grid(
     scores, scale, zero, max_code, *, correction=None, bias=0.0, allowed=None, causal=False
 ):
     """Softmax, rounded to the grid and corrected on the allowed keys, in float64.

@@ -55,7 +55,7 @@ def rtn(W, *, max_code, group_size=None, per_tensor=False, H=None, **grid):
 def make_order(diagonal: np.ndarray, order: str, group_size: int | None) -> np.ndarray:
     """Quantization order: entry i is the original column that is quantized i-th.
 
-    "natural"; "act": decreasing H_jj; "group": groups by decreasing sum of H_jj, the columns of a
+    "natural"; "act": decreasing H_jj; "group-act": groups by decreasing sum of H_jj, the columns of a
     group by decreasing H_jj (groups stay whole). Ties keep their original order.
     """
     n = len(diagonal)
@@ -81,7 +81,7 @@ def gptq(
     static_groups=False,
     damping=0.01,
     feedback=True,
-    sweeps=0,
+    refine_passes=0,
     **grid,
 ):
     """GPTQ as published, Algorithm 1 of [GPTQ] with a lazy block of one column.
@@ -92,7 +92,7 @@ def gptq(
 
     Returns
     -------
-    dict with codes, scales, zeros, g_idx, order, dead, history (sweeps + 1, rows)
+    dict with codes, scales, zeros, g_idx, order, dead, history (refine_passes + 1, rows)
     """
     H = np.asarray(H, np.float64)
     damped, dead = dampen(H, damping)
@@ -123,7 +123,7 @@ def gptq(
     out, g_idx = np.empty_like(codes), np.empty(n, np.int32)
     out[:, perm], g_idx[perm] = codes, group
     history = [objective(W0 - dequantize(out, scales[:, g_idx], zeros[:, g_idx]), H)]
-    for _ in range(sweeps):
+    for _ in range(refine_passes):
         out = sweep(W0, out, scales, zeros, g_idx, H, perm, max_code)
         history.append(objective(W0 - dequantize(out, scales[:, g_idx], zeros[:, g_idx]), H))
     return {

@@ -81,13 +81,13 @@ class Bench:
     def _make_hard(self, channels: int, factor: float, seed: int) -> None:
         import torch
 
-        from ptqkit.hf import make_outliers
+        from ptqkit.hf import inject_outliers
 
         # Tokens of its own: which channels are scaled depends on the seed, not on the text.
         generator = torch.Generator().manual_seed(seed)
         vocabulary = self.model.get_input_embeddings().num_embeddings
         ids = torch.randint(vocabulary, _PROBE, generator=generator).to(self.model.device)
-        make_outliers(self.model, {"input_ids": ids}, channels=channels, factor=factor, seed=seed)
+        inject_outliers(self.model, {"input_ids": ids}, channels=channels, factor=factor, seed=seed)
 
     def as_it_is(self) -> Quantized:
         """The float model."""
@@ -146,7 +146,7 @@ class Bench:
                 batch_size=plan.batch_size,
                 seed=plan.seed,
                 start_token=plan.start_token,
-                limit=max_positions(self.model),
+                max_length=max_positions(self.model),
             ).batches
         return self._batches
 

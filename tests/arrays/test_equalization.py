@@ -36,16 +36,16 @@ def test_weight_extent(dtype):
     torch = pytest.importorskip("torch")
     weights, _, _ = _problem(rows=(30, 7, 1))
     cast = [torch.from_numpy(w).to(getattr(torch, dtype)) for w in weights]
-    want = reference.weight_extent([w.double().numpy() for w in cast])
-    got = ptqkit.weight_extent(cast)
+    want = reference.weight_span([w.double().numpy() for w in cast])
+    got = ptqkit.weight_span(cast)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, want.astype(np.float32))
     pooled = torch.cat(cast)
-    np.testing.assert_array_equal(got, ptqkit.weight_extent(pooled))
+    np.testing.assert_array_equal(got, ptqkit.weight_span(pooled))
     np.testing.assert_array_equal(got, (pooled.amax(0) - pooled.amin(0).double()).float().numpy())
-    np.testing.assert_array_equal(ptqkit.weight_extent(np.full((3, 2), 3e38)), 0)
+    np.testing.assert_array_equal(ptqkit.weight_span(np.full((3, 2), 3e38)), 0)
     huge = np.array([[3e38], [-3e38]], np.float32)
-    assert np.isfinite(ptqkit.weight_extent(huge)).all()
+    assert np.isfinite(ptqkit.weight_span(huge)).all()
 
 
 @pytest.mark.parametrize("alpha", [0, 0.05, 0.3, 0.5, 0.85, 1])
@@ -137,9 +137,9 @@ def test_scales_of_real_ranges_are_finite_and_sensible(model):
 GOOD = np.ones(3)
 BAD_EXTENTS = [
     ((-GOOD, GOOD), ValueError, "activation_extent must be finite and not negative"),
-    ((GOOD, GOOD * np.nan), ValueError, "weight_extent must be finite"),
+    ((GOOD, GOOD * np.nan), ValueError, "weight_span must be finite"),
     ((GOOD * np.inf, GOOD), ValueError, "activation_extent must be finite"),
-    ((GOOD, GOOD[:2]), ValueError, "3 channels, but weight_extent has 2"),
+    ((GOOD, GOOD[:2]), ValueError, "3 channels, but weight_span has 2"),
     ((GOOD[None], GOOD), ValueError, r"shape \(in,\)"),
     ((GOOD[:0], GOOD[:0]), ValueError, r"shape \(in,\)"),
     ((np.ones(3, int), GOOD), TypeError, "floating point"),
@@ -175,7 +175,7 @@ def test_bad_weights():
         ([W] * 65, ValueError, "64"),
     ]:
         with pytest.raises(error, match=text):
-            ptqkit.weight_extent(weights)
+            ptqkit.weight_span(weights)
 
 
 # ---- the search ---------------------------------------------------------------------------------
@@ -227,13 +227,13 @@ def _check_search(weights, X, ranges, channel_of=None, **options):
         weights, X, ranges, alphas=alphas, channel_of=channel_of, **options
     )
     np.testing.assert_array_equal(found.alphas, [np.nan, 0.5, 0, 0.25, 0.8, 1])
-    rw = ptqkit.weight_extent(weights)
+    rw = ptqkit.weight_span(weights)
     # what the rounding of the float32 products alone may leave
     floor = sum(float(np.square(4 * EPS * np.abs(X) @ np.abs(w.T)).sum()) for w in weights)
     for alpha, error in zip(found.alphas, found.errors, strict=True):
         s = np.ones(len(rw), np.float32)
         if not np.isnan(alpha):
-            s = ptqkit.equalization_scales(ranges.extent, rw, alpha, channel_of=channel_of)
+            s = ptqkit.equalization_scales(ranges.span, rw, alpha, channel_of=channel_of)
         want = _twin(weights, X, ranges, s, **options)
         assert error == pytest.approx(want, rel=RTOL, abs=floor), alpha
         if alpha == found.alpha or (np.isnan(alpha) and np.isnan(found.alpha)):

@@ -61,7 +61,7 @@ def test_brute_force_is_a_lower_bound(n):
     solved = {
         "rtn": ptqkit.rtn(W, H=H, **static),
         "gptq": ptqkit.gptq(W, H, **static),
-        "swept": ptqkit.gptq(W, H, sweeps=5, **static),
+        "swept": ptqkit.gptq(W, H, refine_passes=5, **static),
         "obq": ptqkit.obq(W, H, **static),
     }
     grids = solved["rtn"]

@@ -14,7 +14,7 @@ GROUPS = st.sampled_from([1, 2, 4, 7, 8, 16])
 
 
 @st.composite
-def layers(draw, orders=("natural", "act", "group")):
+def layers(draw, orders=("natural", "act", "group-act")):
     """W, X and options of a random small layer."""
     size, groups = draw(GROUPS), draw(st.integers(1, 6))
     n, rows = size * groups, draw(st.integers(1, 60))
@@ -28,7 +28,7 @@ def layers(draw, orders=("natural", "act", "group")):
         "order": draw(st.sampled_from(orders)),
         "static_groups": draw(st.booleans()),
         "grid": draw(st.sampled_from(["minmax", "mse", "hessian"])),
-        "sweeps": draw(st.integers(0, 2)),
+        "refine_passes": draw(st.integers(0, 2)),
         "scale_dtype": draw(st.sampled_from(["float32", "float16", "bfloat16"])),
     }
     return W, X.astype(np.float32), options
@@ -44,7 +44,7 @@ def _hessian(X):
 @given(layers(orders=("natural",)))
 def test_independent_inputs_give_rtn(case):
     W, _, options = case
-    for name in ("order", "static_groups", "sweeps"):
+    for name in ("order", "static_groups", "refine_passes"):
         del options[name]
     H = np.eye(W.shape[1], dtype=np.float32)
     q = ptqkit.gptq(W, H, order="act", static_groups=True, **options)
@@ -68,7 +68,7 @@ def test_scaling_h_by_a_power_of_four_changes_nothing(case, power):
 @given(layers(), st.sampled_from([2.0, 0.5, 3.0, 1e-6]))
 def test_scaling_h_changes_codes_at_ties_only(case, factor):
     W, X, options = case
-    options |= {"sweeps": 0}
+    options |= {"refine_passes": 0}
     H = _hessian(X)
     scaled = (H * np.float32(factor)).astype(np.float32)
     F = ptqkit.factorize(H, order=options["order"], group_size=options["group_size"])

@@ -33,7 +33,7 @@ def _check(ranges, X):
     np.testing.assert_array_equal(ranges.minimum, low)
     np.testing.assert_array_equal(ranges.maximum, high)
     np.testing.assert_array_equal(ranges.absmax, np.abs(X).max(axis=0))
-    np.testing.assert_array_equal(ranges.extent, (high - low).astype(np.float32))
+    np.testing.assert_array_equal(ranges.span, (high - low).astype(np.float32))
     assert np.all(np.abs(ranges.mean - mean) <= 7 * EPS / 2 * np.abs(X).mean(axis=0))
     assert ranges.tokens == len(X)
     types = [getattr(ranges, name).dtype for name in ("minimum", "maximum", "absmax", "extent")]
@@ -168,7 +168,7 @@ def test_the_largest_values_are_finite():
         low, high, mean = reference.channel_ranges(X)
         np.testing.assert_array_equal((ranges.minimum, ranges.maximum), (low, high))
         np.testing.assert_allclose(ranges.mean, mean, rtol=1e-6)
-        assert np.isfinite(ranges.extent).all()
+        assert np.isfinite(ranges.span).all()
 
 
 def test_float16_subnormals_are_exact():

@@ -21,7 +21,7 @@ def _scores(*shape, spread=3.0, seed=0):
 
 
 def _twin(x, grid, **options):
-    return reference.quantized_softmax(x, grid.scale, grid.zero_point, grid.max_code, **options)
+    return reference.softmax_on_grid(x, grid.scale, grid.zero_point, grid.max_code, **options)
 
 
 def _check_codes(codes, x, grid, seen):
@@ -36,8 +36,8 @@ def _check_codes(codes, x, grid, seen):
 
 def _quantize(x, grid, **options):
     """Values and codes of the core; the two must agree bit for bit."""
-    values = ptqkit.quantized_softmax(x, grid, **options)
-    q = ptqkit.quantized_softmax(x, grid, codes=True, **options)
+    values = ptqkit.softmax_on_grid(x, grid, **options)
+    q = ptqkit.softmax_on_grid(x, grid, codes=True, **options)
     mask = {k: v for k, v in options.items() if k in ("allowed", "causal")}
     np.testing.assert_array_equal(q.dequantize(**mask), values)
     assert values.dtype == np.float32 and values.shape == x.shape
@@ -151,8 +151,8 @@ def test_corrections_and_masks(correction, mask):
 def test_row_sums_are_one(bits):
     x, grid = _scores(1, 4, 64, 700, spread=1.0), ptqkit.softmax_grid(bits)
     for causal in (False, True):
-        plain = ptqkit.quantized_softmax(x, grid, causal=causal).astype(np.float64).sum(axis=-1)
-        y = ptqkit.quantized_softmax(x, grid, correction="row_sum", causal=causal)
+        plain = ptqkit.softmax_on_grid(x, grid, causal=causal).astype(np.float64).sum(axis=-1)
+        y = ptqkit.softmax_on_grid(x, grid, correction="row_sum", causal=causal)
         assert np.abs(plain - 1).max() > 1e-5  # there was something to correct
         assert np.abs(y.astype(np.float64).sum(axis=-1) - 1).max() <= 4 * EPS
 
@@ -164,17 +164,15 @@ def test_minus_infinity_is_not_allowed():
     mask[0, 0, 0] = False
     for correction, bias in ((None, None), ("row_sum", None), ("bias", 0.01)):
         options = {"correction": correction, "bias": bias}
-        added = ptqkit.quantized_softmax(np.where(mask, x, -np.inf), grid, **options)
-        named = ptqkit.quantized_softmax(x, grid, allowed=mask, **options)
+        added = ptqkit.softmax_on_grid(np.where(mask, x, -np.inf), grid, **options)
+        named = ptqkit.softmax_on_grid(x, grid, allowed=mask, **options)
         np.testing.assert_array_equal(added, named)
         assert np.all(added[0, 0, 0] == 0)
         if correction:
             with pytest.raises(ValueError, match=r"scores\[0, 0, 1\] is -Inf at an allowed key"):
-                ptqkit.quantized_softmax(np.where(mask, x, -np.inf), grid, codes=True, **options)
-    codes = ptqkit.quantized_softmax(np.where(mask, x, -np.inf), grid, codes=True)
-    np.testing.assert_array_equal(
-        codes.dequantize(), ptqkit.quantized_softmax(x, grid, allowed=mask)
-    )
+                ptqkit.softmax_on_grid(np.where(mask, x, -np.inf), grid, codes=True, **options)
+    codes = ptqkit.softmax_on_grid(np.where(mask, x, -np.inf), grid, codes=True)
+    np.testing.assert_array_equal(codes.dequantize(), ptqkit.softmax_on_grid(x, grid, allowed=mask))
 
 
 @pytest.mark.parametrize("correction", [None, "bias", "row_sum", "row_length"])
@@ -183,35 +181,35 @@ def test_masked_entries_leak_nothing(correction):
     x, grid, k = _scores(2, 2, 33, 33), ptqkit.softmax_grid(8), 33
     bias = {"bias": [1e-3, 2e-3], "row_length": rng.random(k + 1)}.get(correction)
     options = {"correction": correction, "bias": bias}
-    before = ptqkit.quantized_softmax(x, grid, causal=True, **options)
+    before = ptqkit.softmax_on_grid(x, grid, causal=True, **options)
     for last in (0, 1, 15, 31):
         for junk in (rng.normal(0, 50, x.shape), np.nan, np.inf, -np.inf, 3e38):
             later = np.where(np.arange(k) > last, junk, x).astype(np.float32)
             rows = slice(None, last + 1)
-            after = ptqkit.quantized_softmax(later[:, :, rows], grid, causal=False, allowed=np.tri(
+            after = ptqkit.softmax_on_grid(later[:, :, rows], grid, causal=False, allowed=np.tri(
                 last + 1, k, dtype=bool)[None, None], **options)  # fmt: skip
             assert after.tobytes() == before[:, :, rows].tobytes()
     # padding, and the one row of a cache of keys
     keys = np.arange(k) < 20
     for junk in (0, np.nan, np.inf, 1e30):
         padded = np.where(keys, x, junk).astype(np.float32)
-        a = ptqkit.quantized_softmax(padded, grid, allowed=np.tile(keys, (2, 1)), **options)
+        a = ptqkit.softmax_on_grid(padded, grid, allowed=np.tile(keys, (2, 1)), **options)
         short = {**options}
         if correction == "row_length":
             short["bias"] = bias[:21]
-        b = ptqkit.quantized_softmax(np.ascontiguousarray(x[..., :20]), grid, **short)
+        b = ptqkit.softmax_on_grid(np.ascontiguousarray(x[..., :20]), grid, **short)
         assert a[..., :20].tobytes() == b.tobytes() and not a[..., 20:].any()
     for n in (1, 16, 33):
         row = np.ascontiguousarray(x[:, :, n - 1 : n, :n])
-        one = ptqkit.quantized_softmax(row, grid, causal=True, **options)
+        one = ptqkit.softmax_on_grid(row, grid, causal=True, **options)
         assert one.tobytes() == before[:, :, n - 1 : n, :n].tobytes()
 
 
 def test_causal_offset():
     x, grid = _scores(1, 1, 4, 7), ptqkit.softmax_grid(8)
-    y = ptqkit.quantized_softmax(x, grid, causal=True, correction="bias", bias=0.5)
+    y = ptqkit.softmax_on_grid(x, grid, causal=True, correction="bias", bias=0.5)
     np.testing.assert_array_equal(y[0, 0] != 0, np.tri(4, 7, 3, dtype=bool))
-    q = ptqkit.quantized_softmax(_scores(1, 1, 5, 3), grid, causal=True, codes=True)
+    q = ptqkit.softmax_on_grid(_scores(1, 1, 5, 3), grid, causal=True, codes=True)
     assert q.empty_rows == 2 and np.all(q.codes[0, 0, :2] == 0)
 
 
@@ -236,18 +234,18 @@ def test_torch_gives_the_same(bits):
         torch.from_numpy(x).double(),
     ]
     for tensor in tensors:
-        y = ptqkit.quantized_softmax(tensor, grid, correction="bias", bias=1e-3)
+        y = ptqkit.softmax_on_grid(tensor, grid, correction="bias", bias=1e-3)
         np.testing.assert_array_equal(y, got)
     for half in (torch.bfloat16, torch.float16):
         tensor = torch.from_numpy(x).to(half)
         np.testing.assert_array_equal(
-            ptqkit.quantized_softmax(tensor, grid),
-            ptqkit.quantized_softmax(tensor.float(), grid),
+            ptqkit.softmax_on_grid(tensor, grid),
+            ptqkit.softmax_on_grid(tensor.float(), grid),
         )
     mask = torch.from_numpy(x > 0)
     np.testing.assert_array_equal(
-        ptqkit.quantized_softmax(x, grid, allowed=mask.int()),
-        ptqkit.quantized_softmax(x, grid, allowed=x > 0),
+        ptqkit.softmax_on_grid(x, grid, allowed=mask.int()),
+        ptqkit.softmax_on_grid(x, grid, allowed=x > 0),
     )
 
 
@@ -263,9 +261,9 @@ def everything(threads):
         grid = ptqkit.softmax_grid(bits, -0.05, 0.9)
         for options in ({}, {"causal": True}, {"allowed": mask}):
             for correction, bias in ((None, None), ("bias", 1e-3), ("row_sum", None)):
-                found.append(ptqkit.quantized_softmax(
+                found.append(ptqkit.softmax_on_grid(
                     x, grid, correction=correction, bias=bias, threads=threads, **options))
-            P = ptqkit.quantized_softmax(x, ptqkit.softmax_grid(16), correction="row_sum",
+            P = ptqkit.softmax_on_grid(x, ptqkit.softmax_grid(16), correction="row_sum",
                                          threads=threads, **options)
             found.append(np.abs(P))
             meter = ptqkit.SoftmaxBias(3, grid=grid, threads=threads)
@@ -296,7 +294,7 @@ import sys
 import numpy as np, ptqkit
 inputs = dict(np.load(sys.argv[1]))
 out, grid = {"level": np.array(ptqkit.show_config()["cpu_level"])}, ptqkit.softmax_grid(8)
-q = ptqkit.quantized_softmax(inputs["x"], grid, codes=True, correction="row_sum", causal=True)
+q = ptqkit.softmax_on_grid(inputs["x"], grid, codes=True, correction="row_sum", causal=True)
 out["codes"], out["corrections"] = q.codes, q.corrections
 meter = ptqkit.SoftmaxBias(3, grid=grid)
 meter.update(inputs["P"], inputs["mask"])
@@ -330,15 +328,15 @@ def test_cpu_levels(script, tmp_path):
 
 def test_rows_do_not_depend_on_each_other():
     x, grid = _scores(3, 4, 10, 129), ptqkit.softmax_grid(8)
-    whole = ptqkit.quantized_softmax(x, grid, correction="row_sum")
+    whole = ptqkit.softmax_on_grid(x, grid, correction="row_sum")
     for b, h, i in [(0, 0, 0), (2, 3, 9), (1, 2, 5)]:
-        row = ptqkit.quantized_softmax(x[b, h, i][None], grid, correction="row_sum")
+        row = ptqkit.softmax_on_grid(x[b, h, i][None], grid, correction="row_sum")
         np.testing.assert_array_equal(row[0], whole[b, h, i])
-    shifted = ptqkit.quantized_softmax(x + np.float32(64), grid)  # rounds x, no more
-    assert np.abs(shifted - ptqkit.quantized_softmax(x, grid)).max() <= 1.01 * grid.scale
+    shifted = ptqkit.softmax_on_grid(x + np.float32(64), grid)  # rounds x, no more
+    assert np.abs(shifted - ptqkit.softmax_on_grid(x, grid)).max() <= 1.01 * grid.scale
     order = np.random.default_rng(0).permutation(129)
-    permuted = ptqkit.quantized_softmax(x[..., order], grid, codes=True).codes
-    plain = ptqkit.quantized_softmax(x, grid, codes=True).codes[..., order]
+    permuted = ptqkit.softmax_on_grid(x[..., order], grid, codes=True).codes
+    plain = ptqkit.softmax_on_grid(x, grid, codes=True).codes[..., order]
     assert np.mean(permuted != plain) < 1e-3
 
 
@@ -346,9 +344,9 @@ def test_out_and_layouts():
     x, grid = _scores(2, 3, 8, 70), ptqkit.softmax_grid(8)
     mask = np.random.default_rng(0).random((2, 70)) < 0.5
     for options in ({}, {"allowed": mask}, {"causal": True, "correction": "row_sum"}):
-        want = ptqkit.quantized_softmax(x, grid, **options)
+        want = ptqkit.softmax_on_grid(x, grid, **options)
         out = np.full_like(x, 7)
-        assert ptqkit.quantized_softmax(x, grid, out=out, **options) is out
+        assert ptqkit.softmax_on_grid(x, grid, out=out, **options) is out
         np.testing.assert_array_equal(out, want)
         for name, view in {
             "fortran": np.asfortranarray(x), "strided": np.repeat(x, 2, axis=-1)[..., ::2],
@@ -356,18 +354,18 @@ def test_out_and_layouts():
             "transposed": np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2),
         }.items():  # fmt: skip
             before = view.copy()
-            got = ptqkit.quantized_softmax(view, grid, **options)
+            got = ptqkit.softmax_on_grid(view, grid, **options)
             np.testing.assert_array_equal(got, want, err_msg=name)
             np.testing.assert_array_equal(view, before)
         inplace = x.copy()
-        ptqkit.quantized_softmax(inplace, grid, out=inplace, **options)
+        ptqkit.softmax_on_grid(inplace, grid, out=inplace, **options)
         np.testing.assert_array_equal(inplace, want)
         holes = np.where(x > 0, x, -np.inf)
-        want = ptqkit.quantized_softmax(holes, grid, **options)
-        ptqkit.quantized_softmax(holes, grid, out=holes, **options)
+        want = ptqkit.softmax_on_grid(holes, grid, **options)
+        ptqkit.softmax_on_grid(holes, grid, out=holes, **options)
         np.testing.assert_array_equal(holes, want)
     codes = np.zeros(x.shape, np.uint8)
-    q = ptqkit.quantized_softmax(x, grid, codes=True, out=codes)
+    q = ptqkit.softmax_on_grid(x, grid, codes=True, out=codes)
     assert q.codes is codes
 
 
@@ -380,22 +378,22 @@ def test_leading_axes_and_masks_of_every_shape(shape):
     masks += [(*shape[:-1], 1), (*shape[:-2], 1, 12), (1,) * len(shape)]
     for size in masks:
         mask = _mask(rng, size)
-        got = ptqkit.quantized_softmax(x, grid, allowed=mask)
+        got = ptqkit.softmax_on_grid(x, grid, allowed=mask)
         seen = np.broadcast_to(mask, shape).reshape(full.shape)
-        want = ptqkit.quantized_softmax(full, grid, allowed=seen)
+        want = ptqkit.softmax_on_grid(full, grid, allowed=seen)
         np.testing.assert_array_equal(got, want.reshape(shape))
     if len(shape) > 2:
         keys = _mask(rng, (len(full), 12))
-        got = ptqkit.quantized_softmax(x, grid, allowed=keys)
-        want = ptqkit.quantized_softmax(full, grid, allowed=keys[:, None, None])
+        got = ptqkit.softmax_on_grid(x, grid, allowed=keys)
+        want = ptqkit.softmax_on_grid(full, grid, allowed=keys[:, None, None])
         np.testing.assert_array_equal(got, want.reshape(shape))
 
 
 def test_nothing_to_do():
     grid = ptqkit.softmax_grid(8)
     for shape in ((0, 2, 3, 4), (2, 2, 0, 4)):
-        assert ptqkit.quantized_softmax(np.zeros(shape, np.float32), grid).shape == shape
-        q = ptqkit.quantized_softmax(np.zeros(shape, np.float32), grid, codes=True, causal=True)
+        assert ptqkit.softmax_on_grid(np.zeros(shape, np.float32), grid).shape == shape
+        q = ptqkit.softmax_on_grid(np.zeros(shape, np.float32), grid, codes=True, causal=True)
         assert q.corrections.shape == shape[:-1] and q.dequantize().shape == shape
 
 
@@ -441,17 +439,17 @@ BAD = [
 def test_bad_input(change, error, message):
     arguments = {"scores": X, "grid": GRID, **change}
     with pytest.raises(error, match=message):
-        ptqkit.quantized_softmax(**arguments)
+        ptqkit.softmax_on_grid(**arguments)
 
 
 def test_out_must_not_overlap_the_scores():
     buffer = np.zeros(2 * X.size, np.float32)
     scores, out = buffer[: X.size].reshape(X.shape), buffer[7 : 7 + X.size].reshape(X.shape)
     with pytest.raises(ValueError, match="part of its memory"):
-        ptqkit.quantized_softmax(scores, GRID, out=out)
+        ptqkit.softmax_on_grid(scores, GRID, out=out)
     scores.flags.writeable = False
     with pytest.raises(ValueError, match="writable"):
-        ptqkit.quantized_softmax(scores, GRID, out=scores)
+        ptqkit.softmax_on_grid(scores, GRID, out=scores)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -461,9 +459,9 @@ def test_not_finite(value, rest):
     x[1, 2, 3, 5] = x[1, 0, 2, 0] = value
     for options in ({}, {"correction": "row_sum", "codes": True}, {"threads": 4}):
         with pytest.raises(ValueError, match=r"scores\[1, 0, 2\] holds NaN or \+Inf"):
-            ptqkit.quantized_softmax(x, GRID, **options)
+            ptqkit.softmax_on_grid(x, GRID, **options)
     with pytest.raises(ValueError, match=r"scores\[1, 2, 3\] holds NaN or \+Inf"):
-        ptqkit.quantized_softmax(x, GRID, allowed=np.tile(np.arange(6) > 0, (2, 1)))
+        ptqkit.softmax_on_grid(x, GRID, allowed=np.tile(np.arange(6) > 0, (2, 1)))
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,10 @@ def test_bias_against_the_definition(kind, bits):
     rows = (seen.any(axis=-1)).sum(axis=(0, 2))
     sums = np.where(seen, Q, 0).sum(axis=(0, 2, 3))
     np.testing.assert_allclose(meter.row_sums("head"), sums / rows)
-    np.testing.assert_allclose(meter.row_sum, sums.sum() / rows.sum())
+    np.testing.assert_allclose(meter.mean_row_sum, sums.sum() / rows.sum())
     zeros = ((Q == 0) & seen).sum(axis=(0, 2, 3))
     np.testing.assert_allclose(meter.shares_zero("head"), zeros / seen.sum(axis=(0, 2, 3)))
-    np.testing.assert_allclose(meter.share_zero, zeros.sum() / seen.sum())
+    np.testing.assert_allclose(meter.zero_fraction, zeros.sum() / seen.sum())
     # the correction makes the mean error on the data itself zero
     for beta in (meter.bias(), meter.bias("head")[:, None, None]):
         left = np.where(seen, Q + beta - P, 0)
@@ -97,22 +97,22 @@ def test_the_fused_softmax_applies_what_was_estimated():
     for correction, bias in [("bias", meter.bias()), ("bias", meter.bias("head")),
                              ("row_length", meter.bias_by_length(300)),
                              ("row_length", meter.bias_by_length(300, "head"))]:  # fmt: skip
-        y = ptqkit.quantized_softmax(x, GRID, correction=correction, bias=bias)
+        y = ptqkit.softmax_on_grid(x, GRID, correction=correction, bias=bias)
         error = (y.astype(np.float64) - P).mean()
         assert abs(error) < 1e-8
         if np.ndim(bias) > (correction == "row_length"):
             assert np.abs((y.astype(np.float64) - P).mean(axis=(0, 2, 3))).max() < 1e-8
-    plain = ptqkit.quantized_softmax(x, GRID).astype(np.float64)
+    plain = ptqkit.softmax_on_grid(x, GRID).astype(np.float64)
     assert abs((plain - P).mean()) > 1e-4
 
 
 def test_everything_rounds_to_zero():
     meter = ptqkit.SoftmaxBias(2, grid=GRID)
     meter.update(np.full((1, 2, 600, 600), 1 / 600))
-    assert meter.share_zero == 1 and meter.row_sum == 0 and meter.bias() == 1 / 600
+    assert meter.zero_fraction == 1 and meter.mean_row_sum == 0 and meter.bias() == 1 / 600
     one = ptqkit.SoftmaxBias(1, grid=GRID)
     one.update(np.ones((1, 1, 3, 1)))
-    assert one.share_zero == 0 and abs(one.bias()) < 1e-7
+    assert one.zero_fraction == 0 and abs(one.bias()) < 1e-7
 
 
 def test_steps():
@@ -131,7 +131,7 @@ def test_steps():
         alone.append(one)
     np.testing.assert_array_equal(meter.bias("step"), [m.bias() for m in alone])
     np.testing.assert_array_equal(meter.bias("step_head"), [m.bias("head") for m in alone])
-    np.testing.assert_array_equal(meter.row_sums("step"), [m.row_sum for m in alone])
+    np.testing.assert_array_equal(meter.row_sums("step"), [m.mean_row_sum for m in alone])
     total = ptqkit.SoftmaxBias(2, grid=GRID)
     for P in (P for batch in batches.values() for P in batch):
         total.update(P)

@@ -19,10 +19,10 @@ for scores, first in ((x, 0), (x, 3), (holes, 1)):
     for options in ({}, {"causal": True}, {"allowed": x > 0}):
         memory.fill(7)
         out = memory[first : first + x.size].reshape(x.shape)
-        ptqkit.quantized_softmax(scores, grid, correction="row_sum", out=out, **options)
+        ptqkit.softmax_on_grid(scores, grid, correction="row_sum", out=out, **options)
         for h in range(heads):
             part = {key: v if v is True else v[h] for key, v in options.items()}
-            y = ptqkit.quantized_softmax(scores[h], grid, correction="row_sum", **part)
+            y = ptqkit.softmax_on_grid(scores[h], grid, correction="row_sum", **part)
             assert np.array_equal(y, out[h]), (h, first, list(options))
         assert (memory[:first] == 7).all() and (memory[first + x.size :] == 7).all()
 """

@@ -33,7 +33,7 @@ def logits(model):
 def fake_quantized(folder, checkpoint):
     """The float model with the dequantized weights of a checkpoint in place of its own."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    for name, matrix in ptqkit.hf.read_layers(checkpoint).items():
+    for name, matrix in ptqkit.hf.read_matrices(checkpoint).items():
         model.get_submodule(name).weight.data = torch.from_numpy(matrix.dequantize())
     return model
 
@@ -46,12 +46,12 @@ def test_own_format_round_trips_and_json_says_all(folder, tmp_path, capsys):
     assert (found["schema"], found["command"]) == (SCHEMA, "quantize")
     assert found["version"] == ptqkit.__version__
     assert found["checkpoint"]["format"] == "ptqkit"
-    assert found["recipe"]["grid"] == "hessian" and found["recipe"]["sweeps"] == 1
+    assert found["recipe"]["grid"] == "hessian" and found["recipe"]["refine_passes"] == 1
     assert len(found["report"]["layers"]) == 15  # seven in each of two blocks, and the head
     assert {"objective", "damping", "bits_per_weight"} <= found["report"]["layers"][0].keys()
     # float16 on disk, float32 arithmetic: the scales are float16, so nothing is rounded.
     assert (found["dtype"], found["written_dtype"]) == ("float32", "float16")
-    assert ptqkit.hf.read_layers(out)["model.layers.1.mlp.down_proj"].bits == 3
+    assert ptqkit.hf.read_matrices(out)["model.layers.1.mlp.down_proj"].bits == 3
     model = ptqkit.load(out, dtype=torch.float32)
     assert torch.equal(logits(model), logits(fake_quantized(folder, out)))
 
@@ -96,7 +96,7 @@ def test_overrides_and_rtn_without_text(folder, tmp_path, capsys):
         "--out", str(out),
     ]  # fmt: skip
     assert main(arguments) == 0
-    layers = ptqkit.hf.read_layers(out)
+    layers = ptqkit.hf.read_matrices(out)
     assert len(layers) == 7 and not any(".0." in name for name in layers)
     found = {name.split(".")[-1]: (q.bits, q.group_size) for name, q in layers.items()}
     assert found["up_proj"] == (8, 32) and found["q_proj"] == (4, None)

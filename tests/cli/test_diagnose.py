@@ -49,7 +49,7 @@ def test_softmax_table_and_json(folder, capsys):
     assert [r["name"] for r in found["rows"]][:3] == ["float softmax", "SM8", "SM8 + bias"]
     assert len(found["rows"]) == 1 + 2 * 5
     assert set(found["layers"]) == {"8", "4"}
-    assert {"share_zero", "row_sum", "sqnr_db"} <= set(found["layers"]["4"][0])
+    assert {"zero_fraction", "row_sum", "sqnr_db"} <= set(found["layers"]["4"][0])
     assert found["conventions"]["tokens"] == 4 * 59
     assert found["calibration"]["samples"] == 3
 
@@ -106,7 +106,7 @@ def test_diagnose(folder, tmp_path, capsys):
     assert found["command"] == "diagnose" and len(found["sensitivity"]["rows"]) == 7
     assert found["sensitivity"]["float_perplexity"] > 1
     assert (tmp_path / "d.svg").read_text(encoding="utf-8").startswith("<?xml")
-    options = ["--sensitivity", *data[:2], *SMALL, "--quiet", "--kinds", "key", "--by", "each"]
+    options = ["--sensitivity", *data[:2], *SMALL, "--quiet", "--kinds", "key", "--by", "module"]
     assert run(folder, "diagnose", *options) == 0
     assert capsys.readouterr().out.strip().endswith("self_attn key")
 

@@ -70,7 +70,12 @@ def test_end_to_end(place, capsys):
     base = perplexity(model.eval(), tokenizer, text, **options)
     assert float(found["float", "wiki"]["value"]) == base.perplexity
     batches = prepare_calibration(
-        str(place / "train.txt"), tokenizer, samples=2, sequence_length=16, batch_size=4, limit=64
+        str(place / "train.txt"),
+        tokenizer,
+        samples=2,
+        sequence_length=16,
+        batch_size=4,
+        max_length=64,
     ).batches
     recipe = {"preset": "reference", "bits": 3, "group_size": 16, "scale_dtype": "float16"}
     result = ptqkit.quantize(model, recipe, batches, diagnostics=False, progress=False)

@@ -120,18 +120,18 @@ MAX_DAMPING = {
     "indefinite": ({"H": INDEFINITE}, ptqkit.NotPositiveDefiniteError, "pivot of input 3 failed"),
 }
 SOLVE = {
-    "sweeps -1": ({"sweeps": -1}, V, "sweeps must lie in"),
-    "sweeps 0.5": ({"sweeps": 0.5}, T, "sweeps must be an integer"),
+    "refine_passes -1": ({"refine_passes": -1}, V, "refine_passes must lie in"),
+    "refine_passes 0.5": ({"refine_passes": 0.5}, T, "refine_passes must be an integer"),
     "block 0": ({"block_size": 0}, V, "block_size must lie in"),
     "block None": ({"block_size": None}, T, "block_size must be an integer"),
     "other group": (
-        {"H": ptqkit.factorize(H, order="group", group_size=2)}, V, "for another group_size",
+        {"H": ptqkit.factorize(H, order="group-act", group_size=2)}, V, "for another group_size",
     ),
 }  # fmt: skip
 FACTOR = {
-    "group": ({"order": "group", "group_size": 3}, V, "group_size 3 does not divide"),
-    "group 0": ({"order": "group", "group_size": 0}, V, "group_size must lie in"),
-    "group 1.5": ({"order": "group", "group_size": 1.5}, T, "group_size must be an integer"),
+    "group": ({"order": "group-act", "group_size": 3}, V, "group_size 3 does not divide"),
+    "group 0": ({"order": "group-act", "group_size": 0}, V, "group_size must lie in"),
+    "group 1.5": ({"order": "group-act", "group_size": 1.5}, T, "group_size must be an integer"),
     "threads": ({"threads": -1}, V, "threads must lie in"),
 }
 OBJECTIVE = {
@@ -160,7 +160,7 @@ CASES = [
     for name, case in table.items()
 ]
 NAMED = {_gptq, _rtn, _obq, _factorize}  # these take name=
-OPTION = ("bits", "grid", "scale_dtype", "threads", "damping", "order must", "min_zero", "sweeps",
+OPTION = ("bits", "grid", "scale_dtype", "threads", "damping", "order must", "min_zero", "refine_passes",
           "block_size", "max_damping", "group_size must be an", "seen no token")  # fmt: skip
 
 

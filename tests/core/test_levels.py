@@ -35,12 +35,12 @@ for i in range(int(inputs["count"])):
         else:
             h.update(data)
         out[f"hessian-{kind}{i}"] = h.matrix
-    for order in ("natural", "act", "group"):
+    for order in ("natural", "act", "group-act"):
         F = ptqkit.factorize(H, order=order, group_size=size)
         out[f"R-{order}{i}"] = np.triu(F.R)
         for grid in ("minmax", "mse", "hessian"):
-            q = ptqkit.gptq(W, F, bits=3, group_size=size, grid=grid, sweeps=0)
-            swept = ptqkit.gptq(W, F, bits=3, group_size=size, grid=grid, sweeps=2)
+            q = ptqkit.gptq(W, F, bits=3, group_size=size, grid=grid, refine_passes=0)
+            swept = ptqkit.gptq(W, F, bits=3, group_size=size, grid=grid, refine_passes=2)
             for name in ("codes", "scales", "zero_points", "g_idx"):
                 out[f"gptq-{order}-{grid}-{name}{i}"] = getattr(q, name)
             out[f"swept-{order}-{grid}{i}"] = swept.row_objectives
@@ -165,7 +165,7 @@ def test_hessian_factor_and_objective_are_within_bounds(result):
             error = np.abs(result[f"hessian-{kind}{i}"] - reference.hessian(exact))
             assert np.all(error <= bound), kind
         damped, _ = reference.dampen(p["H"], 0.01)
-        for order in ("natural", "act", "group"):
+        for order in ("natural", "act", "group-act"):
             perm = reference.make_order(np.diag(p["H"]), order, p["size"] or None)
             A, R = damped[np.ix_(perm, perm)], result[f"R-{order}{i}"].astype(np.float64)
             scale = np.sqrt(np.outer(np.diag(A), np.diag(A)))
@@ -179,7 +179,7 @@ def test_hessian_factor_and_objective_are_within_bounds(result):
 def test_codes_by_replay(result, tie_distance):
     tie = tie_distance[str(result["config"][0])]
     for i, p in enumerate(_problems()):
-        for order in ("natural", "act", "group"):
+        for order in ("natural", "act", "group-act"):
             F = ptqkit.factorize(p["H"], order=order, group_size=p["size"] or None)
             for grid in ("minmax", "mse", "hessian"):
                 key = f"gptq-{order}-{grid}"

@@ -82,7 +82,7 @@ grid = ptqkit.softmax_grid()
 P, out = np.full((48, 1024, 1024), 1 / 1024, np.float32), np.empty_like(x)
 meter = ptqkit.SoftmaxBias(48, grid=grid, threads=1)
 calls = {
-    "softmax": lambda: ptqkit.quantized_softmax(x, grid, out=out, threads=1),
+    "softmax": lambda: ptqkit.softmax_on_grid(x, grid, out=out, threads=1),
     "bias": lambda: meter.update(P),
     "sqnr": lambda: ptqkit.sqnr(x, P[:8], threads=1),
     "channels": lambda: ptqkit.sqnr(x, P[:8], "channel", threads=1),
@@ -123,7 +123,7 @@ out = np.empty_like(scores)
 meter = ptqkit.SoftmaxBias(64, grid=grid, threads=1)
 P = np.full_like(scores, 1 / 64)
 calls = {
-    "softmax": lambda: ptqkit.quantized_softmax(scores, grid, out=out, threads=1),
+    "softmax": lambda: ptqkit.softmax_on_grid(scores, grid, out=out, threads=1),
     "bias": lambda: meter.update(P),
 }
 def forever():
@@ -136,7 +136,7 @@ try:
 except KeyboardInterrupt:
     pass
 small = np.zeros((1, 4, 4), np.float32)
-assert ptqkit.quantized_softmax(small, grid)[0, 0, 0] > 0
+assert ptqkit.softmax_on_grid(small, grid)[0, 0, 0] > 0
 assert meter.rows % (4 * 64 * 4096) == 0
 """
 

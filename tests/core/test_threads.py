@@ -16,9 +16,15 @@ def test_results_are_bitwise_the_same(threads):
     W, H = layer(200, 96, "outlier")
     for options in (
         {"group_size": 12},
-        {"group_size": None, "order": "act", "sweeps": 2},
-        {"group_size": 48, "order": "act", "static_groups": True, "grid": "hessian", "sweeps": 1},
-        {"group_size": 16, "order": "group", "grid": "mse"},
+        {"group_size": None, "order": "act", "refine_passes": 2},
+        {
+            "group_size": 48,
+            "order": "act",
+            "static_groups": True,
+            "grid": "hessian",
+            "refine_passes": 1,
+        },
+        {"group_size": 16, "order": "group-act", "grid": "mse"},
     ):
         one = ptqkit.gptq(W, H, threads=1, bits=3, **options)
         many = ptqkit.gptq(W, H, threads=threads, bits=3, **options)
@@ -39,13 +45,13 @@ def test_results_are_bitwise_the_same(threads):
 
 def test_concurrent_calls_give_their_own_results():
     layers = [layer(40 + i, 64, "correlated", i) for i in range(6)]
-    want = [ptqkit.gptq(W, H, group_size=16, sweeps=1) for W, H in layers]
+    want = [ptqkit.gptq(W, H, group_size=16, refine_passes=1) for W, H in layers]
     failures = []
 
     def work(i):
         W, H = layers[i]
         for threads in (1, 2, 0) * 3:
-            q = ptqkit.gptq(W, H, group_size=16, sweeps=1, threads=threads)
+            q = ptqkit.gptq(W, H, group_size=16, refine_passes=1, threads=threads)
             if not (same_result(q, want[i]) and q.objective == want[i].objective):
                 failures.append(i)
 
@@ -70,7 +76,7 @@ H.update(X)
 calls = {
     "hessian": lambda: ptqkit.Hessian(n).update(X),
     "factor": lambda: ptqkit.factorize(H),
-    "gptq": lambda: ptqkit.gptq(W, H, order="act", static_groups=True, sweeps=2),
+    "gptq": lambda: ptqkit.gptq(W, H, order="act", static_groups=True, refine_passes=2),
     "rtn": lambda: ptqkit.rtn(W, grid="mse"),
     "objective": lambda: ptqkit.objective(W, 0, H),
     "obq": lambda: ptqkit.obq(W[:4, :160], H.matrix[:160, :160]),
@@ -112,7 +118,7 @@ X, W = rng.normal(size=(500, n)).astype(np.float32), rng.normal(size=(300, n)).a
 def work(threads):
     H = ptqkit.Hessian(n, threads=threads)
     H.update(X)
-    q = ptqkit.gptq(W, H, group_size=16, order="act", sweeps=1, threads=threads)
+    q = ptqkit.gptq(W, H, group_size=16, order="act", refine_passes=1, threads=threads)
     return q.codes.tobytes() + q.scales.tobytes() + ptqkit.packing.pack_rows(q.codes, 4).tobytes()
 want = work(2)  # a parallel region, whose threads do not survive the fork
 for depth in range(2):
@@ -158,7 +164,7 @@ if what == "gptq":
     H = np.eye(n, dtype=np.float32)
     F = ptqkit.factorize(H)
     W = rng.normal(size=(4 * n, n)).astype(np.float32)
-    call = lambda: ptqkit.gptq(W, F, sweeps=500)
+    call = lambda: ptqkit.gptq(W, F, refine_passes=500)
 elif what == "obq":
     n = 160
     W = rng.normal(size=(20000, n)).astype(np.float32)

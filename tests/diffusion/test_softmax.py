@@ -40,7 +40,7 @@ def latents(model):
 
 @pytest.fixture(scope="module")
 def study(model, latents):
-    return diffusion.SoftmaxStudy(model.unet, latents)
+    return diffusion.SoftmaxCalibration(model.unet, latents)
 
 
 class Collector(AttentionHook):
@@ -82,7 +82,7 @@ def test_bias_by_hand(model, latents, study):
         error = (everything - rounded(everything)).mean().item()
         assert statistics.bias.bias("tensor") == pytest.approx(error, abs=1e-7)
         zero = (rounded(everything) == 0).double().mean().item()
-        assert statistics.bias.share_zero == pytest.approx(zero, abs=1e-9)
+        assert statistics.bias.zero_fraction == pytest.approx(zero, abs=1e-9)
         assert statistics.longest == everything.shape[-1]
 
 
@@ -200,7 +200,7 @@ def test_quantized_model_and_removal(model, latents):
     rows = result.report.layers
     assert len(rows) == len(diffusion.find_attention(model.unet))
     assert all(row.sqnr_corrected_db >= row.sqnr_db for row in rows)
-    assert all(0 <= row.share_zero <= 1 and 0 < row.row_sum < 2 for row in rows)
+    assert all(0 <= row.zero_fraction <= 1 and 0 < row.mean_row_sum < 2 for row in rows)
     assert result.remove() == len(rows)
     assert torch.equal(forward(model), plain)
     result.install()
@@ -212,7 +212,7 @@ def test_sqnr_of_a_layer_by_hand(model, latents):
     """The ratio of eq. 1 for the output of one module, from the probabilities and the values."""
     hook = Both()
     diffusion.run_calibration(model.unet, latents, {SELF: hook})
-    study = diffusion.SoftmaxStudy(model.unet, latents, layers=[SELF])
+    study = diffusion.SoftmaxCalibration(model.unet, latents, layers=[SELF])
     row = study.compare(study.quantizers("bias", "tensor"), guard=False)[SELF]
     beta = float(study.statistics[SELF].bias.bias())
     for bias, found in ((0.0, row.sqnr_db), (beta, row.sqnr_corrected_db)):
@@ -306,15 +306,15 @@ def test_an_output_that_is_not_finite_is_named(latents):
 
 
 def test_calibrated_range_and_bits(model, latents):
-    wide = diffusion.SoftmaxStudy(model.unet, latents, bits=4)
-    fitted = diffusion.SoftmaxStudy(model.unet, latents, bits=4, range="calibrated")
+    wide = diffusion.SoftmaxCalibration(model.unet, latents, bits=4)
+    fitted = diffusion.SoftmaxCalibration(model.unet, latents, bits=4, range="calibrated")
     largest = {
         name: max(p.max().item() for p in by_step.values())
         for name, by_step in probabilities(model, latents).items()
     }
     for name, statistics in fitted.statistics.items():
         assert statistics.grid.scale == pytest.approx(largest[name] / 15, rel=1e-6)
-        assert statistics.bias.share_zero <= wide.statistics[name].bias.share_zero
+        assert statistics.bias.zero_fraction <= wide.statistics[name].bias.zero_fraction
         assert wide.statistics[name].grid.scale == pytest.approx(1 / 15, rel=1e-6)
 
 
@@ -322,7 +322,7 @@ def test_searched_range_has_the_least_error_of_its_candidates(model, latents):
     """Never worse than [0, 1] and than the whole range seen, on the calibration set."""
     decibel, scales = {}, {}
     for span in ("fixed", "calibrated", "search"):
-        study = diffusion.SoftmaxStudy(model.unet, latents, bits=4, range=span, layers="self")
+        study = diffusion.SoftmaxCalibration(model.unet, latents, bits=4, range=span, layers="self")
         values, seen = {}, {}
         hooks = {name: Both() for name in study.modules}
         diffusion.run_calibration(model.unet, latents, hooks)
@@ -356,7 +356,7 @@ class Both(AttentionHook):
 
 def test_layers_can_be_chosen(model, latents):
     chosen = {
-        wanted: [*diffusion.SoftmaxStudy(model.unet, latents, layers=wanted).statistics]
+        wanted: [*diffusion.SoftmaxCalibration(model.unet, latents, layers=wanted).statistics]
         for wanted in ("self", "cross", SELF)
     }
     assert chosen[SELF] == [SELF]

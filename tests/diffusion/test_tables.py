@@ -327,10 +327,10 @@ def test_the_trained_unet_shows_the_effect():
         trained.unet, trained.scheduler, *inputs(trained, 1, seed=3), count=2, steps=2
     )
     longest = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
-    study = diffusion.SoftmaxStudy(trained.unet, latents, layers=[longest])
+    study = diffusion.SoftmaxCalibration(trained.unet, latents, layers=[longest])
     row = study.compare(study.quantizers("bias", "head"))[longest]
     assert row.longest == 1024 and row.heads == 4
-    assert row.share_zero > 0.8 and row.row_sum < 0.5
+    assert row.zero_fraction > 0.8 and row.mean_row_sum < 0.5
     assert row.sqnr_corrected_db > row.sqnr_db + 6
 
 

@@ -125,7 +125,7 @@ def fake_quantize(model, *, overrides=None, act_order=False, **options):
 def quantize_inputs(model, names, spec, tokens: torch.Tensor = TOKENS) -> dict:
     """Install a quantizer on every named layer, static ones calibrated on ``tokens``.
 
-    ``spec`` is one Activations, or a mapping of name endings to them ("" for all others).
+    ``spec`` is one ActivationQuantization, or a mapping of name endings to them ("" for all others).
     """
     specs = spec if isinstance(spec, dict) else {"": spec}
     ranges, installed = {}, {}

@@ -21,7 +21,7 @@ from ptqkit.nn.activations import (
     remove_quantizers,
 )
 from ptqkit.nn.forward import hooks
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -67,7 +67,7 @@ def _library(x, spec, scale=None, zero_point=None):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_dynamic_tokens_have_the_bits_of_compressed_tensors(bits, symmetric, dtype):
-    spec = Activations(bits, "token", symmetric)
+    spec = ActivationQuantization(bits, "token", symmetric)
     for seed in range(3):
         x = _inputs(dtype, seed)
         found = ActivationQuantizer(spec)(x)
@@ -80,7 +80,7 @@ def test_dynamic_tokens_have_the_bits_of_compressed_tensors(bits, symmetric, dty
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_static_tensors_have_the_bits_of_compressed_tensors(bits, symmetric, dtype):
-    spec = Activations(bits, "tensor", symmetric)
+    spec = ActivationQuantization(bits, "tensor", symmetric)
     x = _inputs(dtype)
     q = ActivationQuantizer.calibrate(spec, _ranges(x), dtype)
     assert q.scale.dtype == dtype and (q.zero_point is None) == symmetric
@@ -95,7 +95,7 @@ def test_static_tensors_have_the_bits_of_compressed_tensors(bits, symmetric, dty
 
 def test_sixteen_bits_float32_has_the_bits_of_compressed_tensors():
     for symmetric in (True, False):
-        spec = Activations(16, "token", symmetric)
+        spec = ActivationQuantization(16, "token", symmetric)
         x = _inputs(torch.float32)
         assert torch.equal(ActivationQuantizer(spec)(x), _library(x, spec))
 
@@ -105,7 +105,7 @@ def test_sixteen_bits_float32_has_the_bits_of_compressed_tensors():
 def test_wide_codes_of_half_precision_are_computed_in_float32(bits, dtype):
     x = _inputs(dtype)
     for granularity in ("token", "tensor"):
-        spec = Activations(bits, granularity)
+        spec = ActivationQuantization(bits, granularity)
         q = ActivationQuantizer.calibrate(spec, _ranges(x), dtype)
         again = ActivationQuantizer(
             spec, None if q.scale is None else q.scale.float(), q.zero_point
@@ -113,7 +113,7 @@ def test_wide_codes_of_half_precision_are_computed_in_float32(bits, dtype):
         assert torch.equal(q(x), again(x.float()).to(dtype))
     # Sixteen bits are finer than the type itself: only what rounds to the same value may differ.
     if bits == 16:
-        token = ActivationQuantizer(Activations(16))(x).double()
+        token = ActivationQuantizer(ActivationQuantization(16))(x).double()
         step = x.double().abs().amax(-1, keepdim=True) / 32767.5
         spacing = torch.finfo(dtype).eps * x.double().abs()
         assert ((token - x.double()).abs() <= step / 2 + spacing).all()
@@ -123,7 +123,7 @@ def test_formulas_in_float64_numpy():
     x = _inputs(torch.float64)
     for bits in (3, 8):
         for symmetric in (True, False):
-            found = ActivationQuantizer(Activations(bits, "token", symmetric))(x).numpy()
+            found = ActivationQuantizer(ActivationQuantization(bits, "token", symmetric))(x).numpy()
             low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
             for row, y in zip(x.numpy().reshape(-1, 24), found.reshape(-1, 24), strict=True):
                 bottom, top = min(row.min(), 0.0), max(row.max(), 0.0)
@@ -152,7 +152,7 @@ def test_zeros_stay_zeros_with_a_positive_scale(dtype):
         scale, _ = dynamic_grid(x, 8, symmetric)
         assert (scale > 0).all()
         for granularity in ("token", "tensor"):
-            spec = Activations(8, granularity, symmetric)
+            spec = ActivationQuantization(8, granularity, symmetric)
             q = ActivationQuantizer.calibrate(spec, _ranges(x), dtype)
             assert q.scale is None or q.scale.item() > 0
             assert torch.equal(q(x), x)
@@ -170,15 +170,15 @@ def test_a_range_without_zero_is_widened_to_hold_it():
 def test_outlier_columns_stay_and_do_not_stretch_the_scale():
     x = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 5, 16)).astype(np.float32))
     x[1, 3, 4], x[0, 0, 9] = -50.0, 6.0
-    found = ActivationQuantizer(Activations(8, outlier_threshold=6.0))(x)
+    found = ActivationQuantizer(ActivationQuantization(8, outlier_threshold=6.0))(x)
     rest = [i for i in range(16) if i not in (4, 9)]
     assert torch.equal(found[..., [4, 9]], x[..., [4, 9]])
-    expected = ActivationQuantizer(Activations(8))(x[..., rest])
+    expected = ActivationQuantizer(ActivationQuantization(8))(x[..., rest])
     assert torch.equal(found[..., rest], expected)
     # Above the largest magnitude nothing is an outlier.
-    high = ActivationQuantizer(Activations(8, outlier_threshold=50.001))(x)
-    assert torch.equal(high, ActivationQuantizer(Activations(8))(x))
-    everything = ActivationQuantizer(Activations(8, outlier_threshold=1e-9))(x)
+    high = ActivationQuantizer(ActivationQuantization(8, outlier_threshold=50.001))(x)
+    assert torch.equal(high, ActivationQuantizer(ActivationQuantization(8))(x))
+    everything = ActivationQuantizer(ActivationQuantization(8, outlier_threshold=1e-9))(x)
     assert torch.equal(everything, x)
 
 
@@ -188,12 +188,12 @@ def test_float32_agrees_with_the_array_function(bits, symmetric):
     x = _inputs(torch.float32)
     x[1, 2, 5] = 30.0
     for threshold in (None, 6.0):
-        spec = Activations(bits, "token", symmetric, threshold)
+        spec = ActivationQuantization(bits, "token", symmetric, threshold)
         outliers = None if threshold is None else ptqkit.outlier_columns(x, threshold)
         codes = ptqkit.quantize_activations(x, bits, symmetric=symmetric, outliers=outliers)
         found = ActivationQuantizer(spec)(x).numpy()
         np.testing.assert_array_equal(found, codes.dequantize())
-    q = ActivationQuantizer.calibrate(Activations(bits, "tensor", symmetric), _ranges(x))
+    q = ActivationQuantizer.calibrate(ActivationQuantization(bits, "tensor", symmetric), _ranges(x))
     zero = None if symmetric else q.zero_point.item()
     codes = ptqkit.quantize_activations(
         x, bits, granularity="tensor", symmetric=symmetric, scale=q.scale.item(), zero_point=zero
@@ -211,23 +211,23 @@ def test_float32_agrees_with_the_array_function(bits, symmetric):
 def test_bad_specs_are_refused(values):
     name = "outlier_threshold" if "outlier_threshold" in values else next(iter(values))
     with pytest.raises(ValueError, match=name):
-        Activations(**values)
+        ActivationQuantization(**values)
 
 
 def test_spec_as_plain_values():
-    spec = Activations(8, "tensor")
-    assert spec.symmetric is False and Activations().symmetric is True
-    for one in (spec, Activations(4, outlier_threshold=6.0)):
-        assert Activations.parse(one.to_dict()) == one
-        assert Activations.parse(one) is one
+    spec = ActivationQuantization(8, "tensor")
+    assert spec.symmetric is False and ActivationQuantization().symmetric is True
+    for one in (spec, ActivationQuantization(4, outlier_threshold=6.0)):
+        assert ActivationQuantization.parse(one.to_dict()) == one
+        assert ActivationQuantization.parse(one) is one
     with pytest.raises(ValueError, match=r"no option 'bit'; options are \['bits'"):
-        Activations.parse({"bit": 8})
-    with pytest.raises(TypeError, match="must be Activations or a mapping, not int"):
-        Activations.parse(8)
+        ActivationQuantization.parse({"bit": 8})
+    with pytest.raises(TypeError, match="must be ActivationQuantization or a mapping, not int"):
+        ActivationQuantization.parse(8)
 
 
 def test_bad_grids_are_refused():
-    static, dynamic = Activations(8, "tensor"), Activations(8)
+    static, dynamic = ActivationQuantization(8, "tensor"), ActivationQuantization(8)
     for scale in (float("nan"), float("inf"), 0.0, -1.0, torch.ones(2), torch.ones(1).int()):
         with pytest.raises(ValueError, match="activation scale must be"):
             ActivationQuantizer(static, scale)
@@ -235,7 +235,7 @@ def test_bad_grids_are_refused():
         with pytest.raises(ValueError, match="zero_point must be an integer from -128 to 127"):
             ActivationQuantizer(static, 1.0, zero)
     with pytest.raises(ValueError, match="zero_point 0, not 3"):
-        ActivationQuantizer(Activations(8, "tensor", True), 1.0, 3)
+        ActivationQuantizer(ActivationQuantization(8, "tensor", True), 1.0, 3)
     with pytest.raises(ValueError, match="need a scale"):
         ActivationQuantizer(static)
     with pytest.raises(ValueError, match="per token while the model runs"):
@@ -258,12 +258,12 @@ def test_installed_quantizers_act_on_the_input_alone(layer):
     module = layer()
     reference = copy.deepcopy(module)
     x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
-    q = ActivationQuantizer(Activations(4))
+    q = ActivationQuantizer(ActivationQuantization(4))
     names, kind = list(module.state_dict()), type(module)
     install_quantizer(module, q)
     assert installed_quantizer(module) is q and installed_quantizer(reference) is None
     assert list(module.state_dict()) == names and type(module) is kind
-    expected = reference(ActivationQuantizer(Activations(4))(x))
+    expected = reference(ActivationQuantizer(ActivationQuantization(4))(x))
     assert torch.equal(module(x), expected)
     by_name = module(input=x) if isinstance(module, nn.Linear) else module(x=x)
     assert torch.equal(by_name, expected)
@@ -278,9 +278,9 @@ def test_installed_quantizers_act_on_the_input_alone(layer):
 
 def test_only_linear_layers_take_a_quantizer():
     with pytest.raises(TypeError, match="nn.Linear or Conv1D, not LayerNorm"):
-        install_quantizer(nn.LayerNorm(4), ActivationQuantizer(Activations()))
-    with pytest.raises(TypeError, match="an ActivationQuantizer, not Activations"):
-        install_quantizer(nn.Linear(4, 4), Activations())
+        install_quantizer(nn.LayerNorm(4), ActivationQuantizer(ActivationQuantization()))
+    with pytest.raises(TypeError, match="an ActivationQuantizer, not ActivationQuantization"):
+        install_quantizer(nn.Linear(4, 4), ActivationQuantization())
 
 
 def test_capture_hooks_see_what_stands_before_them():
@@ -288,11 +288,11 @@ def test_capture_hooks_see_what_stands_before_them():
     x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
     before, after = [], []
     with hooks({"a": module}, lambda name, value: before.append(value)):
-        install_quantizer(module, ActivationQuantizer(Activations(4)))
+        install_quantizer(module, ActivationQuantizer(ActivationQuantization(4)))
         with hooks({"a": module}, lambda name, value: after.append(value)):
             y = module(x)
     assert before[0] is x
-    assert torch.equal(after[0], ActivationQuantizer(Activations(4))(x))
+    assert torch.equal(after[0], ActivationQuantizer(ActivationQuantization(4))(x))
     assert torch.equal(y, module(x))
 
 
@@ -300,7 +300,7 @@ def test_a_copied_model_has_quantizers_of_its_own():
     model = build("llama")
     plain = logits(model)
     name = "model.layers.0.mlp.down_proj"
-    q = ActivationQuantizer(Activations(4, "tensor"), 0.05, -3)
+    q = ActivationQuantizer(ActivationQuantization(4, "tensor"), 0.05, -3)
     install_quantizer(model.get_submodule(name), q)
     changed = logits(model)
     assert not torch.equal(changed, plain)
@@ -319,7 +319,7 @@ def test_quantizers_remember_inputs_without_a_batch_axis():
         model = build(kind)
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name != "lm_head":
-                install_quantizer(module, ActivationQuantizer(Activations()))
+                install_quantizer(module, ActivationQuantizer(ActivationQuantization()))
                 assert installed_quantizer(module).saw_2d is None
         model(TOKENS)
         for name, module in model.named_modules():
@@ -331,6 +331,9 @@ def test_quantizers_remember_inputs_without_a_batch_axis():
 
 
 def test_empty_inputs_pass():
-    for spec, scale in ((Activations(), None), (Activations(8, "tensor"), 1.0)):
+    for spec, scale in (
+        (ActivationQuantization(), None),
+        (ActivationQuantization(8, "tensor"), 1.0),
+    ):
         x = torch.empty(1, 0, 8)
         assert ActivationQuantizer(spec, scale)(x).shape == x.shape

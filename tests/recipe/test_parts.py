@@ -7,7 +7,7 @@ import json
 import pytest
 
 pytest.importorskip("torch")
-from ptqkit import AWE, GPTQ, RTN, Activations, BiasCorrection, SmoothQuant
+from ptqkit import AWE, GPTQ, RTN, ActivationQuantization, BiasCorrection, SmoothQuant
 from ptqkit.cli.quantize_options import GPTQ_RECIPES, RTN_RECIPES
 from ptqkit.recipe import Equalization, as_recipe
 from ptqkit.recipe.presets import PRESETS
@@ -20,14 +20,14 @@ def test_parts_make_the_recipe_with_the_same_fields():
     parts = [
         AWE(alpha=0.5),
         GPTQ(bits=3, group_size=64),
-        Activations(8, "tensor"),
+        ActivationQuantization(8, "tensor"),
         BiasCorrection(),
     ]
     assert as_recipe(parts) == Recipe(
         bits=3,
         group_size=64,
         equalization=Equalization("awe", 0.5),
-        activations=Activations(8, "tensor", symmetric=False),
+        activations=ActivationQuantization(8, "tensor", symmetric=False),
         bias_correction=True,
     )
     assert as_recipe([RTN()]) == Recipe.preset("rtn")
@@ -39,7 +39,7 @@ def test_parts_as_files_write_them():
     parts = [
         "AWE",
         {"part": "RTN", "bits": 8, "per_tensor": True, "symmetric": True},
-        {"part": "Activations", "granularity": "tensor"},
+        {"part": "ActivationQuantization", "granularity": "tensor"},
         "BiasCorrection",
     ]
     recipe = as_recipe(parts)
@@ -69,7 +69,10 @@ def test_the_command_line_has_every_preset():
         ([GPTQ(), RTN()], r"takes one solver \(GPTQ or RTN\), not 2: GPTQ\(\), RTN\(\)"),
         ([AWE(), SmoothQuant(), RTN()], "takes one equalization"),
         ([RTN(), AWE()], r"AWE\(.*\) must come before RTN\(\): it changes the float weights"),
-        ([RTN(), Activations(), Activations(6)], "takes one Activations, not 2"),
+        (
+            [RTN(), ActivationQuantization(), ActivationQuantization(6)],
+            "takes one Activations, not 2",
+        ),
         ([RTN(), BiasCorrection(), BiasCorrection()], "takes one BiasCorrection"),
         (["GPTQ", "awe"], r"'awe' is no part of a recipe; parts are AWE, SmoothQuant"),
         ([{"bits": 4}], "is no part of a recipe"),
@@ -84,7 +87,7 @@ def test_the_command_line_has_every_preset():
         ([{"part": "GPTQ", "per_tensor": True}], "per_tensor=True needs method 'rtn'"),
         ([{"part": "RTN", "per_tensor": True, "group_size": 8}], "needs group_size=None"),
         ([{"part": "RTN", "per_tensor": True, "grid": "mse"}], "needs grid 'minmax'"),
-        ([{"part": "Activations", "bits": 1}, "RTN"], "activation bits must be"),
+        ([{"part": "ActivationQuantization", "bits": 1}, "RTN"], "activation bits must be"),
     ],
 )
 def test_contradictions_are_named(parts, message):
@@ -92,7 +95,7 @@ def test_contradictions_are_named(parts, message):
         as_recipe(parts)
 
 
-@pytest.mark.parametrize("other", [Activations(), BiasCorrection()])
+@pytest.mark.parametrize("other", [ActivationQuantization(), BiasCorrection()])
 def test_error_propagation_is_alone(other):
     with pytest.raises(ValueError, match="error_propagation=0.5 cannot be combined with"):
         as_recipe([GPTQ(error_propagation=0.5), other])
@@ -108,7 +111,7 @@ def test_overrides_of_the_new_fields():
     )
     down, o = (recipe.for_layer(f"model.layers.0.{n}") for n in ("mlp.down_proj", "self.o_proj"))
     assert down.activations is None and not down.bias_correction and down.per_tensor
-    assert o.activations == Activations(16)
+    assert o.activations == ActivationQuantization(16)
     with pytest.raises(ValueError, match=r"cannot hold equalization: it holds for the whole run"):
         Recipe.preset("aweq", overrides={"*": {"equalization": None}})
 

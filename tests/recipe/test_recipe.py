@@ -14,10 +14,10 @@ from ptqkit.recipe.recipe import Recipe, match_pattern
 def test_presets():
     quality, reference, rtn = (Recipe.preset(n) for n in ("quality", "reference", "rtn"))
     assert quality == Recipe()
-    assert (quality.order, quality.static_groups, quality.grid, quality.sweeps) == (
+    assert (quality.order, quality.static_groups, quality.grid, quality.refine_passes) == (
         "group", False, "hessian", 1,
     )  # fmt: skip
-    assert (reference.method, reference.order, reference.grid, reference.sweeps) == (
+    assert (reference.method, reference.order, reference.grid, reference.refine_passes) == (
         "gptq", "natural", "minmax", 0,
     )  # fmt: skip
     assert reference.damping == 0.01
@@ -38,7 +38,7 @@ def test_presets():
         ({"order": "random"}, "order must be one of"),
         ({"grid": "best"}, "grid must be one of"),
         ({"scale_dtype": "float8"}, "scale_dtype must be one of"),
-        ({"sweeps": -1}, "sweeps must be an integer of at least 0"),
+        ({"refine_passes": -1}, "refine_passes must be an integer of at least 0"),
         ({"damping": -0.1}, "damping must be a number of at least 0"),
         ({"damping": float("nan")}, "damping must be a number"),
         ({"damping": 0.5, "max_damping": 0.1}, r"max_damping \(0.1\) must not be below"),

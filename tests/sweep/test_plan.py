@@ -117,7 +117,7 @@ name = "W8A8"
 parts = [
     {part = "AWE", alpha = 0.5},
     {part = "RTN", bits = 8, group_size = "channel", symmetric = true},
-    {part = "Activations", granularity = "tensor"},
+    {part = "ActivationQuantization", granularity = "tensor"},
     "BiasCorrection",
 ]
 """

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptqkit.hf.checkpoint.spec import LayerSpec
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["FORMAT_VERSION", "layer_options", "quantization_config"]
 
@@ -76,7 +76,7 @@ def _native_values(spec: LayerSpec) -> dict[str, Any]:
 def layer_options(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Expand a ``ptqkit`` configuration to every option of every layer.
 
-    ``activations`` is None or an Activations.
+    ``activations`` is None or an ActivationQuantization.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def layer_options(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         expanded[name] = {key: options[key] for key in keys}
         if options["activations"] is not None:
             try:
-                expanded[name]["activations"] = Activations.parse(options["activations"])
+                expanded[name]["activations"] = ActivationQuantization.parse(options["activations"])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}: {error}") from None
     return expanded

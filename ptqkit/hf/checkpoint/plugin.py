@@ -20,7 +20,7 @@ from ptqkit.hf.checkpoint.config import layer_options
 from ptqkit.nn.activations import install_quantizer
 from ptqkit.nn.qlinear import QLinear
 
-__all__ = ["METHOD", "PtqkitConfig", "PtqkitQuantizer", "register"]
+__all__ = ["METHOD", "PtqkitConfig", "PtqkitQuantizer", "register_format"]
 
 METHOD = "ptqkit"
 
@@ -150,7 +150,7 @@ def float_module(module: QLinear, dtype: torch.dtype | None = None) -> nn.Module
     return result.train(module.training)
 
 
-def register() -> None:
+def register_format() -> None:
     """Make ``quant_method: "ptqkit"`` known to transformers; calling it again does nothing.
 
     Raises
@@ -169,4 +169,4 @@ def register() -> None:
         mapping[METHOD] = cls
 
 
-register()
+register_format()

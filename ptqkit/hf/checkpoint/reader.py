@@ -12,7 +12,7 @@ from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.config import layer_options
 from ptqkit.hf.checkpoint.tensors import read_layer
 
-__all__ = ["load", "read_layers"]
+__all__ = ["load", "read_matrices"]
 
 _COMPRESSED = ("pack-quantized", "int-quantized", "mixed-precision")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -84,7 +84,7 @@ class _Tensors:
         self._open.clear()
 
 
-def read_layers(directory: str | os.PathLike[str]) -> dict[str, QuantizedMatrix]:
+def read_matrices(directory: str | os.PathLike[str]) -> dict[str, QuantizedMatrix]:
     """Return the quantized matrices of a checkpoint by module name.
 
     Understands ``ptqkit``, compressed-tensors ``pack-quantized`` and ``int-quantized`` (symmetric
@@ -193,10 +193,10 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     """
     folder, config = _check_directory(directory)
     _check_input_grids(folder, config.get("quantization_config") or {})
-    from ptqkit.hf.checkpoint.plugin import register
+    from ptqkit.hf.checkpoint.plugin import register_format
     from ptqkit.nn.qlinear import QLinear
 
-    register()
+    register_format()
     want_info = kwargs.pop("output_loading_info", False)
     kwargs.setdefault("dtype", "auto")
     model_class = _model_class(config)
@@ -268,7 +268,7 @@ def _load_gptq(folder: Path, model_class: Any, kwargs: dict[str, Any]) -> tuple[
     import torch
     from transformers import AutoConfig
 
-    layers = read_layers(folder)
+    layers = read_matrices(folder)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     dtype = kwargs["dtype"] if kwargs["dtype"] != "auto" else config.dtype or "float32"

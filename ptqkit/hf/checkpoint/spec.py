@@ -10,7 +10,7 @@ import numpy as np
 
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.nn.activations import ActivationQuantizer
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["FORMATS", "LayerSpec", "choose_format", "describe_layers", "format_problems"]
 
@@ -39,7 +39,7 @@ class LayerSpec:
         The weight is shared with another module, such as the embeddings.
     per_tensor : bool
         One scale for the whole matrix.
-    activations : Activations or None
+    activations : ActivationQuantization or None
         How the inputs are quantized.
     flat_input : bool or None
         Inputs come without the shape (batch, tokens, channels); None where that is not known.
@@ -57,7 +57,7 @@ class LayerSpec:
     permuted: bool = False
     tied: bool = False
     per_tensor: bool = False
-    activations: Activations | None = None
+    activations: ActivationQuantization | None = None
     flat_input: bool | None = False
 
     @property

@@ -97,7 +97,7 @@ def prepare_calibration(
     batch_size: int = 8,
     seed: int = 0,
     start_token: str | int | None = "auto",
-    limit: int | None = None,
+    max_length: int | None = None,
 ) -> CalibrationSet:
     """Turn any accepted source into batches.
 
@@ -116,7 +116,7 @@ def prepare_calibration(
         Needed for text.
     samples, sequence_length, batch_size, seed : int
     start_token : "auto", int or None
-    limit : int, optional
+    max_length : int, optional
         Longest sequence of the model.
 
     Raises
@@ -137,7 +137,7 @@ def prepare_calibration(
         return _from_tokens(source, batch_size, samples)
     if tokenizer is None:
         raise CalibrationError("calibration is text, so tokenizer= is needed")
-    length = sequence_length if limit is None else min(sequence_length, limit)
+    length = sequence_length if max_length is None else min(sequence_length, max_length)
     start = start_token_id(tokenizer, start_token)
     body = length - (start is not None)
     if body < 1:

@@ -41,7 +41,7 @@ from ptqkit.nn.linear import is_linear
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.report import describe
 from ptqkit.nn.statistics import range_accumulator
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["CASES", "KINDS", "sensitivity"]
@@ -49,7 +49,7 @@ __all__ = ["CASES", "KINDS", "sensitivity"]
 KINDS = (*ATTENTION_KINDS, "weights", "inputs")
 """Tensors that can be quantized alone; inputs are those of linear layers."""
 
-CASES = ("kind", "layer", "each")
+CASES = ("kind", "layer", "module")
 
 
 @dataclass
@@ -94,7 +94,7 @@ def sensitivity(
     kinds : sequence of str
         Of :data:`KINDS`.
     bits : int from 2 to 16 (weights: 8)
-    by : {"kind", "layer", "each"}
+    by : {"kind", "layer", "module"}
         A case is one kind in all layers; all kinds in one block; or one kind of one module.
     text : optional
         Also measure the perplexity on it, for every case; see :func:`ptqkit.hf.perplexity`, which
@@ -114,7 +114,7 @@ def sensitivity(
     kinds = _check(kinds, bits, by)
     data = prepare_calibration(
         calibration, tokenizer, samples=samples, sequence_length=sequence_length,
-        batch_size=batch_size, seed=seed, start_token=start_token, limit=max_positions(model),
+        batch_size=batch_size, seed=seed, start_token=start_token, max_length=max_positions(model),
     )  # fmt: skip
     bench = _Bench(model, data, kinds, bits)
     cases = bench.cases(by)
@@ -152,7 +152,7 @@ def _check(kinds: Sequence[str], bits: int, by: str) -> tuple[str, ...]:
         raise ValueError(f"kinds must be some of {KINDS}, not {unknown[0] if unknown else kinds!r}")
     if by not in CASES:
         raise ValueError(f"by must be one of {CASES}, not {by!r}")
-    Activations(bits, "tensor")
+    ActivationQuantization(bits, "tensor")
     if "weights" in kinds and bits > 8:
         raise ValueError(f"weights take at most 8 bits, not {bits}: leave them out of kinds")
     return kinds
@@ -213,7 +213,7 @@ class _Bench:
             for batch, mask in zip(self.data.batches, self.data.masks(), strict=True):
                 rows[0] = mask
                 forward(self.model, batch)
-        spec, dtype = Activations(self.bits, "tensor"), _dtype(self.model)
+        spec, dtype = ActivationQuantization(self.bits, "tensor"), _dtype(self.model)
         ranges = {n: r.finish() if hasattr(r, "finish") else r for n, r in seen.items()}
         idle = [n for n, r in ranges.items() if not r.tokens]
         if idle:
@@ -231,7 +231,7 @@ class _Bench:
             key = {
                 "kind": (kind, "all"),
                 "layer": ("all", self._block(name)),
-                "each": (kind, name),
+                "module": (kind, name),
             }[by]
             found.setdefault(key, _Case(*key)).members.append((kind, name))
         return list(found.values())

@@ -135,7 +135,7 @@ def equalize(
         batch_size=batch_size,
         seed=seed,
         start_token=start_token,
-        limit=max_positions(model),
+        max_length=max_positions(model),
     )
     parsed = None if recipe is None else as_recipe(recipe)
     return equalize_calibrated(

@@ -13,7 +13,7 @@ from torch import nn
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.equalization.find import apply_fold, find_folds
 
-__all__ = ["Outliers", "make_outliers"]
+__all__ = ["Outliers", "inject_outliers"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Outliers:
     factor: float
 
 
-def make_outliers(
+def inject_outliers(
     model: nn.Module,
     batch: Mapping[str, torch.Tensor] | CalibrationSet,
     *,
@@ -77,7 +77,7 @@ def make_outliers(
 
     Examples
     --------
-    >>> changed = ptqkit.hf.make_outliers(model, {"input_ids": ids})
+    >>> changed = ptqkit.hf.inject_outliers(model, {"input_ids": ids})
     >>> changed[0].channels
     """
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:

@@ -16,7 +16,7 @@ from ptqkit.arrays.equalization import (
     SCALE_LIMITS,
     equalization_scales,
     search_equalization,
-    weight_extent,
+    weight_span,
 )
 from ptqkit.errors import CalibrationError, PtqkitError, prefix_error
 from ptqkit.hf.data.calibration import CalibrationSet
@@ -171,8 +171,8 @@ class EqualizationRun:
             activation = ranges.absmax
             weight = np.max([np.abs(w).max(axis=0) for w in weights], axis=0)
         else:
-            activation = ranges.extent
-            weight = weight_extent(weights, threads=self.threads)
+            activation = ranges.span
+            weight = weight_span(weights, threads=self.threads)
         shared = fold.channel_of if fold.channels < len(fold.channel_of) else None
         row = EqualizedGroup(fold.kind, fold.producer, list(fold.consumers), math.nan)
         if self.equalization.alpha == "search":

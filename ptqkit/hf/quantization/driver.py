@@ -99,7 +99,7 @@ def quantize(
         A transformers model, on CPU or GPU.
     recipe : Recipe, preset name, dict or list of parts
         A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"reference"``, ``"rtn"``,
-        ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4), Activations(8, "tensor")]``
+        ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4), ActivationQuantization(8, "tensor")]``
         (:mod:`ptqkit.hf.parts`); ``**changes`` are applied to it, such as ``bits=3``, or
         ``error_propagation=0.5``, which corrects every weight for the errors of the layers before
         it at the price of a second forward pass and twice the activations.
@@ -124,8 +124,8 @@ def quantize(
         Of the solver; 0 is its own policy.
     diagnostics : bool
         Compute RTN's objective and the signal-to-noise ratios for the report.
-    on_error : {"raise", "keep"}
-        "keep" leaves a layer that fails float and marks its row in the report.
+    on_error : {"raise", "leave_float"}
+        "leave_float" leaves a layer that fails float and marks its row in the report.
     progress : bool or callable, optional
         See :func:`ptqkit.hf.progress.make_progress`.
     out_dir, format, overwrite : optional
@@ -147,7 +147,7 @@ def quantize(
     """
     for name, value, allowed in (
         ("schedule", schedule, _SCHEDULES),
-        ("on_error", on_error, ("raise", "keep")),
+        ("on_error", on_error, ("raise", "leave_float")),
         ("format", format, FORMATS),
     ):
         if value not in allowed:

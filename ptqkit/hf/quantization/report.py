@@ -11,7 +11,7 @@ from typing import Any
 from ptqkit._files import plain
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.solve import Solved
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["LayerReport", "Report", "layer_report"]
 
@@ -271,7 +271,7 @@ def _decibel(signal: float, error: float) -> float:
     return math.inf if error <= 0 else 10 * math.log10(signal / error)
 
 
-def _activations(spec: Activations | None) -> str:
+def _activations(spec: ActivationQuantization | None) -> str:
     if spec is None:
         return ""
     outliers = "" if spec.outlier_threshold is None else f" <{spec.outlier_threshold:g}"

@@ -107,7 +107,7 @@ class Runner:
             return
         try:
             self.calibration = prepare_calibration(
-                source, tokenizer, limit=max_positions(self.model), **options
+                source, tokenizer, max_length=max_positions(self.model), **options
             )
         except (CalibrationError, ValueError, TypeError) as error:
             self.problems.add(str(error), missing_kind(error))

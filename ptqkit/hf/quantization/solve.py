@@ -198,7 +198,7 @@ def _quantize(
         source,
         order=options.order,
         static_groups=options.static_groups,
-        sweeps=options.sweeps,
+        refine_passes=options.refine_passes,
         damping=options.damping,
         max_damping=options.max_damping,
         feedback=options.feedback,

@@ -39,7 +39,7 @@ from ptqkit.nn.softmax.report import (
 from ptqkit.nn.softmax.search import RangeSearch
 from ptqkit.recipe.recipe import match_pattern
 
-__all__ = ["SoftmaxQuantization", "SoftmaxStudy", "quantize_softmax"]
+__all__ = ["SoftmaxCalibration", "SoftmaxQuantization", "quantize_softmax"]
 
 RANGES = ("fixed", "calibrated", "search")
 
@@ -106,7 +106,7 @@ def check_heads(
             )
 
 
-class SoftmaxStudy:
+class SoftmaxCalibration:
     """What one pass over calibration data tells about the softmax of a model.
 
     Any number of corrections can be made from it, at one bit width.
@@ -249,7 +249,7 @@ def quantize_softmax(
     granularity : {"head", "tensor"}
         Of "bias" and "row_length": one per head, or one per attention module.
     range : {"fixed", "calibrated", "search"}
-        See :class:`SoftmaxStudy`.
+        See :class:`SoftmaxCalibration`.
     layers : iterable of str, optional
         Patterns of attention modules; by default all.
     diagnostics : bool
@@ -289,9 +289,9 @@ def quantize_softmax(
             batch_size=batch_size,
             seed=seed,
             start_token=start_token,
-            limit=max_positions(model),
+            max_length=max_positions(model),
         )
-        study = SoftmaxStudy(model, data, bits=bits, range=range, layers=layers)
+        study = SoftmaxCalibration(model, data, bits=bits, range=range, layers=layers)
         quantizers = study.quantizers(correction, granularity)
         report = study.compare(quantizers) if diagnostics else None
         result = SoftmaxQuantization(model, quantizers, report)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.evaluation.perplexity import PerplexityResult, perplexity
-from ptqkit.hf.softmax.driver import SoftmaxStudy
+from ptqkit.hf.softmax.driver import SoftmaxCalibration
 from ptqkit.nn.attention import attention_hooks
 from ptqkit.nn.attention_quantizer import AttentionQuantizer
 from ptqkit.nn.softmax.report import SoftmaxReport, describe
@@ -126,8 +126,8 @@ class SoftmaxTable:
         return "\n".join([*lines, "", *(self._zeros(bits) for bits in self.layers)])
 
     def _zeros(self, bits: int) -> str:
-        zero = [row["share_zero"] for row in self.layers[bits]]
-        sums = [row["row_sum"] for row in self.layers[bits]]
+        zero = [row["zero_fraction"] for row in self.layers[bits]]
+        sums = [row["mean_row_sum"] for row in self.layers[bits]]
         return (
             f"{bits} bits: {100 * sum(zero) / len(zero):.1f} % of the allowed probabilities round "
             f"to zero ({100 * min(zero):.1f} to {100 * max(zero):.1f} % by layer); expected row "
@@ -185,7 +185,7 @@ def softmax_table(
     table.rows.append(SoftmaxTableRow(None, "none", first.perplexity))
     for width in bits:
         tell(f"SM{width}: calibration")
-        study = SoftmaxStudy(model, calibration, bits=width, range=range)
+        study = SoftmaxCalibration(model, calibration, bits=width, range=range)
         plain = math.nan
         for name in chosen:
             tell(f"SM{width} {name}")

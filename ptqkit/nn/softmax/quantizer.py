@@ -1,6 +1,6 @@
 """The quantized softmax on torch tensors, its corrections, and what they are estimated from.
 
-The same as :func:`ptqkit.quantized_softmax`, for a model that has computed the probabilities: codes
+The same as :func:`ptqkit.softmax_on_grid`, for a model that has computed the probabilities: codes
 ``q = clamp(round(p * (1 / s)) + z, 0, 2**b - 1)`` stand for ``s*q - c`` with ``c = s*z``, and a
 correction only changes the offset (Pandey et al. 2023: ``c' = s*z - beta``).
 Forbidden entries are exactly 0 and get nothing: otherwise a token would see later ones. With n

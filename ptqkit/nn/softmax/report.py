@@ -43,9 +43,9 @@ class SoftmaxLayerReport:
     correction : str or None
     bias : float
         Mean over heads of beta; NaN where the correction is no constant.
-    share_zero : float
+    zero_fraction : float
         Share of the allowed probabilities that round to zero.
-    row_sum : float
+    mean_row_sum : float
         Expected row sum of the quantized probabilities before correction; 1 in the float model.
     sqnr_db, sqnr_corrected_db : float
         Signal to error of the attention's output (probabilities times values), all else float;
@@ -62,8 +62,8 @@ class SoftmaxLayerReport:
     zero_point: int = 0
     correction: str | None = None
     bias: float = math.nan
-    share_zero: float = math.nan
-    row_sum: float = math.nan
+    zero_fraction: float = math.nan
+    mean_row_sum: float = math.nan
     sqnr_db: float = math.nan
     sqnr_corrected_db: float = math.nan
     longest: int = 0
@@ -101,7 +101,7 @@ class SoftmaxReport:
 
     def totals(self) -> dict[str, float]:
         """Means over the layers."""
-        names = ("share_zero", "row_sum", "sqnr_db", "sqnr_corrected_db")
+        names = ("zero_fraction", "mean_row_sum", "sqnr_db", "sqnr_corrected_db")
         count = max(len(self.layers), 1)
         return {n: math.fsum(getattr(r, n) for r in self.layers) / count for n in names}
 
@@ -153,8 +153,8 @@ def _cells(row: SoftmaxLayerReport) -> tuple[str, ...]:
         row.name,
         str(row.heads),
         str(row.bits),
-        f"{100 * row.share_zero:.1f}%",
-        f"{row.row_sum:.4f}",
+        f"{100 * row.zero_fraction:.1f}%",
+        f"{row.mean_row_sum:.4f}",
         f"{row.sqnr_db:.2f}",
         f"{row.sqnr_corrected_db:.2f}",
         "-" if math.isnan(row.bias) else f"{row.bias:.3g}",
@@ -268,8 +268,8 @@ def softmax_row(
         zero_point=int(quantizer.grid.zero_point),
         correction=quantizer.correction,
         bias=float(np.mean(quantizer.bias)) if constant else math.nan,
-        share_zero=float(statistics.bias.share_zero),
-        row_sum=float(statistics.bias.row_sum),
+        zero_fraction=float(statistics.bias.zero_fraction),
+        mean_row_sum=float(statistics.bias.mean_row_sum),
         sqnr_db=compared.sqnr[0].decibel,
         sqnr_corrected_db=compared.sqnr[1].decibel,
         longest=statistics.longest,

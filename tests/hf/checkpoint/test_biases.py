@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases, plan_biases
-from ptqkit.hf.checkpoint.reader import load, read_layers
+from ptqkit.hf.checkpoint.reader import load, read_matrices
 from ptqkit.hf.checkpoint.save import save_checkpoint
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 W4 = {"bits": 4, "group_size": 32, "symmetric": True}
 GPTQ = {"bits": 4, "group_size": 32, "scale_dtype": "float16", "min_zero_point": 1}
@@ -57,7 +57,7 @@ def _assert_loads(folder, model, layers, stock=True):
     loaders = [load] + ([lambda path: Auto.from_pretrained(path, dtype="auto")] if stock else [])
     for loader in loaders:
         assert torch.equal(logits(loader(folder)), logits(model))
-    assert_same_matrices(read_layers(folder), layers)
+    assert_same_matrices(read_matrices(folder), layers)
 
 
 @pytest.mark.parametrize(("endings", "settings"), [
@@ -139,7 +139,7 @@ def test_own_format_lists_them_and_leaves_the_configuration(tmp_path):
         load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("spec", [Activations(8), Activations(8, "tensor")])
+@pytest.mark.parametrize("spec", [ActivationQuantization(8), ActivationQuantization(8, "tensor")])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_with_quantized_inputs(kind, spec, tmp_path):
     model, layers, _ = _case(kind, "down_proj", bits=8, group_size=None, symmetric=True)

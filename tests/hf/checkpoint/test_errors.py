@@ -16,7 +16,7 @@ from helpers.checkpoint_models import assert_same_matrices, build, fake_quantize
 
 from ptqkit import _files
 from ptqkit.hf.checkpoint import files
-from ptqkit.hf.checkpoint.reader import load, read_layers
+from ptqkit.hf.checkpoint.reader import load, read_matrices
 from ptqkit.hf.checkpoint.save import save_checkpoint
 from ptqkit.hf.checkpoint.spec import LayerSpec, format_problems
 
@@ -75,7 +75,7 @@ def test_gptq_refuses_what_it_cannot_carry(tmp_path):
         model, layers, tmp_path, "gptq", "1 problem(s)", name, "zero-point of 0", "min_zero_point=1"
     )
     assert save_checkpoint(model, layers, None, tmp_path / "v2", format="gptq_v2").format
-    assert_same_matrices(read_layers(tmp_path / "v2"), layers)
+    assert_same_matrices(read_matrices(tmp_path / "v2"), layers)
 
 
 @pytest.mark.parametrize(
@@ -275,16 +275,16 @@ def test_shards(quantized, tmp_path):
     loaded, found = load(tmp_path / "out", output_loading_info=True)
     assert not any(found.values())
     assert torch.equal(logits(loaded), logits(model))
-    assert_same_matrices(read_layers(tmp_path / "out"), layers)
+    assert_same_matrices(read_matrices(tmp_path / "out"), layers)
     (tmp_path / "out" / shards[1]).unlink()
-    for function in (load, read_layers):
+    for function in (load, read_matrices):
         with pytest.raises(FileNotFoundError, match=f"lacks {shards[1]}"):
             function(tmp_path / "out")
 
 
 def test_load_errors(quantized, tmp_path):
     model, layers = quantized
-    for function in (load, read_layers):
+    for function in (load, read_matrices):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             function(tmp_path / "nowhere")
         with pytest.raises(FileNotFoundError, match="no config.json"):
@@ -293,20 +293,20 @@ def test_load_errors(quantized, tmp_path):
     save_checkpoint(model, layers, None, out, format="ptqkit")
     config = json.loads((out / "config.json").read_text())
     (out / "model.safetensors").rename(tmp_path / "aside")
-    for function in (load, read_layers):
+    for function in (load, read_matrices):
         with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
             function(out)
     (tmp_path / "aside").rename(out / "model.safetensors")
 
     config["quantization_config"]["format_version"] = 3
     (out / "config.json").write_text(json.dumps(config))
-    for function in (load, read_layers, transformers.AutoModelForCausalLM.from_pretrained):
+    for function in (load, read_matrices, transformers.AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match="format version 3.*newer ptqkit"):
             function(out)
     config["quantization_config"] = {"quant_method": "awq"}
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="'awq' is not read"):
-        read_layers(out)
+        read_matrices(out)
     (out / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not valid JSON"):
         load(out)

@@ -32,8 +32,8 @@ def test_without_the_plugin_loading_fails_instead_of_guessing(kind, bits, tmp_pa
 
 
 def test_registering_twice_is_harmless_and_a_stranger_is_noticed(monkeypatch):
-    plugin.register()
-    plugin.register()
+    plugin.register_format()
+    plugin.register_format()
     assert auto.AUTO_QUANTIZER_MAPPING["ptqkit"] is plugin.PtqkitQuantizer
 
     class Stranger:
@@ -41,7 +41,7 @@ def test_registering_twice_is_harmless_and_a_stranger_is_noticed(monkeypatch):
 
     monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "ptqkit", Stranger)
     with pytest.raises(RuntimeError, match="'ptqkit' is taken by.*Stranger"):
-        plugin.register()
+        plugin.register_format()
 
 
 def test_a_new_process_needs_one_call(tmp_path):

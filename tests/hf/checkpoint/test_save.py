@@ -23,7 +23,7 @@ from helpers.data import SHARED
 from safetensors import safe_open
 
 import ptqkit
-from ptqkit.hf.checkpoint.reader import load, read_layers
+from ptqkit.hf.checkpoint.reader import load, read_matrices
 from ptqkit.hf.checkpoint.save import save_checkpoint
 from ptqkit.nn.qlinear import QLinear
 
@@ -71,7 +71,7 @@ def test_default_load_is_exact(kind, grid, tmp_path, warned):
     assert warned()[before:] == []
     assert type(loaded) is type(model)
     assert torch.equal(logits(load(tmp_path / "out")), expected)
-    assert_same_matrices(read_layers(tmp_path / "out"), layers)
+    assert_same_matrices(read_matrices(tmp_path / "out"), layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -85,7 +85,7 @@ def test_half_precision_models_are_exact(kind, grid, dtype, tmp_path):
     assert loaded.dtype == dtype
     assert torch.equal(logits(loaded), logits(model))
     assert all(
-        q.scale_dtype == layers[n].scale_dtype for n, q in read_layers(tmp_path / "out").items()
+        q.scale_dtype == layers[n].scale_dtype for n, q in read_matrices(tmp_path / "out").items()
     )
 
 
@@ -108,7 +108,7 @@ def test_gptq_files_load_without_gptqmodel(kind, options, format, tmp_path):
     assert settings["group_size"] == (options["group_size"] or -1)
     assert settings["modules_in_block_to_quantize"] is None
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
-    assert_same_matrices(read_layers(tmp_path / "out"), layers)
+    assert_same_matrices(read_matrices(tmp_path / "out"), layers)
 
 
 def test_gptq_files_of_half_precision_models(tmp_path):
@@ -156,7 +156,7 @@ def test_mixed_precision_and_skipped_layers(kind, tmp_path):
         )
     loaded = _auto(kind).from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(model))
-    assert_same_matrices(read_layers(tmp_path / "out"), layers)
+    assert_same_matrices(read_matrices(tmp_path / "out"), layers)
 
 
 def test_every_width_loads_in_stock_transformers(tmp_path):
@@ -168,7 +168,7 @@ def test_every_width_loads_in_stock_transformers(tmp_path):
     assert info.format == "compressed-tensors"
     loaded = _auto("llama").from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(model))
-    assert_same_matrices(read_layers(tmp_path / "out"), layers)
+    assert_same_matrices(read_matrices(tmp_path / "out"), layers)
 
 
 def test_one_scheme_is_written_for_all_linears(tmp_path):
@@ -193,7 +193,7 @@ def test_an_untied_head_can_be_quantized(grid, tmp_path):
     save_checkpoint(model, layers, None, tmp_path / "out")
     loaded = _auto("llama").from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(model))
-    assert_same_matrices(read_layers(tmp_path / "out"), layers)
+    assert_same_matrices(read_matrices(tmp_path / "out"), layers)
     with pytest.raises(ValueError, match="inside the repeated blocks only, not lm_head"):
         layers = fake_quantize(model, bits=4, group_size=32, scale_dtype="float16")
         layers["lm_head"] = ptqkit.rtn(
@@ -232,7 +232,7 @@ def test_own_format_saves_again_and_generates(kind, tmp_path):
     first.save_pretrained(tmp_path / "second")
     second = _auto(kind).from_pretrained(tmp_path / "second")
     assert torch.equal(logits(second), logits(model))
-    assert_same_matrices(read_layers(tmp_path / "second"), layers)
+    assert_same_matrices(read_matrices(tmp_path / "second"), layers)
     prompt = torch.tensor([[5, 9, 11]])
     made = [m.generate(prompt, max_new_tokens=8, do_sample=False) for m in (model, second)]
     assert torch.equal(*made)

@@ -20,12 +20,12 @@ from helpers.data import SHARED
 from safetensors.torch import load_file, save_file
 
 from ptqkit.hf.checkpoint import inputs as checkpoint_inputs
-from ptqkit.hf.checkpoint.reader import load, read_layers
+from ptqkit.hf.checkpoint.reader import load, read_matrices
 from ptqkit.hf.checkpoint.save import save_checkpoint
 from ptqkit.hf.checkpoint.spec import LayerSpec, format_problems
 from ptqkit.nn.activations import ActivationQuantizer, installed_quantizer, remove_quantizers
 from ptqkit.nn.qlinear import QLinear
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 WEIGHTS = {
     "w8 channel": {"bits": 8, "group_size": None, "symmetric": True},
@@ -36,11 +36,11 @@ WEIGHTS = {
     "w3 group asym": {"bits": 3, "group_size": 32},
 }
 INPUTS = {
-    "token": Activations(8),
-    "token asym": Activations(8, symmetric=False),
-    "tensor": Activations(8, "tensor"),
-    "tensor sym": Activations(8, "tensor", True),
-    "tensor 6 bit": Activations(6, "tensor"),
+    "token": ActivationQuantization(8),
+    "token asym": ActivationQuantization(8, symmetric=False),
+    "tensor": ActivationQuantization(8, "tensor"),
+    "tensor sym": ActivationQuantization(8, "tensor", True),
+    "tensor 6 bit": ActivationQuantization(6, "tensor"),
 }
 W8 = WEIGHTS["w8 channel"]
 NAME = "model.layers.1.mlp.up_proj"
@@ -68,7 +68,7 @@ def _assert_loads(folder, model, layers, stock=True):
         assert loaded.dtype == model.dtype
         assert torch.equal(logits(loaded), logits(model))
         assert torch.equal(logits(loaded), logits(model)), "second forward"
-    assert_same_matrices(read_layers(folder), layers)
+    assert_same_matrices(read_matrices(folder), layers)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -110,14 +110,16 @@ def test_half_precision_too(weights, inputs, dtype, tmp_path):
 @pytest.mark.parametrize("kind", ["qwen2", "opt", "bloom", "gpt_neox"])
 @pytest.mark.parametrize("weights", ["w8 channel asym", "w8 tensor"])
 def test_other_families_with_static_inputs(kind, weights, tmp_path):
-    model, layers, quantizers = _simulate(kind, WEIGHTS[weights], Activations(8, "tensor"))
+    model, layers, quantizers = _simulate(
+        kind, WEIGHTS[weights], ActivationQuantization(8, "tensor")
+    )
     info = save_checkpoint(model, layers, None, tmp_path / "out", activations=quantizers)
     assert info.format == "compressed-tensors"
     _assert_loads(tmp_path / "out", model, layers)
 
 
 def test_inputs_without_a_batch_axis_are_not_left_to_compressed_tensors(tmp_path):
-    model, layers, quantizers = _simulate("opt", W8, Activations(8))
+    model, layers, quantizers = _simulate("opt", W8, ActivationQuantization(8))
     with pytest.raises(ValueError) as caught:
         save_checkpoint(
             model, layers, None, tmp_path / "no", format="compressed-tensors",
@@ -132,7 +134,11 @@ def test_inputs_without_a_batch_axis_are_not_left_to_compressed_tensors(tmp_path
     assert info.format == "ptqkit" and "no batch axis" in info.reason
     _assert_loads(tmp_path / "out", model, layers)
     # Static there and dynamic elsewhere fits again.
-    mixed = {"": Activations(8), "fc1": Activations(8, "tensor"), "fc2": Activations(8, "tensor")}
+    mixed = {
+        "": ActivationQuantization(8),
+        "fc1": ActivationQuantization(8, "tensor"),
+        "fc2": ActivationQuantization(8, "tensor"),
+    }
     model, layers, quantizers = _simulate("opt", W8, mixed)
     info = save_checkpoint(model, layers, None, tmp_path / "mixed", activations=quantizers)
     assert info.format == "compressed-tensors"
@@ -144,7 +150,7 @@ def test_inputs_without_a_batch_axis_are_not_left_to_compressed_tensors(tmp_path
 def test_quantizers_that_have_not_run_are_tried_once(kind, tmp_path):
     model = build(kind).train()
     layers = fake_quantize(model, **W8)
-    quantizers = {name: ActivationQuantizer(Activations(8)) for name in layers}
+    quantizers = {name: ActivationQuantizer(ActivationQuantization(8)) for name in layers}
     state = torch.get_rng_state()
     info = save_checkpoint(model, layers, None, tmp_path / "out", activations=quantizers)
     assert info.format == ("ptqkit" if kind == "opt" else "compressed-tensors")
@@ -155,7 +161,7 @@ def test_quantizers_that_have_not_run_are_tried_once(kind, tmp_path):
 def test_an_input_shape_that_cannot_be_found_is_refused(tmp_path, monkeypatch):
     model = build("llama")
     layers = fake_quantize(model, **W8)
-    quantizers = {name: ActivationQuantizer(Activations(8)) for name in layers}
+    quantizers = {name: ActivationQuantizer(ActivationQuantization(8)) for name in layers}
 
     def fails(*args, **kwargs):
         raise ValueError("needs pixels")
@@ -172,7 +178,11 @@ def test_an_input_shape_that_cannot_be_found_is_refused(tmp_path, monkeypatch):
 
 def test_layers_with_and_without_quantized_inputs(tmp_path):
     overrides = {"up_proj": WEIGHTS["w4 group"], "q_proj": None, "down_proj": WEIGHTS["w4 group"]}
-    inputs = {"": Activations(8), "up_proj": None, "o_proj": Activations(8, "tensor")}
+    inputs = {
+        "": ActivationQuantization(8),
+        "up_proj": None,
+        "o_proj": ActivationQuantization(8, "tensor"),
+    }
     model, layers, quantizers = _simulate("llama", W8, inputs, overrides=overrides)
     assert NAME not in quantizers and len(quantizers) == len(layers) - 2
     info = save_checkpoint(model, layers, None, tmp_path / "out", activations=quantizers)
@@ -186,13 +196,13 @@ def test_layers_with_and_without_quantized_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "weights", "inputs", "dtype", "reason"), [
-    ("llama", W8, Activations(8, outlier_threshold=1.5), torch.float32, "outlier columns"),
-    ("llama", W8, Activations(16), torch.bfloat16, "no room for activations of 16 bits"),
-    ("llama", W8, Activations(16, "tensor"), torch.float16, "no room for activations of 16 bits"),
-    ("gpt2", W8, Activations(8, "tensor"), torch.float32, "not Conv1D"),
-    ("gpt2", WEIGHTS["w8 tensor asym"], Activations(8), torch.bfloat16, "not Conv1D"),
-    ("llama", {"bits": "ternary", "group_size": 8}, Activations(4), torch.float32, "no ternary"),
-    ("llama", {"bits": 2, "group_size": 16, "act_order": True}, Activations(8, "tensor"),
+    ("llama", W8, ActivationQuantization(8, outlier_threshold=1.5), torch.float32, "outlier columns"),
+    ("llama", W8, ActivationQuantization(16), torch.bfloat16, "no room for activations of 16 bits"),
+    ("llama", W8, ActivationQuantization(16, "tensor"), torch.float16, "no room for activations of 16 bits"),
+    ("gpt2", W8, ActivationQuantization(8, "tensor"), torch.float32, "not Conv1D"),
+    ("gpt2", WEIGHTS["w8 tensor asym"], ActivationQuantization(8), torch.bfloat16, "not Conv1D"),
+    ("llama", {"bits": "ternary", "group_size": 8}, ActivationQuantization(4), torch.float32, "no ternary"),
+    ("llama", {"bits": 2, "group_size": 16, "act_order": True}, ActivationQuantization(8, "tensor"),
      torch.float32, "g_idx"),
 ])  # fmt: skip
 def test_own_format_carries_the_rest(kind, weights, inputs, dtype, reason, tmp_path):
@@ -208,7 +218,7 @@ def test_own_format_carries_the_rest(kind, weights, inputs, dtype, reason, tmp_p
     for name, module in first.named_modules():
         if isinstance(module, QLinear):
             assert module.input_quantizer().spec == quantizers[name].spec
-            assert "Activations" in repr(module)
+            assert "ActivationQuantization" in repr(module)
     assert torch.equal(logits(first), logits(model))
     first.save_pretrained(tmp_path / "again")
     _assert_loads(tmp_path / "again", model, layers)
@@ -218,7 +228,7 @@ def test_own_format_carries_the_rest(kind, weights, inputs, dtype, reason, tmp_p
 
 
 def test_sixteen_bits_fit_stock_transformers_in_float32(tmp_path):
-    model, layers, quantizers = _simulate("llama", W8, Activations(16, "tensor"))
+    model, layers, quantizers = _simulate("llama", W8, ActivationQuantization(16, "tensor"))
     info = save_checkpoint(model, layers, None, tmp_path / "out", activations=quantizers)
     assert info.format == "compressed-tensors"
     _assert_loads(tmp_path / "out", model, layers)
@@ -260,7 +270,7 @@ def test_files_without_quantized_inputs_are_as_before(tmp_path):
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
 def test_gptq_files_have_no_quantized_inputs(format, tmp_path):
     weights = {"bits": 4, "group_size": 32, "scale_dtype": "float16", "min_zero_point": 1}
-    model, layers, quantizers = _simulate("llama", weights, Activations(8))
+    model, layers, quantizers = _simulate("llama", weights, ActivationQuantization(8))
     with pytest.raises(ValueError, match=r"14 problem\(s\)[^$]*has no quantized activations"):
         save_checkpoint(
             model, layers, None, tmp_path / "out", format=format, activations=quantizers
@@ -271,7 +281,7 @@ def test_gptq_files_have_no_quantized_inputs(format, tmp_path):
 def test_specs_alone_tell_the_problems():
     spec = LayerSpec("a.0.b", 64, 64, 8, None, False)
     assert "asymmetric" in format_problems([spec], "compressed-tensors")[0]
-    for activations in (Activations(8), Activations(8, "tensor")):
+    for activations in (ActivationQuantization(8), ActivationQuantization(8, "tensor")):
         spec = LayerSpec("a.0.b", 64, 64, 8, None, False, activations=activations)
         assert format_problems([spec], "compressed-tensors") == []
         flat = LayerSpec("a.0.b", 64, 64, 8, None, True, activations=activations, flat_input=True)
@@ -280,7 +290,7 @@ def test_specs_alone_tell_the_problems():
 
 
 def test_a_file_that_would_be_another_model_is_refused(tmp_path):
-    model, layers, quantizers = _simulate("llama", W8, Activations(8, "tensor"))
+    model, layers, quantizers = _simulate("llama", W8, ActivationQuantization(8, "tensor"))
 
     def refused(match, activations, error=ValueError):
         with pytest.raises(error, match=match):
@@ -292,7 +302,7 @@ def test_a_file_that_would_be_another_model_is_refused(tmp_path):
     refused(f"otherwise than `activations` says: {NAME};", less)
     q = quantizers[NAME]
     for other in (
-        ActivationQuantizer(Activations(8)),
+        ActivationQuantizer(ActivationQuantization(8)),
         ActivationQuantizer(q.spec, 2 * q.scale, q.zero_point.item()),
         ActivationQuantizer(q.spec, q.scale, q.zero_point.item() + 1),
     ):
@@ -300,13 +310,15 @@ def test_a_file_that_would_be_another_model_is_refused(tmp_path):
     refused("without quantized weights: lm_head, nowhere;", {
         **quantizers, "lm_head": q, "nowhere": q,
     })  # fmt: skip
-    refused("must be an ActivationQuantizer, not Activations", {
-        **quantizers, NAME: Activations(8),
+    refused("must be an ActivationQuantizer, not ActivationQuantization", {
+        **quantizers, NAME: ActivationQuantization(8),
     }, TypeError)  # fmt: skip
 
 
 def test_a_grid_that_the_dtype_cannot_hold_goes_to_the_own_format(tmp_path):
-    model, layers, quantizers = _simulate("llama", W8, Activations(8, "tensor"), torch.bfloat16)
+    model, layers, quantizers = _simulate(
+        "llama", W8, ActivationQuantization(8, "tensor"), torch.bfloat16
+    )
     q = quantizers[NAME]
     q.scale = torch.tensor([0.1])
     info = save_checkpoint(model, layers, None, tmp_path / "out", activations=quantizers)
@@ -316,7 +328,7 @@ def test_a_grid_that_the_dtype_cannot_hold_goes_to_the_own_format(tmp_path):
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "ptqkit"])
 def test_damaged_input_grids(format, tmp_path):
-    model, layers, quantizers = _simulate("llama", W8, Activations(8, "tensor"))
+    model, layers, quantizers = _simulate("llama", W8, ActivationQuantization(8, "tensor"))
     out = tmp_path / "out"
     save_checkpoint(model, layers, None, out, format=format, activations=quantizers)
     file = out / "model.safetensors"
@@ -337,7 +349,7 @@ def test_damaged_input_grids(format, tmp_path):
 
 
 def test_damaged_descriptions(tmp_path):
-    model, layers, quantizers = _simulate("llama", W8, Activations(8, "tensor"))
+    model, layers, quantizers = _simulate("llama", W8, ActivationQuantization(8, "tensor"))
     out = tmp_path / "out"
     save_checkpoint(model, layers, None, out, format="ptqkit", activations=quantizers)
     path = out / "config.json"
@@ -345,18 +357,23 @@ def test_damaged_descriptions(tmp_path):
     for change, match in (
         ({"activations": {"bits": 8, "per": "token"}}, f"{NAME}: activations have no option 'per'"),
         ({"activations": {"bits": 40}}, f"{NAME}: activation bits must be"),
-        ({"activations": "token"}, f"{NAME}: activations must be Activations or a mapping"),
+        (
+            {"activations": "token"},
+            f"{NAME}: activations must be ActivationQuantization or a mapping",
+        ),
     ):
         config = json.loads(good)
         config["quantization_config"]["layers"][NAME].update(change)
         path.write_text(json.dumps(config))
-        for function in (load, read_layers, Auto.from_pretrained):
+        for function in (load, read_matrices, Auto.from_pretrained):
             with pytest.raises(ValueError, match=match):
                 function(out)
 
 
 def test_unreadable_int_quantized_files(tmp_path):
-    model, layers, quantizers = _simulate("llama", WEIGHTS["w3 group asym"], Activations(8))
+    model, layers, quantizers = _simulate(
+        "llama", WEIGHTS["w3 group asym"], ActivationQuantization(8)
+    )
     out = tmp_path / "out"
     save_checkpoint(model, layers, None, out, activations=quantizers)
     file = out / "model.safetensors"
@@ -367,18 +384,18 @@ def test_unreadable_int_quantized_files(tmp_path):
         wrong[0, 0] = 4
         save_file({**tensors, f"{NAME}.{part}": wrong}, file, {"format": "pt"})
         with pytest.raises(ValueError, match=f"{NAME}.{part} holds numbers .* of 3 bits"):
-            read_layers(out)
+            read_matrices(out)
     save_file(tensors, file, {"format": "pt"})
     config = json.loads((out / "config.json").read_text())
     [group] = config["quantization_config"]["config_groups"].values()
     group["weights"]["strategy"] = "block"
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="block are not read"):
-        read_layers(out)
+        read_matrices(out)
 
 
 def test_flat_inputs_of_layers_that_have_run_are_not_asked_again(monkeypatch):
-    model, _, quantizers = _simulate("llama", W8, Activations(8))
+    model, _, quantizers = _simulate("llama", W8, ActivationQuantization(8))
 
     def never(*args, **kwargs):
         raise AssertionError("the model ran")

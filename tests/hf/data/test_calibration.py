@@ -62,7 +62,7 @@ def test_seed_decides_and_the_global_one_is_left_alone():
 
 def test_length_is_capped_by_the_model():
     data = prepare_calibration(
-        [numbers(200)], WordTokenizer(), samples=2, sequence_length=512, limit=16
+        [numbers(200)], WordTokenizer(), samples=2, sequence_length=512, max_length=16
     )
     assert data.sequence_length == 16 and all_ids(data).shape == (2, 16)
 

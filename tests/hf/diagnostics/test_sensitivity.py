@@ -16,7 +16,7 @@ from ptqkit.hf.evaluation.perplexity import perplexity
 from ptqkit.hf.softmax.driver import quantize_softmax
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer, installed_quantizer
 from ptqkit.nn.attention import installed_attention
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 
 def logits(model, batch):
@@ -93,7 +93,7 @@ def test_inputs_by_hand():
     for name, module in linears:
         ranges = ptqkit.ChannelRanges(inputs[name].shape[-1])
         ranges.update(inputs[name])
-        quantizer = ActivationQuantizer.calibrate(Activations(6, "tensor"), ranges)
+        quantizer = ActivationQuantizer.calibrate(ActivationQuantization(6, "tensor"), ranges)
         install_quantizer(module, quantizer)
     expected = sqnr([(logits(model, ids), logits(other, ids))])
     found = sensitivity(model, [ids], kinds=["inputs"], bits=6)
@@ -105,7 +105,7 @@ def test_by_layer_and_each():
     report = sensitivity(model, tokens(3), by="layer", bits=6)
     assert {r.name for r in report.rows} == {"model.layers.0", "model.layers.1"}
     assert all(r.tensors == 5 + 7 + 7 for r in report.rows)
-    report = sensitivity(model, tokens(3), by="each", bits=6, kinds=["softmax", "weights"])
+    report = sensitivity(model, tokens(3), by="module", bits=6, kinds=["softmax", "weights"])
     assert len(report.rows) == 2 + 14
     assert report["model.layers.0.self_attn softmax"].tensors == 1
     # One alone harms less than all of its kind.
@@ -178,7 +178,7 @@ def test_models_that_cannot_be():
         sensitivity(model, tokens(2))
     softmax.remove()
     linear = model.model.layers[0].mlp.up_proj
-    install_quantizer(linear, ActivationQuantizer(Activations()))
+    install_quantizer(linear, ActivationQuantizer(ActivationQuantization()))
     with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj are quantized already"):
         sensitivity(model, tokens(2))
 

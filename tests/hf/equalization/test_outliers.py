@@ -11,7 +11,7 @@ from helpers.driver_models import padded_batches
 from helpers.fold_models import change, logits, make, one_batch
 
 import ptqkit
-from ptqkit.hf import make_outliers
+from ptqkit.hf import inject_outliers
 from ptqkit.hf.data.calibration import prepare_calibration
 from ptqkit.hf.equalization.find import find_folds
 from ptqkit.hf.equalization.inputs import measure_inputs
@@ -25,7 +25,7 @@ W8A8 = {
 def ranges_of(model, names):
     modules = {n: model.get_submodule(n) for n in names}
     found = measure_inputs(model, modules, prepare_calibration(padded_batches()), 0)
-    return {n: found[n].ranges.extent for n in names}
+    return {n: found[n].ranges.span for n in names}
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "bloom", "gpt_neox", "gemma"])
@@ -35,7 +35,7 @@ def test_float_model_stays_and_ranges_grow(name):
     folds = find_folds(model, batch).folds
     names = [f.consumers[0] for f in folds]
     old = ranges_of(model, names)
-    made = make_outliers(model, batch, channels=3, factor=30.0)
+    made = inject_outliers(model, batch, channels=3, factor=30.0)
     assert change(logits(model, batch), before) <= 1e-4
     assert [o.producer for o in made] == [f.producer for f in folds if f.kind == "norm"]
     new = ranges_of(model, names)
@@ -50,10 +50,10 @@ def test_float_model_stays_and_ranges_grow(name):
 
 def test_the_seed_alone_decides():
     state = torch.get_rng_state()
-    made = [make_outliers(make("llama"), one_batch(), seed=s) for s in (0, 0, 1)]
+    made = [inject_outliers(make("llama"), one_batch(), seed=s) for s in (0, 0, 1)]
     assert made[0] == made[1] != made[2]
     assert torch.equal(state, torch.get_rng_state())
-    whole = make_outliers(make("llama"), prepare_calibration(padded_batches()))
+    whole = inject_outliers(make("llama"), prepare_calibration(padded_batches()))
     assert whole == made[0] and len(whole) == 4 and len(whole[0].channels) == 6
 
 
@@ -67,9 +67,9 @@ def test_bad_arguments():
         ({"factor": float("inf")}, "factor"),
     ):
         with pytest.raises(ValueError, match=text):
-            make_outliers(model, batch, **options)
+            inject_outliers(model, batch, **options)
     with pytest.raises(ValueError, match="no norm"):
-        make_outliers(make("bert"), one_batch("bert"))
+        inject_outliers(make("bert"), one_batch("bert"))
 
 
 @pytest.mark.parametrize("alpha", [0.5, "search"])
@@ -86,7 +86,7 @@ def test_awe_recovers_a_real_model(alpha):
         )
         before = logits(model, batch)
         if kind != "easy":
-            make_outliers(model, batch)
+            inject_outliers(model, batch)
         equalization = {"alpha": alpha} if kind == "equalized" else None
         recipe = {**W8A8, "equalization": equalization}
         ptqkit.quantize(model, recipe, ids, progress=False)

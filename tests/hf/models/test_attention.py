@@ -23,7 +23,7 @@ from ptqkit.nn.attention import (
     remove_attention,
 )
 from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer, measure_ranges
-from ptqkit.recipe.options import Activations
+from ptqkit.recipe.options import ActivationQuantization
 
 SUPPORTED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt", "gpt2", "gpt_neox",
@@ -364,7 +364,7 @@ def test_values_that_are_not_finite():
 
 def test_half_precision_keeps_its_dtype():
     model = build("llama").bfloat16()
-    spec = Activations(8, "tensor")
+    spec = ActivationQuantization(8, "tensor")
     quantizer = ActivationQuantizer(spec, torch.tensor([0.1], dtype=torch.bfloat16), 3)
     hooks = {
         n: AttentionQuantizer({"query": quantizer, "softmax": lambda p, allowed: p.half().float()})

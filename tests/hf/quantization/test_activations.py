@@ -11,7 +11,7 @@ import torch
 from helpers import driver_models as M
 
 import ptqkit
-from ptqkit import RTN, Activations, BiasCorrection
+from ptqkit import RTN, ActivationQuantization, BiasCorrection
 from ptqkit.errors import CalibrationError, PreflightError
 from ptqkit.hf import quantize
 from ptqkit.hf.models.probe import probe
@@ -22,7 +22,7 @@ from ptqkit.nn.statistics import TorchRanges
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.recipe import Recipe
 
-STATIC = Activations(8, "tensor")
+STATIC = ActivationQuantization(8, "tensor")
 PER_TENSOR = {"bits": 8, "per_tensor": True, "symmetric": True}
 
 
@@ -67,7 +67,9 @@ def by_hand(model, parts, batches):
 
 @pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
-@pytest.mark.parametrize("activations", [STATIC, Activations(6, "token")], ids=["static", "token"])
+@pytest.mark.parametrize(
+    "activations", [STATIC, ActivationQuantization(6, "token")], ids=["static", "token"]
+)
 def test_equals_the_plain_form_by_hand(name, schedule, activations):
     parts = [RTN(**PER_TENSOR), activations, BiasCorrection()]
     batches = M.padded_batches(name)
@@ -104,7 +106,7 @@ def test_schedules_agree_bit_for_bit(name):
 def test_activations_change_the_logits_and_come_off():
     model = M.build()
     batch = M.padded_batches()[0]
-    result = run(model, [RTN(**PER_TENSOR), Activations(4, "token")])
+    result = run(model, [RTN(**PER_TENSOR), ActivationQuantization(4, "token")])
     row = result.report.layers[0]
     assert (row.activations, row.per_tensor) == ("4 token", True)
     assert " tensor  4 token " in result.report.table()
@@ -187,7 +189,7 @@ def test_calibration_is_asked_for(parts, message):
 
 def test_twice_is_refused():
     model = M.build()
-    quantize(model, [RTN(**PER_TENSOR), Activations()], progress=False)
+    quantize(model, [RTN(**PER_TENSOR), ActivationQuantization()], progress=False)
     with pytest.raises(PreflightError, match="its activations are quantized already"):
         quantize(model, [RTN(**PER_TENSOR)], progress=False)
 
@@ -203,7 +205,7 @@ def test_a_failed_layer_stays_float_altogether(monkeypatch):
     monkeypatch.setattr(solve.ptqkit, "bias_correction", fail)
     model = M.build()
     parts = [RTN(**PER_TENSOR), STATIC, BiasCorrection()]
-    result = run(model, parts, on_error="keep")
+    result = run(model, parts, on_error="leave_float")
     down = model.model.layers[0].mlp.down_proj
     assert down.bias is None and installed_quantizer(down) is None
     assert torch.equal(down.weight, M.build().model.layers[0].mlp.down_proj.weight)
@@ -232,7 +234,12 @@ def test_ranges_by_torch_equal_the_core():
 @pytest.mark.parametrize(
     ("name", "parts", "out_format", "message"),
     [
-        ("llama", [RTN(**PER_TENSOR), Activations()], "gptq", "no place for quantized activations"),
+        (
+            "llama",
+            [RTN(**PER_TENSOR), ActivationQuantization()],
+            "gptq",
+            "no place for quantized activations",
+        ),
         ("llama", [RTN(bits=4, group_size=8), BiasCorrection()], "compressed-tensors", "symmetric"),
         (
             "mistral",
@@ -281,7 +288,7 @@ def test_interruption_after_the_folds_says_so(monkeypatch):
 
 
 def test_activations_in_overrides_reach_the_files(tmp_path):
-    other = {"*.down_proj": {"activations": Activations(8, outlier_threshold=6.0)}}
+    other = {"*.down_proj": {"activations": ActivationQuantization(8, outlier_threshold=6.0)}}
     result = run(M.build(), "vector-wise", overrides=other)
     result.save(tmp_path / "q")
     assert Recipe.from_dict(json.loads((tmp_path / "q" / "ptqkit_recipe.json").read_text()))
@@ -323,7 +330,7 @@ def test_compressed_tensors_with_activations_before_and_after_the_run(tmp_path):
     with pytest.raises(PreflightError, match="cannot leave outlier columns in float"):
         run(M.build(), "llm.int8", format="compressed-tensors")
     model = M.build()
-    parts = [RTN(bits=4, group_size=16), Activations()]
+    parts = [RTN(bits=4, group_size=16), ActivationQuantization()]
     run(model, parts, format="compressed-tensors", out_dir=tmp_path / "q")
     loaded = ptqkit.load(tmp_path / "q")
     with torch.no_grad():

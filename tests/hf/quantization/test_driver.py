@@ -386,7 +386,7 @@ def test_a_layer_that_fails(monkeypatch, schedule):
     assert (error.value.index, error.value.damping) == (3, 1.0)
     if hasattr(error.value, "__notes__"):
         assert "11 of 14 layers are already quantized" in error.value.__notes__[0]
-    result = run(build(), schedule=schedule, on_error="keep")
+    result = run(build(), schedule=schedule, on_error="leave_float")
     assert [r.name for r in result.report.failed] == [name, "model.layers.1.mlp.up_proj"]
     assert "no luck" in result.report[name].status and "left float" in result.report.warnings[0]
     kept = build().get_submodule(name).weight
@@ -437,7 +437,7 @@ def test_an_error_of_the_callback_is_the_callers():
         raise StopIteration("enough")
 
     with pytest.raises(StopIteration, match="enough"):
-        run(progress=stop, on_error="keep")
+        run(progress=stop, on_error="leave_float")
 
 
 def test_progress_bars(capsys):

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 import numpy as np
 from helpers.driver_models import build, padded_batches, tokens
 
-from ptqkit import AWE, RTN, Activations, BiasCorrection
+from ptqkit import AWE, RTN, ActivationQuantization, BiasCorrection
 from ptqkit.hf import perplexity, quantize
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
@@ -56,7 +56,7 @@ def test_w8a8_on_the_gpu_equals_the_host(name):
     parts = [
         AWE(alpha=0.5),
         RTN(bits=8, per_tensor=True, symmetric=True),
-        Activations(8, "tensor"),
+        ActivationQuantization(8, "tensor"),
         BiasCorrection(),
     ]
     batches = padded_batches(name)

@@ -102,7 +102,7 @@ def _compare(result, floats, model, batches):
     assert result.report.schedule == "one-pass"
     options = {
         k: getattr(result.recipe, k) for k in ("bits", "group_size", "order", "static_groups",
-                                               "grid", "sweeps", "damping")
+                                               "grid", "refine_passes", "damping")
     }  # fmt: skip
     options["scale_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     expected = two_models(floats, model, groups_of(result), batches, options, ALPHA)
@@ -345,7 +345,7 @@ def test_a_layer_that_fails_is_named_or_kept(monkeypatch):
     name = "model.layers.0.mlp.down_proj"
     with pytest.raises(ValueError, match=f"{name}: on purpose"):
         quantize(build(), "reference", tokens(), **OPTIONS)
-    result = quantize(build(), "reference", tokens(), **OPTIONS, on_error="keep")
+    result = quantize(build(), "reference", tokens(), **OPTIONS, on_error="leave_float")
     assert [r.name for r in result.report.failed] == [name] and len(result.layers) == 13
     weight = build().get_submodule(name).weight
     assert torch.equal(result.model.get_submodule(name).weight, weight)

@@ -17,7 +17,7 @@ import ptqkit
 from ptqkit.arrays.softmax import SoftmaxGrid, softmax_grid
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import prepare_calibration
-from ptqkit.hf.softmax.driver import SoftmaxStudy, quantize_softmax
+from ptqkit.hf.softmax.driver import SoftmaxCalibration, quantize_softmax
 from ptqkit.hf.softmax.table import softmax_table
 from ptqkit.nn.attention import attention_hooks, find_attention, installed_attention
 from ptqkit.nn.attention_quantizer import AttentionQuantizer
@@ -121,9 +121,7 @@ def test_same_as_the_array_functions(case, bits):
         edges = np.asarray(more["edges"])
         place = np.minimum(np.searchsorted(edges, np.arange(10)), len(edges) - 1)
         table = np.asarray(bias)[..., place] / np.maximum(np.arange(10), 1)
-    fused = ptqkit.quantized_softmax(
-        scores, grid, correction=correction, bias=table, allowed=allowed
-    )
+    fused = ptqkit.softmax_on_grid(scores, grid, correction=correction, bias=table, allowed=allowed)
     same = np.abs(found.numpy() - fused).max(-1) < 1e-6
     # A row may have a probability at a tie; none of these seeds has many.
     assert same.mean() > 0.97
@@ -194,7 +192,7 @@ def test_length_edges_cover_every_length_once():
 def study(name="llama", bits=5, batches=None, **options):
     model = build(name)
     data = prepare_calibration(padded_batches(name) if batches is None else batches)
-    return model, SoftmaxStudy(model, data, bits=bits, **options)
+    return model, SoftmaxCalibration(model, data, bits=bits, **options)
 
 
 def allowed_probabilities(model, batches):
@@ -233,8 +231,8 @@ def test_statistics_against_a_count_by_hand(name):
             mass += float(q[allowed].double().sum())
             total += float(p[allowed].double().sum())
         bias = found.statistics[module].bias
-        assert float(bias.share_zero) == zeros / entries
-        assert float(bias.row_sum) == pytest.approx(mass / rows, rel=1e-6)
+        assert float(bias.zero_fraction) == zeros / entries
+        assert float(bias.mean_row_sum) == pytest.approx(mass / rows, rel=1e-6)
         assert float(bias.bias("tensor")) == pytest.approx((total - mass) / entries, rel=1e-4)
         longest = max(int(a.sum(-1).max()) for _, a in kept)
         assert found.statistics[module].longest == longest
@@ -377,7 +375,7 @@ def test_report():
     rows = result.report.layers
     assert [r.name for r in rows] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert all(r.heads == 4 and r.bits == 4 and r.longest == 32 for r in rows)
-    assert all(0 < r.share_zero < 1 and abs(r.row_sum - 1) > 1e-3 for r in rows)
+    assert all(0 < r.zero_fraction < 1 and abs(r.mean_row_sum - 1) > 1e-3 for r in rows)
     assert all(r.sqnr_corrected_db >= r.sqnr_db for r in rows)
     assert result.report["model.layers.0.self_attn"] is rows[0]
     parsed = json.loads(result.report.to_json())
@@ -418,7 +416,7 @@ def test_report_leaves_padding_out():
         found.append(result.report)
         result.remove()
     for alone, inside in zip(found[0].layers, found[1].layers, strict=True):
-        for name in ("share_zero", "row_sum", "sqnr_db", "sqnr_corrected_db", "longest"):
+        for name in ("zero_fraction", "mean_row_sum", "sqnr_db", "sqnr_corrected_db", "longest"):
             assert getattr(inside, name) == pytest.approx(getattr(alone, name), rel=1e-4), name
     for name in ("output_db", "output_corrected_db"):
         values = [getattr(report, name) for report in found]
@@ -446,7 +444,7 @@ def test_the_output_of_the_model_never_gets_worse():
     """Decibels of the logits by hand; corrections that lower them are all left out."""
     model = build()
     ids = {"input_ids": tokens(6)}
-    found = SoftmaxStudy(model, prepare_calibration([ids]), bits=4)
+    found = SoftmaxCalibration(model, prepare_calibration([ids]), bits=4)
     before = logits(model, ids).double().flatten(1)
     outcomes = set()
     for correction in ("bias", "row_length", "row_sum"):
@@ -531,7 +529,9 @@ def test_calibrated_range():
 def test_range_search_takes_the_best_of_its_ranges(correction):
     model = build("llama")
     data = prepare_calibration(padded_batches())
-    fixed, found = (SoftmaxStudy(model, data, bits=3, range=range) for range in ("fixed", "search"))
+    fixed, found = (
+        SoftmaxCalibration(model, data, bits=3, range=range) for range in ("fixed", "search")
+    )
     reports = [s.compare(s.quantizers(correction), guard=False) for s in (fixed, found)]
     pairs = list(zip(reports[0].layers, reports[1].layers, strict=True))
     assert all(b.sqnr_corrected_db >= a.sqnr_corrected_db for a, b in pairs)
@@ -772,7 +772,7 @@ def test_table():
     ]  # fmt: skip
     assert table.rows[4].excess == table.rows[4].perplexity - table.rows[0].perplexity
     assert set(table.layers) == {8, 4} and len(table.layers[8]) == 2
-    assert table.layers[4][0]["share_zero"] > table.layers[8][0]["share_zero"]
+    assert table.layers[4][0]["zero_fraction"] > table.layers[8][0]["zero_fraction"]
     assert len(seen) == 9 and not installed_attention(model)
     assert "round to zero" in table.table()
     with pytest.raises(ValueError, match="corrections must be some of"):

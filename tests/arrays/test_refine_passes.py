@@ -1,4 +1,4 @@
-"""Coordinate-descent sweeps after the solve."""
+"""Coordinate-descent refine_passes after the solve."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_each_step_is_the_best_code(shape, kind, tie):
     for (order, static), bits in product(orders, (2, 4, "ternary")):
         F = ptqkit.factorize(H, order=order, group_size=size)
         options = {"bits": bits, "group_size": size, "static_groups": static}
-        results = [ptqkit.gptq(W, F, sweeps=k, **options) for k in range(3)]
+        results = [ptqkit.gptq(W, F, refine_passes=k, **options) for k in range(3)]
         for before, after in pairwise(results):
             assert before.scales.tobytes() == after.scales.tobytes()
             assert_sweep(W, H, before, after, F.order, tie)
@@ -59,7 +59,7 @@ def test_no_sweep_raises_the_objective_of_any_row(kind, bits):
     W, H = layer(60, 64, kind)
     for order, symmetric in product(("natural", "act"), (False, True)):
         options = {"bits": bits, "group_size": 16, "order": order, "symmetric": symmetric}
-        q = ptqkit.gptq(W, H, sweeps=6, **options)
+        q = ptqkit.gptq(W, H, refine_passes=6, **options)
         assert q.row_objectives.shape == (7, 60)
         assert np.all(np.diff(q.row_objectives, axis=0) <= 0)  # exactly: steps that do not pay
         assert list(q.sweep_objectives) == sorted(q.sweep_objectives, reverse=True)
@@ -74,14 +74,14 @@ def test_no_sweep_raises_the_objective_of_any_row(kind, bits):
 def test_sweeps_reach_a_fixed_point_and_help():
     W, H = layer(60, 64)
     options = {"bits": 2, "group_size": 16, "order": "act", "static_groups": True}
-    last = ptqkit.gptq(W, H, sweeps=60, **options)
-    assert same_result(ptqkit.gptq(W, H, sweeps=61, **options), last)
+    last = ptqkit.gptq(W, H, refine_passes=60, **options)
+    assert same_result(ptqkit.gptq(W, H, refine_passes=61, **options), last)
     assert last.objective < 0.97 * last.sweep_objectives[0]
 
 
 def test_the_sweeps_of_the_twin():
     W, H = layer(30, 48)
-    twin = reference.gptq(W, H, max_code=7, sweeps=3)
+    twin = reference.gptq(W, H, max_code=7, refine_passes=3)
     assert np.all(np.diff(twin["history"], axis=0) <= 1e-12 * twin["history"][0].max())
-    q = ptqkit.gptq(W, H, bits=3, group_size=None, sweeps=3)
+    q = ptqkit.gptq(W, H, bits=3, group_size=None, refine_passes=3)
     assert (q.codes == twin["codes"]).all(axis=1).mean() > 0.9
