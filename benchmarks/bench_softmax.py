@@ -109,10 +109,12 @@ def main() -> None:
     results = {
         "softmax": {"seconds": seconds, "median": wall, "speedup": best / wall["ptqkit"]},
         "bias": {
-            "seconds": reads, "median": times, "read_gbs": ceiling,
+            "seconds": reads,
+            "median": times,
+            "read_gbs": ceiling,
             "share": rates["ptqkit SoftmaxBias"] / ceiling,
         },
-    }  # fmt: skip
+    }
     save(args.json, "softmax", results)
 
 

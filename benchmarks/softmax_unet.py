@@ -192,8 +192,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=["fixed"],
         help="grids of table 2: [0, 1], up to the largest seen, least error (fixed)",
     )
-    add("--correction", choices=[*tables.VARIANTS][1:-1], default="per step and head",
-        help="of table 3 and the picture (per step and head)")  # fmt: skip
+    add(
+        "--correction",
+        choices=[*tables.VARIANTS][1:-1],
+        default="per step and head",
+        help="of table 3 and the picture (per step and head)",
+    )
     add("--samples", type=int, default=32, help="final samples to compare (32)")
     add("--steps", type=int, default=50, help="of DDIM (50)")
     add("--latents", type=int, default=400, help="calibration latents (400)")

@@ -32,7 +32,7 @@ class Factorization:
     order_name : str
         "natural", "act" or "group-act".
     group_size : int or None
-        Group size the order was made for ("group" only).
+        Group size the order was made for ("group-act" only).
     damping : float
         Damping used, as a fraction of the mean diagonal over live inputs.
     damping_value : float
@@ -130,7 +130,7 @@ def factorize(
     order : {"natural", "act", "group-act"}
         Quantization order, see :func:`quantization_order`.
     group_size : int or None
-        Needed by order "group" only.
+        Needed by order "group-act" only.
     damping, max_damping : float
         Fraction of the mean diagonal (over live inputs) added to the diagonal. Where a pivot is
         not positive it is raised tenfold, up to ``max_damping``; the result says so.

@@ -267,9 +267,16 @@ def softmax_on_grid(
     result = _check_out(out, x, shape, grid._code_type if codes else np.float32)
     rows = np.empty(x.size // x.shape[3], np.float32) if codes else None
     bad, empty = _core.softmax_quantize(
-        x, mask, int(bool(causal)), grid._tuple(), CORRECTIONS[correction], table,
-        result.reshape(x.shape), rows, threads,
-    )  # fmt: skip
+        x,
+        mask,
+        int(bool(causal)),
+        grid._tuple(),
+        CORRECTIONS[correction],
+        table,
+        result.reshape(x.shape),
+        rows,
+        threads,
+    )
     if bad >= 0:
         _raise_row(x, bad, shape, mask, causal)
     if rows is None:

@@ -190,8 +190,8 @@ def gptq(
     """Quantize a weight matrix with GPTQ [Frantar et al. 2022, Algorithm 1].
 
     By default the published form: natural order, min-max grids fitted to the updated weights when
-    their group is reached. ``order="group-act", grid="hessian", refine_passes=1`` gave the best models of all
-    variants measured (the ``quality`` recipe).
+    their group is reached. ``order="group-act", grid="hessian", refine_passes=1`` gave the best
+    models of all variants measured (the ``quality`` recipe).
 
     Parameters
     ----------

@@ -70,9 +70,17 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, (NotPositiveDefiniteError, CellsFailed)):
         return 4
     bad_input = (
-        PtqkitError, UsageError, ValueError, TypeError, FileNotFoundError, FileExistsError,
-        IsADirectoryError, NotADirectoryError, PermissionError, ImportError,
-    )  # fmt: skip
+        PtqkitError,
+        UsageError,
+        ValueError,
+        TypeError,
+        FileNotFoundError,
+        FileExistsError,
+        IsADirectoryError,
+        NotADirectoryError,
+        PermissionError,
+        ImportError,
+    )
     return 2 if isinstance(error, bad_input) else 1
 
 

@@ -96,13 +96,19 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("sensitivity")
     group.add_argument("--bits", type=int, default=8, metavar="N", help="2 to 16, weights to 8 (8)")
     group.add_argument(
-        "--kinds", nargs="+", default=list(_KINDS), choices=_KINDS, metavar="KIND",
+        "--kinds",
+        nargs="+",
+        default=list(_KINDS),
+        choices=_KINDS,
+        metavar="KIND",
         help=f"any of {', '.join(_KINDS)}",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--by", default="kind", choices=("kind", "layer", "module"),
+        "--by",
+        default="kind",
+        choices=("kind", "layer", "module"),
         help="one kind in all layers (default), all kinds in one block, or one kind of one module",
-    )  # fmt: skip
+    )
     group.add_argument("--text", metavar="FILE", help="also measure the perplexity on a text")
     group.add_argument("--max-tokens", type=int, metavar="N", help="use N tokens of --text")
     data = parser.add_argument_group("data")

@@ -67,16 +67,20 @@ def add_parser(commands: Any) -> None:
     )
     group = parser.add_argument_group("conventions")
     group.add_argument(
-        "--window", type=int, metavar="N",
+        "--window",
+        type=int,
+        metavar="N",
         help=f"longest input; default: what the model takes, at most {_LONGEST_DEFAULT}",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--stride", type=int, metavar="N", help="new tokens per window; default: no overlap"
     )
     group.add_argument(
-        "--start-token", default="auto", metavar="ID",
+        "--start-token",
+        default="auto",
+        metavar="ID",
         help="token before every window: an id, 'none', or 'auto', the tokenizer's bos",
-    )  # fmt: skip
+    )
     group.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens only")
     add_model_options(parser)
     parser.add_argument(

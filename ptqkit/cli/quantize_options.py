@@ -71,25 +71,34 @@ def add_options(commands: Any) -> argparse.ArgumentParser:
         "--bits", type=_bits, metavar="B", help="2 to 8, or 'ternary' (default: 4, or the recipe's)"
     )
     group.add_argument(
-        "--group-size", type=_group_size, metavar="G",
+        "--group-size",
+        type=_group_size,
+        metavar="G",
         help="inputs that share a scale; 'channel': one scale per output; 'tensor': one for the "
         "whole matrix (with rtn) (default: 128, or the recipe's)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--symmetric",
         action=argparse.BooleanOptionalAction,
         help="no zero-points: needed for compressed-tensors (default: off, or the recipe's)",
     )
     group.add_argument(
-        "--override", action="append", default=[], type=parse_override, metavar="PATTERN=...",
+        "--override",
+        action="append",
+        default=[],
+        type=parse_override,
+        metavar="PATTERN=...",
         help="other settings for the layers that match a glob ('*.mlp.*') or a regular expression "
         "('re:...'): 'PATTERN=bits:8,group_size:64' or 'PATTERN=skip'; repeatable, the last match "
         "wins",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--include", action="append", default=[], metavar="PATTERN",
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
         help="also quantize linears outside the repeated blocks, such as an untied lm_head",
-    )  # fmt: skip
+    )
     _add_recipe(parser)
     _add_activations(parser)
     _add_data(parser)
@@ -98,9 +107,10 @@ def add_options(commands: Any) -> argparse.ArgumentParser:
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     group.add_argument(
-        "--format", default="auto",
+        "--format",
+        default="auto",
         choices=("auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit"),
-    )  # fmt: skip
+    )
     group.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     add_common(parser)
     return parser
@@ -115,9 +125,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--order", choices=("natural", "act", "group-act"), help="order of the columns"
     )
     group.add_argument(
-        "--static-groups", action=argparse.BooleanOptionalAction,
+        "--static-groups",
+        action=argparse.BooleanOptionalAction,
         help="with order 'act': grids fixed beforehand on consecutive inputs; without, g_idx",
-    )  # fmt: skip
+    )
     group.add_argument("--grid", choices=("minmax", "mse", "hessian"), help="how ranges are chosen")
     group.add_argument("--refine-passes", type=int, metavar="N", help="coordinate-descent passes")
     group.add_argument(
@@ -127,54 +138,69 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--max-damping", type=float, metavar="X", help="how far it may be raised (1)"
     )
     group.add_argument(
-        "--error-propagation", type=float, metavar="ALPHA",
+        "--error-propagation",
+        type=float,
+        metavar="ALPHA",
         help="0 to 1: correct each weight by this share for the errors of the layers before it "
         "(0.5 is a good value); the float model runs along, with twice the activations (0: off)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--scale-dtype", choices=("float32", "float16", "bfloat16"),
+        "--scale-dtype",
+        choices=("float32", "float16", "bfloat16"),
         help="dtype that holds the scales; default: that of the stored model",
-    )  # fmt: skip
+    )
 
 
 def _add_activations(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("activations (default: as the recipe has it)")
     group.add_argument(
-        "--equalize", choices=("awe", "smoothquant", "none"),
+        "--equalize",
+        choices=("awe", "smoothquant", "none"),
         help="fold per-channel scales between activations and weights first",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--alpha", type=_alpha, metavar="X",
+        "--alpha",
+        type=_alpha,
+        metavar="X",
         help="share of the activations, 0 to 1, or 'search' for the least output error (default: "
         "search with awe, 0.5 with smoothquant; 0.5 is the closed form of AWEQ)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--activations", type=_activations, metavar="SPEC",
+        "--activations",
+        type=_activations,
+        metavar="SPEC",
         help="quantize the layers' inputs: BITS:token (dynamic), BITS:tensor (static, asymmetric), "
         "BITS:tensor:symmetric, or none",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--outlier-threshold", type=float, metavar="X",
+        "--outlier-threshold",
+        type=float,
+        metavar="X",
         help="with BITS:token: columns with a value this large stay float (LLM.int8() has 6)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--bias-correction", action=argparse.BooleanOptionalAction,
+        "--bias-correction",
+        action=argparse.BooleanOptionalAction,
         help="take the mean error of the quantized weights out of the bias",
-    )  # fmt: skip
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument(
-        "--calibration", metavar="FILE",
+        "--calibration",
+        metavar="FILE",
         help=".txt or .jsonl, either as .gz too; .npy with token ids (samples, tokens); or "
         "'name:config:split' of the package datasets. 'demo' has its own",
-    )  # fmt: skip
+    )
     group.add_argument("--samples", type=int, default=128, metavar="N", help="windows (128)")
     group.add_argument(
-        "--sequence-length", type=int, default=512, metavar="N",
+        "--sequence-length",
+        type=int,
+        default=512,
+        metavar="N",
         help="tokens a window, capped by what the model takes (512)",
-    )  # fmt: skip
+    )
     group.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at once (4)")
     group.add_argument("--seed", type=int, default=0, help="of the choice of windows (0)")
     group.add_argument(
@@ -185,20 +211,25 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("resources")
     group.add_argument(
-        "--memory-budget", metavar="SIZE",
+        "--memory-budget",
+        metavar="SIZE",
         help="beyond the model, such as 4GiB; decides the schedule (default: what is free)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--schedule", choices=("auto", "one-pass", "re-forward"), default="auto",
+        "--schedule",
+        choices=("auto", "one-pass", "re-forward"),
+        default="auto",
         help="results are equal; auto takes one pass where memory and model allow it",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--threads", type=int, default=0, metavar="N", help="of the solver (0: auto)"
     )
     group.add_argument(
-        "--on-error", choices=("raise", "leave_float"), default="raise",
+        "--on-error",
+        choices=("raise", "leave_float"),
+        default="raise",
         help="keep: leave a layer that fails in float, and mark it in the report",
-    )  # fmt: skip
+    )
 
 
 def _bits(text: str) -> int | str:

@@ -66,17 +66,24 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
     parser.add_argument("--bits", type=int, nargs="+", default=[8], metavar="N", help="2 to 16 (8)")
     parser.add_argument(
-        "--correction", nargs="+", default=list(_DEFAULT), metavar="NAME", choices=_CORRECTIONS,
+        "--correction",
+        nargs="+",
+        default=list(_DEFAULT),
+        metavar="NAME",
+        choices=_CORRECTIONS,
         help=f"any of {', '.join(_CORRECTIONS)}",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--range", default="fixed", choices=("fixed", "calibrated", "search"),
+        "--range",
+        default="fixed",
+        choices=("fixed", "calibrated", "search"),
         help="of the probabilities: [0, 1]; their smallest and largest; or the best of a few",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--out", metavar="DIR",
+        "--out",
+        metavar="DIR",
         help="save the model with the correction; a folder that holds it already only gains a file",
-    )  # fmt: skip
+    )
     _add_data(parser)
     add_model_options(parser)
     parser.add_argument(
@@ -89,13 +96,15 @@ def add_parser(commands: Any) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--text", metavar="FILE",
+        "--text",
+        metavar="FILE",
         help="text to measure on (.txt, .jsonl, .gz of both, .npy). 'demo' has its own",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--calibration", metavar="FILE",
+        "--calibration",
+        metavar="FILE",
         help="text to calibrate on; by default the beginning of --text, which is not measured",
-    )  # fmt: skip
+    )
     group.add_argument("--samples", type=int, default=16, metavar="N", help="windows (16)")
     group.add_argument("--sequence-length", type=int, default=512, metavar="N", help="tokens (512)")
     group.add_argument("--window", type=int, metavar="N", help="longest input when measuring")
@@ -212,12 +221,18 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     data, text = calibration_of(args, model, tokenizer, text)
     window = args.window or (_DEMO_WINDOW if args.model == DEMO else None)
     table = softmax_table(
-        model, tokenizer, text, data,
-        bits=args.bits, corrections=args.correction, range=args.range,
+        model,
+        tokenizer,
+        text,
+        data,
+        bits=args.bits,
+        corrections=args.correction,
+        range=args.range,
         progress=None if args.quiet else lambda name: print(name, file=sys.stderr, flush=True),
         window=window or min(max_positions(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT),
-        max_tokens=args.max_tokens, batch_size=args.batch_size,
-    )  # fmt: skip
+        max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+    )
     values = {"model": args.model, **facts, "text": args.text or "demo, test split"}
     values.update(table.to_dict())
     if args.out is not None:

@@ -130,9 +130,13 @@ def run(args: argparse.Namespace) -> None:
 
         try:
             result = run_sweep(
-                plan, args.out, fail_fast=args.fail_fast, threads=args.threads,
-                tell=None if args.quiet else _tell, **options,
-            )  # fmt: skip
+                plan,
+                args.out,
+                fail_fast=args.fail_fast,
+                threads=args.threads,
+                tell=None if args.quiet else _tell,
+                **options,
+            )
         except SweepInterrupted as stop:
             from ptqkit.sweep.table import write_results
 
@@ -153,9 +157,13 @@ def _list(args: argparse.Namespace, result: Any) -> None:
     for line in result.skipped:
         say(args, f"skipped: {line}")
     for cell in result.cells:
-        known = f"there    {cell.value:.4f}" if cell.status == OK else "would run" if (
-            cell.key in result.todo
-        ) else "left out"  # fmt: skip
+        known = (
+            f"there    {cell.value:.4f}"
+            if cell.status == OK
+            else "would run"
+            if (cell.key in result.todo)
+            else "left out"
+        )
         say(args, f"{known:<20} {cell.label}")
     say(args, f"{len(result.cells)} cells, {len(result.todo)} to measure")
     if args.quiet and args.json != "-":

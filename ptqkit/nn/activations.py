@@ -57,7 +57,7 @@ class ActivationQuantizer:
 
     Parameters
     ----------
-    spec : Activations
+    spec : ActivationQuantization
     scale : float or tensor of one element, optional
         Of a static grid (granularity "tensor"), and only there.
     zero_point : int, optional
@@ -65,7 +65,7 @@ class ActivationQuantizer:
 
     Attributes
     ----------
-    spec : Activations
+    spec : ActivationQuantization
     scale : tensor of shape (1,), or None where dynamic
     zero_point : int8 or int16 tensor of shape (1,), or None where dynamic or symmetric
     saw_2d : bool or None
@@ -83,7 +83,7 @@ class ActivationQuantizer:
         self, spec: ActivationQuantization, scale: Any = None, zero_point: Any = None
     ) -> None:
         if not isinstance(spec, ActivationQuantization):
-            raise TypeError(f"spec must be Activations, not {type(spec).__name__}")
+            raise TypeError(f"spec must be ActivationQuantization, not {type(spec).__name__}")
         self.spec = spec
         self.saw_2d: bool | None = None
         self.scale: torch.Tensor | None = None
@@ -106,7 +106,7 @@ class ActivationQuantizer:
 
         Parameters
         ----------
-        spec : Activations
+        spec : ActivationQuantization
         ranges : ChannelRanges, optional
             Anything with arrays ``minimum`` and ``maximum`` and a count ``tokens``; only a static
             grid needs it.

@@ -247,9 +247,7 @@ def _attention(
         forbidden, lowest = ~attention_mask, torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(forbidden, dtype=query.dtype)
         attention_mask = attention_mask.masked_fill(forbidden, lowest)
-    call = AttentionCall(
-        slot.name, module, eager, query, key, value, attention_mask, args, kwargs
-    )  # fmt: skip
+    call = AttentionCall(slot.name, module, eager, query, key, value, attention_mask, args, kwargs)
     return slot.hook(call)
 
 

@@ -1,4 +1,4 @@
-"""Recipes put together from parts: ``[AWE(), GPTQ(bits=4), ActivationQuantization(8, "tensor")]``."""
+"""Put recipes together from parts: ``[AWE(), GPTQ(bits=4), BiasCorrection()]``."""
 
 from __future__ import annotations
 

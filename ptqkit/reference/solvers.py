@@ -55,8 +55,8 @@ def rtn(W, *, max_code, group_size=None, per_tensor=False, H=None, **grid):
 def make_order(diagonal: np.ndarray, order: str, group_size: int | None) -> np.ndarray:
     """Quantization order: entry i is the original column that is quantized i-th.
 
-    "natural"; "act": decreasing H_jj; "group-act": groups by decreasing sum of H_jj, the columns of a
-    group by decreasing H_jj (groups stay whole). Ties keep their original order.
+    "natural"; "act": decreasing H_jj; "group-act": groups by decreasing sum of H_jj, the columns
+    of a group by decreasing H_jj (groups stay whole). Ties keep their original order.
     """
     n = len(diagonal)
     if order == "natural":

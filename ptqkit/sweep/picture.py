@@ -97,9 +97,13 @@ def _panel(axes: Any, title: str, members: list[dict[str, Any]], colours: dict[s
     if axes.get_legend_handles_labels()[0]:
         # Above the axes, wherever these end: a distance below would grow with their height.
         axes.legend(
-            title=title, fontsize=6, title_fontsize=8, frameon=False,
-            loc="lower center", bbox_to_anchor=(0.5, 0.99),
-        )  # fmt: skip
+            title=title,
+            fontsize=6,
+            title_fontsize=8,
+            frameon=False,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 0.99),
+        )
     else:
         axes.set_title(title, fontsize=8)
 
@@ -111,9 +115,14 @@ def _scale(row: dict[str, Any]) -> float:
 def _bar(axes: Any, row: dict[str, Any], place: float, width: float, colour: str) -> None:
     if row["status"] != OK:
         axes.text(
-            0.01, place, row["status"], transform=axes.get_yaxis_transform(), va="center",
-            fontsize=6, color="#b00000",
-        )  # fmt: skip
+            0.01,
+            place,
+            row["status"],
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=6,
+            color="#b00000",
+        )
         return
     value = _scale(row) * row["value"]
     # What a recipe costs is the length of a bar: perplexities begin at the float model's.
@@ -123,9 +132,13 @@ def _bar(axes: Any, row: dict[str, Any], place: float, width: float, colour: str
     else:
         axes.barh(place, value - begin, width, left=begin, color=colour)
     axes.annotate(
-        f"{value:.4g}", (max(value, begin), place), (3, 0), textcoords="offset points",
-        va="center", fontsize=6,
-    )  # fmt: skip
+        f"{value:.4g}",
+        (max(value, begin), place),
+        (3, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=6,
+    )
 
 
 def _limits(axes: Any, measured: list[dict[str, Any]]) -> None:

@@ -140,10 +140,14 @@ class PlanReader:
             self.problems[kept:] = new
         outliers = reader.take("outliers", dict, None)
         plan = ModelPlan(
-            name, path or "", calibration, chosen,
-            reader.take("dtype", str, "auto", one_of(*_DTYPES)), optional,
+            name,
+            path or "",
+            calibration,
+            chosen,
+            reader.take("dtype", str, "auto", one_of(*_DTYPES)),
+            optional,
             None if outliers is None else _outliers(outliers, reader),
-        )  # fmt: skip
+        )
         reader.done()
         return plan
 
@@ -243,12 +247,17 @@ def _check_windows(reader: Reader, settings: Mapping[str, Any]) -> None:
 
 def _name(reader: Reader) -> str:
     # The slash separates the names in --only; a cell of the CSV file is one line.
-    return reader.take(
-        "name",
-        str,
-        REQUIRED,
-        lambda v: None if v.strip() and v.isprintable() and "/" not in v else "a name without '/'",
-    ) or ""  # fmt: skip
+    return (
+        reader.take(
+            "name",
+            str,
+            REQUIRED,
+            lambda v: (
+                None if v.strip() and v.isprintable() and "/" not in v else "a name without '/'"
+            ),
+        )
+        or ""
+    )
 
 
 def _chosen(reader: Reader, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -266,9 +275,12 @@ def _start_token(reader: Reader) -> str | int | None:
         "start_token",
         (str, int),
         "auto",
-        lambda v: None if v in ("auto", "none") or (type(v) is int and v >= 0) else
-        "'auto', 'none' or a token id",
-    )  # fmt: skip
+        lambda v: (
+            None
+            if v in ("auto", "none") or (type(v) is int and v >= 0)
+            else "'auto', 'none' or a token id"
+        ),
+    )
     return None if value == "none" else value
 
 

@@ -19,11 +19,28 @@ SCHEMA = 1
 
 #: Columns of ``results.csv``.
 COLUMNS = (
-    "model", "recipe", "task", "kind", "metric", "value", "higher_is_better", "float_value",
-    "degradation_percent", "excess", "chance", "count", "left_out", "truncated",
-    "bits_per_weight", "activation_bits", "seconds_quantize", "seconds_eval", "status", "message",
+    "model",
+    "recipe",
+    "task",
+    "kind",
+    "metric",
+    "value",
+    "higher_is_better",
+    "float_value",
+    "degradation_percent",
+    "excess",
+    "chance",
+    "count",
+    "left_out",
+    "truncated",
+    "bits_per_weight",
+    "activation_bits",
+    "seconds_quantize",
+    "seconds_eval",
+    "status",
+    "message",
     "cell",
-)  # fmt: skip
+)
 
 _PUBLISHED = ("model", "recipe", "task", "value", "ours", "source")
 
@@ -66,8 +83,15 @@ def means(result: SweepResult) -> list[dict[str, Any]]:
         values = [m["degradation_percent"] for m in members]
         if recipe != FLOAT and not any(math.isnan(v) for v in values):
             mean = math.fsum(values) / len(values)
-            found.append({"model": model, "recipe": recipe, "kind": kind, "tasks": len(values),
-                          "degradation_percent": mean})  # fmt: skip
+            found.append(
+                {
+                    "model": model,
+                    "recipe": recipe,
+                    "kind": kind,
+                    "tasks": len(values),
+                    "degradation_percent": mean,
+                }
+            )
     return found
 
 
@@ -150,10 +174,16 @@ def table(result: SweepResult) -> str:
         parts.append(_model_table(model, mine, means(result)))
     if result.plan.published:
         cells = [
-            [r["model"], r["recipe"], r["task"], f"{r['value']:g}",
-             "-" if math.isnan(r["ours"]) else f"{r['ours']:.4g}", r["source"]]
+            [
+                r["model"],
+                r["recipe"],
+                r["task"],
+                f"{r['value']:g}",
+                "-" if math.isnan(r["ours"]) else f"{r['ours']:.4g}",
+                r["source"],
+            ]
             for r in published_rows(result)
-        ]  # fmt: skip
+        ]
         title = "published by others, on their models: not measured here"
         parts.append(
             _align(title, [["model", "recipe", "task", "value", "ours", "source"], *cells])
@@ -176,8 +206,10 @@ def _failures(found: list[dict[str, Any]]) -> list[str]:
 
 def _model_table(model: str, found: list[dict[str, Any]], averages: list[dict[str, Any]]) -> str:
     tasks = list(dict.fromkeys(r["task"] for r in found))
-    kinds = {r["kind"]: sum(q["kind"] == r["kind"] and q["recipe"] == FLOAT for q in found)
-             for r in found}  # fmt: skip
+    kinds = {
+        r["kind"]: sum(q["kind"] == r["kind"] and q["recipe"] == FLOAT for q in found)
+        for r in found
+    }
     # A mean of one value says nothing new.
     kinds = {k: n for k, n in kinds.items() if n > 1}
     head = [f"{model}", "W bits", "A bits"]
@@ -193,9 +225,14 @@ def _model_table(model: str, found: list[dict[str, Any]], averages: list[dict[st
         for task in tasks:
             line += _value(mine.get(task), recipe)
         for kind in kinds:
-            mean = next((a["degradation_percent"] for a in averages
-                         if (a["model"], a["recipe"], a["kind"]) == (model, recipe, kind)),
-                        math.nan)  # fmt: skip
+            mean = next(
+                (
+                    a["degradation_percent"]
+                    for a in averages
+                    if (a["model"], a["recipe"], a["kind"]) == (model, recipe, kind)
+                ),
+                math.nan,
+            )
             line.append("" if math.isnan(mean) else f"{mean:+.2f}")
         lines.append(line)
     return _align(None, lines)

@@ -112,8 +112,10 @@ def _fitting(
     fitting, truncated = [], 0
     for item in items:
         pairs = _requests(form, item)
-        ends = [len(tokenizer(b, add_special_tokens=False, verbose=False)["input_ids"])
-                for _, b in pairs]  # fmt: skip
+        ends = [
+            len(tokenizer(b, add_special_tokens=False, verbose=False)["input_ids"])
+            for _, b in pairs
+        ]
         # The last token is only predicted, so one more than the positions fits; one stays free
         # for the context.
         if max(ends) > longest - 1:

@@ -227,8 +227,14 @@ def test_inputs_of_every_kind():
     options = {"symmetric": False, "outliers": mask}
     want = ptqkit.quantize_activations(X, **options)
     strided = np.repeat(X, 2, axis=1)[:, ::2]
-    for same in (X.reshape(2, 3, 4, 35), X.astype(float), X.tolist(), X.astype(">f4"), strided,
-                 np.asfortranarray(X)):  # fmt: skip
+    for same in (
+        X.reshape(2, 3, 4, 35),
+        X.astype(float),
+        X.tolist(),
+        X.astype(">f4"),
+        strided,
+        np.asfortranarray(X),
+    ):
         q = ptqkit.quantize_activations(same, **options)
         assert q.shape == np.shape(same) and q.scales.shape == (*np.shape(same)[:-1], 1)
         assert_same(q, want.codes.reshape(q.shape), want.scales, want.zero_points)
@@ -295,16 +301,22 @@ BAD = [
     ({"granularity": "tensor", "scale": [1.0, 2.0]}, ValueError, "one number"),
     ({"granularity": "tensor", "scale": 1.0, "symmetric": False}, ValueError, "needs zero_point"),
     ({"granularity": "tensor", "scale": 1.0, "zero_point": 3}, ValueError, "symmetric=True"),
-    ({"granularity": "tensor", "scale": 1.0, "zero_point": 128, "symmetric": False}, ValueError,
-     "zero_point must lie in [-128, 127]"),
-    ({"granularity": "tensor", "scale": 1.0, "zero_point": 0.5, "symmetric": False}, TypeError,
-     "zero_point must be an integer"),
+    (
+        {"granularity": "tensor", "scale": 1.0, "zero_point": 128, "symmetric": False},
+        ValueError,
+        "zero_point must lie in [-128, 127]",
+    ),
+    (
+        {"granularity": "tensor", "scale": 1.0, "zero_point": 0.5, "symmetric": False},
+        TypeError,
+        "zero_point must be an integer",
+    ),
     ({"outliers": [0, 1]}, TypeError, "outliers must be boolean"),
     ({"outliers": [True]}, ValueError, "outliers must have shape (2,)"),
     ({"outliers": True}, ValueError, "outliers must have shape (2,)"),
     ({"threads": -1}, ValueError, "threads"),
     ({"threads": 1.5}, TypeError, "threads"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "error", "text"), BAD, ids=range(len(BAD)))

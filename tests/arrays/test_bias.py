@@ -56,8 +56,13 @@ def test_inputs_of_every_kind():
     W, W_hat, X = problem(20, 33)
     mean = X.mean(axis=0)
     want = ptqkit.bias_correction(W, W_hat, mean)
-    for same in (np.asfortranarray(W), W.astype(float), W.tolist(), W.astype(">f4"),
-                 np.repeat(W, 2, axis=1)[:, ::2]):  # fmt: skip
+    for same in (
+        np.asfortranarray(W),
+        W.astype(float),
+        W.tolist(),
+        W.astype(">f4"),
+        np.repeat(W, 2, axis=1)[:, ::2],
+    ):
         np.testing.assert_array_equal(ptqkit.bias_correction(same, W_hat, mean), want)
     # float64 weights are not rounded: a difference far below float32 survives
     close = W.astype(float)

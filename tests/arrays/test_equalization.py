@@ -194,11 +194,13 @@ ACTIVATIONS = {
     "token asymmetric": {"activation_bits": 5, "activation_symmetric": False},
     "static": {"activation_bits": 8, "activation_granularity": "tensor"},
     "static symmetric": {
-        "activation_bits": 4, "activation_granularity": "tensor", "activation_symmetric": True,
+        "activation_bits": 4,
+        "activation_granularity": "tensor",
+        "activation_symmetric": True,
     },
     "fine": {"activation_bits": 16},
     "coarse": {"activation_bits": 2, "activation_granularity": "tensor"},
-}  # fmt: skip
+}
 RTOL = 1e-4  # float32 products, and codes on the other side of a tie; measured: up to 3.5e-5
 
 
@@ -471,9 +473,12 @@ BAD_SEARCHES = [
     ({"alphas": ["a"]}, TypeError, "alpha"),
     ({"channel_of": [0]}, ValueError, "channel_of"),
     ({"threads": -1}, ValueError, "threads"),
-    ({"X": INPUTS * np.float32(1e30), "weights": LAYERS[0] * np.float32(1e30)}, ValueError,
-     "overflow"),
-]  # fmt: skip
+    (
+        {"X": INPUTS * np.float32(1e30), "weights": LAYERS[0] * np.float32(1e30)},
+        ValueError,
+        "overflow",
+    ),
+]
 
 
 @pytest.mark.parametrize(("changes", "error", "text"), BAD_SEARCHES)

@@ -41,7 +41,13 @@ SHAPES = [
     (97, 257, None),
     (60, 264, 88),
 ]
-ORDERS = [("natural", False), ("natural", True), ("act", False), ("act", True), ("group", False)]
+ORDERS = [
+    ("natural", False),
+    ("natural", True),
+    ("act", False),
+    ("act", True),
+    ("group-act", False),
+]
 
 
 def _id(case) -> str:
@@ -101,9 +107,14 @@ def test_twin_uses_the_published_form_and_agrees_with_the_replay():
         found = reference.gptq(W, H, max_code=7, group_size=size, order=order, static_groups=static)
         damped, _ = reference.dampen(H, 0.01)
         targets = reference.quantization_targets(
-            W.astype(float), found["codes"], found["scales"], found["zeros"], found["g_idx"],
-            found["order"], damped,
-        )  # fmt: skip
+            W.astype(float),
+            found["codes"],
+            found["scales"],
+            found["zeros"],
+            found["g_idx"],
+            found["order"],
+            damped,
+        )
         scale = found["scales"][:, found["g_idx"]]
         steps = targets / scale
         tie = np.abs(steps - np.floor(steps) - 0.5)

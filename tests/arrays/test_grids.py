@@ -41,9 +41,12 @@ def test_minmax(bits, symmetric, scale_dtype):
         )
         symmetric = symmetric or bits == "ternary"
         scale, zero, _ = reference.fit_grid(
-            W, max_code=max_code(bits), symmetric=symmetric, scale_dtype=scale_dtype,
+            W,
+            max_code=max_code(bits),
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
             min_zero=min_zero,
-        )  # fmt: skip
+        )
         rounding = {"float32": 2 * EPS, "float16": 2.0**-10, "bfloat16": 2.0**-7}[scale_dtype]
         np.testing.assert_allclose(q.scales[:, 0], scale, rtol=rounding)
         same = q.scales[:, 0] == scale.astype(np.float32)
@@ -63,9 +66,15 @@ def test_searches_reach_the_twins_best(bits, grid, scale_dtype):
         W, H = layer(rows, n)
         for min_zero in (0, 1):
             q = _rtn(
-                W, bits=bits, symmetric=symmetric, grid=grid, H=H, group_size=size,
-                scale_dtype=scale_dtype, min_zero_point=min_zero,
-            )  # fmt: skip
+                W,
+                bits=bits,
+                symmetric=symmetric,
+                grid=grid,
+                H=H,
+                group_size=size,
+                scale_dtype=scale_dtype,
+                min_zero_point=min_zero,
+            )
             _assert_codes(W, q)
             width = size or n
             for g in range(n // width):
@@ -73,10 +82,17 @@ def test_searches_reach_the_twins_best(bits, grid, scale_dtype):
                 # in half precision a scale may round to the neighbour of the twin's
                 rtol = search_rtol(bits) if scale_dtype == "float32" else 0.02
                 assert_grid(
-                    W[:, part].astype(float), H[part, part].astype(float), q.scales[:, g],
-                    q.zero_points[:, g], bits=bits, method=grid, symmetric=q.symmetric,
-                    rtol=rtol, scale_dtype=scale_dtype, min_zero=min_zero,
-                )  # fmt: skip
+                    W[:, part].astype(float),
+                    H[part, part].astype(float),
+                    q.scales[:, g],
+                    q.zero_points[:, g],
+                    bits=bits,
+                    method=grid,
+                    symmetric=q.symmetric,
+                    rtol=rtol,
+                    scale_dtype=scale_dtype,
+                    min_zero=min_zero,
+                )
 
 
 @pytest.mark.parametrize("grid", ["mse", "hessian"])
@@ -85,9 +101,16 @@ def test_at_few_bits_the_search_is_within_1e_5(grid):
     for bits, candidates in product((2, 3, "ternary"), (1, 4, 40)):
         q = _rtn(W, bits=bits, grid=grid, H=H, grid_candidates=candidates)
         assert_grid(
-            W.astype(float), H.astype(float), q.scales[:, 0], q.zero_points[:, 0], bits=bits,
-            method=grid, symmetric=q.symmetric, rtol=1e-5, candidates=candidates,
-        )  # fmt: skip
+            W.astype(float),
+            H.astype(float),
+            q.scales[:, 0],
+            q.zero_points[:, 0],
+            bits=bits,
+            method=grid,
+            symmetric=q.symmetric,
+            rtol=1e-5,
+            candidates=candidates,
+        )
 
 
 @pytest.mark.parametrize("norm", [0.5, 1.0, 2.0, 2.4, 4.0])
@@ -95,9 +118,16 @@ def test_norm_of_the_mse_search(norm):
     W, _ = layer(40, 64)
     q = _rtn(W, bits=3, grid="mse", grid_norm=norm)
     assert_grid(
-        W.astype(float), None, q.scales[:, 0], q.zero_points[:, 0], bits=3, method="mse",
-        symmetric=False, rtol=5e-5, norm=norm,
-    )  # fmt: skip
+        W.astype(float),
+        None,
+        q.scales[:, 0],
+        q.zero_points[:, 0],
+        bits=3,
+        method="mse",
+        symmetric=False,
+        rtol=5e-5,
+        norm=norm,
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 17, 256])
@@ -106,9 +136,17 @@ def test_steps_of_the_search(steps, grid):
     W, H = layer(20, 32)
     q = _rtn(W, bits=3, grid=grid, H=H, grid_steps=steps, grid_min_shrink=0.1)
     assert_grid(
-        W.astype(float), H.astype(float), q.scales[:, 0], q.zero_points[:, 0], bits=3, method=grid,
-        symmetric=False, rtol=search_rtol(3), steps=steps, min_shrink=0.1,
-    )  # fmt: skip
+        W.astype(float),
+        H.astype(float),
+        q.scales[:, 0],
+        q.zero_points[:, 0],
+        bits=3,
+        method=grid,
+        symmetric=False,
+        rtol=search_rtol(3),
+        steps=steps,
+        min_shrink=0.1,
+    )
     if steps == 1:
         assert q.scales.tobytes() == _rtn(W, bits=3).scales.tobytes()
 

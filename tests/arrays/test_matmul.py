@@ -11,9 +11,18 @@ import ptqkit.reference as reference
 from ptqkit.arrays.matmul import LONGEST_SUM
 
 SHAPES = [  # tokens, outputs, inputs: around the tiles of 4 x 2, 64 x 128 and 1024
-    (1, 1, 1), (3, 2, 5), (4, 3, 31), (5, 7, 32), (63, 127, 33), (65, 129, 64), (70, 260, 100),
-    (4, 6, 1023), (5, 5, 1024), (6, 3, 1025), (2, 3, 2100),
-]  # fmt: skip
+    (1, 1, 1),
+    (3, 2, 5),
+    (4, 3, 31),
+    (5, 7, 32),
+    (63, 127, 33),
+    (65, 129, 64),
+    (70, 260, 100),
+    (4, 6, 1023),
+    (5, 5, 1024),
+    (6, 3, 1025),
+    (2, 3, 2100),
+]
 
 
 def layer(tokens: int, outputs: int, n: int, seed: int = 0):
@@ -63,9 +72,13 @@ def test_close_to_the_float_product():
 def test_extreme_codes_do_not_overflow():
     n = LONGEST_SUM
     x = ptqkit.QuantizedActivations(
-        np.full((1, n), -128, np.int8), np.ones((1, 1), np.float32), np.full((1, 1), 127, np.int8),
-        8, "token", False,
-    )  # fmt: skip
+        np.full((1, n), -128, np.int8),
+        np.ones((1, 1), np.float32),
+        np.full((1, 1), 127, np.int8),
+        8,
+        "token",
+        False,
+    )
     assert ptqkit.int8_matmul(x, x) == np.float32(n * 255 * 255)
     plain = ptqkit.QuantizedActivations(
         x.codes, x.scales, np.zeros((1, 1), np.int8), 8, "token", True

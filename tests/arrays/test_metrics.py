@@ -96,8 +96,12 @@ def test_types():
     x, y = _pair((6, 40))
     want = ptqkit.sqnr(x, y)
     tensors = torch.from_numpy(x), torch.from_numpy(y)
-    for a, b in [(tensors[0], y), (tensors[0].clone().requires_grad_(), tensors[1]),
-                 (np.asfortranarray(x), y), (x.astype(">f4"), y)]:  # fmt: skip
+    for a, b in [
+        (tensors[0], y),
+        (tensors[0].clone().requires_grad_(), tensors[1]),
+        (np.asfortranarray(x), y),
+        (x.astype(">f4"), y),
+    ]:
         assert ptqkit.sqnr(a, b) == want
     tiny = x.astype(np.float64) * (1 + 1e-10)  # lost in float32
     assert ptqkit.sqnr(x.astype(np.float64), tiny) == pytest.approx(200, abs=1e-3)
@@ -130,7 +134,7 @@ BAD = [
     ((np.ones(2), np.ones(2)), {"per": "row"}, ValueError, "per must be one of"),
     ((np.ones(2), np.ones(2)), {"per": "channel", "channel_axis": 1}, ValueError, "channel_axis"),
     ((np.ones(2), np.ones(2)), {"threads": -1}, ValueError, "threads"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arrays", "options", "error", "message"), BAD, ids=range(len(BAD)))

@@ -21,9 +21,11 @@ def test_against_the_twin(rows, n):
     assert np.all(np.abs(found - reference.objective(E, H)) <= bound)
     assert found.shape == (rows,) and found.dtype == np.float64
     np.testing.assert_allclose(
-        ptqkit.objective(W, 0, H), reference.objective(W, H), rtol=0,
+        ptqkit.objective(W, 0, H),
+        reference.objective(W, H),
+        rtol=0,
         atol=(n * EPS * np.einsum("rj,jk,rk->r", np.abs(W), np.abs(H), np.abs(W))).max(),
-    )  # fmt: skip
+    )
 
 
 def test_equal_matrices_give_exactly_zero():

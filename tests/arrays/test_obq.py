@@ -31,8 +31,9 @@ def test_codes_equal_the_twins(shape, bits):
         np.testing.assert_array_equal(q.codes, want)
         grids = ptqkit.rtn(zeroed, bits=bits, group_size=size, symmetric=symmetric)
         np.testing.assert_array_equal(q.scales, grids.scales)
-        np.testing.assert_allclose(q.row_objectives[0], true_objective(W, H, q), rtol=1e-4,
-                                   atol=1e-9)  # fmt: skip
+        np.testing.assert_allclose(
+            q.row_objectives[0], true_objective(W, H, q), rtol=1e-4, atol=1e-9
+        )
 
 
 def test_the_twin_itself():

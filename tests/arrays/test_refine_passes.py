@@ -43,7 +43,7 @@ def assert_sweep(W, H, before, after, order, tie):
 def test_each_step_is_the_best_code(shape, kind, tie):
     rows, n, size = shape
     W, H = layer(rows, n, kind)
-    orders = [("natural", False), ("act", True), ("act", False), ("group", False)]
+    orders = [("natural", False), ("act", True), ("act", False), ("group-act", False)]
     for (order, static), bits in product(orders, (2, 4, "ternary")):
         F = ptqkit.factorize(H, order=order, group_size=size)
         options = {"bits": bits, "group_size": size, "static_groups": static}

@@ -29,8 +29,9 @@ def test_against_the_twin(shape, symmetric):
         if not q.symmetric:
             np.testing.assert_array_equal(q.codes, codes)
         else:  # the largest weight lies on a tie, which a scale rounded to float32 decides
-            far = np.abs(W) < 0.999 * np.repeat(np.abs(W).reshape(rows, len(zeros[0]), -1).max(2),
-                                                n // len(zeros[0]), axis=1)  # fmt: skip
+            far = np.abs(W) < 0.999 * np.repeat(
+                np.abs(W).reshape(rows, len(zeros[0]), -1).max(2), n // len(zeros[0]), axis=1
+            )
             np.testing.assert_array_equal(q.codes[far], codes[far])
         np.testing.assert_array_equal(q.g_idx, np.arange(n) // (size or n))
 

@@ -186,8 +186,13 @@ def test_masked_entries_leak_nothing(correction):
         for junk in (rng.normal(0, 50, x.shape), np.nan, np.inf, -np.inf, 3e38):
             later = np.where(np.arange(k) > last, junk, x).astype(np.float32)
             rows = slice(None, last + 1)
-            after = ptqkit.softmax_on_grid(later[:, :, rows], grid, causal=False, allowed=np.tri(
-                last + 1, k, dtype=bool)[None, None], **options)  # fmt: skip
+            after = ptqkit.softmax_on_grid(
+                later[:, :, rows],
+                grid,
+                causal=False,
+                allowed=np.tri(last + 1, k, dtype=bool)[None, None],
+                **options,
+            )
             assert after.tobytes() == before[:, :, rows].tobytes()
     # padding, and the one row of a cache of keys
     keys = np.arange(k) < 20
@@ -224,7 +229,7 @@ def test_torch_gives_the_same(bits):
     P = torch.softmax(torch.from_numpy(x), -1)
     fake = torch.fake_quantize_per_tensor_affine(
         P, grid.scale, grid.zero_point, 0, grid.max_code
-    ).numpy() + np.float32(1e-3)  # fmt: skip
+    ).numpy() + np.float32(1e-3)
     near = np.abs(P.numpy() / grid.scale % 1 - 0.5) < 1e-4
     np.testing.assert_allclose(got[~near], fake[~near], rtol=4 * EPS)
     assert near.mean() < 0.01
@@ -349,10 +354,12 @@ def test_out_and_layouts():
         assert ptqkit.softmax_on_grid(x, grid, out=out, **options) is out
         np.testing.assert_array_equal(out, want)
         for name, view in {
-            "fortran": np.asfortranarray(x), "strided": np.repeat(x, 2, axis=-1)[..., ::2],
-            "swapped": x.astype(">f4"), "double": x.astype(np.float64),
+            "fortran": np.asfortranarray(x),
+            "strided": np.repeat(x, 2, axis=-1)[..., ::2],
+            "swapped": x.astype(">f4"),
+            "double": x.astype(np.float64),
             "transposed": np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2),
-        }.items():  # fmt: skip
+        }.items():
             before = view.copy()
             got = ptqkit.softmax_on_grid(view, grid, **options)
             np.testing.assert_array_equal(got, want, err_msg=name)
@@ -432,7 +439,7 @@ BAD = [
     ({"out": np.zeros(X.shape, np.float32), "codes": True}, ValueError, "contiguous uint8"),
     ({"out": np.zeros((2, 3, 6, 4), np.float32).swapaxes(2, 3)}, ValueError, "C-contiguous"),
     ({"threads": -1}, ValueError, "threads"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD, ids=range(len(BAD)))
@@ -467,12 +474,16 @@ def test_not_finite(value, rest):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"bits": 1}, ValueError), ({"bits": 17}, ValueError), ({"bits": 8.0}, TypeError),
-        ({"minimum": np.nan}, ValueError), ({"maximum": np.inf}, ValueError),
-        ({"minimum": 0.5, "maximum": 0.2}, ValueError), ({"maximum": 0.0}, ValueError),
+        ({"bits": 1}, ValueError),
+        ({"bits": 17}, ValueError),
+        ({"bits": 8.0}, TypeError),
+        ({"minimum": np.nan}, ValueError),
+        ({"maximum": np.inf}, ValueError),
+        ({"minimum": 0.5, "maximum": 0.2}, ValueError),
+        ({"maximum": 0.0}, ValueError),
         ({"minimum": "0"}, TypeError),
     ],
-)  # fmt: skip
+)
 def test_bad_ranges(arguments, error):
     with pytest.raises(error):
         ptqkit.softmax_grid(**arguments)

@@ -94,9 +94,12 @@ def test_the_fused_softmax_applies_what_was_estimated():
     P = reference.softmax(x, np.ones(x.shape, bool)).astype(np.float32)
     meter = ptqkit.SoftmaxBias(4, grid=GRID)
     meter.update(P)
-    for correction, bias in [("bias", meter.bias()), ("bias", meter.bias("head")),
-                             ("row_length", meter.bias_by_length(300)),
-                             ("row_length", meter.bias_by_length(300, "head"))]:  # fmt: skip
+    for correction, bias in [
+        ("bias", meter.bias()),
+        ("bias", meter.bias("head")),
+        ("row_length", meter.bias_by_length(300)),
+        ("row_length", meter.bias_by_length(300, "head")),
+    ]:
         y = ptqkit.softmax_on_grid(x, GRID, correction=correction, bias=bias)
         error = (y.astype(np.float64) - P).mean()
         assert abs(error) < 1e-8
@@ -203,8 +206,15 @@ def test_types_and_layouts():
     want = ptqkit.SoftmaxBias(3, grid=GRID)
     want.update(P)
     tensor = torch.from_numpy(P)
-    for view in (np.asfortranarray(P), np.repeat(P, 2, -1)[..., ::2], P.astype(">f4"), tensor,
-                 tensor.double(), tensor.clone().requires_grad_(), P[None]):  # fmt: skip
+    for view in (
+        np.asfortranarray(P),
+        np.repeat(P, 2, -1)[..., ::2],
+        P.astype(">f4"),
+        tensor,
+        tensor.double(),
+        tensor.clone().requires_grad_(),
+        P[None],
+    ):
         meter = ptqkit.SoftmaxBias(3, grid=GRID)
         meter.update(view)
         np.testing.assert_array_equal(meter._sums[0], want._sums[0])
@@ -349,8 +359,11 @@ def test_bad_steps_and_granularities():
             ptqkit.SoftmaxBias(**{"heads": 2, "grid": GRID, **arguments})
     with pytest.raises(TypeError, match="softmax_grid"):
         ptqkit.SoftmaxBias(2, grid=8)
-    others = [ptqkit.SoftmaxBias(2, grid=GRID), ptqkit.SoftmaxBias(3, grid=ptqkit.softmax_grid(7)),
-              ptqkit.SoftmaxBias(3, grid=GRID, steps=2)]  # fmt: skip
+    others = [
+        ptqkit.SoftmaxBias(2, grid=GRID),
+        ptqkit.SoftmaxBias(3, grid=ptqkit.softmax_grid(7)),
+        ptqkit.SoftmaxBias(3, grid=GRID, steps=2),
+    ]
     for other in others:
         with pytest.raises(ValueError, match="cannot merge"):
             plain.merge(other)

@@ -33,9 +33,14 @@ def test_codes_equal_the_published_form(size, act_order, dtype):
             torch.from_numpy(q.codes), torch.from_numpy(q.zero_points), NEAR[dtype]
         )
         found = torch_form.gptq(
-            torch.tensor(W, dtype=dtype), torch.tensor(H, dtype=dtype), top=q.max_code,
-            group_size=size, symmetric=symmetric, act_order=act_order, ties=ties,
-        )  # fmt: skip
+            torch.tensor(W, dtype=dtype),
+            torch.tensor(H, dtype=dtype),
+            top=q.max_code,
+            group_size=size,
+            symmetric=symmetric,
+            act_order=act_order,
+            ties=ties,
+        )
         np.testing.assert_array_equal(q.codes, found.codes.numpy())
         np.testing.assert_array_equal(q.zero_points, found.zeros.numpy())
         np.testing.assert_allclose(q.scales, found.scales.numpy(), rtol=1e-4)

@@ -91,10 +91,20 @@ def test_reports_layers_format_and_how_to_load(folder, tmp_path, capsys):
 def test_overrides_and_rtn_without_text(folder, tmp_path, capsys):
     out = tmp_path / "q"
     arguments = [
-        "quantize", model_of(folder), "--method", "rtn", "--group-size", "channel", "--quiet",
-        "--override", "*.mlp.*=bits:8,group-size:32", "--override", "re:.*[.]0[.].*=skip",
-        "--out", str(out),
-    ]  # fmt: skip
+        "quantize",
+        model_of(folder),
+        "--method",
+        "rtn",
+        "--group-size",
+        "channel",
+        "--quiet",
+        "--override",
+        "*.mlp.*=bits:8,group-size:32",
+        "--override",
+        "re:.*[.]0[.].*=skip",
+        "--out",
+        str(out),
+    ]
     assert main(arguments) == 0
     layers = ptqkit.hf.read_matrices(out)
     assert len(layers) == 7 and not any(".0." in name for name in layers)

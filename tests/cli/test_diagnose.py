@@ -21,10 +21,15 @@ def folder(tmp_path_factory):
     """A folder with a tiny LLaMA model and token files."""
     path = tmp_path_factory.mktemp("cli")
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(1)
         transformers.LlamaForCausalLM(config).save_pretrained(path / "model")

@@ -184,11 +184,22 @@ def info_facts():
 
     packages = dict.fromkeys(("numpy", "torch"), "1")
     environment = dict.fromkeys(
-        ("PTQKIT_CPU", "PTQKIT_BLAS", "PTQKIT_OPENMP", "PTQKIT_CFLAGS", "PTQKIT_DEBUG",
-         "OMP_NUM_THREADS")
-    )  # fmt: skip
-    return {"config": show_config(), "python": "3", "system": "s", "packages": packages,
-            "environment": environment}  # fmt: skip
+        (
+            "PTQKIT_CPU",
+            "PTQKIT_BLAS",
+            "PTQKIT_OPENMP",
+            "PTQKIT_CFLAGS",
+            "PTQKIT_DEBUG",
+            "OMP_NUM_THREADS",
+        )
+    )
+    return {
+        "config": show_config(),
+        "python": "3",
+        "system": "s",
+        "packages": packages,
+        "environment": environment,
+    }
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,11 @@ def test_end_to_end(place, capsys):
     assert "6 cells: 0 there from before, 6 to measure" in shown.err
     found = {(r["recipe"], r["task"]): r for r in lines("study/results.csv")}
     assert {p.name for p in Path("study").iterdir()} == {
-        "cells", "results.csv", "results.json", "results.png",
-    }  # fmt: skip
+        "cells",
+        "results.csv",
+        "results.json",
+        "results.png",
+    }
 
     # The same by hand: a model of its own, quantized and measured with the library.
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)

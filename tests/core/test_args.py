@@ -125,9 +125,11 @@ SOLVE = {
     "block 0": ({"block_size": 0}, V, "block_size must lie in"),
     "block None": ({"block_size": None}, T, "block_size must be an integer"),
     "other group": (
-        {"H": ptqkit.factorize(H, order="group-act", group_size=2)}, V, "for another group_size",
+        {"H": ptqkit.factorize(H, order="group-act", group_size=2)},
+        V,
+        "for another group_size",
     ),
-}  # fmt: skip
+}
 FACTOR = {
     "group": ({"order": "group-act", "group_size": 3}, V, "group_size 3 does not divide"),
     "group 0": ({"order": "group-act", "group_size": 0}, V, "group_size must lie in"),
@@ -160,8 +162,20 @@ CASES = [
     for name, case in table.items()
 ]
 NAMED = {_gptq, _rtn, _obq, _factorize}  # these take name=
-OPTION = ("bits", "grid", "scale_dtype", "threads", "damping", "order must", "min_zero", "refine_passes",
-          "block_size", "max_damping", "group_size must be an", "seen no token")  # fmt: skip
+OPTION = (
+    "bits",
+    "grid",
+    "scale_dtype",
+    "threads",
+    "damping",
+    "order must",
+    "min_zero",
+    "refine_passes",
+    "block_size",
+    "max_damping",
+    "group_size must be an",
+    "seen no token",
+)
 
 
 @pytest.mark.parametrize(("function", "changes", "error", "message"), CASES)
@@ -200,7 +214,9 @@ HESSIAN_CASES = {
     "X beyond": (lambda: _update(np.full((6, 8), 1e300)), V, "X holds NaN or Inf"),
     "mask size": (lambda: _update(X, np.ones(5, bool)), V, "mask must have the shape"),
     "mask shape": (
-        lambda: _update(X.reshape(2, 3, 8), np.ones((3, 2), bool)), V, "mask must have the shape",
+        lambda: _update(X.reshape(2, 3, 8), np.ones((3, 2), bool)),
+        V,
+        "mask must have the shape",
     ),
     "mask float": (lambda: _update(X, np.ones(6)), T, "mask must be boolean or integer"),
     "merge": (lambda: ptqkit.Hessian(4).merge(np.eye(4)), T, "other must be a Hessian"),
@@ -211,7 +227,7 @@ HESSIAN_CASES = {
     "asymmetric": (lambda: ptqkit.Hessian.from_matrix(BAD_H, 1), V, "matrix must be symmetric"),
     "tokens 0": (lambda: ptqkit.Hessian.from_matrix(H, 0), V, "tokens must lie in"),
     "tokens 1.5": (lambda: ptqkit.Hessian.from_matrix(H, 1.5), T, "tokens must be an integer"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HESSIAN_CASES)
@@ -234,8 +250,14 @@ def test_layouts_are_accepted_and_equal(solver):
     want = call(H=H)
     wide = np.zeros((4, 16), np.float32)
     wide[:, ::2] = W
-    for other in (np.asfortranarray(W), wide[:, ::2], W.astype(">f4"), W.astype(np.float64),
-                  W[::-1].copy()[::-1], W.tolist()):  # fmt: skip
+    for other in (
+        np.asfortranarray(W),
+        wide[:, ::2],
+        W.astype(">f4"),
+        W.astype(np.float64),
+        W[::-1].copy()[::-1],
+        W.tolist(),
+    ):
         assert same_result(call(W=other, H=H), want)
     for other in (np.asfortranarray(H), H.astype(">f8"), H.tolist()):
         assert same_result(call(H=other), want)

@@ -26,45 +26,105 @@ def _calls():
         "codes_on_grid": [_f32(3, 8), _f32(3), np.zeros(3, np.uint8), 15, codes, 1],
         "signed_grid": [-1.0, 2.0, signed],
         "activation_range": [_f32(5, 8), 0, np.zeros(8, bool), 1],
-        "activations_quantize": [_f32(5, 8), 0, np.zeros(8, bool), signed, 1,
-                                 np.zeros((5, 8), np.int8), _f32(5), np.zeros(5, np.int16), 1],
+        "activations_quantize": [
+            _f32(5, 8),
+            0,
+            np.zeros(8, bool),
+            signed,
+            1,
+            np.zeros((5, 8), np.int8),
+            _f32(5),
+            np.zeros(5, np.int16),
+            1,
+        ],
         "outlier_columns": [_f32(5, 8), 0, 6.0, np.zeros(8, bool), 1],
         "bias_correction": [_f32(3, 8), _f32(3, 8), np.ones(8), np.zeros(3), 1],
-        "int8_matmul": [int8, _f32(3), one.repeat(3), np.ones((5, 8), np.int8), _f32(1), one,
-                        _f32(3, 2), _f32(2, 5), _f32(3, 5), 1],
+        "int8_matmul": [
+            int8,
+            _f32(3),
+            one.repeat(3),
+            np.ones((5, 8), np.int8),
+            _f32(1),
+            one,
+            _f32(3, 2),
+            _f32(2, 5),
+            _f32(3, 5),
+            1,
+        ],
         "hessian_update": [_f32(8, 8), _f32(5, 8), 0, np.arange(3), 1],
         "hessian_finish": [_f32(8, 8), _f32(8, 8), 0.5, 1],
         "channel_ranges": [_f32(5, 8), 0, np.arange(3), _f32(8), _f32(8), np.ones(8), 1],
         "equalization_scales": [np.ones(8), np.ones(8), 0.5, 0.1, 10.0, _f32(8)],
-        "equalization_errors": [_f32(5, 8), (_f32(3, 8), _f32(2, 8)), _f32(2, 8), (4, 0, 255, 1, 0),
-                                GRID, _f32(8), _f32(8), np.ones(2), 1],
+        "equalization_errors": [
+            _f32(5, 8),
+            (_f32(3, 8), _f32(2, 8)),
+            _f32(2, 8),
+            (4, 0, 255, 1, 0),
+            GRID,
+            _f32(8),
+            _f32(8),
+            np.ones(2),
+            1,
+        ],
         "symmetric_check": [eye, 0.0, 1],
         "finite_check": [eye, 1],
         "factor": [eye, order, np.zeros(8), _f32(8, 8), 1],
-        "gptq": [_f32(3, 8), eye, eye, order, OPTIONS, GRID, codes, scales, zeros,
-                 np.zeros(8, np.int32), np.zeros((1, 3)), 1],
+        "gptq": [
+            _f32(3, 8),
+            eye,
+            eye,
+            order,
+            OPTIONS,
+            GRID,
+            codes,
+            scales,
+            zeros,
+            np.zeros(8, np.int32),
+            np.zeros((1, 3)),
+            1,
+        ],
         "rtn": [_f32(3, 8), 4, GRID, eye, codes, scales, zeros, 1],
         "obq": [np.ones((3, 8)), np.eye(8), np.ones((3, 8)), np.ones((3, 8)), 15, codes, 1],
         "objective": [_f32(3, 8), eye, np.zeros(3), 1],
         "pack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
         "unpack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
         **softmax_calls(),
-    }  # fmt: skip
+    }
 
 
 NAMES = sorted(_calls())
 OUTPUTS = {  # positions that are written
-    "hessian_update": [0], "hessian_finish": [1], "factor": [3], "gptq": [6, 7, 8, 9, 10],
-    "rtn": [4, 5, 6], "obq": [5], "objective": [2], "pack": [2], "unpack": [0],
-    "symmetric_check": [], "finite_check": [], "signed_grid": [], "activation_range": [],
-    "codes_on_grid": [4], "activations_quantize": [5, 6, 7], "outlier_columns": [3],
-    "bias_correction": [3], "int8_matmul": [8], "channel_ranges": [3, 4, 5],
-    "equalization_scales": [5], "equalization_errors": [7], **SOFTMAX_OUTPUTS,
-}  # fmt: skip
+    "hessian_update": [0],
+    "hessian_finish": [1],
+    "factor": [3],
+    "gptq": [6, 7, 8, 9, 10],
+    "rtn": [4, 5, 6],
+    "obq": [5],
+    "objective": [2],
+    "pack": [2],
+    "unpack": [0],
+    "symmetric_check": [],
+    "finite_check": [],
+    "signed_grid": [],
+    "activation_range": [],
+    "codes_on_grid": [4],
+    "activations_quantize": [5, 6, 7],
+    "outlier_columns": [3],
+    "bias_correction": [3],
+    "int8_matmul": [8],
+    "channel_ranges": [3, 4, 5],
+    "equalization_scales": [5],
+    "equalization_errors": [7],
+    **SOFTMAX_OUTPUTS,
+}
 OPTIONAL = {  # None is allowed
-    ("hessian_update", 3), ("rtn", 3), ("activation_range", 2), ("activations_quantize", 2),
-    ("channel_ranges", 2), *SOFTMAX_OPTIONAL,
-}  # fmt: skip
+    ("hessian_update", 3),
+    ("rtn", 3),
+    ("activation_range", 2),
+    ("activations_quantize", 2),
+    ("channel_ranges", 2),
+    *SOFTMAX_OPTIONAL,
+}
 INT8 = {("activations_quantize", 5), *(("int8_matmul", at) for at in (0, 2, 3, 5))}
 BAD = (TypeError, ValueError, OverflowError, IndexError, BufferError)
 
@@ -170,13 +230,31 @@ def test_outputs_must_be_writable(name):
 
 
 BAD_GRIDS = [
-    (), GRID[:-1], (*GRID, 1), list(GRID), (0, *GRID[1:]), (256, *GRID[1:]), (-1, *GRID[1:]),
-    (15, 0, 3, *GRID[3:]), (15, 0, -1, *GRID[3:]), (15, 0, 1, 0, *GRID[4:]),
-    (15, 0, 1, 257, *GRID[4:]), (15, 0, 1, 40, 0, *GRID[5:]), (*GRID[:5], 3, *GRID[6:]),
-    (*GRID[:6], 16, *GRID[7:]), (*GRID[:6], -1, *GRID[7:]), (*GRID[:7], 0.0, 2.4),
-    (*GRID[:7], 1.5, 2.4), (*GRID[:7], np.nan, 2.4), (*GRID[:8], 0.0), (*GRID[:8], np.nan),
-    (*GRID[:8], 1e9), (2**40, *GRID[1:]), ("a", *GRID[1:]), (15.0, *GRID[1:]),
-]  # fmt: skip
+    (),
+    GRID[:-1],
+    (*GRID, 1),
+    list(GRID),
+    (0, *GRID[1:]),
+    (256, *GRID[1:]),
+    (-1, *GRID[1:]),
+    (15, 0, 3, *GRID[3:]),
+    (15, 0, -1, *GRID[3:]),
+    (15, 0, 1, 0, *GRID[4:]),
+    (15, 0, 1, 257, *GRID[4:]),
+    (15, 0, 1, 40, 0, *GRID[5:]),
+    (*GRID[:5], 3, *GRID[6:]),
+    (*GRID[:6], 16, *GRID[7:]),
+    (*GRID[:6], -1, *GRID[7:]),
+    (*GRID[:7], 0.0, 2.4),
+    (*GRID[:7], 1.5, 2.4),
+    (*GRID[:7], np.nan, 2.4),
+    (*GRID[:8], 0.0),
+    (*GRID[:8], np.nan),
+    (*GRID[:8], 1e9),
+    (2**40, *GRID[1:]),
+    ("a", *GRID[1:]),
+    (15.0, *GRID[1:]),
+]
 
 
 @pytest.mark.parametrize("grid", BAD_GRIDS, ids=range(len(BAD_GRIDS)))
@@ -188,11 +266,21 @@ def test_bad_grids(grid):
 
 
 BAD_OPTIONS = [
-    (), OPTIONS[:-1], list(OPTIONS), (0, *OPTIONS[1:]), (3, *OPTIONS[1:]), (-4, *OPTIONS[1:]),
-    (16, *OPTIONS[1:]), (4, 0, *OPTIONS[2:]), (4, -128, *OPTIONS[2:]), (*OPTIONS[:5], -1, 0.01),
-    (*OPTIONS[:5], 1001, 0.01), (*OPTIONS[:5], 1, 0.01), (2**70, *OPTIONS[1:]),
+    (),
+    OPTIONS[:-1],
+    list(OPTIONS),
+    (0, *OPTIONS[1:]),
+    (3, *OPTIONS[1:]),
+    (-4, *OPTIONS[1:]),
+    (16, *OPTIONS[1:]),
+    (4, 0, *OPTIONS[2:]),
+    (4, -128, *OPTIONS[2:]),
+    (*OPTIONS[:5], -1, 0.01),
+    (*OPTIONS[:5], 1001, 0.01),
+    (*OPTIONS[:5], 1, 0.01),
+    (2**70, *OPTIONS[1:]),
     (4.0, *OPTIONS[1:]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS, ids=range(len(BAD_OPTIONS)))
@@ -234,9 +322,12 @@ def test_numbers_out_of_range():
         for threads in (-1, 1025, 2**40, 2**80):
             _fails(name, [*arguments[:-1], threads])
     for name, at, values in [
-        ("hessian_update", 2, (-1, 3)), ("rtn", 1, (0, 3, 16, -8)), ("obq", 4, (0, 256)),
-        ("pack", 1, (0, 9)), ("unpack", 1, (0, 9)),
-    ]:  # fmt: skip
+        ("hessian_update", 2, (-1, 3)),
+        ("rtn", 1, (0, 3, 16, -8)),
+        ("obq", 4, (0, 256)),
+        ("pack", 1, (0, 9)),
+        ("unpack", 1, (0, 9)),
+    ]:
         for value in values:
             arguments = _calls()[name]
             arguments[at] = value
@@ -244,9 +335,18 @@ def test_numbers_out_of_range():
 
 
 BAD_SIGNED_GRIDS = [
-    (), (8, 1), (8, 1, 0, 0), [8, 1, 0], (1, 1, 0), (17, 1, 0), (-8, 1, 0), (8, 0, 1),
-    (2**40, 1, 0), (8.0, 1, 0), ("8", 1, 0),
-]  # fmt: skip
+    (),
+    (8, 1),
+    (8, 1, 0, 0),
+    [8, 1, 0],
+    (1, 1, 0),
+    (17, 1, 0),
+    (-8, 1, 0),
+    (8, 0, 1),
+    (2**40, 1, 0),
+    (8.0, 1, 0),
+    ("8", 1, 0),
+]
 
 
 @pytest.mark.parametrize("grid", BAD_SIGNED_GRIDS, ids=range(len(BAD_SIGNED_GRIDS)))
@@ -284,8 +384,18 @@ def test_activation_arguments_that_do_not_belong_together():
 def test_hopeless_values_do_not_crash():
     # NaN and infinity in what Python checks beforehand
     for value in (np.nan, np.inf, -np.inf, 3e38):
-        for name, at in [("gptq", 0), ("gptq", 1), ("gptq", 2), ("rtn", 0), ("rtn", 3), ("obq", 0),
-                         ("obq", 1), ("obq", 2), ("objective", 0), ("factor", 0)]:  # fmt: skip
+        for name, at in [
+            ("gptq", 0),
+            ("gptq", 1),
+            ("gptq", 2),
+            ("rtn", 0),
+            ("rtn", 3),
+            ("obq", 0),
+            ("obq", 1),
+            ("obq", 2),
+            ("objective", 0),
+            ("factor", 0),
+        ]:
             for method in (0, 1, 2):
                 arguments = _calls()[name]
                 arguments[at] = np.full_like(arguments[at], value)
@@ -296,10 +406,14 @@ def test_hopeless_values_do_not_crash():
                     getattr(_core, name)(*arguments)
                 except (FloatingPointError, ArithmeticError):
                     pass
-        for name, spots in [("codes_on_grid", (0, 1)), ("activation_range", (0,)),
-                            ("activations_quantize", (0,)), ("outlier_columns", (0,)),
-                            ("bias_correction", (0, 1, 2)),
-                            ("int8_matmul", (1, 4, 6, 7))]:  # fmt: skip
+        for name, spots in [
+            ("codes_on_grid", (0, 1)),
+            ("activation_range", (0,)),
+            ("activations_quantize", (0,)),
+            ("outlier_columns", (0,)),
+            ("bias_correction", (0, 1, 2)),
+            ("int8_matmul", (1, 4, 6, 7)),
+        ]:
             for at in spots:
                 arguments = _calls()[name]
                 arguments[at] = np.full_like(arguments[at], value)

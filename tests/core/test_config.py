@@ -50,8 +50,14 @@ def test_torch_state_is_left_as_found(script):
 def test_show_config():
     config = ptqkit.show_config()
     assert set(config) == {
-        "version", "cpu_level", "cpu_levels", "blas", "threads", "openmp", "machine",
-    }  # fmt: skip
+        "version",
+        "cpu_level",
+        "cpu_levels",
+        "blas",
+        "threads",
+        "openmp",
+        "machine",
+    }
     assert config["version"] == ptqkit.__version__
     assert config["cpu_level"] in config["cpu_levels"] and "base" in config["cpu_levels"]
     assert config["blas"] in ("builtin", "scipy")

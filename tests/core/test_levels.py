@@ -105,9 +105,11 @@ def result(request, inputs, script, tmp_path):
 
 
 EVERY = pytest.mark.parametrize(
-    "result", [(level, blas) for level in LEVELS for blas in BLAS], indirect=True,
+    "result",
+    [(level, blas) for level in LEVELS for blas in BLAS],
+    indirect=True,
     ids=lambda p: "-".join(p),
-)  # fmt: skip
+)
 
 
 @EVERY
@@ -130,9 +132,12 @@ def test_rtn_is_the_same_bit_for_bit(result):
             for symmetric in (False, True):
                 for scale_dtype in ("float32", "float16", "bfloat16"):
                     q = ptqkit.rtn(
-                        p["W"], bits=bits, group_size=p["size"] or None, symmetric=symmetric,
+                        p["W"],
+                        bits=bits,
+                        group_size=p["size"] or None,
+                        symmetric=symmetric,
                         scale_dtype=scale_dtype,
-                    )  # fmt: skip
+                    )
                     key = f"rtn-{bits}-{symmetric}-{scale_dtype}"
                     for name in ("codes", "scales", "zero_points"):
                         np.testing.assert_array_equal(result[f"{key}-{name}{i}"], getattr(q, name))
@@ -147,11 +152,15 @@ def test_searches_are_as_good_as_the_twins(result):
             for g in range(n // size):
                 part = slice(g * size, (g + 1) * size)
                 assert_grid(
-                    p["W"][:, part].astype(float), p["H"][part, part].astype(float),
+                    p["W"][:, part].astype(float),
+                    p["H"][part, part].astype(float),
                     result[f"search-{grid}-scales{i}"][:, g],
                     result[f"search-{grid}-zero_points{i}"][:, g],
-                    bits=3, method=grid, symmetric=False, rtol=search_rtol(3),
-                )  # fmt: skip
+                    bits=3,
+                    method=grid,
+                    symmetric=False,
+                    rtol=search_rtol(3),
+                )
 
 
 @EVERY
@@ -185,8 +194,11 @@ def test_codes_by_replay(result, tie_distance):
                 key = f"gptq-{order}-{grid}"
                 q = ptqkit.QuantizedMatrix(
                     *(result[f"{key}-{n}{i}"] for n in ("codes", "scales", "zero_points", "g_idx")),
-                    bits=3, group_size=p["size"] or None, symmetric=False, damping=0.01,
-                )  # fmt: skip
+                    bits=3,
+                    group_size=p["size"] or None,
+                    symmetric=False,
+                    damping=0.01,
+                )
                 assert q.max_code == max_code(3)
                 assert_codes(p["W"], p["H"], q, F, tie)
                 swept = result[f"swept-{order}-{grid}{i}"]

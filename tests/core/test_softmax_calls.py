@@ -9,10 +9,24 @@ from helpers.softmax_core_calls import softmax_calls
 import ptqkit._core as _core
 
 BAD_GRIDS = [
-    (), (1 / 255, 0), (1 / 255, 0, 255, 1), [1 / 255, 0, 255], (0.0, 0, 255), (-1.0, 0, 255),
-    (np.nan, 0, 255), (np.inf, 0, 255), (1e-60, 0, 255), (1e35, 0, 255), (0.1, -1, 255),
-    (0.1, 256, 255), (0.1, 0, 0), (0.1, 0, 65536), (0.1, 2**40, 255), (0.1, 0, "8"), ("s", 0, 255),
-]  # fmt: skip
+    (),
+    (1 / 255, 0),
+    (1 / 255, 0, 255, 1),
+    [1 / 255, 0, 255],
+    (0.0, 0, 255),
+    (-1.0, 0, 255),
+    (np.nan, 0, 255),
+    (np.inf, 0, 255),
+    (1e-60, 0, 255),
+    (1e35, 0, 255),
+    (0.1, -1, 255),
+    (0.1, 256, 255),
+    (0.1, 0, 0),
+    (0.1, 0, 65536),
+    (0.1, 2**40, 255),
+    (0.1, 0, "8"),
+    ("s", 0, 255),
+]
 
 
 @pytest.mark.parametrize("grid", BAD_GRIDS, ids=range(len(BAD_GRIDS)))
@@ -26,21 +40,46 @@ def test_bad_grids(grid):
 
 def test_numbers_and_sizes_out_of_range():
     changes = [
-        ("softmax_quantize", 2, [-1, 2]), ("softmax_quantize", 4, [-1, 3]),
+        ("softmax_quantize", 2, [-1, 2]),
+        ("softmax_quantize", 4, [-1, 3]),
         ("softmax_statistics", 3, [-1, 2]),
-        ("softmax_quantize", 1, [np.ones((2, 2, 4, 5), bool), np.ones((2, 1, 4, 1), bool),
-                                 np.ones((3, 1, 4, 5), bool), np.ones((2, 1, 3, 5), bool)]),
-        ("softmax_quantize", 5, [np.zeros((3, 5)), np.zeros((2, 6)), np.zeros((3, 0)),
-                                 np.zeros((0, 6)), np.zeros((3, 7))]),
-        ("softmax_quantize", 6, [np.zeros((2, 3, 4, 5), np.uint16),
-                                 np.zeros((2, 3, 4, 6), np.uint8)]),
-        ("softmax_quantize", 0, [np.zeros((2, 3, 4, 0), np.float32),
-                                 np.zeros((2, 0, 4, 5), np.float32)]),
+        (
+            "softmax_quantize",
+            1,
+            [
+                np.ones((2, 2, 4, 5), bool),
+                np.ones((2, 1, 4, 1), bool),
+                np.ones((3, 1, 4, 5), bool),
+                np.ones((2, 1, 3, 5), bool),
+            ],
+        ),
+        (
+            "softmax_quantize",
+            5,
+            [
+                np.zeros((3, 5)),
+                np.zeros((2, 6)),
+                np.zeros((3, 0)),
+                np.zeros((0, 6)),
+                np.zeros((3, 7)),
+            ],
+        ),
+        (
+            "softmax_quantize",
+            6,
+            [np.zeros((2, 3, 4, 5), np.uint16), np.zeros((2, 3, 4, 6), np.uint8)],
+        ),
+        (
+            "softmax_quantize",
+            0,
+            [np.zeros((2, 3, 4, 0), np.float32), np.zeros((2, 0, 4, 5), np.float32)],
+        ),
         ("softmax_statistics", 6, [np.zeros((3, 239, 4), int), np.zeros((2, 240, 4), int)]),
         ("softmax_statistics", 5, ["x", None]),
-        ("energy", 0, [np.ones((3, 8))]), ("energy", 1, [np.ones((3, 8))]),
+        ("energy", 0, [np.ones((3, 8))]),
+        ("energy", 1, [np.ones((3, 8))]),
         ("energy_columns", 2, [np.zeros((8, 2))]),
-    ]  # fmt: skip
+    ]
     for name, at, values in changes:
         for value in values:
             arguments = softmax_calls()[name]

@@ -40,14 +40,24 @@ def _config(kind: str):
         return t.OPTConfig(**small, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64)
     if kind == "gpt2":
         return t.GPT2Config(
-            vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1,
+            vocab_size=96,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=1,
             eos_token_id=2,
-        )  # fmt: skip
+        )
     if kind == "bloom":
         return t.BloomConfig(
-            vocab_size=96, hidden_size=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
+            vocab_size=96,
+            hidden_size=64,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=1,
+            eos_token_id=2,
             pad_token_id=0,
-        )  # fmt: skip
+        )
     if kind == "gpt_neox":
         return t.GPTNeoXConfig(**_PLAIN)
     if kind == "bert":
@@ -125,7 +135,7 @@ def fake_quantize(model, *, overrides=None, act_order=False, **options):
 def quantize_inputs(model, names, spec, tokens: torch.Tensor = TOKENS) -> dict:
     """Install a quantizer on every named layer, static ones calibrated on ``tokens``.
 
-    ``spec`` is one ActivationQuantization, or a mapping of name endings to them ("" for all others).
+    ``spec`` is one ActivationQuantization, or a mapping of name endings to them ("" for the rest).
     """
     specs = spec if isinstance(spec, dict) else {"": spec}
     ranges, installed = {}, {}

@@ -59,9 +59,16 @@ ARCHITECTURES = {
     ),
 }
 LAYERS_PER_BLOCK = {
-    "opt": 6, "gpt2": 4, "bloom": 4, "gpt_neox": 4, "falcon": 4, "phi3": 4,
-    "bert": 6, "roberta": 6, "t5": 16,
-}  # fmt: skip
+    "opt": 6,
+    "gpt2": 4,
+    "bloom": 4,
+    "gpt_neox": 4,
+    "falcon": 4,
+    "phi3": 4,
+    "bert": 6,
+    "roberta": 6,
+    "t5": 16,
+}
 
 
 def build(name: str = "llama", seed: int = 0) -> torch.nn.Module:

@@ -7,13 +7,18 @@ from typing import Any
 import numpy as np
 
 SOFTMAX_OUTPUTS = {
-    "softmax_quantize": [6, 7], "softmax_statistics": [6], "softmax_exp": [1], "energy": [2],
+    "softmax_quantize": [6, 7],
+    "softmax_statistics": [6],
+    "softmax_exp": [1],
+    "energy": [2],
     "energy_columns": [2],
-}  # fmt: skip
+}
 SOFTMAX_OPTIONAL = {
-    ("softmax_quantize", 1), ("softmax_quantize", 7), ("softmax_statistics", 1),
+    ("softmax_quantize", 1),
+    ("softmax_quantize", 7),
+    ("softmax_statistics", 1),
     ("softmax_statistics", 2),
-}  # fmt: skip
+}
 
 
 def softmax_calls() -> dict[str, list[Any]]:
@@ -22,11 +27,28 @@ def softmax_calls() -> dict[str, list[Any]]:
     P, mask = np.full(shape, 0.2, np.float32), np.ones((2, 1, 4, 5), bool)
     x = np.ones((3, 8), np.float32)
     return {
-        "softmax_quantize": [P, mask, 0, grid, 1, np.zeros((3, 6)), np.zeros_like(P),
-                             np.zeros(24, np.float32), 1],
-        "softmax_statistics": [P, mask, np.ones((2, 4), bool), 0, grid, 1e-3,
-                               np.zeros((3, 240, 4), np.int64), 1],
+        "softmax_quantize": [
+            P,
+            mask,
+            0,
+            grid,
+            1,
+            np.zeros((3, 6)),
+            np.zeros_like(P),
+            np.zeros(24, np.float32),
+            1,
+        ],
+        "softmax_statistics": [
+            P,
+            mask,
+            np.ones((2, 4), bool),
+            0,
+            grid,
+            1e-3,
+            np.zeros((3, 240, 4), np.int64),
+            1,
+        ],
         "softmax_exp": [-np.ones(8, np.float32), np.zeros(8, np.float32), 1],
         "energy": [x, x, np.zeros((3, 2)), 1],
         "energy_columns": [x, x, np.zeros((2, 8)), 1],
-    }  # fmt: skip
+    }

@@ -52,9 +52,11 @@ def _library(x, spec, scale=None, zero_point=None):
     quantization = pytest.importorskip("compressed_tensors.quantization")
     forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
     args = quantization.QuantizationArgs(
-        num_bits=spec.bits, symmetric=spec.symmetric, strategy=spec.granularity,
+        num_bits=spec.bits,
+        symmetric=spec.symmetric,
+        strategy=spec.granularity,
         dynamic=spec.dynamic,
-    )  # fmt: skip
+    )
     module = types.SimpleNamespace(
         quantization_status=quantization.QuantizationStatus.COMPRESSED,
         input_scale=scale,
@@ -203,11 +205,21 @@ def test_float32_agrees_with_the_array_function(bits, symmetric):
     np.testing.assert_array_equal(codes.codes, from_data.codes)
 
 
-@pytest.mark.parametrize("values", [
-    {"bits": 1}, {"bits": 17}, {"bits": True}, {"bits": 8.0}, {"granularity": "channel"},
-    {"symmetric": 1}, {"outlier_threshold": 0}, {"outlier_threshold": float("nan")},
-    {"outlier_threshold": "6"}, {"outlier_threshold": 6.0, "granularity": "tensor"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"bits": 1},
+        {"bits": 17},
+        {"bits": True},
+        {"bits": 8.0},
+        {"granularity": "channel"},
+        {"symmetric": 1},
+        {"outlier_threshold": 0},
+        {"outlier_threshold": float("nan")},
+        {"outlier_threshold": "6"},
+        {"outlier_threshold": 6.0, "granularity": "tensor"},
+    ],
+)
 def test_bad_specs_are_refused(values):
     name = "outlier_threshold" if "outlier_threshold" in values else next(iter(values))
     with pytest.raises(ValueError, match=name):

@@ -15,11 +15,17 @@ def test_presets():
     quality, reference, rtn = (Recipe.preset(n) for n in ("quality", "reference", "rtn"))
     assert quality == Recipe()
     assert (quality.order, quality.static_groups, quality.grid, quality.refine_passes) == (
-        "group", False, "hessian", 1,
-    )  # fmt: skip
+        "group-act",
+        False,
+        "hessian",
+        1,
+    )
     assert (reference.method, reference.order, reference.grid, reference.refine_passes) == (
-        "gptq", "natural", "minmax", 0,
-    )  # fmt: skip
+        "gptq",
+        "natural",
+        "minmax",
+        0,
+    )
     assert reference.damping == 0.01
     assert (rtn.method, rtn.grid) == ("rtn", "minmax")
     assert Recipe.preset("rtn", bits=8, group_size=None).bits == 8

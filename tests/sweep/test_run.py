@@ -39,15 +39,25 @@ def sweep(path, *parts, **options):
 def test_every_cell_runs_once_and_each_recipe_is_quantized_once(tmp_path, bench):
     result = sweep(folder(tmp_path), HEAD, ZERO_SHOT, RTN, RTN3)
     assert [c.label for c in result.cells] == [
-        "small/float/wiki", "small/float/choice", "small/RTN/wiki", "small/RTN/choice",
-        "small/RTN3/wiki", "small/RTN3/choice",
-    ]  # fmt: skip
+        "small/float/wiki",
+        "small/float/choice",
+        "small/RTN/wiki",
+        "small/RTN/choice",
+        "small/RTN3/wiki",
+        "small/RTN3/choice",
+    ]
     assert result.count(OK) == 6
     assert bench.log == [
-        "load small", "measure small/wiki 10", "measure small/choice 10",
-        "quantize small/RTN", "measure small/wiki 12", "measure small/choice 12",
-        "quantize small/RTN3", "measure small/wiki 12.6667", "measure small/choice 12.6667",
-    ]  # fmt: skip
+        "load small",
+        "measure small/wiki 10",
+        "measure small/choice 10",
+        "quantize small/RTN",
+        "measure small/wiki 12",
+        "measure small/choice 12",
+        "quantize small/RTN3",
+        "measure small/wiki 12.6667",
+        "measure small/choice 12.6667",
+    ]
     cell = result.cells[2]
     assert (cell.value, cell.bits_per_weight, cell.seconds_quantize) == (12, 4, 0.5)
     assert cell.seconds_eval >= 0 and not cell.reused
@@ -67,8 +77,11 @@ def test_a_changed_recipe_runs_its_own_cells_alone(tmp_path, bench):
     bench.log.clear()
     sweep(tmp_path, HEAD, ZERO_SHOT, RTN, RTN3.replace("bits = 3", "bits = 2"))
     assert bench.log == [
-        "load small", "quantize small/RTN3", "measure small/wiki 14", "measure small/choice 14",
-    ]  # fmt: skip
+        "load small",
+        "quantize small/RTN3",
+        "measure small/wiki 14",
+        "measure small/choice 14",
+    ]
 
 
 def test_a_new_task_runs_alone_and_names_do_not_count(tmp_path, bench):
@@ -76,8 +89,9 @@ def test_a_new_task_runs_alone_and_names_do_not_count(tmp_path, bench):
     bench.log.clear()
     result = sweep(tmp_path, HEAD.replace('"small"', '"tiny"'), SECOND, RTN.replace("RTN", "R"))
     assert [line for line in bench.log if "measure" in line] == [
-        "measure tiny/wiki2 10", "measure tiny/wiki2 12",
-    ]  # fmt: skip
+        "measure tiny/wiki2 10",
+        "measure tiny/wiki2 12",
+    ]
     assert [c.reused for c in result.cells] == [True, False, True, False]
     assert result.cells[2].label == "tiny/R/wiki"
 
@@ -270,8 +284,10 @@ def test_files_and_published_figures_apart(tmp_path, bench):
     result = sweep(folder(tmp_path), HEAD, RTN, published)
     written = write_results(result)
     assert [p.rsplit("/", 1)[1] for p in written] == [
-        "results.csv", "published.csv", "results.json",
-    ]  # fmt: skip
+        "results.csv",
+        "published.csv",
+        "results.json",
+    ]
     text = (tmp_path / "out" / "results.csv").read_text()
     assert "6.09" not in text and "7.5" not in text and "LLaMA" not in text
     lines = list(csv.DictReader(text.splitlines()))

@@ -202,8 +202,13 @@ def test_documents(tmp_path):
 def test_perplexity_is_that_of_the_library(small, tmp_path):
     model, tokenizer = small
     (tmp_path / "t.txt").write_text(words(80), encoding="utf-8")
-    settings = {"max_tokens": 90, "window": 32, "stride": 16, "start_token": "auto",
-                "batch_size": 2}  # fmt: skip
+    settings = {
+        "max_tokens": 90,
+        "window": 32,
+        "stride": 16,
+        "start_token": "auto",
+        "batch_size": 2,
+    }
     task = TaskPlan("t", "perplexity", TextSource(str(tmp_path / "t.txt")), settings)
     remembering = RememberingTokenizer(tokenizer)
     found = measure(model, remembering, task)
@@ -218,8 +223,14 @@ def test_windows_are_spread_over_the_joined_text(small, tmp_path):
     model, tokenizer = small
     lines = [json.dumps(words(60, i)) for i in range(3)]
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    settings = {"windows": 3, "window": 16, "max_tokens": None, "stride": None,
-                "start_token": "auto", "batch_size": 2}  # fmt: skip
+    settings = {
+        "windows": 3,
+        "window": 16,
+        "max_tokens": None,
+        "stride": None,
+        "start_token": "auto",
+        "batch_size": 2,
+    }
     task = TaskPlan("t", "perplexity", TextSource(str(tmp_path / "t.jsonl")), settings)
     found = measure(model, tokenizer, task)
     ids = [i for k in range(3) for i in tokenizer(words(60, k), add_special_tokens=False).input_ids]
@@ -233,8 +244,13 @@ def test_windows_are_spread_over_the_joined_text(small, tmp_path):
 
 def test_perplexity_that_is_not_finite(small, tmp_path):
     (tmp_path / "t.txt").write_text(words(20), encoding="utf-8")
-    settings = {"max_tokens": None, "window": 32, "stride": None, "start_token": "auto",
-                "batch_size": 2}  # fmt: skip
+    settings = {
+        "max_tokens": None,
+        "window": 32,
+        "stride": None,
+        "start_token": "auto",
+        "batch_size": 2,
+    }
     task = TaskPlan("t", "perplexity", TextSource(str(tmp_path / "t.txt")), settings)
     model, tokenizer = small
     handle = model.lm_head.register_forward_hook(lambda m, a, out: out * math.nan)

@@ -14,7 +14,7 @@ FORMAT of ``quant_method: "ptqkit"``, versions 1 and 2
 is ``"linear"`` or ``"conv1d"`` (GPT-2's transposed layer; codes are stored (out, in) all the same);
 ``per_tensor`` true says that all scales of the layer are one. Version 2 adds ``activations``, null
 or an object with ``bits``, ``granularity``, ``symmetric`` and ``outlier_threshold``
-(:class:`ptqkit.recipe.options.ActivationQuantization`), and beside ``layers`` a list ``gained_biases`` of the
+(:class:`ptqkit.ActivationQuantization`), and beside ``layers`` a list ``gained_biases`` of the
 modules with a bias that the model class does not create. A file with neither is of version 1.
 
 For a layer ``P`` with weight (out, in) and ``g = ceil(in / group_size)`` groups:

@@ -113,9 +113,15 @@ def sensitivity(
     """
     kinds = _check(kinds, bits, by)
     data = prepare_calibration(
-        calibration, tokenizer, samples=samples, sequence_length=sequence_length,
-        batch_size=batch_size, seed=seed, start_token=start_token, max_length=max_positions(model),
-    )  # fmt: skip
+        calibration,
+        tokenizer,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        start_token=start_token,
+        max_length=max_positions(model),
+    )
     bench = _Bench(model, data, kinds, bits)
     cases = bench.cases(by)
     score = None

@@ -109,8 +109,16 @@ class EqualizationReport:
 
 
 _HEADER = (
-    "kind", "producer", "alpha", "error", "eq. 10", "scales", "dead", "tokens", "consumers",
-)  # fmt: skip
+    "kind",
+    "producer",
+    "alpha",
+    "error",
+    "eq. 10",
+    "scales",
+    "dead",
+    "tokens",
+    "consumers",
+)
 
 
 def _cells(group: EqualizedGroup) -> tuple[str, ...]:

@@ -210,9 +210,23 @@ class Report:
 
 
 _HEADER = (
-    "layer", "shape", "bits", "group", "act", "objective", "rtn", "better", "W dB", "Y dB", "bpw",
-    "damping", "dead", "tokens", "s", "status",
-)  # fmt: skip
+    "layer",
+    "shape",
+    "bits",
+    "group",
+    "act",
+    "objective",
+    "rtn",
+    "better",
+    "W dB",
+    "Y dB",
+    "bpw",
+    "damping",
+    "dead",
+    "tokens",
+    "s",
+    "status",
+)
 
 
 def _cells(r: LayerReport) -> tuple[str, ...]:

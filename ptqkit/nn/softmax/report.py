@@ -129,8 +129,16 @@ class SoftmaxReport:
     def table(self) -> str:
         """Plain text table, a line per layer."""
         header = (
-            "layer", "heads", "bits", "zero", "row sum", "dB", "corrected", "beta", "correction",
-        )  # fmt: skip
+            "layer",
+            "heads",
+            "bits",
+            "zero",
+            "row sum",
+            "dB",
+            "corrected",
+            "beta",
+            "correction",
+        )
         cells = [header, *(_cells(row) for row in self.layers)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
         lines = []

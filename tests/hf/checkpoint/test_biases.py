@@ -60,11 +60,14 @@ def _assert_loads(folder, model, layers, stock=True):
     assert_same_matrices(read_matrices(folder), layers)
 
 
-@pytest.mark.parametrize(("endings", "settings"), [
-    (("down_proj",), {"mlp_bias"}),
-    (("o_proj", "q_proj"), {"attention_bias"}),
-    (("o_proj", "up_proj"), {"attention_bias", "mlp_bias"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("endings", "settings"),
+    [
+        (("down_proj",), {"mlp_bias"}),
+        (("o_proj", "q_proj"), {"attention_bias"}),
+        (("o_proj", "up_proj"), {"attention_bias", "mlp_bias"}),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_settings_of_the_model_class_create_the_biases(endings, settings, dtype, tmp_path):
     model, layers, names = _case("llama", *endings, dtype=dtype, **W4)

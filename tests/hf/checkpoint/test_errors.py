@@ -50,10 +50,14 @@ def test_compressed_tensors_refuses_and_lists_every_layer(tmp_path):
     }
     layers = fake_quantize(model, overrides=overrides, **SYMMETRIC)
     _refused(
-        model, layers, tmp_path, "compressed-tensors", "4 problem(s)",
+        model,
+        layers,
+        tmp_path,
+        "compressed-tensors",
+        "4 problem(s)",
         f"{Q_PROJ}: compressed-tensors loads asymmetric",
         "model.layers.1.self_attn.k_proj: compressed-tensors has no ternary type",
-    )  # fmt: skip
+    )
     model = build("llama")
     layers = fake_quantize(model, act_order=True, **SYMMETRIC)
     _refused(model, layers, tmp_path, "compressed-tensors", "cannot carry g_idx", "14 problem(s)")

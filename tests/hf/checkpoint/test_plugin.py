@@ -100,11 +100,22 @@ def test_everything_comes_along(format, tmp_path):
     model.generation_config.temperature = 0.7  # set without do_sample: save_pretrained would refuse
     layers = fake_quantize(model, bits=4, group_size=4, symmetric=True)
     info = save_checkpoint(
-        model, layers, _Recipe(), tmp_path / "out", format=format, tokenizer=tokenizer,
+        model,
+        layers,
+        _Recipe(),
+        tmp_path / "out",
+        format=format,
+        tokenizer=tokenizer,
         report=_Report(),
-    )  # fmt: skip
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-            "ptqkit_recipe.json", "ptqkit_report.json"} <= set(info.files)  # fmt: skip
+    )
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "ptqkit_recipe.json",
+        "ptqkit_report.json",
+    } <= set(info.files)
     assert json.loads((tmp_path / "out/ptqkit_recipe.json").read_text()) == {"bits": 4}
     assert json.loads((tmp_path / "out/ptqkit_report.json").read_text()) == {"rows": 3}
     assert str(info.directory) in str(info) and format in str(info)

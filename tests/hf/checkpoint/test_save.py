@@ -90,12 +90,15 @@ def test_half_precision_models_are_exact(kind, grid, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("options", [
-    {"bits": 4, "group_size": 32, "symmetric": True},
-    {"bits": 3, "group_size": 32},
-    {"bits": 8, "group_size": None},
-    {"bits": 2, "group_size": 16, "act_order": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4, "group_size": 32, "symmetric": True},
+        {"bits": 3, "group_size": 32},
+        {"bits": 8, "group_size": None},
+        {"bits": 2, "group_size": 16, "act_order": True},
+    ],
+)
 @pytest.mark.parametrize("kind", ["llama", "opt", "bert"])
 def test_gptq_files_load_without_gptqmodel(kind, options, format, tmp_path):
     model = build(kind)
@@ -290,8 +293,10 @@ def test_qlinear_dequantizes_as_numpy_does(bits):
             rng.uniform(0.01, 1, (6, groups)).astype(np.float32),
             rng.integers(0, top, (6, groups), dtype=np.uint8),
             rng.permutation(np.arange(inputs) // (size or inputs)).astype(np.int32),
-            bits, size, False,
-        )  # fmt: skip
+            bits,
+            size,
+            False,
+        )
         for permuted in (True, False):
             if not permuted:
                 natural = (np.arange(inputs) // (size or inputs)).astype(np.int32)
@@ -304,9 +309,13 @@ def _loaded(q, permuted):
     from ptqkit.hf.checkpoint.formats import native_pack
 
     module = QLinear(
-        *q.shape[::-1], bits=q.bits, group_size=q.group_size, symmetric=False,
-        permuted=permuted, bias=False,
-    )  # fmt: skip
+        *q.shape[::-1],
+        bits=q.bits,
+        group_size=q.group_size,
+        symmetric=False,
+        permuted=permuted,
+        bias=False,
+    )
     module.weight.copy_(torch.from_numpy(native_pack(q.codes, q.bits).reshape(-1)))
     module.zero_points.copy_(torch.from_numpy(native_pack(q.zero_points, q.bits).reshape(-1)))
     module.scales.copy_(torch.from_numpy(q.scales))

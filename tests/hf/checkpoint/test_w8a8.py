@@ -122,9 +122,13 @@ def test_inputs_without_a_batch_axis_are_not_left_to_compressed_tensors(tmp_path
     model, layers, quantizers = _simulate("opt", W8, ActivationQuantization(8))
     with pytest.raises(ValueError) as caught:
         save_checkpoint(
-            model, layers, None, tmp_path / "no", format="compressed-tensors",
+            model,
+            layers,
+            None,
+            tmp_path / "no",
+            format="compressed-tensors",
             activations=quantizers,
-        )  # fmt: skip
+        )
     text = str(caught.value)
     assert "4 problem(s)" in text and "use static activations" in text
     named = set(re.findall(r"layers\.(\d)\.(\w+): its inputs have no batch axis", text))
@@ -169,9 +173,13 @@ def test_an_input_shape_that_cannot_be_found_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "forward", fails)
     with pytest.raises(ValueError, match=r"14 problem\(s\):\n.*shape of its inputs is not known"):
         save_checkpoint(
-            model, layers, None, tmp_path / "out", format="compressed-tensors",
+            model,
+            layers,
+            None,
+            tmp_path / "out",
+            format="compressed-tensors",
             activations=quantizers,
-        )  # fmt: skip
+        )
     info = save_checkpoint(model, layers, None, tmp_path / "out", activations=quantizers)
     assert info.format == "ptqkit" and "not known" in info.reason
 
@@ -195,16 +203,54 @@ def test_layers_with_and_without_quantized_inputs(tmp_path):
     _assert_loads(tmp_path / "out", model, layers)
 
 
-@pytest.mark.parametrize(("kind", "weights", "inputs", "dtype", "reason"), [
-    ("llama", W8, ActivationQuantization(8, outlier_threshold=1.5), torch.float32, "outlier columns"),
-    ("llama", W8, ActivationQuantization(16), torch.bfloat16, "no room for activations of 16 bits"),
-    ("llama", W8, ActivationQuantization(16, "tensor"), torch.float16, "no room for activations of 16 bits"),
-    ("gpt2", W8, ActivationQuantization(8, "tensor"), torch.float32, "not Conv1D"),
-    ("gpt2", WEIGHTS["w8 tensor asym"], ActivationQuantization(8), torch.bfloat16, "not Conv1D"),
-    ("llama", {"bits": "ternary", "group_size": 8}, ActivationQuantization(4), torch.float32, "no ternary"),
-    ("llama", {"bits": 2, "group_size": 16, "act_order": True}, ActivationQuantization(8, "tensor"),
-     torch.float32, "g_idx"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "weights", "inputs", "dtype", "reason"),
+    [
+        (
+            "llama",
+            W8,
+            ActivationQuantization(8, outlier_threshold=1.5),
+            torch.float32,
+            "outlier columns",
+        ),
+        (
+            "llama",
+            W8,
+            ActivationQuantization(16),
+            torch.bfloat16,
+            "no room for activations of 16 bits",
+        ),
+        (
+            "llama",
+            W8,
+            ActivationQuantization(16, "tensor"),
+            torch.float16,
+            "no room for activations of 16 bits",
+        ),
+        ("gpt2", W8, ActivationQuantization(8, "tensor"), torch.float32, "not Conv1D"),
+        (
+            "gpt2",
+            WEIGHTS["w8 tensor asym"],
+            ActivationQuantization(8),
+            torch.bfloat16,
+            "not Conv1D",
+        ),
+        (
+            "llama",
+            {"bits": "ternary", "group_size": 8},
+            ActivationQuantization(4),
+            torch.float32,
+            "no ternary",
+        ),
+        (
+            "llama",
+            {"bits": 2, "group_size": 16, "act_order": True},
+            ActivationQuantization(8, "tensor"),
+            torch.float32,
+            "g_idx",
+        ),
+    ],
+)
 def test_own_format_carries_the_rest(kind, weights, inputs, dtype, reason, tmp_path):
     model, layers, quantizers = _simulate(kind, weights, inputs, dtype)
     out = tmp_path / "out"
@@ -260,9 +306,13 @@ def test_files_without_quantized_inputs_are_as_before(tmp_path):
     settings = _settings(tmp_path / "out")
     assert settings["format_version"] == 1
     assert settings["defaults"] == {
-        "bits": 3, "group_size": 32, "symmetric": False, "permuted": False, "kind": "linear",
+        "bits": 3,
+        "group_size": 32,
+        "symmetric": False,
+        "permuted": False,
+        "kind": "linear",
         "scale_dtype": "float32",
-    }  # fmt: skip
+    }
     assert set(settings) == {"quant_method", "format_version", "defaults", "layers"}
     assert all(set(options) == {"shape"} for options in settings["layers"].values())
 
@@ -307,12 +357,22 @@ def test_a_file_that_would_be_another_model_is_refused(tmp_path):
         ActivationQuantizer(q.spec, q.scale, q.zero_point.item() + 1),
     ):
         refused(f"says: {NAME};", {**quantizers, NAME: other})
-    refused("without quantized weights: lm_head, nowhere;", {
-        **quantizers, "lm_head": q, "nowhere": q,
-    })  # fmt: skip
-    refused("must be an ActivationQuantizer, not ActivationQuantization", {
-        **quantizers, NAME: ActivationQuantization(8),
-    }, TypeError)  # fmt: skip
+    refused(
+        "without quantized weights: lm_head, nowhere;",
+        {
+            **quantizers,
+            "lm_head": q,
+            "nowhere": q,
+        },
+    )
+    refused(
+        "must be an ActivationQuantizer, not ActivationQuantization",
+        {
+            **quantizers,
+            NAME: ActivationQuantization(8),
+        },
+        TypeError,
+    )
 
 
 def test_a_grid_that_the_dtype_cannot_hold_goes_to_the_own_format(tmp_path):

@@ -40,10 +40,26 @@ WAYS = {
     "smoothquant": {"method": "smoothquant"},
 }
 FAMILIES = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt", "gpt2", "bloom",
-    "gpt_neox", "falcon", "mpt", "mixtral", "opt-post", "opt-plain-norm", "bloom-post", "bert",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "phi3",
+    "opt",
+    "gpt2",
+    "bloom",
+    "gpt_neox",
+    "falcon",
+    "mpt",
+    "mixtral",
+    "opt-post",
+    "opt-plain-norm",
+    "bloom-post",
+    "bert",
     "t5",
-]  # fmt: skip
+]
 
 
 def run(model, data=None, **options):
@@ -367,9 +383,15 @@ def test_text_and_threads():
     for threads in (1, 2):
         model = make("llama")
         report = run(
-            model, [numbers(400)], tokenizer=WordTokenizer(), samples=4, sequence_length=16,
-            threads=threads, alpha="search", recipe=W8A8,
-        )  # fmt: skip
+            model,
+            [numbers(400)],
+            tokenizer=WordTokenizer(),
+            samples=4,
+            sequence_length=16,
+            threads=threads,
+            alpha="search",
+            recipe=W8A8,
+        )
         assert report.calibration_tokens == 64
         weights.append(model.state_dict())
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
@@ -460,9 +482,11 @@ def test_driver_equalizes_first():
     for equalization in (None, {"method": "awe", "alpha": "search"}):
         model = make("llama")
         result = ptqkit.quantize(
-            model, {**W8A8.to_dict(), "equalization": equalization}, padded_batches(),
+            model,
+            {**W8A8.to_dict(), "equalization": equalization},
+            padded_batches(),
             progress=False,
-        )  # fmt: skip
+        )
         results.append(result)
     assert results[0].equalization is None
     assert len(results[1].equalization.groups) == 8

@@ -180,8 +180,10 @@ def test_groups_of_heads_share_a_channel():
 
 
 def test_rows_of_fused_layers():
-    rows = {n: next(f for f in plan_of(make(n), n).folds if f.kind == "value").rows
-            for n in ("gpt2", "bloom", "gpt_neox", "phi3", "falcon")}  # fmt: skip
+    rows = {
+        n: next(f for f in plan_of(make(n), n).folds if f.kind == "value").rows
+        for n in ("gpt2", "bloom", "gpt_neox", "phi3", "falcon")
+    }
     interleaved = (np.arange(4)[:, None] * 24 + 16 + np.arange(8)).reshape(-1)
     assert np.array_equal(rows["gpt2"], np.arange(64, 96))
     assert np.array_equal(rows["bloom"], interleaved)

@@ -17,9 +17,13 @@ from ptqkit.hf.equalization.find import find_folds
 from ptqkit.hf.equalization.inputs import measure_inputs
 
 W8A8 = {
-    "preset": "rtn", "bits": 8, "group_size": None, "per_tensor": True, "symmetric": True,
+    "preset": "rtn",
+    "bits": 8,
+    "group_size": None,
+    "per_tensor": True,
+    "symmetric": True,
     "activations": {"bits": 8, "granularity": "tensor"},
-}  # fmt: skip
+}
 
 
 def ranges_of(model, names):

@@ -26,9 +26,19 @@ from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer, m
 from ptqkit.recipe.options import ActivationQuantization
 
 SUPPORTED = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt", "gpt2", "gpt_neox",
-    "bert", "roberta",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "phi3",
+    "opt",
+    "gpt2",
+    "gpt_neox",
+    "bert",
+    "roberta",
+)
 
 
 def logits(model, batch=None):
@@ -143,10 +153,16 @@ def test_models_without_a_door_are_refused(name, reason):
 
 def test_attention_sinks_are_refused():
     config = transformers.GptOssConfig(
-        hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
         vocab_size=64,
-    )  # fmt: skip
+    )
     model = transformers.GptOssForCausalLM(config).eval()
     with pytest.raises(UnsupportedModuleError, match=r"layers.0.self_attn.*attention sinks"):
         with attention_hooks(model, recorders(model)):

@@ -152,8 +152,13 @@ def test_report_forms(tmp_path):
     assert "lm_head" in report.table(skipped=True) and str(report) == report.table()
     assert "schedule one-pass" in report.table()
     assert set(report.seconds) == {
-        "total", "setup", "forward", "hessian", "solve", "diagnostics",
-    }  # fmt: skip
+        "total",
+        "setup",
+        "forward",
+        "hessian",
+        "solve",
+        "diagnostics",
+    }
     assert sum(v for k, v in report.seconds.items() if k != "total") == pytest.approx(
         report.seconds["total"]
     )
@@ -300,9 +305,15 @@ def test_gptq_format_gets_scales_and_zero_points_it_can_hold():
 
 def mixtral():
     config = transformers.MixtralConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2, vocab_size=64, max_position_embeddings=32,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=64,
+        max_position_embeddings=32,
+    )
     with torch.random.fork_rng():
         return transformers.MixtralForCausalLM(config).eval()
 
@@ -320,9 +331,14 @@ def test_fused_experts_are_named_and_can_be_left_float():
 
 def test_reused_layers_are_named():
     config = transformers.AlbertConfig(
-        vocab_size=64, embedding_size=16, hidden_size=32, intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=64,
+        embedding_size=16,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
     with torch.random.fork_rng():
         model = transformers.AlbertForMaskedLM(config).eval()
     with pytest.raises(UnsupportedModuleError, match=r"attention\.query runs 2 times"):
@@ -575,9 +591,16 @@ def test_a_trained_model():
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     result = quantize(
-        model, "quality", SHARED / "tinystories" / "train_800.jsonl.gz", tokenizer=tokenizer,
-        samples=8, sequence_length=128, group_size=None, bits=4, progress=False,
-    )  # fmt: skip
+        model,
+        "quality",
+        SHARED / "tinystories" / "train_800.jsonl.gz",
+        tokenizer=tokenizer,
+        samples=8,
+        sequence_length=128,
+        group_size=None,
+        bits=4,
+        progress=False,
+    )
     totals = result.report.totals()
     assert totals["layers"] == 35 and totals["objective"] < 0.8 * totals["objective_rtn"]
     assert result.report.calibration["start_token"] == "<s>"

@@ -101,9 +101,17 @@ def test_equals_two_whole_models_in_half_precision():
 def _compare(result, floats, model, batches):
     assert result.report.schedule == "one-pass"
     options = {
-        k: getattr(result.recipe, k) for k in ("bits", "group_size", "order", "static_groups",
-                                               "grid", "refine_passes", "damping")
-    }  # fmt: skip
+        k: getattr(result.recipe, k)
+        for k in (
+            "bits",
+            "group_size",
+            "order",
+            "static_groups",
+            "grid",
+            "refine_passes",
+            "damping",
+        )
+    }
     options["scale_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     expected = two_models(floats, model, groups_of(result), batches, options, ALPHA)
     assert expected.keys() == result.layers.keys()

@@ -56,9 +56,17 @@ def test_equals_the_plain_form_by_hand(name, recipe):
         if not any(row.name in g for g in groups):
             groups.append([row.name, *row.shares_input_with])
     options = {
-        k: getattr(result.recipe, k) for k in ("bits", "group_size", "order", "static_groups",
-                                               "grid", "refine_passes", "damping")
-    }  # fmt: skip
+        k: getattr(result.recipe, k)
+        for k in (
+            "bits",
+            "group_size",
+            "order",
+            "static_groups",
+            "grid",
+            "refine_passes",
+            "damping",
+        )
+    }
     model = build(name)
     expected = by_hand(model, groups, batches, options)
     for key, matrix in expected.items():

@@ -25,9 +25,13 @@ from ptqkit.nn.softmax.file import SOFTMAX_FILE, load_softmax, save_softmax
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer, length_edges
 
 VARIANTS = [
-    (None, "tensor"), ("bias", "tensor"), ("bias", "head"), ("row_length", "tensor"),
-    ("row_length", "head"), ("row_sum", "tensor"),
-]  # fmt: skip
+    (None, "tensor"),
+    ("bias", "tensor"),
+    ("bias", "head"),
+    ("row_length", "tensor"),
+    ("row_length", "head"),
+    ("row_sum", "tensor"),
+]
 CAUSAL = ("llama", "opt", "mistral", "gpt2", "gpt_neox", "qwen2")
 
 
@@ -87,8 +91,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("bits", "low", "high"), [(2, 0, 1), (4, 0, 1), (8, 0, 1), (8, -0.1, 0.7),
-                                                   (16, 0, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bits", "low", "high"), [(2, 0, 1), (4, 0, 1), (8, 0, 1), (8, -0.1, 0.7), (16, 0, 1)]
+)
 def test_twin(case, bits, low, high):
     correction, bias, more = CASES[case]
     allowed = causal(13, 13).expand(2, 1, 13, 13).clone()
@@ -330,17 +335,25 @@ def test_what_is_in_the_padding_changes_nothing(name, correction, granularity):
 def test_generation_with_and_without_a_cache(name, correction, granularity):
     model = build(name)
     quantize_softmax(
-        model, padded_batches(name), bits=6, correction=correction, granularity=granularity,
+        model,
+        padded_batches(name),
+        bits=6,
+        correction=correction,
+        granularity=granularity,
         diagnostics=False,
-    )  # fmt: skip
+    )
     ids = tokens(2, 10)
     made = [
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=14, min_new_tokens=14,
-            do_sample=False, use_cache=use_cache,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=14,
+            min_new_tokens=14,
+            do_sample=False,
+            use_cache=use_cache,
         )
         for use_cache in (True, False)
-    ]  # fmt: skip
+    ]
     assert made[0].shape == (2, 24)
     assert torch.equal(*made)
 
@@ -654,9 +667,14 @@ def test_weights_are_quantized_under_a_quantized_softmax(name):
         model = build(name)
         quantize_softmax(model, bits=4, correction="row_sum")
         result = ptqkit.quantize(
-            model, "reference", padded_batches(name), bits=4, group_size=16, schedule=schedule,
+            model,
+            "reference",
+            padded_batches(name),
+            bits=4,
+            group_size=16,
+            schedule=schedule,
             progress=False,
-        )  # fmt: skip
+        )
         assert result.report.schedule == schedule
         found.append(logits(model))
     assert torch.equal(*found)
@@ -704,9 +722,14 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
 def edited(change):
     """The file of a tiny model after a change."""
     layer = {
-        "heads": 4, "bits": 8, "scale": 1 / 256, "zero_point": 0, "correction": "bias",
-        "bias": [0.1] * 4, "longest": 32,
-    }  # fmt: skip
+        "heads": 4,
+        "bits": 8,
+        "scale": 1 / 256,
+        "zero_point": 0,
+        "correction": "bias",
+        "bias": [0.1] * 4,
+        "longest": 32,
+    }
     values = {
         "format": "ptqkit-softmax",
         "version": 1,
@@ -762,14 +785,25 @@ def test_table():
     data = prepare_calibration(tokens(6))
     seen = []
     table = softmax_table(
-        model, None, tokens(3, 32, seed=5), data, bits=(8, 4),
-        corrections=("bias/head", "row_sum"), start_token=None, progress=seen.append,
-    )  # fmt: skip
+        model,
+        None,
+        tokens(3, 32, seed=5),
+        data,
+        bits=(8, 4),
+        corrections=("bias/head", "row_sum"),
+        start_token=None,
+        progress=seen.append,
+    )
     names = [row.name for row in table.rows]
     assert names == [
-        "float softmax", "SM8", "SM8 + bias/head", "SM8 + row_sum",
-        "SM4", "SM4 + bias/head", "SM4 + row_sum",
-    ]  # fmt: skip
+        "float softmax",
+        "SM8",
+        "SM8 + bias/head",
+        "SM8 + row_sum",
+        "SM4",
+        "SM4 + bias/head",
+        "SM4 + row_sum",
+    ]
     assert table.rows[4].excess == table.rows[4].perplexity - table.rows[0].perplexity
     assert set(table.layers) == {8, 4} and len(table.layers[8]) == 2
     assert table.layers[4][0]["zero_fraction"] > table.layers[8][0]["zero_fraction"]
