@@ -3,7 +3,6 @@ from . import diffusion as diffusion
 from . import hf as hf
 from . import reference as reference
 from ._config import show_config as show_config
-from .arrays import packing as packing
 from .arrays.activations import QuantizedActivations as QuantizedActivations
 from .arrays.activations import activation_grid as activation_grid
 from .arrays.activations import outlier_columns as outlier_columns
@@ -20,6 +19,8 @@ from .arrays.matmul import int8_matmul as int8_matmul
 from .arrays.matrix import QuantizedMatrix as QuantizedMatrix
 from .arrays.metrics import SQNR as SQNR
 from .arrays.metrics import sqnr as sqnr
+from .arrays.packing import pack_rows as pack_rows
+from .arrays.packing import unpack_rows as unpack_rows
 from .arrays.ranges import ChannelRanges as ChannelRanges
 from .arrays.softmax import QuantizedProbabilities as QuantizedProbabilities
 from .arrays.softmax import SoftmaxGrid as SoftmaxGrid

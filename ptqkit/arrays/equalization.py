@@ -117,17 +117,17 @@ def equalization_scales(
     ----------
     activation_extent, weight_span : array, shape (in,)
         max - min of every channel of X over the tokens, and of every column of W
-        (:attr:`ChannelRanges.extent`, :func:`weight_span`).
+        (:attr:`ChannelRanges.span`, :func:`weight_span`).
     alpha : float in [0, 1]
     channel_of : array of int, shape (in,), optional
         Channels with the same number share a scale (grouped-query attention: one channel of v feeds
-        several columns of o). The largest extent of each group counts, for X and W apart; who wants
-        the extent of the pooled values merges minima and maxima beforehand.
+        several columns of o). The largest span of each group counts, for X and W apart; who wants
+        the span of the pooled values merges minima and maxima beforehand.
 
     Returns
     -------
     ndarray of float32, shape (in,)
-        A channel that is dead in X or in W (extent 0) keeps s = 1, whole groups likewise; all
+        A channel that is dead in X or in W (span 0) keeps s = 1, whole groups likewise; all
         others lie in ``SCALE_LIMITS`` = [2^-20, 2^20].
 
     Raises

@@ -49,7 +49,7 @@ class ChannelRanges:
     >>> import numpy as np, ptqkit
     >>> ranges = ptqkit.ChannelRanges(64)
     >>> ranges.update(np.random.default_rng(0).normal(size=(4, 100, 64)))
-    >>> ranges.tokens, ranges.extent.shape
+    >>> ranges.tokens, ranges.span.shape
     (400, (64,))
     """
 

@@ -34,7 +34,7 @@ def weight_span(weights):
 def equalization_scales(activation_extent, weight_span, alpha=0.5, channel_of=None):
     """s = rx^alpha / rw^(1 - alpha), float64; alpha = 1/2 is eq. 10, s = sqrt(rx / rw).
 
-    Tied channels count with the largest of their extents. A channel with either extent 0 keeps
+    Tied channels count with the largest of their spans. A channel with either span 0 keeps
     s = 1; the rest lies in ``SCALE_LIMITS``.
     """
     rx = np.asarray(activation_extent, np.float64)

@@ -28,7 +28,7 @@ def _problem(tokens=60, n=48, rows=(30,), seed=0):
     return weights, X, ranges
 
 
-# ---- extents and scales -------------------------------------------------------------------------
+# ---- spans and scales -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
@@ -335,7 +335,7 @@ def test_dead_channels_and_zero_rows():
 def test_one_calibration_token():
     layers, X, _ = _problem()
     ranges = ptqkit.ChannelRanges(48)
-    ranges.update(X[:1])  # every extent is 0: nothing to equalize
+    ranges.update(X[:1])  # every span is 0: nothing to equalize
     found = _check_search(layers, X[:1], ranges, bits=4, activation_bits=8)
     assert np.isnan(found.alpha) and np.all(found.scales == 1)
 

@@ -99,4 +99,4 @@ def test_bad_words(case):
 
 
 def test_module_is_reached_from_the_package():
-    assert ptqkit.packing.pack_rows is pack_rows
+    assert ptqkit.pack_rows is pack_rows

@@ -36,7 +36,7 @@ def _check(ranges, X):
     np.testing.assert_array_equal(ranges.span, (high - low).astype(np.float32))
     assert np.all(np.abs(ranges.mean - mean) <= 7 * EPS / 2 * np.abs(X).mean(axis=0))
     assert ranges.tokens == len(X)
-    types = [getattr(ranges, name).dtype for name in ("minimum", "maximum", "absmax", "extent")]
+    types = [getattr(ranges, name).dtype for name in ("minimum", "maximum", "absmax", "span")]
     assert types == [np.float32] * 4 and ranges.mean.dtype == np.float64
 
 
@@ -341,7 +341,7 @@ def test_bad_sizes_and_empty_ranges():
     with pytest.raises(ValueError, match="threads"):
         ptqkit.ChannelRanges(4, threads=-1)
     ranges = ptqkit.ChannelRanges(4)
-    for name in ("minimum", "maximum", "absmax", "extent", "mean"):
+    for name in ("minimum", "maximum", "absmax", "span", "mean"):
         with pytest.raises(ptqkit.CalibrationError, match="no token"):
             getattr(ranges, name)
     with pytest.raises(ValueError, match="cannot merge 5 channels into 4"):

@@ -79,8 +79,8 @@ def test_a_published_gptq_layer_is_a_fixed_point():
     tensors = safetensors.load_file(vector("autogptq_q4.safetensors"))
     for key in (k for k in tensors if k.endswith("qweight")):
         words = tensors[key].view(np.uint32)
-        codes = ptqkit.packing.unpack_rows(np.ascontiguousarray(words.T), 4, 8 * len(words))
-        np.testing.assert_array_equal(ptqkit.packing.pack_rows(codes, 4).T, words)
+        codes = ptqkit.unpack_rows(np.ascontiguousarray(words.T), 4, 8 * len(words))
+        np.testing.assert_array_equal(ptqkit.pack_rows(codes, 4).T, words)
         W = 0.002 * (codes.astype(np.float32) - 1)
         full = (codes.min(axis=1) == 0) & (codes.max(axis=1) == 15)
         q = ptqkit.rtn(W, bits=4, group_size=None)

@@ -74,7 +74,7 @@ CALLS = {
         ptqkit.bias_correction(W, W, X[0]), fails(ptqkit.bias_correction, W, nan, X[0]),
     ),
     "rtn per tensor": lambda: ptqkit.rtn(W, group_size=None, per_tensor=True),
-    "packing": lambda: ptqkit.packing.unpack_rows(ptqkit.packing.pack_rows(codes, 3), 3, n),
+    "packing": lambda: ptqkit.unpack_rows(ptqkit.pack_rows(codes, 3), 3, n),
     "core errors": lambda: (
         fails(_core.rtn), fails(_core.rtn, *[None] * 8), fails(_core.gptq, *[W] * 12),
         fails(_core.factor, H, np.zeros(n, int), np.zeros(n), H.copy(), 0),

@@ -60,8 +60,8 @@ for i in range(int(inputs["count"])):
     out[f"obq{i}"] = ptqkit.obq(W[:4], H, bits=3).codes
     for bits in range(1, 9):
         codes = inputs[f"codes{i}"] & ((1 << bits) - 1)
-        out[f"pack-{bits}-{i}"] = ptqkit.packing.pack_rows(codes, bits)
-        back = ptqkit.packing.unpack_rows(out[f"pack-{bits}-{i}"], bits, codes.shape[1])
+        out[f"pack-{bits}-{i}"] = ptqkit.pack_rows(codes, bits)
+        back = ptqkit.unpack_rows(out[f"pack-{bits}-{i}"], bits, codes.shape[1])
         out[f"unpack-{bits}-{i}"] = back
 np.savez(sys.argv[2], **out)
 """

@@ -38,8 +38,8 @@ def test_results_are_bitwise_the_same(threads):
         np.testing.assert_array_equal(one.matrix, many.matrix)
     codes = np.random.default_rng(1).integers(0, 8, (500, 33), dtype=np.uint8)
     np.testing.assert_array_equal(
-        ptqkit.packing.pack_rows(codes, 3, threads=threads),
-        ptqkit.packing.pack_rows(codes, 3, threads=1),
+        ptqkit.pack_rows(codes, 3, threads=threads),
+        ptqkit.pack_rows(codes, 3, threads=1),
     )
 
 
@@ -119,7 +119,7 @@ def work(threads):
     H = ptqkit.Hessian(n, threads=threads)
     H.update(X)
     q = ptqkit.gptq(W, H, group_size=16, order="act", refine_passes=1, threads=threads)
-    return q.codes.tobytes() + q.scales.tobytes() + ptqkit.packing.pack_rows(q.codes, 4).tobytes()
+    return q.codes.tobytes() + q.scales.tobytes() + ptqkit.pack_rows(q.codes, 4).tobytes()
 want = work(2)  # a parallel region, whose threads do not survive the fork
 for depth in range(2):
     child = os.fork()

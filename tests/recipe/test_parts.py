@@ -71,7 +71,7 @@ def test_the_command_line_has_every_preset():
         ([RTN(), AWE()], r"AWE\(.*\) must come before RTN\(\): it changes the float weights"),
         (
             [RTN(), ActivationQuantization(), ActivationQuantization(6)],
-            "takes one Activations, not 2",
+            "takes one ActivationQuantization, not 2",
         ),
         ([RTN(), BiasCorrection(), BiasCorrection()], "takes one BiasCorrection"),
         (["GPTQ", "awe"], r"'awe' is no part of a recipe; parts are AWE, SmoothQuant"),

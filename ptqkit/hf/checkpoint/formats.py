@@ -1,6 +1,6 @@
 """Integer layouts of the checkpoint formats, on NumPy arrays.
 
-All of them are one dense little-endian bit stream (:func:`ptqkit.packing.pack_rows`) seen from
+All of them are one dense little-endian bit stream (:func:`ptqkit.pack_rows`) seen from
 different sides; the ternary layout, five base-3 digits a byte, is the exception.
 
 ================== ======================== ===============================================

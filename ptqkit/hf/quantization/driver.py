@@ -99,8 +99,9 @@ def quantize(
         A transformers model, on CPU or GPU.
     recipe : Recipe, preset name, dict or list of parts
         A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"reference"``, ``"rtn"``,
-        ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]`` (:mod:`ptqkit.recipe.parts`); ``**changes`` are applied to it, such as ``bits=3``, or
-        ``error_propagation=0.5``, which corrects every weight for the errors of the layers before
+        ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]`` (:mod:`ptqkit.recipe.parts`);
+        ``**changes`` are applied to it, such as ``bits=3``, or ``error_propagation=0.5``, which
+        corrects every weight for the errors of the layers before
         it at the price of a second forward pass and twice the activations.
     calibration
         Text, tokens, batches or a dataset; see
