@@ -14,11 +14,15 @@ import lazy_loader
 from ptqkit._config import configure
 from ptqkit._version import __version__ as __version__
 
-_import, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_import, _names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]
 
 configure()
 del configure, lazy_loader
+
+
+def __dir__() -> list[str]:
+    return [*_names(), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -293,7 +293,7 @@ def test_figure_has_one_point_per_layer(experiment, model):
     output = diffusion.run_calibration(model.unet, experiment.calibration, study.hooks(alone))
     plain = diffusion.run_calibration(model.unet, experiment.calibration)
     assert point["sqnr_db"] == pytest.approx(by_hand(plain, output), abs=0.01)
-    sums, ratios = ([p[k] for p in found["points"]] for k in ("row_sum", "sqnr_db"))
+    sums, ratios = ([p[k] for p in found["points"]] for k in ("mean_row_sum", "sqnr_db"))
     assert found["pearson"] == pytest.approx(np.corrcoef(sums, ratios)[0, 1])
     assert found["spearman"] == pytest.approx(spearman(sums, ratios))
 

@@ -252,7 +252,7 @@ def test_bad_grids_are_refused():
         ActivationQuantizer(static)
     with pytest.raises(ValueError, match="per token while the model runs"):
         ActivationQuantizer(dynamic, 1.0)
-    with pytest.raises(TypeError, match="must be Activations, not dict"):
+    with pytest.raises(TypeError, match="must be ActivationQuantization, not dict"):
         ActivationQuantizer({"bits": 8})
     empty = types.SimpleNamespace(minimum=np.zeros(3), maximum=np.zeros(3), tokens=0)
     for ranges in (None, empty):

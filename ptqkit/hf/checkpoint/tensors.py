@@ -53,7 +53,7 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.hf import formats
+from ptqkit.hf.checkpoint import formats
 from ptqkit.hf.checkpoint.files import TensorPlan
 from ptqkit.hf.checkpoint.spec import LayerSpec, scale_dtype
 from ptqkit.nn.activations import ActivationQuantizer

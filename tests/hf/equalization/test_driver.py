@@ -214,7 +214,7 @@ def test_search_is_never_worse_and_measures_what_the_recipe_says(monkeypatch):
         calls.append((weights, x, options))
         return original(weights, x, ranges, **options)
 
-    monkeypatch.setattr(ptqkit, "search_equalization", search)
+    monkeypatch.setattr(equalization_run, "search_equalization", search)
     recipe = Recipe.preset(
         "rtn",
         bits=3,
@@ -248,7 +248,7 @@ def test_search_measures_static_grids(monkeypatch):
     seen = []
     original = ptqkit.search_equalization
     monkeypatch.setattr(
-        ptqkit, "search_equalization", lambda *a, **k: seen.append(k) or original(*a, **k)
+        equalization_run, "search_equalization", lambda *a, **k: seen.append(k) or original(*a, **k)
     )
     run(make("llama"), alpha="search", recipe=W8A8)
     run(make("llama"), alpha="search", recipe=Recipe.preset("rtn", group_size=16))
@@ -399,7 +399,7 @@ def test_text_and_threads():
 
 def test_report():
     report = run(make("gpt2"), alpha="search", recipe=W8A8)
-    assert ptqkit.recipe.EqualizationReport is type(report) and ptqkit.equalize is equalize
+    assert ptqkit.hf.EqualizationReport is type(report) and ptqkit.equalize is equalize
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert len(plain["groups"]) == 6 and plain["method"] == "awe" and plain["alpha"] == "search"
     assert list(plain["seconds"]) == ["folds", "ranges", "scales", "total"]

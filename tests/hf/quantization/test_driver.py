@@ -29,6 +29,7 @@ from ptqkit.hf.progress import ProgressEvent, _RichBar, make_progress
 from ptqkit.hf.quantization import solve as solve_module
 from ptqkit.hf.quantization.driver import QuantizationInterrupted
 from ptqkit.hf.quantization.solve import rtn_on_grid
+from ptqkit.nn import statistics
 from ptqkit.nn.statistics import TorchHessian
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
@@ -529,11 +530,11 @@ def test_tf32_is_off_inside_and_as_before_outside():
     changed = "tf32" if name == "fp32_precision" else True
     try:
         setattr(settings, name, changed)
-        with pytest.raises(KeyError), solve_module.full_float32(torch.device("cuda")):
+        with pytest.raises(KeyError), statistics.full_float32(torch.device("cuda")):
             assert getattr(settings, name) in ("ieee", False)
             raise KeyError
         assert getattr(settings, name) == changed
-        with solve_module.full_float32(torch.device("cpu")):
+        with statistics.full_float32(torch.device("cpu")):
             assert getattr(settings, name) == changed
     finally:
         setattr(settings, name, before)
