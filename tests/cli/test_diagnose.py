@@ -54,7 +54,7 @@ def test_softmax_table_and_json(folder, capsys):
     assert [r["name"] for r in found["rows"]][:3] == ["float softmax", "SM8", "SM8 + bias"]
     assert len(found["rows"]) == 1 + 2 * 5
     assert set(found["layers"]) == {"8", "4"}
-    assert {"zero_fraction", "row_sum", "sqnr_db"} <= set(found["layers"]["4"][0])
+    assert {"zero_fraction", "mean_row_sum", "sqnr_db"} <= set(found["layers"]["4"][0])
     assert found["conventions"]["tokens"] == 4 * 59
     assert found["calibration"]["samples"] == 3
 
