@@ -10,9 +10,8 @@ import numpy as np
 
 from ptqkit import _core
 from ptqkit._arrays import F32, as_matrix, check_count, check_number, check_threads, label
-from ptqkit._grids import group_width
+from ptqkit._grids import grid_spec, group_width
 from ptqkit.ranges import ChannelRanges, batch_ranges, extent_of
-from ptqkit.result import parse_bits
 
 __all__ = [
     "SCALE_LIMITS",
@@ -248,8 +247,8 @@ def search_equalization(
     n = W[0].shape[1]
     X = _inputs(X, n, name, threads)
     _check_ranges(ranges, n, name)
-    max_code = parse_bits(bits)
     symmetric = bool(symmetric) or bits == "ternary"
+    spec = grid_spec(bits, symmetric, "minmax", "float32", 0, search=(1, 1.0, 2.0, 1))
     if per_tensor and group_size is not None:
         raise ValueError(f"{label(name)}per_tensor excludes group_size (got {group_size})")
     size = group_width(group_size, n, name)
@@ -262,7 +261,6 @@ def search_equalization(
     tried = [equalization_scales(rx, rw, a, channel_of=channel_of) for a in grid[1:]]
     scales = np.stack([np.ones(n, np.float32), *tried])
     errors = np.empty(len(grid), np.float64)
-    spec = (max_code, int(symmetric), 0, 1, 1, 0, 0, 1.0, 2.0)  # ptq_grid: min-max, float32 scales
     options = (size, int(bool(per_tensor)), levels, int(bool(activation_symmetric)), int(static))
     limits = (ranges.minimum, ranges.maximum)
     _core.equalization_errors(X, tuple(W), scales, options, spec, *limits, errors, threads)
