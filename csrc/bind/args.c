@@ -311,8 +311,8 @@ int args_raise(ptq_status status) {
         default: break;
     }
     PyErr_SetString(PyExc_ValueError,
-                    "the core refused the sizes or options: they are empty, too large, or do not "
-                    "belong together");
+                    "sizes or options are out of range: empty, too large for the function, or not "
+                    "belonging together");
     return -1;
 }
 

@@ -45,9 +45,9 @@ static int float_columns(PyObject *const *args, ptq_int8_args *a) {
 PTQ_BIND(int8_matmul, 10,
          "x, x_scales, x_zeros, w, w_scales, w_zeros, x_float, w_float, y, threads",
          "Write the product of two int8 matrices with exact integer sums, plus x_float w_float.\n\n"
-         "x (tokens, n), w (outputs, n) int8; x_scales, w_scales float32 and x_zeros, w_zeros int8:\n"
-         "(1,), or one per row of x or w; x_float (tokens, columns) and w_float (columns, outputs)\n"
-         "float32, or None; y (tokens, outputs) float32, written.") {
+         "x (tokens, n), w (outputs, n) int8; x_scales, w_scales float32 and x_zeros, w_zeros\n"
+         "int8: (1,), or one per row of x or w; x_float (tokens, columns) and w_float\n"
+         "(columns, outputs) float32, or None; y (tokens, outputs) float32, written.") {
     static const operand_names x_names = {"x", "x_scales", "x_zeros"};
     static const operand_names w_names = {"w", "w_scales", "w_zeros"};
     ptq_int8_args a = {0};
