@@ -138,6 +138,8 @@ PyObject *args_result(ptq_status status) {
             PyErr_SetString(PyExc_ArithmeticError, "not positive definite");
             return NULL;
         case PTQ_BLAS: PyErr_SetString(PyExc_RuntimeError, "a BLAS call failed"); return NULL;
+        case PTQ_NOT_SYMMETRIC:
+        case PTQ_ROW_REFUSED:
         case PTQ_INVALID: break;
     }
     PyErr_SetString(PyExc_ValueError, "sizes or options are out of range");

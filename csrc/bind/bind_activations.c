@@ -148,7 +148,8 @@ PTQ_BIND(bind_bias_correction) {
         args_dim(mean, "mean", 0, n) || args_dim(out, "out", 0, rows))
         return NULL;
     ptq_status status;
-    PTQ_WITHOUT_GIL(status, ptq_bias_correction(PyArray_DATA(W), PyArray_DATA(W_hat), wide, rows, n,
+    PTQ_WITHOUT_GIL(status, ptq_bias_correction(PyArray_DATA(W), PyArray_DATA(W_hat),
+                                                wide ? PTQ_F64 : PTQ_F32, rows, n,
                                                 PyArray_DATA(mean), PyArray_DATA(out),
                                                 (int)threads));
     return args_result(status);

@@ -58,7 +58,7 @@ PTQ_BIND(bind_symmetric_check) {
     PTQ_WITHOUT_GIL(status, ptq_symmetric_check(PyArray_DATA(H), n, (float)tolerance,
                                                 (int)threads));
     if (status == PTQ_NONFINITE) return PyLong_FromLong(1);
-    if (status == PTQ_INVALID) return PyLong_FromLong(2);
+    if (status == PTQ_NOT_SYMMETRIC) return PyLong_FromLong(2);
     PyObject *none = args_result(status);
     if (!none) return NULL;
     Py_DECREF(none);

@@ -45,7 +45,7 @@ static int attention(PyArrayObject *x, PyObject *mask, PyObject *causal, ptq_att
 
 /* A row that was refused is an answer, not an exception: Python knows how to name it. */
 static PyObject *rows_result(ptq_status status, const ptq_rows_info *info) {
-    const int refused = info->bad >= 0 && (status == PTQ_NONFINITE || status == PTQ_INVALID);
+    const int refused = status == PTQ_NONFINITE || status == PTQ_ROW_REFUSED;
     if (status && !refused) return args_result(status);
     return Py_BuildValue("LL", (long long)info->bad, (long long)info->empty);
 }
@@ -155,7 +155,8 @@ static PyObject *energy(PyObject *const *args, int columns) {
         return NULL;
     ptq_status status;
     PTQ_WITHOUT_GIL(status, (columns ? ptq_energy_columns : ptq_energy)(
-                                PyArray_DATA(x), PyArray_DATA(y), wide, rows, n, PyArray_DATA(out),
+                                PyArray_DATA(x), PyArray_DATA(y),
+                                wide ? PTQ_F64 : PTQ_F32, rows, n, PyArray_DATA(out),
                                 (int)threads));
     return args_result(status);
 }

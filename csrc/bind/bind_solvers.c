@@ -80,8 +80,8 @@ PTQ_BIND(bind_gptq) {
         PyErr_SetString(PyExc_TypeError, "options must be a tuple");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args[4], "LLiiiid:options", &G, &block, &a.static_groups, &a.runs,
-                          &a.feedback, &a.sweeps, &a.damping))
+    if (!PyArg_ParseTuple(args[4], "LLiiiid:options", &G, &block, &a.static_groups, &a.groups_follow_order,
+                          &a.feedback, &a.sweeps, &a.shift))
         return NULL;
     const long long threads = args_int(args[11], "threads", 0, MAX_THREADS);
     if (threads < 0 || args_grid(args[5], &a.grid) || square(H, "H", n) || square(R, "R", n) ||

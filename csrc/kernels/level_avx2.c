@@ -1,4 +1,4 @@
-/* x86 with AVX2 and FMA: 4 x 24 register tile (12 accumulators of 16 registers). */
+/* level_avx2.c - x86 with AVX2 and FMA: 4 x 24 register tile (12 accumulators of 16 registers). */
 #include "kernels.h"
 
 #ifdef PTQ_X86
@@ -12,8 +12,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#define LEVEL(name) name##_avx2
-#define LEVEL_NAME "avx2"
+#define TABLE ptq_kernels_avx2
+#define TABLE_NAME "avx2"
 #define MR 4
 #define NR 24
 #define VL 8
@@ -38,8 +38,6 @@ static inline void vf_widen_add(double *sum, vf x) {
     _mm256_storeu_pd(sum + 4, _mm256_add_pd(_mm256_loadu_pd(sum + 4), b));
 }
 #include "kernels.inc"
-
-const ptq_kernels ptq_kernels_avx2 = LEVEL_TABLE(LEVEL_NAME, NULL, NULL);
 #ifdef __clang__
 #pragma clang attribute pop
 #else
