@@ -83,7 +83,7 @@ static PyObject *set_cpu_level(PyObject *self, PyObject *name) {
     if (ptq_cpu_select(level) != PTQ_OK)
         return PyErr_Format(PyExc_ValueError,
                             "CPU level %R is unknown or not supported by this CPU; use base, "
-                            "avx2, avx512 or avx512_bf16",
+                            "avx2, avx512, avx512_bf16 or neon",
                             name);
     return PyUnicode_FromString(ptq_cpu_level());
 }

@@ -44,6 +44,9 @@ static const struct {
     {&ptq_kernels_avx512, has_avx512, {{"bf16", has_avx512_bf16, ptq_add_avx512_bf16}}},
     {&ptq_kernels_avx2, has_avx2, {{0}}},
 #endif
+#ifdef PTQ_ARM64
+    {&ptq_kernels_neon, always, {{0}}}, /* every 64-bit Arm has it */
+#endif
     {&ptq_kernels_base, always, {{0}}},
 };
 enum { LEVELS = sizeof levels / sizeof *levels };

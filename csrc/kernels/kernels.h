@@ -205,6 +205,10 @@ extern const ptq_kernels ptq_kernels_avx512;
 /* Features: put their groups over those of a copy of the level's table. */
 void ptq_add_avx512_bf16(ptq_kernels *avx512);
 #endif
+#if defined(__aarch64__) && defined(__GNUC__)
+#define PTQ_ARM64 1
+extern const ptq_kernels ptq_kernels_neon;
+#endif
 
 /* The table chosen by ptq_cpu_select. An entry point of the core asks once and passes it down. */
 const ptq_kernels *ptq_kernels_get(void);
