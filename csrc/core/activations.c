@@ -25,8 +25,7 @@ ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float hig
     *zero = 0;
     if (*scale == 0.0f) /* also if the range is too small for a float */
         *scale = 0x1p-23f;
-    else if (!grid->symmetric)
-        *zero = (int)ptq_rne(ptq_clamp(bottom - low / *scale, bottom, top));
+    else if (!grid->symmetric) *zero = (int)ptq_rne(ptq_clamp(bottom - low / *scale, bottom, top));
     return PTQ_OK;
 }
 
@@ -145,11 +144,8 @@ ptq_status ptq_activations_quantize(const void *X, int64_t n, ptq_dtype dtype, c
                                     int64_t tokens, const ptq_signed_grid *grid, int per_token,
                                     void *codes, float *scales, int16_t *zeros, int threads) {
     if (!grid_valid(grid)) return PTQ_INVALID;
-    codes_operation o = {.grid = grid,
-                         .per_token = per_token,
-                         .codes = codes,
-                         .scales = scales,
-                         .zeros = zeros};
+    codes_operation o = {
+        .grid = grid, .per_token = per_token, .codes = codes, .scales = scales, .zeros = zeros};
     threads = ptq_threads_for_work(threads, (double)tokens * (double)n);
     ptq_status status = reader_make(&o.reader, X, n, dtype, skip, tokens, threads);
     if (status) return status;

@@ -43,8 +43,8 @@ static void correction_task(void *ctx, int64_t task, int thread) {
     for (int64_t r = task * ROWS; r < ptq_min64((task + 1) * ROWS, c->rows); r++) {
         const int64_t at = r * c->n;
         if (c->dtype == PTQ_F64)
-            c->out[r] = row_f64((const double *)c->W + at, (const double *)c->W_hat + at, c->mean,
-                                c->n);
+            c->out[r] =
+                row_f64((const double *)c->W + at, (const double *)c->W_hat + at, c->mean, c->n);
         else
             c->out[r] =
                 row_f32((const float *)c->W + at, (const float *)c->W_hat + at, c->mean, c->n);

@@ -45,12 +45,14 @@ static void finite_task(void *ctx, int64_t b, int thread) {
     (void)thread;
     finite_scan *c = ctx;
     const int64_t from = b << 16;
-    if (!c->k->tokens.all_finite(PTQ_F32, c->x + from, ptq_min64(1 << 16, c->count - from))) c->bad = 1;
+    if (!c->k->tokens.all_finite(PTQ_F32, c->x + from, ptq_min64(1 << 16, c->count - from)))
+        c->bad = 1;
 }
 
 ptq_status ptq_finite_check(const float *x, int64_t count, int threads) {
     finite_scan c = {ptq_kernels_get(), x, count, 0};
     threads = ptq_threads_for_work(threads, (double)count);
-    const ptq_status status = ptq_parallel_for(ptq_ceil_div(count, 1 << 16), threads, finite_task, &c);
+    const ptq_status status =
+        ptq_parallel_for(ptq_ceil_div(count, 1 << 16), threads, finite_task, &c);
     return status ? status : c.bad ? PTQ_NONFINITE : PTQ_OK;
 }

@@ -19,12 +19,12 @@ typedef struct {
     const float *H;
     const double *shift;
     const int64_t *perm;
-    int64_t n, padded;  /* padded: n up to whole panels, the padding an identity matrix */
-    int64_t width;      /* columns per block */
-    int64_t j0, j1;     /* current block */
-    float *L;           /* (panels, padded, nr) */
-    float *T;           /* (threads + panels per block, width, nr) */
-    float *diagonal;    /* (panels per block strips) triangle of the current block as strips */
+    int64_t n, padded; /* padded: n up to whole panels, the padding an identity matrix */
+    int64_t width;     /* columns per block */
+    int64_t j0, j1;    /* current block */
+    float *L;          /* (panels, padded, nr) */
+    float *T;          /* (threads + panels per block, width, nr) */
+    float *diagonal;   /* (panels per block strips) triangle of the current block as strips */
     float *R;
 } factor;
 
@@ -50,7 +50,8 @@ static void load_panel(const factor *f, int64_t p, float *T) {
 }
 
 /* T += L[panel p, k0:k1] L[block rows, k0:k1]^T for strips [s0, s1) of the block's columns. */
-static void update_panel(const factor *f, int64_t p, float *T, int64_t c0, int64_t c1, int64_t end) {
+static void update_panel(const factor *f, int64_t p, float *T, int64_t c0, int64_t c1,
+                         int64_t end) {
     const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr;
     for (int64_t k0 = 0; k0 < end; k0 += DEPTH) {
         const int64_t depth = ptq_min64(DEPTH, end - k0);
@@ -119,7 +120,8 @@ static int64_t factor_tile(const factor *f, int64_t c, const float *T, float *tr
 
 /* Factorize the diagonal block, its T already updated. Returns the failing column or -1. */
 static int64_t diagonal_factor(factor *f) {
-    const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr, p0 = f->j0 / nr, count = (f->j1 - f->j0) / nr;
+    const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr, p0 = f->j0 / nr,
+                  count = (f->j1 - f->j0) / nr;
     for (int64_t c = 0; c < f->j1 - f->j0; c += mr) {
         const int64_t own = c / nr;
         float *tri = f->diagonal + c * mr;
@@ -139,17 +141,20 @@ static int64_t diagonal_factor(factor *f) {
         float *Lp = f->L + ((p0 + own) * f->padded + f->j0 + c) * nr;
         for (int64_t j = 0; j < mr; j++) {
             for (int64_t r = 0; r < c % nr; r++) Lp[j * nr + r] = 0.0f;
-            for (int64_t i = 0; i < mr; i++) Lp[j * nr + c % nr + i] = i < j ? 0.0f : tri[j * mr + i];
+            for (int64_t i = 0; i < mr; i++)
+                Lp[j * nr + c % nr + i] = i < j ? 0.0f : tri[j * mr + i];
         }
         for (int64_t q = 0; q < own; q++)
-            memset(f->L + ((p0 + q) * f->padded + f->j0 + c) * nr, 0, sizeof(float) * (size_t)(mr * nr));
+            memset(f->L + ((p0 + q) * f->padded + f->j0 + c) * nr, 0,
+                   sizeof(float) * (size_t)(mr * nr));
     }
     return -1;
 }
 
 static void panel_task(void *ctx, int64_t task, int thread) {
     const factor *f = ctx;
-    const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr, p = f->j1 / nr + task, width = f->j1 - f->j0;
+    const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr, p = f->j1 / nr + task,
+                  width = f->j1 - f->j0;
     float *T = f->T + thread * f->width * nr;
     load_panel(f, p, T);
     update_panel(f, p, T, 0, width, f->j0);

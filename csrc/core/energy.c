@@ -6,7 +6,7 @@ enum { CHUNK = 1 << 16 }; /* elements that one task adds up; whatever the number
 typedef struct {
     const ptq_kernels *k;
     const char *x, *y;
-    ptq_dtype dtype; /* PTQ_F32 or PTQ_F64 */
+    ptq_dtype dtype;        /* PTQ_F32 or PTQ_F64 */
     int64_t rows, n, block; /* block: rows of a task */
     int64_t pieces;         /* tasks of a row, if it has more than one */
     double *out;
@@ -70,8 +70,8 @@ static void columns_task(void *ctx, int64_t task, int thread) {
     }
 }
 
-ptq_status ptq_energy_columns(const void *x, const void *y, ptq_dtype dtype, int64_t rows, int64_t n,
-                              double *out, int threads) {
+ptq_status ptq_energy_columns(const void *x, const void *y, ptq_dtype dtype, int64_t rows,
+                              int64_t n, double *out, int threads) {
     if (rows < 0 || n < 1 || !value_size(dtype)) return PTQ_INVALID;
     energies s = {.k = ptq_kernels_get(), .x = x, .y = y, .dtype = dtype, .rows = rows, .n = n};
     s.block = ptq_max64(256, CHUNK * 4 / n); /* the results are 16 bytes per column and task */

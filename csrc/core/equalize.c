@@ -1,4 +1,4 @@
-/* equalize.c - activation-weight equalization: scales, and the error that a choice of them costs. */
+/* equalize.c - activation-weight equalization: scales, and the error that candidates cost. */
 #include <math.h>
 
 #include "internal.h"
@@ -20,16 +20,16 @@ ptq_status ptq_equalization_scales(const double *rx, const double *rw, int64_t n
 typedef struct {
     const ptq_kernels *k;
     const ptq_equalization_args *a;
-    const float *scales;    /* (n) of this candidate; NULL while the float outputs are computed */
-    int64_t strips, panels; /* of mr tokens; of nr outputs, no panel in two layers */
-    int64_t *first;         /* (layers + 1) first panel of each layer */
-    float *A;               /* (strips, n, mr) activations of this candidate */
-    float *Y;               /* (panels, strips, mr, nr) float outputs */
-    float *low, *high;      /* (layers, n) of the columns, with per_tensor */
-    float *grid;            /* (2, layers) low and high of this candidate, with per_tensor */
+    const float *scales;     /* (n) of this candidate; NULL while the float outputs are computed */
+    int64_t strips, panels;  /* of mr tokens; of nr outputs, no panel in two layers */
+    int64_t *first;          /* (layers + 1) first panel of each layer */
+    float *A;                /* (strips, n, mr) activations of this candidate */
+    float *Y;                /* (panels, strips, mr, nr) float outputs */
+    float *low, *high;       /* (layers, n) of the columns, with per_tensor */
+    float *grid;             /* (2, layers) low and high of this candidate, with per_tensor */
     float act_low, act_high; /* of this candidate, static activations */
-    double *part;           /* (panels) squared error */
-    float *work;            /* (threads, workspace) */
+    double *part;            /* (panels) squared error */
+    float *work;             /* (threads, workspace) */
     int64_t workspace;
 } search;
 
@@ -84,7 +84,8 @@ static void strip_task(void *ctx, int64_t t, int thread) {
 static void quantize_panel(const search *s, int64_t layer, float *panel, uint8_t *codes) {
     const ptq_equalization_args *a = s->a;
     const int64_t nr = s->k->gemm.nr, n = a->n;
-    float low[PTQ_MAX_NR], high[PTQ_MAX_NR], scale[PTQ_MAX_NR], zero[PTQ_MAX_NR], shrink[PTQ_MAX_NR];
+    float low[PTQ_MAX_NR], high[PTQ_MAX_NR], scale[PTQ_MAX_NR], zero[PTQ_MAX_NR],
+        shrink[PTQ_MAX_NR];
     for (int64_t j = 0; j < n; j++)
         for (int64_t r = 0; r < nr; r++) panel[j * nr + r] *= s->scales[j];
     for (int64_t r = 0; r < nr; r++) {
@@ -135,7 +136,7 @@ static ptq_status column_ranges(search *s, int threads) {
     ptq_status status = unused ? PTQ_OK : PTQ_NOMEM;
     for (int64_t l = 0; l < a->layers && !status; l++)
         status = ptq_column_ranges(s->k, a->W[l], a->n, a->n, PTQ_F32, NULL, a->rows[l],
-                                    s->low + l * a->n, s->high + l * a->n, unused, threads);
+                                   s->low + l * a->n, s->high + l * a->n, unused, threads);
     free(unused);
     return status;
 }

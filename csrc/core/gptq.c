@@ -21,25 +21,25 @@ enum {
 typedef struct {
     const ptq_gptq_args *a;
     const ptq_kernels *k;
-    ptq_strips R, H;         /* H: FULL, for sweeps */
+    ptq_strips R, H; /* H: FULL, for sweeps */
     ptq_grid_blocks blocks;
-    const float *hdiag;      /* (n) diagonal of H in quantization order, 0 for dead inputs */
-    const int32_t *group;    /* (n) group of the i-th quantized column */
+    const float *hdiag;   /* (n) diagonal of H in quantization order, 0 for dead inputs */
+    const int32_t *group; /* (n) group of the i-th quantized column */
     const int64_t *first, *sweep_first; /* (blocks + 1) first strip of each column block */
     int64_t block_count, sweep_count;
     int64_t panels, per_task;
-    int64_t block_columns;   /* widest block */
-    int64_t workspace;       /* floats per thread */
+    int64_t block_columns; /* widest block */
+    int64_t workspace;     /* floats per thread */
     float *work;
     atomic_int nonfinite;
 } solver;
 
 /* One panel's state inside a task. */
 typedef struct {
-    float *W, *E;     /* (n, nr) in quantization order */
+    float *W, *E;          /* (n, nr) in quantization order */
     float *scales, *zeros; /* (groups, nr) */
-    uint8_t *codes;   /* (n, nr) */
-    float *T;         /* (block columns rounded up, nr) */
+    uint8_t *codes;        /* (n, nr) */
+    float *T;              /* (block columns rounded up, nr) */
     double objective[PTQ_MAX_NR], error2[PTQ_MAX_NR];
 } panel;
 
@@ -98,11 +98,11 @@ static void fit_updated(const solver *v, panel *p, int64_t s0, int64_t s1, int64
         }
         for (int64_t i = 0; i < G * nr; i++) V[i] = U[i] - N[i];
         ptq_grid_fit(v->k, &v->a->grid, G, V, &v->blocks, start / G, fit, p->scales + g * nr,
-                      p->zeros + g * nr);
+                     p->zeros + g * nr);
         return;
     }
     ptq_grid_fit(v->k, &v->a->grid, G, U, &v->blocks, start / G, scratch, p->scales + g * nr,
-                  p->zeros + g * nr);
+                 p->zeros + g * nr);
 }
 
 /* All that happens inside a block once T holds the sums over earlier blocks. */
@@ -161,7 +161,7 @@ static void load_task_panel(const solver *v, panel *p, int64_t row, float *scrat
         memcpy(p->W + j * nr, natural + a->perm[j] * nr, sizeof(float) * (size_t)nr);
     for (int64_t g = 0; a->static_groups && g < a->n / a->G; g++)
         ptq_grid_fit(v->k, &a->grid, a->G, natural + g * a->G * nr, &v->blocks, g, scratch,
-                      p->scales + g * nr, p->zeros + g * nr);
+                     p->scales + g * nr, p->zeros + g * nr);
     memset(p->objective, 0, sizeof p->objective);
     memset(p->error2, 0, sizeof p->error2);
 }
@@ -193,7 +193,8 @@ static void store_panel(const solver *v, const panel *p, int64_t row) {
 
 static int64_t panel_floats(const solver *v) {
     const int64_t n = v->a->n, groups = n / v->a->G;
-    return v->k->gemm.nr * (2 * n + 2 * groups + v->block_columns) + ptq_ceil_div(n * v->k->gemm.nr, 64) * 16;
+    return v->k->gemm.nr * (2 * n + 2 * groups + v->block_columns) +
+           ptq_ceil_div(n * v->k->gemm.nr, 64) * 16;
 }
 
 static float *carve_panel(const solver *v, panel *p, float *at) {
@@ -263,10 +264,11 @@ static ptq_status prepare(solver *v, index_tables *t, int threads) {
     const ptq_gptq_args *a = v->a;
     /* Dynamic groups need strips that end with the group; strips of H must match those of R. */
     const int64_t align = dynamic(a) ? a->G : a->n;
-    ptq_status status = ptq_strips_make(v->k, &v->R, a->R, a->n, NULL, a->n, align, PTQ_STRIPS_UPPER,
-                                        threads);
+    ptq_status status =
+        ptq_strips_make(v->k, &v->R, a->R, a->n, NULL, a->n, align, PTQ_STRIPS_UPPER, threads);
     if (!status && a->sweeps)
-        status = ptq_strips_make(v->k, &v->H, a->H, a->n, a->perm, a->n, align, PTQ_STRIPS_FULL, threads);
+        status = ptq_strips_make(v->k, &v->H, a->H, a->n, a->perm, a->n, align, PTQ_STRIPS_FULL,
+                                 threads);
     if (!status && a->grid.method == PTQ_GRID_HESSIAN)
         status = ptq_grid_blocks_make(v->k, &v->blocks, a->H, a->n, a->G,
                                       a->static_groups ? NULL : a->perm, threads);

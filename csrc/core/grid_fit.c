@@ -18,8 +18,8 @@ static void block_task(void *ctx, int64_t i, int thread) {
     const int64_t in_group = i % job->blocks->per_group * PTQ_GRID_BLOCK;
     const int64_t at = i / job->blocks->per_group * job->G + in_group;
     const int64_t width = ptq_min64(PTQ_GRID_BLOCK, job->G - in_group);
-    job->status[i] = ptq_strips_make(job->k, &job->blocks->block[i], job->H, job->n, job->index + at, width,
-                                     width, PTQ_STRIPS_HALF_DIAGONAL, 1);
+    job->status[i] = ptq_strips_make(job->k, &job->blocks->block[i], job->H, job->n,
+                                     job->index + at, width, width, PTQ_STRIPS_HALF_DIAGONAL, 1);
 }
 
 static ptq_status fill_blocks(ptq_grid_blocks *b, blocks_job *job, int64_t count, int threads) {
@@ -69,8 +69,8 @@ int64_t ptq_grid_fit_work(const ptq_grid *grid) {
 
 /* error (nr) = d H_gg d^T of the grid's rounding error d, over the group's diagonal blocks. */
 static void hessian_error(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
-                      const ptq_grid_blocks *blocks, int64_t g, const float *scale,
-                      const float *zero, float *D, float *error) {
+                          const ptq_grid_blocks *blocks, int64_t g, const float *scale,
+                          const float *zero, float *D, float *error) {
     const int64_t nr = k->gemm.nr;
     float T[PTQ_MAX_TILE];
     double sum[PTQ_MAX_NR] = {0};
@@ -121,7 +121,7 @@ static void rank_candidates(const ptq_kernels *k, const ptq_grid *grid, int64_t 
         const int64_t width = ptq_min64(PTQ_GRID_BLOCK, G - at);
         for (int i = 0; i < grid->steps; i++)
             k->grid.error(grid, width, U + at * nr, c->scales + i * nr, c->zeros + i * nr,
-                         diagonal ? diagonal + at : NULL, c->errors + i * nr);
+                          diagonal ? diagonal + at : NULL, c->errors + i * nr);
     }
 }
 
@@ -129,13 +129,16 @@ static void fit_search(const ptq_kernels *k, const ptq_grid *grid, int64_t G, co
                        const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z) {
     const int64_t nr = k->gemm.nr;
     const int hessian = grid->method == PTQ_GRID_HESSIAN;
-    float *D = work, shrink[PTQ_MAX_NR], best[PTQ_MAX_NR], error[PTQ_MAX_NR], scale[PTQ_MAX_NR], zero[PTQ_MAX_NR];
+    float *D = work, shrink[PTQ_MAX_NR], best[PTQ_MAX_NR], error[PTQ_MAX_NR], scale[PTQ_MAX_NR],
+          zero[PTQ_MAX_NR];
     candidates c = {.scales = work + PTQ_GRID_BLOCK * PTQ_MAX_NR};
     c.zeros = c.scales + grid->steps * PTQ_MAX_NR;
     c.errors = c.zeros + grid->steps * PTQ_MAX_NR;
     rank_candidates(k, grid, G, U, hessian ? blocks->diagonal + g * G : NULL, &c);
     for (int64_t r = 0; r < nr; r++) best[r] = INFINITY;
-    const int rounds = !hessian ? 1 : grid->candidates < grid->steps ? grid->candidates : grid->steps;
+    const int rounds = !hessian                         ? 1
+                       : grid->candidates < grid->steps ? grid->candidates
+                                                        : grid->steps;
     for (int i = 0; i < rounds; i++) {
         take_best(k, c.factors, c.errors, grid->steps, shrink);
         k->grid.from_range(grid, c.low, c.high, shrink, scale, zero);
@@ -151,7 +154,7 @@ static void fit_search(const ptq_kernels *k, const ptq_grid *grid, int64_t G, co
 }
 
 void ptq_grid_fit(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
-                   const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z) {
+                  const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z) {
     if (grid->method != PTQ_GRID_MINMAX) {
         fit_search(k, grid, G, U, blocks, g, work, s, z);
         return;

@@ -62,8 +62,7 @@ static void multiply(const update *u, int64_t ipanel, int64_t jpanel, int64_t k0
         const int64_t a = (ipanel * full + k0) * nr + i, b = (jpanel * full + k0) * nr;
         if (u->pairs)
             u->k->pairs.gemm(C, (uint32_t *)u->packed + a, nr, (uint32_t *)u->packed + b, depth);
-        else
-            u->k->gemm.f32(C, (float *)u->packed + a, nr, (float *)u->packed + b, depth);
+        else u->k->gemm.f32(C, (float *)u->packed + a, nr, (float *)u->packed + b, depth);
         add_tile(u, C, ipanel * nr + i, jpanel * nr);
     }
 }
@@ -90,7 +89,8 @@ static void finite_task(void *ctx, int64_t i, int thread) {
     const int64_t size = u->dtype == PTQ_F32 ? 4 : 2, end = ptq_min64((i + 1) * 64, u->count);
     for (int64_t t = i * 64; t < end; t++) {
         const int64_t row = u->rows ? u->rows[t] : t;
-        if (!u->k->tokens.all_finite(u->dtype, (const char *)u->X + row * u->ldx * size, u->n)) u->bad = 1;
+        if (!u->k->tokens.all_finite(u->dtype, (const char *)u->X + row * u->ldx * size, u->n))
+            u->bad = 1;
     }
 }
 
@@ -108,8 +108,7 @@ static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
     u->panels = ptq_ceil_div(u->n, nr);
     /* About 384 columns a side for cache, fewer where that would leave threads idle. */
     u->tile = ptq_max64(1, 384 / nr);
-    while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * threads)
-        u->tile /= 2;
+    while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * threads) u->tile /= 2;
     const int64_t side = ptq_ceil_div(u->panels, u->tile);
     u->packed = ptq_alloc(u->panels * chunk * nr, sizeof(float));
     if (!u->packed) return PTQ_NOMEM;
@@ -126,8 +125,14 @@ static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
 ptq_status ptq_hessian_update(float *S, int64_t n, const void *X, int64_t ldx, ptq_dtype dtype,
                               const int64_t *rows, int64_t tokens, int threads) {
     if (n < 1 || tokens < 0 || ldx < n) return PTQ_INVALID;
-    update u = {.k = ptq_kernels_get(), .S = S, .n = n, .X = X, .ldx = ldx, .dtype = dtype,
-                .rows = rows, .count = tokens};
+    update u = {.k = ptq_kernels_get(),
+                .S = S,
+                .n = n,
+                .X = X,
+                .ldx = ldx,
+                .dtype = dtype,
+                .rows = rows,
+                .count = tokens};
     u.pairs = dtype == PTQ_BF16 && u.k->pairs.gemm != NULL;
     u.mr = u.pairs ? u.k->pairs.mr : u.k->gemm.mr;
     u.nr = u.pairs ? u.k->pairs.nr : u.k->gemm.nr;
@@ -152,7 +157,7 @@ typedef struct {
 
 enum { BLOCK = 64 };
 
-/* Block row b: scale the upper part and mirror it, block by block so that both sides stay cached. */
+/* Block row b: scale the upper part and mirror it, block by block to keep both sides cached. */
 static void finish_task(void *ctx, int64_t b, int thread) {
     (void)thread;
     const finish_args *f = ctx;

@@ -4,7 +4,7 @@
 enum {
     TOKENS = PTQ_INT8_BLOCK,      /* of a task: its codes are read once per OUTPUTS */
     OUTPUTS = 2 * PTQ_INT8_BLOCK, /* of a task */
-    DEPTH = 1024,  /* inputs widened at a time, so that a task stays in the second cache */
+    DEPTH = 1024, /* inputs widened at a time, so that a task stays in the second cache */
 };
 
 typedef struct {
@@ -57,7 +57,8 @@ static void product_task(void *ctx, int64_t task, int thread) {
     const ptq_int8_args *a = p->a;
     scratch *s = (scratch *)(void *)(p->work + (size_t)thread * p->workspace);
     const int64_t t = task / p->blocks * TOKENS, o = task % p->blocks * OUTPUTS;
-    const int64_t height = ptq_min64(TOKENS, a->tokens - t), width = ptq_min64(OUTPUTS, a->outputs - o);
+    const int64_t height = ptq_min64(TOKENS, a->tokens - t),
+                  width = ptq_min64(OUTPUTS, a->outputs - o);
     const int64_t tile_x = p->k->int8.tokens, tile_w = p->k->int8.outputs;
     const int64_t tall = ptq_ceil_div(height, tile_x) * tile_x;
     const int64_t broad = ptq_ceil_div(width, tile_w) * tile_w;
@@ -72,7 +73,7 @@ static void product_task(void *ctx, int64_t task, int thread) {
         for (int64_t i = 0; i < tall; i += tile_x)
             for (int64_t j = 0; j < broad; j += tile_w)
                 p->k->int8.dots(s->x + i * DEPTH, s->w + j * DEPTH, DEPTH, depth,
-                                 s->C + i * OUTPUTS + j, OUTPUTS);
+                                s->C + i * OUTPUTS + j, OUTPUTS);
     }
     for (int64_t i = 0; i < height; i++) finish_row(a, s, i, t + i, o, width);
 }
@@ -80,8 +81,11 @@ static void product_task(void *ctx, int64_t task, int thread) {
 ptq_status ptq_int8_matmul(const ptq_int8_args *a, int threads) {
     /* 2^14 per product: more of them could leave int32 */
     if (a->tokens < 0 || a->outputs < 0 || a->n < 1 || a->n > PTQ_INT8_INPUTS) return PTQ_INVALID;
-    threads = ptq_threads_for_work(threads, (double)a->tokens * (double)a->outputs * (double)a->n / 8);
-    product p = {.k = ptq_kernels_get(), .a = a, .blocks = ptq_ceil_div(a->outputs, OUTPUTS),
+    threads =
+        ptq_threads_for_work(threads, (double)a->tokens * (double)a->outputs * (double)a->n / 8);
+    product p = {.k = ptq_kernels_get(),
+                 .a = a,
+                 .blocks = ptq_ceil_div(a->outputs, OUTPUTS),
                  .workspace = (sizeof(scratch) + 63) / 64 * 64};
     p.work = ptq_alloc(threads, p.workspace);
     if (!p.work) return PTQ_NOMEM;

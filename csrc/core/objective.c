@@ -18,7 +18,8 @@ static void panel_task(void *ctx, int64_t p, int thread) {
     ptq_panel_load(q->k, q->E, q->rows, q->n, row, E);
     for (int64_t s = 0; s < q->H.count; s++) {
         memset(T, 0, sizeof T);
-        q->k->gemm.f32(T, q->H.data + q->H.offset[s], q->k->gemm.mr, E, q->H.start[s] + q->H.width[s]);
+        q->k->gemm.f32(T, q->H.data + q->H.offset[s], q->k->gemm.mr, E,
+                       q->H.start[s] + q->H.width[s]);
         q->k->gemm.dot(q->H.width[s], E + q->H.start[s] * nr, T, sum);
     }
     for (int64_t r = 0; r < nr && row + r < q->rows; r++) q->out[row + r] = 2.0 * sum[r];

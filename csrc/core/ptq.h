@@ -31,14 +31,14 @@
 
 typedef enum {
     PTQ_OK = 0,
-    PTQ_NOMEM,       /* an allocation failed */
-    PTQ_NOT_PD,      /* factorization met a non-positive pivot; see info */
-    PTQ_NONFINITE,   /* NaN or Inf in an input, or produced by a numerically singular Hessian */
-    PTQ_INTERRUPTED, /* the poll callback asked to stop */
-    PTQ_INVALID,     /* sizes or options the caller should have refused */
-    PTQ_BLAS,        /* an external BLAS/LAPACK call failed */
-    PTQ_NOT_SYMMETRIC, /* two mirrored entries differ by more than the tolerance */
-    PTQ_ROW_REFUSED,   /* a row of the input breaks the function's condition; see info */
+    PTQ_NOMEM,         /* an allocation failed */
+    PTQ_NOT_PD,        /* factorization met a non-positive pivot; see info */
+    PTQ_NONFINITE,     /* NaN or Inf in an input, or produced by a numerically singular Hessian */
+    PTQ_INTERRUPTED,   /* the poll callback asked to stop */
+    PTQ_INVALID,       /* sizes or options the caller should have refused */
+    PTQ_BLAS,          /* an external BLAS/LAPACK call failed */
+    PTQ_NOT_SYMMETRIC, /* mirrored entries differ by more than the tolerance */
+    PTQ_ROW_REFUSED,   /* a row breaks the function's condition; see info */
 } ptq_status;
 
 /* PTQ_F64 only for the arguments that name it. */
@@ -125,14 +125,14 @@ typedef struct {
     int64_t layers;
     const float *scales; /* (candidates, n), positive */
     int64_t candidates;
-    int64_t G; /* weights: group size, n for one grid per row */
-    int per_tensor; /* weights: one grid for each whole matrix, G is n */
-    ptq_grid grid;  /* weights: min-max only */
+    int64_t G;        /* weights: group size, n for one grid per row */
+    int per_tensor;   /* weights: one grid for each whole matrix, G is n */
+    ptq_grid grid;    /* weights: min-max only */
     int act_max_code; /* activations: 2^bits - 1, at most 65535; 0 leaves them as they are */
     int act_symmetric;
-    int act_per_tensor;            /* static, from minimum and maximum; else from each token */
+    int act_per_tensor;             /* static, from minimum and maximum; else from each token */
     const float *minimum, *maximum; /* (n) of X over the calibration set; with act_per_tensor */
-    double *errors; /* out (candidates) sum of (Q_a(X / s) Q_w(W s)^T - X W^T)^2 */
+    double *errors;                 /* out (candidates) sum of (Q_a(X / s) Q_w(W s)^T - X W^T)^2 */
 } ptq_equalization_args;
 
 /* Output error of each candidate: products in float32, squares of a tile row's mr tokens summed in
@@ -144,8 +144,8 @@ ptq_status ptq_equalization_errors(const ptq_equalization_args *args, int thread
  * row i of the permuted matrix is row perm[i] of H. shift (n) is in the original order. The strict
  * lower triangle of R is not written. On PTQ_NOT_PD *info is the original index of the pivot.
  * BLAS: spotrf for any n that an int holds, on its own threads. */
-ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const double *shift,
-                      float *R, int64_t *info, int threads);
+ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const double *shift, float *R,
+                      int64_t *info, int threads);
 
 /* ---- rtn.c ----------------------------------------------------------------------------- */
 /* Grids and codes by rounding to nearest. H (n, n) is read for PTQ_GRID_HESSIAN only.
@@ -164,18 +164,18 @@ typedef struct {
     const float *R;      /* (n, n) from ptq_factor with the same perm */
     const int64_t *perm; /* (n) quantization order */
     int64_t rows, n, G, block;
-    int static_groups;   /* grids from W beforehand, groups in original order */
+    int static_groups;       /* grids from W beforehand, groups in original order */
     int groups_follow_order; /* groups are runs of perm (act-order with g_idx) */
-    int feedback;        /* 0: every column is rounded as it is */
-    int sweeps;          /* coordinate-descent passes after the solve */
-    double shift;        /* absolute value that was added to the diagonal for R */
+    int feedback;            /* 0: every column is rounded as it is */
+    int sweeps;              /* coordinate-descent passes after the solve */
+    double shift;            /* absolute value that was added to the diagonal for R */
     ptq_grid grid;
-    uint8_t *codes;      /* out (rows, n) original column order */
-    float *scales;       /* out (rows, n / G) */
-    uint8_t *zeros;      /* out (rows, n / G) */
-    int32_t *g_idx;      /* out (n) group of each original column */
-    double *history;     /* out (sweeps + 1, rows) objective under the undamped H; without
-                          * feedback only its differences from row to row mean anything */
+    uint8_t *codes;  /* out (rows, n) original column order */
+    float *scales;   /* out (rows, n / G) */
+    uint8_t *zeros;  /* out (rows, n / G) */
+    int32_t *g_idx;  /* out (n) group of each original column */
+    double *history; /* out (sweeps + 1, rows) objective under the undamped H; without
+                      * feedback only its differences from row to row mean anything */
 } ptq_gptq_args;
 
 /* GPTQ as Babai's nearest plane (gptq.c), identical in exact arithmetic to [GPTQ] Algorithm 1. */
@@ -191,7 +191,7 @@ ptq_status ptq_objective(const float *E, int64_t rows, int64_t n, const float *H
 typedef struct {
     int bits;      /* 2 to 16 */
     int symmetric; /* zero-point 0 */
-    int narrow;    /* symmetric only: without the smallest code, scale = max|x| / (2^(bits-1) - 1) */
+    int narrow; /* symmetric only: without the smallest code, scale = max|x| / (2^(bits-1) - 1) */
 } ptq_signed_grid;
 
 /* Grid of the range [low, high] and 0, in float32. A range of 0 (or whose scale underflows) gets
@@ -222,9 +222,9 @@ ptq_status ptq_bias_correction(const void *W, const void *W_hat, ptq_dtype dtype
 /* Most inputs of a product whose sums surely fit int32. */
 #define PTQ_INT8_INPUTS ((INT32_MAX) >> 14)
 typedef struct {
-    const int8_t *x, *w;            /* codes (tokens, n) and (outputs, n) */
-    int64_t tokens, outputs, n;     /* n at most PTQ_INT8_INPUTS */
-    int64_t x_grids, w_grids;       /* tokens or 1, outputs or 1 */
+    const int8_t *x, *w;        /* codes (tokens, n) and (outputs, n) */
+    int64_t tokens, outputs, n; /* n at most PTQ_INT8_INPUTS */
+    int64_t x_grids, w_grids;   /* tokens or 1, outputs or 1 */
     const float *x_scales, *w_scales;
     const int8_t *x_zeros, *w_zeros;
     int64_t columns;                /* columns multiplied in float32, whose codes are their zeros */
@@ -276,14 +276,15 @@ typedef struct {
     int64_t empty; /* number of empty rows */
 } ptq_rows_info;
 
-/* out = softmax over the allowed keys, rounded to the grid, plus the row's correction [SBC]; 0 elsewhere,
- * all 0 in empty rows. scores (rows, k) float32; -Inf is the same as not allowed.
+/* out = softmax over the allowed keys, rounded to the grid, plus the row's correction [SBC]; 0
+ * elsewhere, all 0 in empty rows. scores (rows, k) float32; -Inf is the same as not allowed.
  * Correction: none; table (heads or 1, lengths or 1) by head and number of allowed keys; row sum:
  * (1 - sum of the rounded row) / (number of allowed keys).
- * out: float32 values (may be scores), or with `codes` uint8 (uint16 if max_code > 255): zero
- * if not allowed. corrections (rows) or NULL: what was, or is to be, added.
- * PTQ_NONFINITE: NaN or Inf at an allowed key of some row. PTQ_ROW_REFUSED: codes cannot say which
- * keys a -Inf among the scores leaves out of the correction. info->bad is the first such row. */
+ * out: float32 values (may be scores), or with `codes` uint8 (uint16 if max_code > 255), the
+ * grid's zero at keys that are not allowed. corrections (rows) or NULL: what was, or is to be,
+ * added. PTQ_NONFINITE: NaN or Inf at an allowed key of some row. PTQ_ROW_REFUSED: codes cannot say
+ * which keys a -Inf among the scores leaves out of the correction. info->bad is the first such row.
+ */
 typedef struct {
     ptq_attention attention;
     ptq_softmax_grid grid;
@@ -322,11 +323,12 @@ ptq_status ptq_energy_columns(const void *x, const void *y, ptq_dtype dtype, int
                               int64_t n, double *out, int threads);
 
 /* ---- cpu.c, blas.c --------------------------------------------------------------------- */
-/* Choose the kernels: the name of a level ("base", "avx2", "avx512", "neon"), with an underscore and
- * a name for each of its features that is wanted ("avx512_bf16"); NULL or "" means the best level
- * with all features that this CPU has. PTQ_INVALID if the name is unknown or the CPU cannot run it.
- * Levels differ in the order of float32 sums and in fused multiply-adds, so in last bits, which may
- * flip a code that lies on a rounding tie; sums of integers and of doubles are the same on all. */
+/* Choose the kernels: the name of a level ("base", "avx2", "avx512", "neon"), with an underscore
+ * and a name for each of its features that is wanted ("avx512_bf16"); NULL or "" means the best
+ * level with all features that this CPU has. PTQ_INVALID if the name is unknown or the CPU cannot
+ * run it. Levels differ in the order of float32 sums and in fused multiply-adds, so in last bits,
+ * which may flip a code that lies on a rounding tie; sums of integers and of doubles are the same
+ * on all. */
 ptq_status ptq_cpu_select(const char *name);
 /* Name of the kernels in use. */
 const char *ptq_cpu_level(void);

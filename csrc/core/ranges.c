@@ -77,8 +77,13 @@ static void scan_task(void *ctx, int64_t task, int thread) {
     (void)thread;
     column_scan *s = ctx;
     const int64_t b = task / s->slices, c = task % s->slices * SLICE, at = b * s->n + c;
-    const piece p = {b * s->block, ptq_min64((b + 1) * s->block, s->tokens), c,
-                     ptq_min64(SLICE, s->n - c), s->low + at, s->high + at, s->sum + at};
+    const piece p = {b * s->block,
+                     ptq_min64((b + 1) * s->block, s->tokens),
+                     c,
+                     ptq_min64(SLICE, s->n - c),
+                     s->low + at,
+                     s->high + at,
+                     s->sum + at};
     read_tokens(s, &p, PTQ_RANGE_ROWS);
     if (all_finite(s, &p)) return;
     read_tokens(s, &p, 1); /* one at a time no partial sum overflows */
@@ -102,8 +107,13 @@ ptq_status ptq_column_ranges(const ptq_kernels *k, const void *X, int64_t n, int
                              ptq_dtype dtype, const int64_t *rows, int64_t tokens, float *low,
                              float *high, double *sum, int threads) {
     if (n < 1 || tokens < 1 || ldx < 0) return PTQ_INVALID;
-    column_scan s = {.k = k, .X = X, .n = n, .tokens = tokens, .dtype = dtype,
-              .rows = rows, .size = dtype == PTQ_F32 ? 4 : 2};
+    column_scan s = {.k = k,
+                     .X = X,
+                     .n = n,
+                     .tokens = tokens,
+                     .dtype = dtype,
+                     .rows = rows,
+                     .size = dtype == PTQ_F32 ? 4 : 2};
     s.ldx = ldx * s.size;
     s.slices = ptq_ceil_div(n, SLICE);
     s.block = ptq_ceil_div(tokens, ptq_max64(TASKS / s.slices, 1));

@@ -37,8 +37,15 @@ static void round_panel(void *ctx, int64_t p, int thread) {
 ptq_status ptq_rtn(const float *W, int64_t rows, int64_t n, int64_t G, const ptq_grid *grid,
                    const float *H, uint8_t *codes, float *scales, uint8_t *zeros, int threads) {
     if (rows < 1 || n < 1 || G < 1 || n % G) return PTQ_INVALID;
-    rounding t = {.k = ptq_kernels_get(), .W = W, .rows = rows, .n = n, .G = G, .grid = grid,
-                  .codes = codes, .zeros = zeros, .scales = scales};
+    rounding t = {.k = ptq_kernels_get(),
+                  .W = W,
+                  .rows = rows,
+                  .n = n,
+                  .G = G,
+                  .grid = grid,
+                  .codes = codes,
+                  .zeros = zeros,
+                  .scales = scales};
     const int64_t nr = t.k->gemm.nr;
     ptq_status status = PTQ_OK;
     threads = ptq_thread_count(threads);
@@ -48,8 +55,8 @@ ptq_status ptq_rtn(const float *W, int64_t rows, int64_t n, int64_t G, const ptq
     t.workspace = n * nr + ptq_grid_fit_work(grid) + ptq_ceil_div(G * nr, 64) * 16;
     t.workspace = ptq_ceil_div(t.workspace, 16) * 16;
     t.work = ptq_alloc(t.workspace * threads, sizeof *t.work);
-    status = t.work ? ptq_parallel_for(ptq_ceil_div(rows, nr), threads, round_panel, &t)
-                    : PTQ_NOMEM;
+    status =
+        t.work ? ptq_parallel_for(ptq_ceil_div(rows, nr), threads, round_panel, &t) : PTQ_NOMEM;
     ptq_grid_blocks_free(&t.blocks);
     free(t.work);
     return status;

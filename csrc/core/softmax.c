@@ -166,8 +166,7 @@ ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *inf
     s.stream = args->out != (const void *)args->scores && s.rows * a->k > STREAM / 4;
     s.scratch = ptq_alloc(2 * threads * s.padded, sizeof(float));
     if (!s.scratch) return PTQ_NOMEM;
-    ptq_status status =
-        ptq_parallel_for(ptq_ceil_div(s.rows, s.block), threads, quantize_task, &s);
+    ptq_status status = ptq_parallel_for(ptq_ceil_div(s.rows, s.block), threads, quantize_task, &s);
     free(s.scratch);
     *info = (ptq_rows_info){s.bad, s.empty};
     if (!status && s.bad >= 0) status = s.nonfinite ? PTQ_NONFINITE : PTQ_ROW_REFUSED;
@@ -226,8 +225,7 @@ static void statistics_task(void *ctx, int64_t task, int thread) {
     const int64_t end = ptq_min64((task + 1) * s->block, s->rows);
     float *masked = s->scratch + (s->attention->allowed ? thread * s->attention->k : 0);
     int64_t *sums = s->sums + thread * s->attention->heads * PTQ_LENGTH_CLASSES * 4;
-    for (int64_t row = task * s->block; row < end; row++)
-        statistics_row(s, row, masked, sums);
+    for (int64_t row = task * s->block; row < end; row++) statistics_row(s, row, masked, sums);
 }
 
 ptq_status ptq_softmax_statistics(const ptq_attention *attention, const float *P,

@@ -63,8 +63,8 @@ typedef struct {
     atomic_int stop;
 } loop;
 
-static _Thread_local loop *running;   /* innermost loop of this thread */
-static _Thread_local int polls;       /* this thread is the one that entered the core */
+static _Thread_local loop *running;    /* innermost loop of this thread */
+static _Thread_local int polls;        /* this thread is the one that entered the core */
 static _Thread_local double last_poll; /* kept between loops: most of them are shorter than 50 ms */
 
 int ptq_should_stop(void) {

@@ -34,7 +34,8 @@
 #define PTQ_STORE_FENCE() ((void)0)
 #endif
 
-/* float32 products. nr is also the width of the panels of `solve` and `grid`, mr of their strips. */
+/* float32 products. nr is also the width of the panels of `solve` and `grid`, mr of their strips.
+ */
 typedef struct {
     int mr, nr;
     /* C (mr, nr) += sum over k < K of A[k * sa + i] * B[k * nr + r], k ascending. */
@@ -43,7 +44,8 @@ typedef struct {
     void (*dot)(int64_t columns, const float *A, const float *B, double *sum);
 } ptq_gemm_kernels;
 
-/* Products of pairs of bf16 tokens packed in 32 bits, low half first; gemm is NULL if unsupported. */
+/* Products of pairs of bf16 tokens packed in 32 bits, low half first; gemm is NULL if unsupported.
+ */
 typedef struct {
     int mr, nr;
     /* As gemm.f32; both products of a pair are exact in float32. */
@@ -118,8 +120,8 @@ typedef struct {
     /* low, high, sum (columns) of PTQ_RANGE_ROWS tokens, which are added up in float32 first;
      * `ahead` holds the token that follows each of them in memory. ahead NULL: of one token. In
      * float16 Inf and NaN count as 65536 and more, or as Inf and NaN. */
-    void (*add)(ptq_dtype dtype, const void *const *rows, const void *const *ahead,
-                int64_t columns, float *low, float *high, double *sum);
+    void (*add)(ptq_dtype dtype, const void *const *rows, const void *const *ahead, int64_t columns,
+                float *low, float *high, double *sum);
 } ptq_ranges_kernels;
 
 /* n values of one token. */

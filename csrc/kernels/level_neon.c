@@ -1,5 +1,5 @@
-/* level_neon.c - 64-bit Arm: 4 x 24 register tile of four-lane vectors (24 accumulators of 32
- * registers), fused multiply-adds. */
+/* level_neon.c - 64-bit Arm: 4 x 20 register tile of four-lane vectors (20 accumulators of 32
+ * registers leave room for what is multiplied), fused multiply-adds. */
 #include "kernels.h"
 
 #ifdef PTQ_ARM64
@@ -10,7 +10,7 @@
 #define TABLE ptq_kernels_neon
 #define TABLE_NAME "neon"
 #define MR 4
-#define NR 24
+#define NR 20
 #define VL 4
 typedef float32x4_t vf;
 #define vf_load(p) vld1q_f32(p)

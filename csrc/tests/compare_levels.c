@@ -140,7 +140,8 @@ static void run_hessian(results *r) {
         const char *name;
         const void *X;
         ptq_dtype dtype;
-    } kinds[] = {{"hessian f32", in.X, PTQ_F32}, {"hessian f16", in.half, PTQ_F16},
+    } kinds[] = {{"hessian f32", in.X, PTQ_F32},
+                 {"hessian f16", in.half, PTQ_F16},
                  {"hessian bf16", in.bf16, PTQ_BF16}};
     for (int k = 0; k < 3; k++) {
         static float S[N * N], H[N * N];
@@ -173,15 +174,21 @@ static void run_factor(results *r) {
             for (int k = 0; k < N; k++)
                 o->value[i * N + j] += (double)R[i * N + k] * (double)R[j * N + k];
             const int64_t a = in.perm[i], b = in.perm[j];
-            const double scale = ((double)in.H[a * N + a] + shift[a]) *
-                                 ((double)in.H[b * N + b] + shift[b]);
+            const double scale =
+                ((double)in.H[a * N + a] + shift[a]) * ((double)in.H[b * N + b] + shift[b]);
             o->bound[i * N + j] = 2.0 * (N + 3) * EPS * sqrt(scale);
         }
 }
 
 static ptq_grid weight_grid(int method, int symmetric) {
-    return (ptq_grid){.max_code = 7, .symmetric = symmetric, .method = method, .steps = 30,
-                      .candidates = 4, .scale_type = PTQ_F32, .min_shrink = 0.4f, .norm = 2.4f};
+    return (ptq_grid){.max_code = 7,
+                      .symmetric = symmetric,
+                      .method = method,
+                      .steps = 30,
+                      .candidates = 4,
+                      .scale_type = PTQ_F32,
+                      .min_shrink = 0.4f,
+                      .norm = 2.4f};
 }
 
 /* Codes are integers, exact; scales follow weights that float32 sums have updated. */
@@ -193,12 +200,25 @@ static void run_gptq(results *r) {
     for (int method = PTQ_GRID_MINMAX; method <= PTQ_GRID_HESSIAN; method++)
         for (int sweeps = 0; sweeps <= 2; sweeps += 2) {
             char name[40];
-            const ptq_gptq_args a = {
-                .W = in.W, .H = in.H, .R = in.R, .perm = in.perm, .rows = ROWS, .n = N, .G = GROUP,
-                .block = 32, .static_groups = sweeps > 0, .groups_follow_order = sweeps == 0,
-                .feedback = 1, .sweeps = sweeps, .shift = 0.1, .grid = weight_grid(method, 0),
-                .codes = codes, .scales = scales, .zeros = zeros, .g_idx = g_idx,
-                .history = history};
+            const ptq_gptq_args a = {.W = in.W,
+                                     .H = in.H,
+                                     .R = in.R,
+                                     .perm = in.perm,
+                                     .rows = ROWS,
+                                     .n = N,
+                                     .G = GROUP,
+                                     .block = 32,
+                                     .static_groups = sweeps > 0,
+                                     .groups_follow_order = sweeps == 0,
+                                     .feedback = 1,
+                                     .sweeps = sweeps,
+                                     .shift = 0.1,
+                                     .grid = weight_grid(method, 0),
+                                     .codes = codes,
+                                     .scales = scales,
+                                     .zeros = zeros,
+                                     .g_idx = g_idx,
+                                     .history = history};
             check(ptq_gptq(&a, THREADS), "gptq");
             snprintf(name, sizeof name, "gptq grid %d sweeps %d", method, sweeps);
             record_uint8_t(r, name, codes, ROWS * N);
@@ -238,9 +258,9 @@ static void run_objective(results *r) {
     within(o, 0.0);
     for (int i = 0; i < ROWS * N * N; i++) {
         const int row = i / N / N, j = i / N % N, k = i % N;
-        o->bound[row] += 2.0 * N * EPS *
-                         fabs((double)in.W[row * N + j] * (double)in.H[j * N + k] *
-                              (double)in.W[row * N + k]);
+        o->bound[row] +=
+            2.0 * N * EPS *
+            fabs((double)in.W[row * N + j] * (double)in.H[j * N + k] * (double)in.W[row * N + k]);
     }
 }
 
@@ -282,9 +302,18 @@ static void run_activations(results *r) {
           "weights");
     for (int i = 0; i < TOKENS; i++) x_zeros[i] = (int8_t)zeros[i];
     for (int i = 0; i < ROWS; i++) w_zeros8[i] = (int8_t)w_zeros[i];
-    const ptq_int8_args a = {.x = x, .w = w, .tokens = TOKENS, .outputs = ROWS, .n = N,
-                             .x_grids = TOKENS, .w_grids = ROWS, .x_scales = scales,
-                             .w_scales = w_scales, .x_zeros = x_zeros, .w_zeros = w_zeros8, .y = y};
+    const ptq_int8_args a = {.x = x,
+                             .w = w,
+                             .tokens = TOKENS,
+                             .outputs = ROWS,
+                             .n = N,
+                             .x_grids = TOKENS,
+                             .w_grids = ROWS,
+                             .x_scales = scales,
+                             .w_scales = w_scales,
+                             .x_zeros = x_zeros,
+                             .w_zeros = w_zeros8,
+                             .y = y};
     check(ptq_int8_matmul(&a, THREADS), "int8");
     record_float(r, "int8 product", y, TOKENS * ROWS);
 }
@@ -296,8 +325,12 @@ static void run_softmax(results *r) {
     static int64_t sums[HEADS * PTQ_LENGTH_CLASSES * 4];
     const double none = 0.0;
     const ptq_attention attention = {.batch = BATCH, .heads = HEADS, .q = QUERIES, .k = KEYS};
-    ptq_softmax_args a = {.attention = attention, .grid = {1.0f / 255, 0, 255}, .table = &none,
-                          .table_heads = 1, .table_lengths = 1, .scores = in.scores};
+    ptq_softmax_args a = {.attention = attention,
+                          .grid = {1.0f / 255, 0, 255},
+                          .table = &none,
+                          .table_heads = 1,
+                          .table_lengths = 1,
+                          .scores = in.scores};
     ptq_rows_info info;
     for (int i = 0; i < ENTRIES; i++) shifted[i] = -2.0f * fabsf(in.scores[i]);
     check(ptq_softmax_exp(shifted, ENTRIES, e, THREADS), "exp");
@@ -337,10 +370,18 @@ static void run_equalization(results *r) {
     double errors[2];
     for (int i = 0; i < N; i++) scales[i] = 1.0f;
     for (int i = 0; i < N; i++) scales[N + i] = (float)(1 + i % 7);
-    const ptq_equalization_args a = {
-        .X = in.X, .tokens = TOKENS, .n = N, .W = W, .rows = rows, .layers = 2, .scales = scales,
-        .candidates = 2, .G = N, .grid = weight_grid(PTQ_GRID_MINMAX, 0), .act_max_code = 255,
-        .errors = errors};
+    const ptq_equalization_args a = {.X = in.X,
+                                     .tokens = TOKENS,
+                                     .n = N,
+                                     .W = W,
+                                     .rows = rows,
+                                     .layers = 2,
+                                     .scales = scales,
+                                     .candidates = 2,
+                                     .G = N,
+                                     .grid = weight_grid(PTQ_GRID_MINMAX, 0),
+                                     .act_max_code = 255,
+                                     .errors = errors};
     check(ptq_equalization_errors(&a, THREADS), "equalization");
     within(record_double(r, "equalization errors", errors, 2), 1e-3);
 }
