@@ -36,7 +36,7 @@ _Tokens: TypeAlias = _F32 | NDArray[np.float16] | _U16  # uint16: the bits of bf
 # GridSpec: max_code, symmetric, method (0 min-max, 1 MSE, 2 Hessian), steps, candidates,
 # scale_type (0 float32, 1 float16, 2 bfloat16), min_zero, min_shrink, norm
 _Grid: TypeAlias = tuple[int, int, int, int, int, int, int, float, float]
-# SolverOptions: group_size, block_size, static_groups, runs, feedback, sweeps, damping (absolute)
+# SolverOptions: group_size, block_size, static_groups, groups_follow_order, feedback, sweeps, shift
 _SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, float]
 # group_size, per_tensor, activation_max_code (0: as they are), activation_symmetric,
 # activation_per_tensor
@@ -113,7 +113,7 @@ def gptq(
     W: _F32,  # (rows, n)
     H: _F32,  # (n, n), undamped
     R: _F32,  # (n, n), of factor() with the same order
-    order: _I64,  # (n,), a permutation
+    order: _I64,  # (n,), a permutation; keeps groups together that get their grids on the way
     options: _SolverOptions,
     grid: _Grid,
     codes: _U8,  # (rows, n), written

@@ -255,10 +255,10 @@ def gptq(
         group_size=size,
         block_size=block_size,
         static_groups=int(static),
-        runs=int(runs),
+        groups_follow_order=int(runs),
         feedback=int(bool(feedback)),
         sweeps=sweeps,
-        damping=F.damping_value,
+        shift=F.damping_value,
     )
     codes, scales, zeros, g_idx, history = _solve(W, F, switches, spec, threads, name)
     check_scales(scales, scale_dtype, name)
@@ -287,10 +287,10 @@ class SolverOptions(NamedTuple):
     group_size: int
     block_size: int
     static_groups: int  # 1: grids from W beforehand, groups in original order
-    runs: int  # 1: groups are runs of the order (act-order with g_idx)
+    groups_follow_order: int  # 1: groups are runs of the order (act-order with g_idx)
     feedback: int
     sweeps: int
-    damping: float  # absolute value that was added to the diagonal for R
+    shift: float  # what was added to the diagonal for R
 
 
 def _solve(

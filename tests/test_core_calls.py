@@ -416,7 +416,7 @@ def test_numbers_are_numbers(name):
 
 def test_order_and_g_idx_may_share_memory():
     rng = np.random.default_rng(0)
-    order = rng.permutation(8)
+    order = np.array([6, 4, 7, 5, 1, 0, 3, 2])
     A = rng.normal(size=(8, 8)).astype(np.float32)
     W, H = rng.normal(size=(3, 8)).astype(np.float32), A @ A.T + np.eye(8, dtype=np.float32)
     R = np.zeros((8, 8), np.float32)
@@ -431,9 +431,20 @@ def test_order_and_g_idx_may_share_memory():
             arguments[10] = np.zeros((options[5] + 1, 3))
             _core.gptq(*arguments)
             found.append([arguments[at].copy() for at in OUTPUTS["gptq"]])
-            assert sorted(g_idx) == [0] * 4 + [1] * 4
+            if shared:
+                assert sorted(g_idx) == [0] * 4 + [1] * 4
+                assert not np.array_equal(given, order)
         for apart, together in zip(*found[-2:], strict=True):
             np.testing.assert_array_equal(apart, together)
+
+
+def test_the_order_must_keep_groups_together_that_get_grids_on_the_way():
+    arguments = _calls()["gptq"]
+    arguments[3] = np.array([6, 4, 7, 1, 5, 0, 3, 2])
+    _fails("gptq", arguments, ValueError)
+    for options in ((4, 128, 0, 1, 1, 0, 0.01), (4, 128, 1, 0, 1, 0, 0.01)):
+        arguments[4] = options
+        _core.gptq(*arguments)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if OUTPUTS[n]])

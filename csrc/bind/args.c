@@ -25,8 +25,8 @@ static int hold(PyObject *holds, PyObject *o) {
 PyObject *args_call(const char *signature, args_function function, PyObject *const *args,
                     Py_ssize_t given, Py_ssize_t expected) {
     if (given != expected)
-        return PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", signature,
-                            expected, given);
+        return PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", signature, expected,
+                            given);
     PyObject *holds = PyList_New(0);
     int held = holds ? 0 : -1;
     for (Py_ssize_t i = 0; !held && i < given; i++) held = hold(holds, args[i]);
@@ -187,8 +187,8 @@ int args_rows(int64_t **copy, PyObject *o, npy_intp tokens, int64_t *count) {
     const int64_t *row = items;
     for (int64_t i = 0; i < *count; i++)
         if (row[i] < 0 || row[i] >= tokens) {
-            PyErr_Format(PyExc_IndexError, "rows[%lld] is %lld, but X has %zd tokens",
-                         (long long)i, (long long)row[i], (Py_ssize_t)tokens);
+            PyErr_Format(PyExc_IndexError, "rows[%lld] is %lld, but X has %zd tokens", (long long)i,
+                         (long long)row[i], (Py_ssize_t)tokens);
             PyMem_Free(items);
             return -1;
         }
@@ -199,8 +199,7 @@ int args_rows(int64_t **copy, PyObject *o, npy_intp tokens, int64_t *count) {
 /* ---- numbers --------------------------------------------------------------------------- */
 
 long long args_int(PyObject *o, const char *name, long long lowest, long long highest) {
-    if (!PyLong_Check(o) && !PyArray_IsScalar(o, Integer))
-        return raise_type(o, name, "an integer");
+    if (!PyLong_Check(o) && !PyArray_IsScalar(o, Integer)) return raise_type(o, name, "an integer");
     const long long value = PyLong_AsLongLong(o);
     const int beyond = value == -1 && PyErr_Occurred();
     if (beyond && !PyErr_ExceptionMatches(PyExc_OverflowError)) return -1;
@@ -279,7 +278,7 @@ int args_grid(PyObject *tuple, ptq_grid *grid) {
     };
     double v[MAX_FIELDS];
     if (args_fields(tuple, "grid", fields, (int)(sizeof fields / sizeof *fields), v)) return -1;
-    *grid = (ptq_grid){(int)v[0], (int)v[1], (int)v[2], (int)v[3],   (int)v[4],
+    *grid = (ptq_grid){(int)v[0], (int)v[1], (int)v[2],   (int)v[3],  (int)v[4],
                        (int)v[5], (int)v[6], (float)v[7], (float)v[8]};
     if (grid->min_zero <= grid->max_code) return 0;
     PyErr_Format(PyExc_ValueError, "grid.min_zero %d must not exceed grid.max_code %d",
@@ -308,7 +307,9 @@ int args_raise(ptq_status status) {
             PyErr_SetString(PyExc_RuntimeError,
                             "a BLAS call failed: use the built-in one (PTQKIT_BLAS=builtin)");
             return -1;
-        default: break;
+        case PTQ_NOT_SYMMETRIC:
+        case PTQ_ROW_REFUSED: /* the binding answers these itself */
+        case PTQ_INVALID: break;
     }
     PyErr_SetString(PyExc_ValueError,
                     "sizes or options are out of range: empty, too large for the function, or not "

@@ -6,58 +6,57 @@
 
 /* Every function that is bound in a bind_*.c file: its prototype and its row of the method table
  * come from here. */
-#define PTQ_FUNCTIONS(X)     \
-    X(hessian_update)        \
-    X(hessian_finish)        \
-    X(symmetric_check)       \
-    X(finite_check)          \
-    X(factor)                \
-    X(gptq)                  \
-    X(rtn)                   \
-    X(obq)                   \
-    X(objective)             \
-    X(codes_on_grid)         \
-    X(channel_ranges)        \
-    X(equalization_scales)   \
-    X(equalization_errors)   \
-    X(signed_grid)           \
-    X(activation_range)      \
-    X(activations_quantize)  \
-    X(outlier_columns)       \
-    X(bias_correction)       \
-    X(int8_matmul)           \
-    X(pack)                  \
-    X(unpack)                \
-    X(softmax_quantize)      \
-    X(softmax_statistics)    \
-    X(softmax_exp)           \
-    X(energy)                \
+#define PTQ_FUNCTIONS(X)    \
+    X(hessian_update)       \
+    X(hessian_finish)       \
+    X(symmetric_check)      \
+    X(finite_check)         \
+    X(factor)               \
+    X(gptq)                 \
+    X(rtn)                  \
+    X(obq)                  \
+    X(objective)            \
+    X(codes_on_grid)        \
+    X(channel_ranges)       \
+    X(equalization_scales)  \
+    X(equalization_errors)  \
+    X(signed_grid)          \
+    X(activation_range)     \
+    X(activations_quantize) \
+    X(outlier_columns)      \
+    X(bias_correction)      \
+    X(int8_matmul)          \
+    X(pack)                 \
+    X(unpack)               \
+    X(softmax_quantize)     \
+    X(softmax_statistics)   \
+    X(softmax_exp)          \
+    X(energy)               \
     X(energy_columns)
 
-#define PTQ_DECLARE(name)             \
-    extern const char name##_doc[];   \
+#define PTQ_DECLARE(name)           \
+    extern const char name##_doc[]; \
     PyObject *bind_##name(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 PTQ_FUNCTIONS(PTQ_DECLARE)
 #undef PTQ_DECLARE
 
 /* Define function `name` of `count` arguments, whose names are in `arguments`; the body follows and
  * sees them as args[]. `doc` says in a sentence what it does, then the shapes. */
-#define PTQ_BIND(name, count, arguments, doc)                                             \
-    const char name##_doc[] = #name "($module, " arguments ", /)\n--\n\n" doc;            \
-    static PyObject *name##_call(PyObject *const *args);                                  \
-    PyObject *bind_##name(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {      \
-        (void)self;                                                                       \
-        return args_call(#name "(" arguments ")", name##_call, args, nargs, count);       \
-    }                                                                                     \
+#define PTQ_BIND(name, count, arguments, doc)                                        \
+    const char name##_doc[] = #name "($module, " arguments ", /)\n--\n\n" doc;       \
+    static PyObject *name##_call(PyObject *const *args);                             \
+    PyObject *bind_##name(PyObject *self, PyObject *const *args, Py_ssize_t nargs) { \
+        (void)self;                                                                  \
+        return args_call(#name "(" arguments ")", name##_call, args, nargs, count);  \
+    }                                                                                \
     static PyObject *name##_call(PyObject *const *args)
 
 /* Run a core call with the GIL released. Arguments are evaluated without it, so they may read
  * PyArray_DATA, which is held (args_call), but no shape, which another thread may set. */
-#define PTQ_WITHOUT_GIL(status, call) \
-    do {                              \
-        Py_BEGIN_ALLOW_THREADS        \
-        status = (call);              \
-        Py_END_ALLOW_THREADS          \
+#define PTQ_WITHOUT_GIL(status, call)           \
+    do {                                        \
+        Py_BEGIN_ALLOW_THREADS status = (call); \
+        Py_END_ALLOW_THREADS                    \
     } while (0)
 
 #endif

@@ -69,8 +69,7 @@ static int given_scale(PyArrayObject *scales) {
     return -1;
 }
 
-PTQ_BIND(activations_quantize, 9,
-         "X, dtype, skip, grid, per_token, codes, scales, zeros, threads",
+PTQ_BIND(activations_quantize, 9, "X, dtype, skip, grid, per_token, codes, scales, zeros, threads",
          "Write the codes of X on a grid fitted to each token, or on the one that is given.\n\n"
          "X (tokens, n) of dtype 0 float32, 1 float16 or 2 bfloat16 (bits as uint16); skip (n,)\n"
          "bool, the columns that count as zeros, or None; grid (bits, symmetric, narrow); codes\n"
@@ -95,10 +94,10 @@ PTQ_BIND(activations_quantize, 9,
         (!per_token && given_scale(scales)))
         return NULL;
     ptq_status status;
-    PTQ_WITHOUT_GIL(status, ptq_activations_quantize(PyArray_DATA(X), n, dtype, skip, tokens, &grid,
-                                                     (int)per_token, PyArray_DATA(codes),
-                                                     PyArray_DATA(scales), PyArray_DATA(zeros),
-                                                     threads));
+    PTQ_WITHOUT_GIL(
+        status, ptq_activations_quantize(PyArray_DATA(X), n, dtype, skip, tokens, &grid,
+                                         (int)per_token, PyArray_DATA(codes), PyArray_DATA(scales),
+                                         PyArray_DATA(zeros), threads));
     return args_result(status);
 }
 
@@ -112,8 +111,7 @@ PTQ_BIND(outlier_columns, 5, "X, dtype, threshold, outliers, threads",
     int threads;
     if (channels_array(&X, args[0], args[1], &dtype) ||
         args_real(&threshold, args[2], "threshold") ||
-        args_output(&outliers, args[3], "outliers", NPY_BOOL, 1) ||
-        args_threads(args[4], &threads))
+        args_output(&outliers, args[3], "outliers", NPY_BOOL, 1) || args_threads(args[4], &threads))
         return NULL;
     const npy_intp tokens = PyArray_DIM(X, 0), n = PyArray_DIM(X, 1);
     if (args_dim(outliers, "outliers", 0, n)) return NULL;

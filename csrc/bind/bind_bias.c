@@ -6,6 +6,7 @@ PTQ_BIND(bias_correction, 5, "W, W_hat, mean, out, threads",
          "W, W_hat (rows, n), both float32 or both float64; mean (n,) float64; out (rows,)\n"
          "float64, written.") {
     const int type = args_float_type(args[0]);
+    const ptq_dtype dtype = type == NPY_FLOAT64 ? PTQ_F64 : PTQ_F32;
     PyArrayObject *W, *W_hat, *mean, *out;
     int threads;
     if (args_array(&W, args[0], "W", type, 2) || args_array(&W_hat, args[1], "W_hat", type, 2) ||
@@ -17,8 +18,7 @@ PTQ_BIND(bias_correction, 5, "W, W_hat, mean, out, threads",
         args_dim(out, "out", 0, rows))
         return NULL;
     ptq_status status;
-    PTQ_WITHOUT_GIL(status,
-                    ptq_bias_correction(PyArray_DATA(W), PyArray_DATA(W_hat), type == NPY_FLOAT64,
-                                        rows, n, PyArray_DATA(mean), PyArray_DATA(out), threads));
+    PTQ_WITHOUT_GIL(status, ptq_bias_correction(PyArray_DATA(W), PyArray_DATA(W_hat), dtype, rows,
+                                                n, PyArray_DATA(mean), PyArray_DATA(out), threads));
     return args_result(status);
 }

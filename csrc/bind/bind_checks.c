@@ -14,10 +14,9 @@ PTQ_BIND(symmetric_check, 3, "H, tolerance, threads",
     const npy_intp n = PyArray_DIM(H, 0);
     if (args_shape(H, "H", n, n)) return NULL;
     ptq_status status;
-    PTQ_WITHOUT_GIL(status,
-                    ptq_symmetric_check(PyArray_DATA(H), n, (float)tolerance, threads));
+    PTQ_WITHOUT_GIL(status, ptq_symmetric_check(PyArray_DATA(H), n, (float)tolerance, threads));
     if (status == PTQ_NONFINITE) return PyLong_FromLong(1);
-    if (status == PTQ_INVALID) return PyLong_FromLong(2);
+    if (status == PTQ_NOT_SYMMETRIC) return PyLong_FromLong(2);
     return args_raise(status) ? NULL : PyLong_FromLong(0);
 }
 

@@ -4,6 +4,7 @@
 /* (reference, quantized, out, threads), where out is (rows, 2), or (2, n) for the columns. */
 static PyObject *energies(PyObject *const *args, int columns) {
     const int type = args_float_type(args[0]);
+    const ptq_dtype dtype = type == NPY_FLOAT64 ? PTQ_F64 : PTQ_F32;
     PyArrayObject *x, *y, *out;
     int threads;
     if (args_array(&x, args[0], "reference", type, 2) ||
@@ -15,9 +16,9 @@ static PyObject *energies(PyObject *const *args, int columns) {
         args_shape(out, "out", columns ? 2 : rows, columns ? n : 2))
         return NULL;
     ptq_status status;
-    PTQ_WITHOUT_GIL(status, (columns ? ptq_energy_columns : ptq_energy)(
-                                PyArray_DATA(x), PyArray_DATA(y), type == NPY_FLOAT64, rows, n,
-                                PyArray_DATA(out), threads));
+    PTQ_WITHOUT_GIL(
+        status, (columns ? ptq_energy_columns : ptq_energy)(PyArray_DATA(x), PyArray_DATA(y), dtype,
+                                                            rows, n, PyArray_DATA(out), threads));
     return args_result(status);
 }
 

@@ -52,10 +52,8 @@ static Py_ssize_t parse_layers(PyObject *tuple, npy_intp n, const float **W, int
 
 static int parse_options(PyObject *tuple, PyObject *grid, ptq_equalization_args *a) {
     static const args_field fields[] = {
-        {"group_size", 0, 1, INT32_MAX},
-        {"per_tensor", 0, 0, 1},
-        {"activation_max_code", 0, 0, 65535},
-        {"activation_symmetric", 0, 0, 1},
+        {"group_size", 0, 1, INT32_MAX},      {"per_tensor", 0, 0, 1},
+        {"activation_max_code", 0, 0, 65535}, {"activation_symmetric", 0, 0, 1},
         {"activation_per_tensor", 0, 0, 1},
     };
     double v[5];

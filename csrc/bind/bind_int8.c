@@ -38,8 +38,7 @@ static int float_columns(PyObject *const *args, ptq_int8_args *a) {
     a->columns = PyArray_DIM(x, 1);
     a->x_float = PyArray_DATA(x);
     a->w_float = PyArray_DATA(w);
-    return args_dim(x, "x_float", 0, a->tokens) ||
-           args_shape(w, "w_float", a->columns, a->outputs);
+    return args_dim(x, "x_float", 0, a->tokens) || args_shape(w, "w_float", a->columns, a->outputs);
 }
 
 PTQ_BIND(int8_matmul, 10,

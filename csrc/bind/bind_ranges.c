@@ -20,9 +20,9 @@ PTQ_BIND(channel_ranges, 7, "X, dtype, rows, minimum, maximum, sum, threads",
         args_dim(sum, "sum", 0, n) || args_rows(&rows, args[2], PyArray_DIM(X, 0), &tokens))
         return NULL;
     ptq_status status;
-    PTQ_WITHOUT_GIL(status, ptq_channel_ranges(PyArray_DATA(X), n, ldx, dtype, rows, tokens,
-                                               PyArray_DATA(low), PyArray_DATA(high),
-                                               PyArray_DATA(sum), threads));
+    PTQ_WITHOUT_GIL(
+        status, ptq_channel_ranges(PyArray_DATA(X), n, ldx, dtype, rows, tokens, PyArray_DATA(low),
+                                   PyArray_DATA(high), PyArray_DATA(sum), threads));
     PyMem_Free(rows);
     return args_result(status);
 }

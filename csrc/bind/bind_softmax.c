@@ -49,7 +49,7 @@ static int parse_attention(PyArrayObject *x, const char *name, PyObject *mask, P
 
 /* A row that was refused is an answer, not an exception: Python knows how to name it. */
 static PyObject *rows_result(ptq_status status, const ptq_rows_info *info) {
-    const int refused = info->bad >= 0 && status != PTQ_NOMEM && status != PTQ_INTERRUPTED;
+    const int refused = status == PTQ_NONFINITE || status == PTQ_ROW_REFUSED;
     if (!refused && args_raise(status)) return NULL;
     return Py_BuildValue("LL", (long long)info->bad, (long long)info->empty);
 }

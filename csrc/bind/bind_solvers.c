@@ -47,9 +47,9 @@ PTQ_BIND(rtn, 8, "W, group_size, grid, H, codes, scales, zeros, threads",
     }
     const float *hessian = H ? PyArray_DATA(H) : NULL;
     ptq_status status;
-    PTQ_WITHOUT_GIL(status, ptq_rtn(PyArray_DATA(W), rows, n, G, &grid, hessian,
-                                    PyArray_DATA(out.codes), PyArray_DATA(out.scales),
-                                    PyArray_DATA(out.zeros), threads));
+    PTQ_WITHOUT_GIL(status,
+                    ptq_rtn(PyArray_DATA(W), rows, n, G, &grid, hessian, PyArray_DATA(out.codes),
+                            PyArray_DATA(out.scales), PyArray_DATA(out.zeros), threads));
     return args_result(status);
 }
 
@@ -81,27 +81,45 @@ static int gptq_options(PyObject *tuple, ptq_gptq_args *a) {
         {"group_size", 0, 1, INT32_MAX},
         {"block_size", 0, 1, INT32_MAX},
         {"static_groups", 0, 0, 1},
-        {"runs", 0, 0, 1},
+        {"groups_follow_order", 0, 0, 1},
         {"feedback", 0, 0, 1},
         {"sweeps", 0, 0, 1000},
-        {"damping", 1, -Py_HUGE_VAL, Py_HUGE_VAL},
+        {"shift", 1, -Py_HUGE_VAL, Py_HUGE_VAL},
     };
     double v[7];
     if (args_fields(tuple, "options", fields, 7, v)) return -1;
     a->G = (int64_t)v[0];
     a->block = (int64_t)v[1];
     a->static_groups = (int)v[2];
-    a->runs = (int)v[3];
+    a->groups_follow_order = (int)v[3];
     a->feedback = (int)v[4];
     a->sweeps = (int)v[5];
-    a->damping = v[6];
+    a->shift = v[6];
     return check_group_size(a->G, (npy_intp)a->n, "options.group_size");
+}
+
+/* A grid is fitted when the order reaches its group, unless it is fitted beforehand: then the order
+ * must take the inputs of a group one after the other. */
+static int check_groups(const ptq_gptq_args *a, const int64_t *perm) {
+    if (a->static_groups || a->groups_follow_order) return 0;
+    for (int64_t j = 0; j < a->n; j++)
+        if (perm[j] / a->G != perm[j - j % a->G] / a->G) {
+            PyErr_SetString(PyExc_ValueError,
+                            "order must keep the groups together, unless options.static_groups or "
+                            "options.groups_follow_order is 1");
+            return -1;
+        }
+    return 0;
 }
 
 /* Solve with copies of the two index arrays: whatever else shares their memory is written too. */
 static PyObject *gptq_solve(ptq_gptq_args *a, PyObject *order, PyArrayObject *g_idx, int threads) {
     int64_t *perm;
     if (args_permutation(&perm, order, "order", (npy_intp)a->n)) return NULL;
+    if (check_groups(a, perm)) {
+        PyMem_Free(perm);
+        return NULL;
+    }
     const size_t bytes = sizeof(int32_t) * (size_t)a->n;
     a->perm = perm;
     a->g_idx = PyMem_Malloc(bytes);
@@ -113,12 +131,12 @@ static PyObject *gptq_solve(ptq_gptq_args *a, PyObject *order, PyArrayObject *g_
     return args_result(status);
 }
 
-PTQ_BIND(gptq, 12,
-         "W, H, R, order, options, grid, codes, scales, zeros, g_idx, history, threads",
+PTQ_BIND(gptq, 12, "W, H, R, order, options, grid, codes, scales, zeros, g_idx, history, threads",
          "Quantize W column by column with error feedback, then by coordinate descent.\n\n"
          "W (rows, n) float32; H (n, n) float32, undamped; R (n, n) float32, of factor() with the\n"
          "same order; order (n,) int64, a permutation; options (group_size, block_size,\n"
-         "static_groups, runs, feedback, sweeps, damping); grid as in rtn(); codes (rows, n)\n"
+         "static_groups, groups_follow_order, feedback, sweeps, shift); grid as in rtn(); codes "
+         "(rows, n)\n"
          "uint8, scales (rows, groups) float32, zeros (rows, groups) uint8, g_idx (n,) int32 and\n"
          "history (sweeps + 1, rows) float64, written.") {
     PyArrayObject *W, *H, *R, *g_idx, *history;
@@ -167,9 +185,9 @@ PTQ_BIND(obq, 7, "W, inverse, scale, zero, max_code, codes, threads",
         args_shape(codes, "codes", rows, n))
         return NULL;
     ptq_status status;
-    PTQ_WITHOUT_GIL(status, ptq_obq(PyArray_DATA(W), rows, n, PyArray_DATA(inverse),
-                                    PyArray_DATA(scale), PyArray_DATA(zero), (int)max_code,
-                                    PyArray_DATA(codes), threads));
+    PTQ_WITHOUT_GIL(status,
+                    ptq_obq(PyArray_DATA(W), rows, n, PyArray_DATA(inverse), PyArray_DATA(scale),
+                            PyArray_DATA(zero), (int)max_code, PyArray_DATA(codes), threads));
     return args_result(status);
 }
 

@@ -58,7 +58,7 @@ static PyObject *set_cpu_level(PyObject *self, PyObject *name) {
     if (ptq_cpu_select(level) != PTQ_OK)
         return PyErr_Format(PyExc_ValueError,
                             "CPU level %R is unknown or not supported by this CPU; use base, "
-                            "avx2, avx512 or avx512_bf16",
+                            "avx2, avx512, avx512_bf16 or neon",
                             name);
     return PyUnicode_FromString(ptq_cpu_level());
 }
@@ -78,7 +78,9 @@ static PyObject *config(PyObject *self, PyObject *ignored) {
 
 #define ROW(name) {#name, (PyCFunction)(void (*)(void))bind_##name, METH_FASTCALL, name##_doc},
 static PyMethodDef methods[] = {
+    /* clang-format off: it takes the row after a macro for its body */
     PTQ_FUNCTIONS(ROW)
+    /* clang-format on */
     {"use_scipy_blas", use_scipy_blas, METH_NOARGS,
      "use_scipy_blas($module, /)\n--\n\n"
      "Take ssyrk and spotrf from SciPy; return False if it offers none that fit."},
