@@ -40,9 +40,13 @@ int ptq_thread_count(int requested) {
 #endif
 }
 
-int ptq_threads_for(int requested, double work) {
+int ptq_worth_threads(double work) {
     const double worth_a_team = 3e5; /* some ten microseconds on one core */
-    return work < worth_a_team ? 1 : requested;
+    return work >= worth_a_team;
+}
+
+int ptq_threads_for_work(int requested, double work) {
+    return ptq_worth_threads(work) ? ptq_thread_count(requested) : 1;
 }
 
 static double now(void) {
@@ -59,8 +63,8 @@ typedef struct {
     atomic_int stop;
 } loop;
 
-static _Thread_local loop *running;   /* innermost loop of this thread */
-static _Thread_local int polls;       /* this thread is the one that entered the core */
+static _Thread_local loop *running;    /* innermost loop of this thread */
+static _Thread_local int polls;        /* this thread is the one that entered the core */
 static _Thread_local double last_poll; /* kept between loops: most of them are shorter than 50 ms */
 
 int ptq_should_stop(void) {
@@ -91,7 +95,7 @@ static void run_thread(loop *l, int thread) {
 
 ptq_status ptq_parallel_for(int64_t tasks, int threads, ptq_task task, void *ctx) {
     loop l = {.task = task, .ctx = ctx, .tasks = tasks};
-    int team = ptq_thread_count(threads);
+    int team = threads;
     if (team > tasks) team = tasks > 0 ? (int)tasks : 1;
 #ifdef _OPENMP
     if (team > 1) {
