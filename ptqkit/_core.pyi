@@ -36,7 +36,8 @@ _Tokens: TypeAlias = _F32 | NDArray[np.float16] | _U16  # uint16: the bits of bf
 # GridSpec: max_code, symmetric, method (0 min-max, 1 MSE, 2 Hessian), steps, candidates,
 # scale_type (0 float32, 1 float16, 2 bfloat16), min_zero, min_shrink, norm
 _Grid: TypeAlias = tuple[int, int, int, int, int, int, int, float, float]
-# SolverOptions: group_size, block_size, static_groups, groups_follow_order, feedback, refine_passes, shift
+# SolverOptions: group_size, block_size, static_groups, groups_follow_order, feedback,
+# refine_passes, shift
 _SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, float]
 # group_size, per_tensor, activation_max_code (0: as they are), activation_symmetric,
 # activation_per_tensor
