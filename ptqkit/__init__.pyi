@@ -19,6 +19,8 @@ from .arrays.matmul import int8_matmul as int8_matmul
 from .arrays.matrix import QuantizedMatrix as QuantizedMatrix
 from .arrays.metrics import SQNR as SQNR
 from .arrays.metrics import sqnr as sqnr
+from .arrays.outliers import outlier_dimensions as outlier_dimensions
+from .arrays.outliers import relative_outliers as relative_outliers
 from .arrays.packing import pack_rows as pack_rows
 from .arrays.packing import unpack_rows as unpack_rows
 from .arrays.ranges import ChannelRanges as ChannelRanges
@@ -31,6 +33,9 @@ from .arrays.solvers import gptq as gptq
 from .arrays.solvers import objective as objective
 from .arrays.solvers import obq as obq
 from .arrays.solvers import rtn as rtn
+from .arrays.spectrum import spectral_norm as spectral_norm
+from .arrays.spectrum import stable_rank as stable_rank
+from .arrays.statistics import ActivationStatistics as ActivationStatistics
 from .arrays.targets import propagate_error as propagate_error
 from .errors import CalibrationError as CalibrationError
 from .errors import NotPositiveDefiniteError as NotPositiveDefiniteError

@@ -254,6 +254,22 @@ def softmax_exp(
     threads: int,
     /,
 ) -> None: ...
+def activation_statistics(
+    X: _Tokens,  # (tokens, n), rows may be strided
+    dtype: int,  # 0 float32, 1 float16, 2 bfloat16 (bits as uint16)
+    rows: _I64 | None,  # (count,), tokens that count, at least one
+    bits: int,  # of the grids, 2 to 16
+    threshold: float,  # magnitude of an outlier
+    absmax: float,  # of the tensor's grid; 0: that of X
+    sums: _F64,  # (6,), written: sums over tokens, see ptq.h
+    most: _F32,  # (n,), written: largest magnitudes
+    counts: _I64,  # (n,), written: tokens with |x| >= threshold
+    histogram: _I64,  # (8192,), written: by the upper 13 bits of |x|
+    largest: _F32,  # (3,), written
+    places: _I64,  # (3, 2), written: token and channel of each
+    threads: int,
+    /,
+) -> None: ...  # FloatingPointError: NaN or Inf; nothing is written
 def energy(
     reference: _F32 | _F64,  # (rows, n)
     quantized: _F32 | _F64,  # (rows, n), of the same type

@@ -32,7 +32,8 @@
     X(softmax_statistics)   \
     X(softmax_exp)          \
     X(energy)               \
-    X(energy_columns)
+    X(energy_columns)       \
+    X(activation_statistics)
 
 #define PTQ_DECLARE(name)           \
     extern const char name##_doc[]; \

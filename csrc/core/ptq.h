@@ -322,6 +322,51 @@ ptq_status ptq_energy(const void *x, const void *y, ptq_dtype dtype, int64_t row
 ptq_status ptq_energy_columns(const void *x, const void *y, ptq_dtype dtype, int64_t rows,
                               int64_t n, double *out, int threads);
 
+/* ---- statistics.c ---------------------------------------------------------------------- */
+/* A magnitude's bin is its float32 bits without the lowest 18: 32 bins to the octave. */
+#define PTQ_MAGNITUDE_SHIFT 18
+#define PTQ_MAGNITUDE_BINS (1 << (31 - PTQ_MAGNITUDE_SHIFT))
+#define PTQ_LARGEST 3
+
+typedef struct {
+    const void *X; /* as in ptq_channel_ranges */
+    int64_t n, ldx;
+    ptq_dtype dtype;
+    const int64_t *rows;
+    int64_t tokens;
+    int bits;        /* of the symmetric grids, 2 to 16: scale = absmax / (2^(bits-1) - 1) */
+    float threshold; /* magnitude of an outlier */
+    float absmax;    /* of the tensor's grid, whose codes saturate; 0: that of these tokens */
+} ptq_statistics_args;
+
+/* Sums over tokens: of x^2; the standard deviation and the excess kurtosis over the channels of a
+ * token (its fourth central moment by its squared variance, less 3), tokens that have a kurtosis
+ * (not all their values are equal), squared rounding errors on a grid per token and on the
+ * tensor's. */
+enum {
+    PTQ_SUM_ENERGY,
+    PTQ_SUM_STD,
+    PTQ_SUM_KURTOSIS,
+    PTQ_SUM_VARIED,
+    PTQ_SUM_TOKEN_ERROR,
+    PTQ_SUM_TENSOR_ERROR,
+    PTQ_STATISTICS_SUMS
+};
+
+typedef struct {
+    double *sums;       /* (PTQ_STATISTICS_SUMS) */
+    float *most;        /* (n) largest magnitude of each channel */
+    int64_t *counts;    /* (n) tokens with |x| >= threshold */
+    int64_t *histogram; /* (PTQ_MAGNITUDE_BINS) */
+    float *largest;     /* (PTQ_LARGEST) in falling order, of equal ones the first token's */
+    int64_t *places;    /* (PTQ_LARGEST, 2) its token, counting the given rows, and channel */
+} ptq_statistics;
+
+/* One batch; all sums in double, the same bits for any number of threads and any CPU level. Nothing
+ * is written unless PTQ_OK. [IPQS], [LLM.int8()] */
+ptq_status ptq_activation_statistics(const ptq_statistics_args *args, ptq_statistics *out,
+                                     int threads);
+
 /* ---- cpu.c, blas.c --------------------------------------------------------------------- */
 /* Choose the kernels: the name of a level ("base", "avx2", "avx512", "neon"), with an underscore
  * and a name for each of its features that is wanted ("avx512_bf16"); NULL or "" means the best

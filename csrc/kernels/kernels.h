@@ -176,6 +176,17 @@ typedef struct {
     void (*columns_f64)(int64_t n, const void *x, const void *y, double *signal, double *noise);
 } ptq_energy_kernels;
 
+/* What one token of n values adds to the statistics of activations. */
+typedef struct {
+    /* out (3) = sum of x^2; sums of (x - mean)^2 and (x - mean)^4. */
+    void (*moments)(const float *x, int64_t n, double *out);
+    /* Sum of (x - scale * code)^2 for codes clamp(round(x / scale), -top, top). */
+    double (*error)(const float *x, int64_t n, float scale, float top);
+    /* most (n) = max(most, |x|), counts (n) += |x| >= threshold, and a histogram of |x|. */
+    void (*magnitudes)(const float *x, int64_t n, float threshold, float *most, int64_t *counts,
+                       int64_t *histogram);
+} ptq_statistics_kernels;
+
 typedef struct {
     int tokens, outputs; /* sides of the tile of `dots` */
     /* n codes as int16; returns their sum. */
@@ -197,6 +208,7 @@ typedef struct {
     ptq_softmax_kernels softmax;
     ptq_energy_kernels energy;
     ptq_int8_kernels int8;
+    ptq_statistics_kernels statistics;
 } ptq_kernels;
 
 extern const ptq_kernels ptq_kernels_base;

@@ -279,6 +279,22 @@ static void run_ranges(results *r) {
     }
 }
 
+/* Codes are rounded alike everywhere, and all sums are in double. */
+static void run_statistics(results *r) {
+    const void *X[] = {in.X, in.half, in.bf16};
+    static int64_t counts[N], histogram[PTQ_MAGNITUDE_BINS], places[2 * PTQ_LARGEST];
+    for (int dtype = PTQ_F32; dtype <= PTQ_BF16; dtype++) {
+        double sums[PTQ_STATISTICS_SUMS];
+        float most[N], largest[PTQ_LARGEST];
+        const ptq_statistics_args a = {X[dtype], N, N, (ptq_dtype)dtype, NULL, TOKENS, 8, 1.0f, 0};
+        ptq_statistics out = {sums, most, counts, histogram, largest, places};
+        check(ptq_activation_statistics(&a, &out, THREADS), "statistics");
+        record_double(r, "statistics: sums", sums, PTQ_STATISTICS_SUMS);
+        record_float(r, "statistics: most", most, N);
+        record_float(r, "statistics: largest", largest, PTQ_LARGEST);
+    }
+}
+
 static void run_activations(results *r) {
     static int8_t x[TOKENS * N], w[ROWS * N];
     static int16_t wide[TOKENS * N], zeros[TOKENS], w_zeros[ROWS];
@@ -395,6 +411,7 @@ static results run(const char *level) {
     run_rtn(&r);
     run_objective(&r);
     run_ranges(&r);
+    run_statistics(&r);
     run_activations(&r);
     run_softmax(&r);
     run_energy(&r);

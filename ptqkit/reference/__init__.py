@@ -55,8 +55,15 @@ from ptqkit.reference.solvers import (
     upper_factor,
 )
 from ptqkit.reference.sqnr import energies, sqnr
+from ptqkit.reference.statistics import (
+    activation_statistics,
+    outlier_dimensions,
+    spectral_norm,
+    stable_rank,
+)
 
 __all__ = [
+    "activation_statistics",
     "allowed_keys",
     "bias_correction",
     "brute_force",
@@ -80,6 +87,7 @@ __all__ = [
     "objective",
     "obq",
     "outlier_columns",
+    "outlier_dimensions",
     "pack_rows",
     "propagate_error",
     "quantization_targets",
@@ -95,7 +103,9 @@ __all__ = [
     "softmax_grid",
     "softmax_on_grid",
     "softmax_statistics",
+    "spectral_norm",
     "sqnr",
+    "stable_rank",
     "static_range",
     "sweep",
     "unpack_rows",

@@ -57,6 +57,21 @@ def _calls():
         ],
         "hessian_update": [_f32(8, 8), _f32(5, 8), 0, np.arange(3), 1],
         "hessian_finish": [_f32(8, 8), _f32(8, 8), 0.5, 1],
+        "activation_statistics": [
+            _f32(5, 8),
+            0,
+            np.arange(3),
+            8,
+            6.0,
+            0.0,
+            np.ones(6),
+            _f32(8),
+            np.zeros(8, np.int64),
+            np.zeros(8192, np.int64),
+            _f32(3),
+            np.zeros((3, 2), np.int64),
+            1,
+        ],
         "channel_ranges": [_f32(5, 8), 0, np.arange(3), _f32(8), _f32(8), np.ones(8), 1],
         "equalization_scales": [np.ones(8), np.ones(8), 0.5, 0.1, 10.0, _f32(8)],
         "equalization_errors": [
@@ -116,6 +131,7 @@ OUTPUTS = {  # positions that are written
     "outlier_columns": [3],
     "bias_correction": [3],
     "int8_matmul": [8],
+    "activation_statistics": [6, 7, 8, 9, 10, 11],
     "channel_ranges": [3, 4, 5],
     "equalization_scales": [5],
     "equalization_errors": [7],
@@ -126,6 +142,7 @@ OPTIONAL = {  # None is allowed
     ("rtn", 3),
     ("activation_range", 2),
     ("activations_quantize", 2),
+    ("activation_statistics", 2),
     ("channel_ranges", 2),
     *SOFTMAX_OPTIONAL,
 }
@@ -228,7 +245,7 @@ def _legal(name, at, kind):
         return True
     if name in ("activation_range", "outlier_columns") and at == 0:
         return kind in ("longer", "shorter")
-    if name == "channel_ranges":
+    if name in ("channel_ranges", "activation_statistics"):
         return (at == 0 and kind in ("longer", "strided")) or (at == 2 and kind == "longer")
     if name == "equalization_errors":
         return at == 0 and kind == "longer"

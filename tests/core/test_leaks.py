@@ -36,6 +36,11 @@ CALLS = {
     "hessian errors": lambda: (fails(hessian.update, X * np.nan), fails(hessian.update, X[:, :3])),
     "ranges": lambda: (ptqkit.ChannelRanges(n).update(X, np.arange(300) % 3 > 0), ranges.copy()),
     "ranges errors": lambda: (fails(ranges.update, X * np.nan), fails(ranges.update, X[:, :3])),
+    "statistics": lambda: (
+        ptqkit.ActivationStatistics(n).update(X, np.arange(300) % 3 > 0),
+        fails(ptqkit.ActivationStatistics(n).update, X * np.nan),
+        fails(_core.activation_statistics, *[W] * 13),
+    ),
     "equalization": lambda: ptqkit.search_equalization(
         [W, W], X[:40], ranges, per_tensor=True, activation_bits=8, alphas=[0.3]
     ),
