@@ -57,7 +57,7 @@ def test_one_row_and_one_column_and_zeros():
     w = np.arange(1, 9, dtype=np.float32)[None]
     for W in (w, w.T):
         np.testing.assert_allclose(
-            ptqkit.spectral_norm(W), np.linalg.norm(w.astype(float)), rtol=1e-14
+            ptqkit.spectral_norm(W), np.linalg.norm(w.astype(np.float64)), rtol=1e-14
         )
         np.testing.assert_allclose(ptqkit.stable_rank(W), 1.0, rtol=1e-14)
     assert ptqkit.spectral_norm(w * 0) == 0 and ptqkit.stable_rank(w * 0) == 0

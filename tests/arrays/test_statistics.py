@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ def _inputs(tokens, n, dtype="float32", seed=0):
 
 
 def _errors(actual, exact, X, bits=8):
-    """A float32 scale is off by 2^-24 of itself, so a value by that of its own magnitude; where that
-    flips a code, the errors on both sides are nearly equal.
+    """A float32 scale is off by 2^-24 of itself, so a value by that of its own magnitude; where
+    that flips a code, the errors on both sides are nearly equal.
     """
     assert abs(actual - exact) <= 2.0**-24 * np.sqrt((X**2).mean()) + exact * 2.0 ** (bits - 25)
 
@@ -235,7 +236,7 @@ def test_histogram(width):
     edges, counts = statistics.histogram(width)
     nonzero = np.abs(exact[exact != 0])
     assert counts.sum() == nonzero.size and counts[0] > 0 and counts[-1] > 0
-    inside = [np.sum((nonzero >= a) & (nonzero < b)) for a, b in zip(edges, edges[1:])]  # noqa: B905
+    inside = [np.sum((nonzero >= a) & (nonzero < b)) for a, b in pairwise(edges)]
     np.testing.assert_array_equal(counts, inside)
 
 
