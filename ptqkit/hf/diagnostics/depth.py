@@ -1,0 +1,66 @@
+"""Sensitivity for a diagnosis: each kind, each block, and all blocks up to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ptqkit.errors import UnsupportedModuleError
+from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
+from ptqkit.hf.diagnostics.sensitivity import KINDS, _Bench, _Case
+from ptqkit.nn.softmax.report import describe
+
+__all__ = ["measure_sensitivity"]
+
+_LINEAR_KINDS = ("weights", "inputs")
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    data: CalibrationSet,
+    wanted: Sequence[str],
+    bits: int,
+    report: Any,
+    tell: Callable[[str, int, int], None],
+) -> None:
+    """Fill ``report.sensitivity``; what cannot be measured goes to ``report.notes``.
+
+    Grids are those of :func:`ptqkit.hf.sensitivity`. "depth" quantizes all tensors of the first
+    blocks together, one more at a time: how errors grow through the model.
+    """
+    kinds: Sequence[str] = KINDS if report.attention else _LINEAR_KINDS
+    try:
+        bench = _Bench(model, data, kinds, bits)
+    except UnsupportedModuleError as error:
+        report.notes.append(f"sensitivity was not measured: {error}")
+        return
+    cases = {by: _cases(bench, by) for by in wanted}
+    done, total = 0, sum(map(len, cases.values()))
+    for by, todo in cases.items():
+        found = SensitivityReport(bits=bits, by=by, calibration=describe(data))
+        for case in todo:
+            with bench.quantized(case):
+                sqnr = bench.compare()
+            row = SensitivityRow(case.kind, case.layer, len(case.members))
+            row.sqnr_db, row.infinite = float(sqnr.decibel), int(sqnr.infinite)
+            found.rows.append(row)
+            done += 1
+            tell("sensitivity", done, total)
+        if by != "depth":
+            found.rows.sort(key=lambda row: row.sqnr_db)
+        report.sensitivity[by] = found
+
+
+def _cases(bench: _Bench, by: str) -> list[_Case]:
+    if by != "depth":
+        return bench.cases(by)
+    alone = {case.layer: case for case in bench.cases("layer")}
+    found: list[_Case] = []
+    for block in bench.blocks:
+        if block in alone:
+            before = found[-1].members if found else []
+            found.append(_Case("all", block, [*before, *alone[block].members]))
+    return found

@@ -1,0 +1,319 @@
+"""Diagnose a model: one pass over calibration data, its weights, and what quantization costs it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ptqkit.arrays._inputs import check_count
+from ptqkit.arrays.outliers import outlier_dimensions, relative_outliers
+from ptqkit.arrays.spectrum import spectral_norm, stable_rank
+from ptqkit.arrays.statistics import ActivationStatistics
+from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
+from ptqkit.hf.diagnostics.depth import measure_sensitivity
+from ptqkit.hf.diagnostics.diagnosis import (
+    AttentionRow,
+    DiagnosisReport,
+    InputRow,
+    NormRow,
+    WeightRow,
+)
+from ptqkit.hf.diagnostics.observe import AttentionObserver, InputObserver, Place, is_norm
+from ptqkit.hf.models.structure import Target, find_blocks
+from ptqkit.hf.softmax.driver import refuse_installed
+from ptqkit.nn.attention import attention_hooks, find_attention
+from ptqkit.nn.forward import calibration_mode, forward
+from ptqkit.nn.linear import is_linear
+from ptqkit.nn.softmax.report import describe
+from ptqkit.recipe.recipe import Recipe
+
+__all__ = ["QUANTILES", "SENSITIVITIES", "diagnose", "find_outliers"]
+
+SENSITIVITIES = ("kind", "layer", "depth")
+QUANTILES = (0.0, 0.001, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999, 1.0)
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+def diagnose(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    tokenizer: Any = None,
+    samples: int = 8,
+    sequence_length: int = 256,
+    batch_size: int = 4,
+    seed: int = 0,
+    start_token: str | int | None = "auto",
+    bits: int = 8,
+    value: float = 6.0,
+    layers: float = 0.25,
+    tokens: float = 0.06,
+    ratio: float = 6.0,
+    sensitivity: Collection[str] | bool = True,
+    blocks: tuple[str, ...] | None = None,
+    name: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> DiagnosisReport:
+    """Measure why a model is hard to quantize, and where; the model stays as it was.
+
+    One pass over the data collects everything about activations while the model runs: nothing of
+    them is kept, and on a GPU they stay there. Sensitivity runs the data once more per case.
+
+    Two rules name outlier channels. "relative" holds for models of any size: a channel of an input
+    that follows a norm, whose largest magnitude is at least ``ratio`` times that of the median
+    channel. The other is the published one for dimensions of the hidden states [LLM.int8()]: a
+    magnitude of at least ``value`` in a share ``layers`` of these inputs, at a share ``tokens`` of
+    all tokens. In a model without norms the first inputs of attention and MLP take their place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With repeated blocks. Attention is measured where transformers lets it be hooked,
+        sensitivity where the model returns ``logits``; elsewhere ``notes`` say so.
+    calibration
+        See :func:`ptqkit.hf.prepare_calibration`, also for the options up to ``start_token``.
+    bits : int from 2 to 8
+        Of all grids.
+    value, layers, tokens, ratio : float
+        Of the outlier rules.
+    sensitivity : collection of str, or bool
+        Of "kind" (each kind of tensor in all blocks), "layer" (each block alone) and "depth" (all
+        blocks up to each one); all of them by default.
+    blocks : tuple of str, optional
+        Paths of the lists of repeated blocks, where structure does not tell.
+    name : str
+        Of the model, for tables.
+    progress : callable, optional
+        Called with (what, done, in all).
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range, or something in the model is quantized by hooks.
+    UnsupportedModuleError
+        If the model has no repeated blocks with linear layers.
+    CalibrationError
+        If the data cannot be used, or values are not finite on it; the message names the layer.
+    """
+    wanted = _check(bits, sensitivity)
+    rules = {"value": value, "layers": layers, "tokens": tokens, "ratio": ratio}
+    _check_rules(rules)
+    data = prepare_calibration(
+        calibration,
+        tokenizer,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        start_token=start_token,
+        max_length=max_positions(model),
+    )
+    names = [block for stack in find_blocks(model, blocks).values() for block in stack]
+    parts = _Parts(model, names)
+    report = DiagnosisReport(
+        name or type(model).__name__,
+        bits=bits,
+        options=rules,
+        quantiles=list(QUANTILES),
+        calibration=describe(data),
+    )
+    tell = progress or (lambda what, done, total: None)
+    _run(model, data, parts, report, tell)
+    for done, (path, module) in enumerate(parts.linears.items()):
+        report.weights.append(parts.weight(path, module))
+        tell("weights", done + 1, len(parts.linears))
+    report.norms = [parts.norm(path, module) for path, module in parts.norms.items()]
+    spread = {row.name: row.std for row in report.norms}
+    for row in report.inputs:
+        row.norm_std = spread.get(row.norm or "", row.norm_std)
+    find_outliers(report)
+    if wanted:
+        measure_sensitivity(model, data, wanted, bits, report, tell)
+    return report
+
+
+def _check(bits: int, sensitivity: Collection[str] | bool) -> tuple[str, ...]:
+    check_count(bits, "bits", 2, 8)
+    if isinstance(sensitivity, bool):
+        return SENSITIVITIES if sensitivity else ()
+    wanted = (sensitivity,) if isinstance(sensitivity, str) else tuple(sensitivity)
+    unknown = [s for s in wanted if s not in SENSITIVITIES]
+    if unknown:
+        raise ValueError(f"sensitivity must be some of {SENSITIVITIES}, not {unknown[0]!r}")
+    return wanted
+
+
+def _check_rules(rules: Mapping[str, float]) -> None:
+    """Refuse thresholds out of range before anything runs."""
+    ActivationStatistics(1, threshold=rules["value"])
+    shares = {k: rules[k] for k in ("layers", "tokens")}
+    outlier_dimensions([np.zeros(1, np.int64)], 1, **shares)
+    relative_outliers(np.ones(1), rules["ratio"])
+
+
+class _Parts:
+    """Linear layers and norms inside the blocks of a model."""
+
+    def __init__(self, model: nn.Module, blocks: list[str]) -> None:
+        self.blocks = blocks
+        inside = [(n, m) for n, m in model.named_modules() if self.block(n) is not None]
+        self.linears = {n: m for n, m in inside if is_linear(m)}
+        self.norms = {n: m for n, m in inside if is_norm(m)}
+        if not self.linears:
+            raise UnsupportedModuleError(
+                f"the blocks of {type(model).__name__} hold no float linear layers"
+            )
+        self._part: dict[str, str] = {}
+
+    def block(self, name: str) -> str | None:
+        """Block that a module lies in."""
+        return next((b for b in self.blocks if name.startswith(f"{b}.")), None)
+
+    def where(self, name: str) -> tuple[str, int]:
+        """Block and its number."""
+        block = self.block(name) or self.blocks[0]
+        return block, self.blocks.index(block)
+
+    def name_parts(self, places: Mapping[str, Place]) -> None:
+        """Say of every layer which part of its block it belongs to: see :data:`PARTS`."""
+        seen: set[tuple[str, str]] = set()
+        for place in places.values():
+            first = place.consumers[0]
+            block = self.where(first)[0]
+            kind = "attention" if _ATTENTION.search(first[len(block) :]) else "mlp"
+            kind = kind if not first.endswith("output.dense") or "attention" in kind else "mlp"
+            part = f"{kind} {'out' if (block, kind) in seen else 'in'}"
+            seen.add((block, kind))
+            self._part |= dict.fromkeys(place.consumers, part)
+
+    def part(self, name: str) -> str:
+        """Part of a layer; those that never ran belong to the MLP."""
+        return self._part.get(name, "mlp out")
+
+    def weight(self, name: str, module: nn.Module) -> WeightRow:
+        """Statistics of a weight."""
+        block, depth = self.where(name)
+        W = Target(name, module, Recipe(), block).read()
+        try:
+            norm = spectral_norm(W)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        mean, std = float(W.mean(dtype=np.float64)), float(W.std(dtype=np.float64))
+        fourth = float(np.mean((W - np.float32(mean)) ** 4, dtype=np.float64))
+        return WeightRow(
+            name,
+            block,
+            depth,
+            self.part(name),
+            list(W.shape),
+            std,
+            float(np.abs(W).max()),
+            fourth / std**4 - 3 if std else float("nan"),
+            norm,
+            stable_rank(W, norm),
+            np.quantile(W, QUANTILES).tolist(),
+        )
+
+    def norm(self, name: str, module: nn.Module) -> NormRow:
+        """Statistics of a gain."""
+        gain = module.weight.detach().double().cpu().numpy()
+        numbers = [float(f(gain)) for f in (np.mean, np.std, np.min, np.max)]
+        return NormRow(
+            name, *self.where(name), gain.size, *numbers, np.quantile(gain, QUANTILES).tolist()
+        )
+
+
+def _attention_observers(
+    model: nn.Module, bits: int, notes: list[str]
+) -> dict[str, AttentionObserver]:
+    try:
+        found = find_attention(model)
+    except UnsupportedModuleError as error:
+        notes.append(f"attention was not measured: {error}")
+        return {}
+    refuse_installed(model)
+    return {name: AttentionObserver(name, bits) for name in found}
+
+
+def _run(
+    model: nn.Module,
+    data: CalibrationSet,
+    parts: _Parts,
+    report: DiagnosisReport,
+    tell: Callable[[str, int, int], None],
+) -> None:
+    """The pass over the data: rows of inputs and attention."""
+    value = report.options["value"]
+    observer = InputObserver(parts.linears, parts.norms, bits=report.bits, threshold=value)
+    attention = _attention_observers(model, report.bits, report.notes)
+    with contextlib.ExitStack() as stack:
+        if attention:
+            stack.enter_context(attention_hooks(model, attention))
+        stack.enter_context(observer.watching())
+        stack.enter_context(calibration_mode(model))
+        for done, (batch, mask) in enumerate(zip(data.batches, data.masks(), strict=True)):
+            observer.batch, observer.mask = batch, mask
+            for hook in attention.values():
+                hook.rows = mask
+            forward(model, batch)
+            tell("activations", done + 1, len(data.batches))
+    parts.name_parts(observer.places)
+    for name, place in observer.places.items():
+        report.inputs.append(_input_row(parts, name, place))
+    idle = set(parts.linears) - {c for p in observer.places.values() for c in p.consumers}
+    report.notes += [f"no calibration token reached {name}" for name in sorted(idle)]
+    if not report.inputs:
+        raise CalibrationError("no calibration token reached a linear layer; give more data")
+    for name, hook in attention.items():
+        row = AttentionRow(name, *parts.where(name), **hook.finish())
+        if row.sink:
+            report.attention.append(row)
+
+
+def _input_row(parts: _Parts, name: str, place: Place) -> InputRow:
+    seen = place.finish()
+    if not seen.tokens:
+        raise CalibrationError(f"no calibration token reached {name}; give more data")
+    edges, counts = seen.histogram()
+    names = ("rms", "rmse_token", "rmse_tensor", "std", "kurtosis", "maximum", "median")
+    return InputRow(
+        name,
+        *parts.where(name),
+        parts.part(name),
+        list(place.consumers),
+        seen.channels,
+        seen.tokens,
+        place.norm,
+        **{k: getattr(seen, k) for k in names},
+        largest=[list(entry) for entry in seen.largest],
+        channel_absmax=seen.channel_absmax.tolist(),
+        channel_counts=seen.channel_counts.tolist(),
+        histogram={"edges": edges.tolist(), "counts": counts.tolist()},
+    )
+
+
+def find_outliers(report: DiagnosisReport) -> None:
+    """Apply both rules of :func:`diagnose` to the inputs of a report, with its options."""
+    rules = report.options
+    rows = [r for r in report.inputs if r.norm is not None]
+    rows = rows or [r for r in report.inputs if r.part.endswith(" in")]
+    found = {r.name: relative_outliers(r.channel_absmax, rules["ratio"]).tolist() for r in rows}
+    report.outliers = {name: channels for name, channels in found.items() if channels}
+    widths = [r.channels for r in rows if r.channel_counts]
+    if not widths:
+        return
+    width = max(set(widths), key=widths.count)
+    hidden = [r for r in rows if r.channels == width and r.channel_counts]
+    report.outlier_dimensions = outlier_dimensions(
+        [r.channel_counts for r in hidden],
+        [r.tokens for r in hidden],
+        layers=rules["layers"],
+        tokens=rules["tokens"],
+    ).tolist()

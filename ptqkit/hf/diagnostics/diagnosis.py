@@ -1,0 +1,360 @@
+"""What a diagnosis of a model found: per layer, as a table, JSON, a data frame and figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
+
+__all__ = ["AttentionRow", "DiagnosisReport", "InputRow", "NormRow", "WeightRow"]
+
+PARTS = ("attention in", "attention out", "mlp in", "mlp out")
+NAN = math.nan
+
+
+@dataclass
+class InputRow:
+    """A tensor that linear layers read. Numbers that were not measured are NaN (None in JSON).
+
+    Attributes
+    ----------
+    name : str
+        First layer that reads it.
+    block : str
+    depth : int
+        Number of the block, counted over all stacks.
+    part : str
+        One of :data:`PARTS`: the first tensor of attention or MLP, or a later one.
+    consumers : list of str
+    channels, tokens : int
+    norm : str or None
+        Norm that made it.
+    norm_std : float
+        Standard deviation of that norm's gain.
+    rms, rmse_token, rmse_tensor, std, kurtosis, maximum, median : float
+        As :class:`ptqkit.ActivationStatistics` defines them; the tensor is a calibration batch.
+    largest : list of (magnitude, token, channel)
+    channel_absmax, channel_counts : list
+        Per channel: largest magnitude; tokens with one of at least the report's threshold.
+    histogram : dict
+        ``edges`` and ``counts`` of the magnitudes, two bins to the octave.
+    """
+
+    name: str
+    block: str
+    depth: int
+    part: str
+    consumers: list[str]
+    channels: int
+    tokens: int = 0
+    norm: str | None = None
+    norm_std: float = NAN
+    rms: float = NAN
+    rmse_token: float = NAN
+    rmse_tensor: float = NAN
+    std: float = NAN
+    kurtosis: float = NAN
+    maximum: float = NAN
+    median: float = NAN
+    largest: list[Any] = field(default_factory=list)
+    channel_absmax: list[float] = field(default_factory=list)
+    channel_counts: list[int] = field(default_factory=list)
+    histogram: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def max_to_median(self) -> float:
+        """Largest magnitude by the median one."""
+        return self.maximum / self.median if self.median else math.inf
+
+    @property
+    def relative_error(self) -> float:
+        """rmse_token by rms."""
+        return self.rmse_token / self.rms if self.rms else 0.0
+
+
+@dataclass
+class NormRow:
+    """Gain of a norm, as it is stored.
+
+    Attributes
+    ----------
+    name, block : str
+    depth : int
+    channels : int
+        1 for a norm with a single gain.
+    mean, std, minimum, maximum : float
+    quantiles : list of float
+        At the report's ``quantiles``.
+    """
+
+    name: str
+    block: str
+    depth: int
+    channels: int
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    quantiles: list[float]
+
+
+@dataclass
+class WeightRow:
+    """Weight of a linear layer.
+
+    Attributes
+    ----------
+    name, block : str
+    depth : int
+    part : str
+        Of :data:`PARTS`.
+    shape : list of int
+        (out, in).
+    std, absmax, kurtosis : float
+        Over all weights; the kurtosis is the excess over that of a normal distribution.
+    spectral_norm, stable_rank : float
+        See :func:`ptqkit.spectral_norm`.
+    quantiles : list of float
+        At the report's ``quantiles``.
+    """
+
+    name: str
+    block: str
+    depth: int
+    part: str
+    shape: list[int]
+    std: float
+    absmax: float
+    kurtosis: float
+    spectral_norm: float
+    stable_rank: float
+    quantiles: list[float]
+
+
+@dataclass
+class AttentionRow:
+    """Heads of an attention module; lists have a number per head.
+
+    Attributes
+    ----------
+    name, block : str
+    depth : int
+    sink : list of float
+        Mean attention of all tokens to the first of their sequence.
+    mass_lost : list of float
+        Mean over rows of 1 - the sum of the probabilities rounded to the grid on [0, 1].
+    zero_fraction : list of float
+        Share of the allowed probabilities that round to zero.
+    key_error, value_error : list of float
+        Per key head: root of the error's energy by the tensor's, a symmetric grid per token.
+    """
+
+    name: str
+    block: str
+    depth: int
+    sink: list[float]
+    mass_lost: list[float]
+    zero_fraction: list[float]
+    key_error: list[float]
+    value_error: list[float]
+
+
+@dataclass
+class DiagnosisReport:
+    """Why a model is hard to quantize, and where.
+
+    Attributes
+    ----------
+    model : str
+    inputs : list of InputRow
+    norms : list of NormRow
+    weights : list of WeightRow
+    attention : list of AttentionRow
+    sensitivity : dict of str to SensitivityReport
+        "kind", "layer" (blocks) and "depth" (all blocks up to one), as far as they were asked for.
+    outliers : dict of str to list of int
+        Channels that are outliers by the rule "relative", per input that holds some.
+    outlier_dimensions : list of int
+        By the rule of Dettmers et al., over the inputs that follow a norm.
+    bits : int
+    options : dict
+        Of the outlier rules.
+    quantiles : list of float
+    calibration : dict
+    notes : list of str
+        What could not be measured, and why.
+    """
+
+    model: str = ""
+    inputs: list[InputRow] = field(default_factory=list)
+    norms: list[NormRow] = field(default_factory=list)
+    weights: list[WeightRow] = field(default_factory=list)
+    attention: list[AttentionRow] = field(default_factory=list)
+    sensitivity: dict[str, SensitivityReport] = field(default_factory=dict)
+    outliers: dict[str, list[int]] = field(default_factory=dict)
+    outlier_dimensions: list[int] = field(default_factory=list)
+    bits: int = 8
+    options: dict[str, float] = field(default_factory=dict)
+    quantiles: list[float] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return 1 + max((row.depth for row in [*self.inputs, *self.weights]), default=-1)
+
+    @property
+    def sink_share(self) -> float:
+        """Share of all heads whose mean attention to the first token exceeds 0.3."""
+        heads = [value for row in self.attention for value in row.sink]
+        return float(np.mean([h > 0.3 for h in heads])) if heads else NAN
+
+    @property
+    def mass_lost(self) -> float:
+        """Mean over all heads of the mass that the softmax loses."""
+        return _mean(value for row in self.attention for value in row.mass_lost)
+
+    @property
+    def cache_error(self) -> float:
+        """Mean over layers and heads of the relative error of keys and values."""
+        return _mean(v for r in self.attention for v in [*r.key_error, *r.value_error])
+
+    def layers(self) -> list[dict[str, Any]]:
+        """One flat dict per linear layer: its weight, the tensor it reads, and that one's norm."""
+        reads = {name: row for row in self.inputs for name in row.consumers}
+        weights = {row.name: row for row in self.weights}
+        found = []
+        for name in weights or reads:
+            values: dict[str, Any] = {"layer": name}
+            if name in weights:
+                row = weights[name]
+                values |= {k: getattr(row, k) for k in ("block", "depth", "part")}
+                values["shape"] = "x".join(map(str, row.shape))
+                own = ("std", "absmax", "kurtosis")
+                values |= {f"weight_{k}": getattr(row, k) for k in own}
+                values |= {"spectral_norm": row.spectral_norm, "stable_rank": row.stable_rank}
+            if name in reads:
+                row = reads[name]
+                values |= {k: getattr(row, k) for k in ("block", "depth", "part", *INPUT_NUMBERS)}
+                values["outliers"] = len(self.outliers.get(row.name, ()))
+            found.append(values)
+        return found
+
+    def to_dataframe(self) -> Any:
+        """:meth:`layers` as a pandas.DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(self.layers())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values that are valid JSON (NaN and infinity become None)."""
+        values = _plain(asdict(self))
+        values["sensitivity"] = {k: v.to_dict() for k, v in self.sensitivity.items()}
+        return values
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the report as JSON text, and write it to ``path`` if one is given."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+        return text
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DiagnosisReport:
+        """Inverse of :meth:`to_dict`; what was not finite is NaN."""
+        values = dict(values)
+        rows = {"inputs": InputRow, "norms": NormRow, "weights": WeightRow}
+        for name, kind in {**rows, "attention": AttentionRow}.items():
+            values[name] = [kind(**_numbers(kind, row)) for row in values.get(name, ())]
+        found = values.get("sensitivity", {})
+        values["sensitivity"] = {k: _sensitivity(v) for k, v in found.items()}
+        return cls(**values)
+
+    def table(self) -> str:
+        """Plain text: a line per input, then attention, outliers and sensitivity."""
+        from ptqkit.hf.diagnostics.text import write_table
+
+        return write_table(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return (
+            f"DiagnosisReport({self.model or 'a model'}: {self.depth} blocks, "
+            f"{len(self.inputs)} inputs, {sum(map(len, self.outliers.values()))} outlier channels, "
+            f"{len(self.outlier_dimensions)} outlier dimensions)"
+        )
+
+    def draw(self, path: str | os.PathLike[str], figure: str = "depth") -> None:
+        """Draw a figure into a file (type by its suffix); no display is needed.
+
+        Parameters
+        ----------
+        path : str or path
+        figure : {"depth", "distributions", "channels", "magnitudes"}
+            Curves over depth as in [IPQS, figure 5]; distributions of weights and gains as in its
+            figure 4; a heat map of channels and blocks; largest and median magnitudes by depth.
+        """
+        from ptqkit.hf.diagnostics.figures import draw
+
+        draw([self], path, figure)
+
+    def recipe(self, **options: Any) -> dict[str, Any]:
+        """A recipe with overrides for the layers that need more bits.
+
+        See :func:`ptqkit.hf.diagnostics.advice.suggest_recipe` for the options.
+        """
+        from ptqkit.hf.diagnostics.advice import suggest_recipe
+
+        return suggest_recipe(self, **options)
+
+
+#: Numbers of an input that are one value.
+INPUT_NUMBERS = (
+    "norm_std",
+    "rms",
+    "rmse_token",
+    "rmse_tensor",
+    "relative_error",
+    "std",
+    "kurtosis",
+    "maximum",
+    "median",
+    "max_to_median",
+)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return float(np.mean(found)) if found else NAN
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _numbers(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with NaN where JSON has None for a number."""
+    floats = {k for k, f in kind.__dataclass_fields__.items() if f.type == "float"}
+    return {k: NAN if v is None and k in floats else v for k, v in row.items()}
+
+
+def _sensitivity(values: Mapping[str, Any]) -> SensitivityReport:
+    rows = [
+        {**r, "sqnr_db": math.inf if r["sqnr_db"] is None else r["sqnr_db"]} for r in values["rows"]
+    ]
+    return SensitivityReport(**{**values, "rows": [SensitivityRow(**row) for row in rows]})

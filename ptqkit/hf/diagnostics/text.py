@@ -1,0 +1,95 @@
+"""The table of a diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["align", "number", "write_table"]
+
+_SHOWN = 12
+
+
+def number(value: float) -> str:
+    """Four significant digits; "-" for what was not measured."""
+    return "-" if value != value else f"{value:.4g}"
+
+
+def align(cells: Sequence[Sequence[str]]) -> str:
+    """Lines of a table: a header, a rule, the first column to the left and all others right."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = []
+    for line in cells:
+        right = [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
+        lines.append("  ".join([line[0].ljust(widths[0]), *right]).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def write_table(report: Any) -> str:
+    """Text of a :class:`~ptqkit.hf.diagnostics.diagnosis.DiagnosisReport`."""
+    return "\n\n".join(part for part in (_inputs(report), _facts(report), _costs(report)) if part)
+
+
+def _inputs(report: Any) -> str:
+    header = ["input of", "part", "RMSE/token", "RMSE/tensor", "STD", "kurtosis", "max"]
+    header += ["max/median", "STD(gain)", "sigma max", "stable rank", "outliers"]
+    weights = {row.name: row for row in report.weights}
+    cells = [header]
+    for row in report.inputs:
+        own = [weights[name] for name in row.consumers if name in weights]
+        largest = max(own, key=lambda w: w.spectral_norm, default=None)
+        values = [row.rmse_token, row.rmse_tensor, row.std, row.kurtosis, row.maximum]
+        values += [row.max_to_median, row.norm_std]
+        spectrum = [largest.spectral_norm, largest.stable_rank] if largest else [float("nan")] * 2
+        found = str(len(report.outliers.get(row.name, ())) or "")
+        cells.append([row.name, row.part, *map(number, [*values, *spectrum]), found])
+    return align(cells)
+
+
+def _facts(report: Any) -> str:
+    lines = []
+    if report.attention:
+        lines += [
+            f"attention sinks        {report.sink_share:.1%} of the heads look at the first token "
+            "with more than 0.3 on average",
+            f"softmax, {report.bits} bits        {report.mass_lost:.2%} of the mass is lost, mean of the "
+            "heads",
+            f"key-value cache, {report.bits} bits  {report.cache_error:.3%} relative error, mean of the "
+            "heads",
+        ]
+    rules = report.options
+    if report.outliers:
+        names = list(report.outliers)
+        lines.append(f"outlier channels (at least {rules['ratio']:g} times the median channel)")
+        lines += [f"  {name}: {_list(report.outliers[name])}" for name in names[:_SHOWN]]
+        if len(names) > _SHOWN:
+            lines.append(f"  and in {len(names) - _SHOWN} more inputs")
+    elif rules:
+        lines.append(
+            f"outlier channels       none reaches {rules['ratio']:g} times the median channel"
+        )
+    if rules:
+        found = _list(report.outlier_dimensions) or "none"
+        lines.append(
+            f"outlier dimensions     {found} (|x| >= {rules['value']:g} in {rules['layers']:.0%} of "
+            f"the layers and {rules['tokens']:.0%} of the tokens)"
+        )
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+def _list(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_SHOWN]))
+    return shown if len(numbers) <= _SHOWN else f"{shown}, ... ({len(numbers)} in all)"
+
+
+def _costs(report: Any) -> str:
+    titles = {
+        "kind": "one kind of tensor quantized in all blocks",
+        "layer": "one block quantized",
+        "depth": "all blocks up to one quantized",
+    }
+    found = report.sensitivity.items()
+    return "\n\n".join(
+        f"{titles[by]}, {costs.bits} bits, all else float:\n{costs.table()}" for by, costs in found
+    )
