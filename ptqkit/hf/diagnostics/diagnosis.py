@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ptqkit._files import plain
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
 
 __all__ = ["AttentionRow", "DiagnosisReport", "InputRow", "NormRow", "WeightRow"]
@@ -256,7 +257,7 @@ class DiagnosisReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values that are valid JSON (NaN and infinity become None)."""
-        values = _plain(asdict(self))
+        values = plain(asdict(self))
         values["sensitivity"] = {k: v.to_dict() for k, v in self.sensitivity.items()}
         return values
 
@@ -339,14 +340,6 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(found)) if found else NAN
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def _numbers(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with NaN where JSON has None for a number."""
     floats = {k for k, f in kind.__dataclass_fields__.items() if f.type == "float"}
@@ -354,7 +347,7 @@ def _numbers(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sensitivity(values: Mapping[str, Any]) -> SensitivityReport:
-    rows = [
-        {**r, "sqnr_db": math.inf if r["sqnr_db"] is None else r["sqnr_db"]} for r in values["rows"]
-    ]
-    return SensitivityReport(**{**values, "rows": [SensitivityRow(**row) for row in rows]})
+    rows = [SensitivityRow(**row) for row in values["rows"]]
+    for row in rows:
+        row.sqnr_db = math.inf if row.sqnr_db is None else row.sqnr_db
+    return SensitivityReport(**{**values, "rows": rows})

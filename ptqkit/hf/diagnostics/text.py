@@ -48,33 +48,26 @@ def _inputs(report: Any) -> str:
 
 
 def _facts(report: Any) -> str:
-    lines = []
+    lines, bits, rules = [], report.bits, report.options
     if report.attention:
-        lines += [
-            f"attention sinks        {report.sink_share:.1%} of the heads look at the first token "
-            "with more than 0.3 on average",
-            f"softmax, {report.bits} bits        {report.mass_lost:.2%} of the mass is lost, mean of the "
-            "heads",
-            f"key-value cache, {report.bits} bits  {report.cache_error:.3%} relative error, mean of the "
-            "heads",
+        heads = "mean of the heads"
+        lines = [
+            f"attention sinks: {report.sink_share:.1%} of the heads give the first token more than "
+            "0.3 on average",
+            f"softmax with {bits} bits: {report.mass_lost:.2%} of the mass is lost, {heads}",
+            f"key-value cache with {bits} bits: {report.cache_error:.3%} relative error, {heads}",
         ]
-    rules = report.options
-    if report.outliers:
-        names = list(report.outliers)
-        lines.append(f"outlier channels (at least {rules['ratio']:g} times the median channel)")
-        lines += [f"  {name}: {_list(report.outliers[name])}" for name in names[:_SHOWN]]
-        if len(names) > _SHOWN:
-            lines.append(f"  and in {len(names) - _SHOWN} more inputs")
-    elif rules:
-        lines.append(
-            f"outlier channels       none reaches {rules['ratio']:g} times the median channel"
-        )
+    names = list(report.outliers)
     if rules:
-        found = _list(report.outlier_dimensions) or "none"
-        lines.append(
-            f"outlier dimensions     {found} (|x| >= {rules['value']:g} in {rules['layers']:.0%} of "
-            f"the layers and {rules['tokens']:.0%} of the tokens)"
-        )
+        rule = f"at least {rules['ratio']:g} times the median channel"
+        lines.append(f"outlier channels ({rule}): {'' if names else 'none'}".rstrip())
+        lines += [f"  {name}: {_list(report.outliers[name])}" for name in names[:_SHOWN]]
+    if len(names) > _SHOWN:
+        lines.append(f"  and in {len(names) - _SHOWN} more inputs")
+    if rules and rules["value"] == rules["value"]:
+        rule = f"|x| >= {rules['value']:g} in {rules['layers']:.0%} of the layers and "
+        rule += f"{rules['tokens']:.0%} of the tokens"
+        lines.append(f"outlier dimensions ({rule}): {_list(report.outlier_dimensions) or 'none'}")
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 

@@ -1,0 +1,209 @@
+"""Diagnoses of several models side by side, with ratios."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ptqkit._files import plain
+from ptqkit.hf.diagnostics.diagnosis import PARTS, DiagnosisReport
+from ptqkit.hf.diagnostics.text import align, number
+
+__all__ = ["METRICS", "Comparison", "compare", "curve"]
+
+METRICS = (
+    "rmse_token",
+    "rmse_tensor",
+    "std",
+    "kurtosis",
+    "max_to_median",
+    "norm_std",
+    "spectral_norm",
+    "stable_rank",
+)
+"""Numbers that have a curve over depth."""
+
+_OF_WEIGHTS = {"spectral_norm": max, "stable_rank": min}
+
+
+def curve(report: DiagnosisReport, metric: str, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values of a metric over the depth of a model, at one part of its blocks.
+
+    Where several layers read the tensor, the largest spectral norm and the smallest stable rank
+    count; where a block has several tensors of the part, the first.
+
+    Returns
+    -------
+    depths : ndarray of int64
+    values : ndarray of float64
+        Finite ones alone.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, not {metric!r}")
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {PARTS}, not {part!r}")
+    weights = {row.name: row for row in report.weights}
+    found: dict[int, float] = {}
+    for row in report.inputs:
+        if row.part != part or row.depth in found:
+            continue
+        value = math.nan
+        if metric not in _OF_WEIGHTS:
+            value = getattr(row, metric)
+        elif own := [getattr(weights[c], metric) for c in row.consumers if c in weights]:
+            value = _OF_WEIGHTS[metric](own)
+        if math.isfinite(value):
+            found[row.depth] = value
+    depths = sorted(found)
+    return np.array(depths, np.int64), np.array([found[d] for d in depths])
+
+
+@dataclass
+class Comparison:
+    """Metrics of several models at one place.
+
+    Attributes
+    ----------
+    reports : list of DiagnosisReport
+    part : str
+    at : float or None
+        Relative depth, from 0 (first block) to 1 (last); None for the median over the blocks.
+    values : dict of str to list of float
+        Per metric a number per model; NaN where a model has none.
+    published : dict of str to float
+        Ratios that others state, for the table.
+    """
+
+    reports: list[DiagnosisReport]
+    part: str
+    at: float | None
+    values: dict[str, list[float]]
+    published: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the models."""
+        return [report.model for report in self.reports]
+
+    @property
+    def ratios(self) -> dict[str, list[float]]:
+        """Per metric, every model by the first; NaN where that is 0 or unknown."""
+        return {
+            name: [v / row[0] if row[0] else math.nan for v in row]
+            for name, row in self.values.items()
+        }
+
+    def table(self) -> str:
+        """Plain text: a line per metric, a value and a ratio per model."""
+        where = "median of the blocks" if self.at is None else f"relative depth {self.at:g}"
+        first, *others = self.names
+        cells = [[f"{self.part}, {where}", first, *(c for n in others for c in (n, "ratio"))]]
+        for name, row in self.values.items():
+            ratios = self.ratios[name][1:]
+            pairs = zip(row[1:], ratios, strict=True)
+            cells.append([name, number(row[0]), *(number(v) for pair in pairs for v in pair)])
+        text = align(cells)
+        stated = [f"  {name}: {number(value)}" for name, value in self.published.items()]
+        return "\n".join([text, *(["", "published, for other models:", *stated] if stated else [])])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(self.names)}; {len(self.values)} metrics)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values and ratios, as plain values that are valid JSON."""
+        parts = {"values": self.values, "ratios": self.ratios, "published": self.published}
+        return plain({"models": self.names, "part": self.part, "at": self.at, **parts})
+
+    def to_dataframe(self) -> Any:
+        """A pandas.DataFrame with a row per metric and model."""
+        import pandas
+
+        rows = [
+            {"metric": metric, "model": name, "value": value, "ratio": ratio}
+            for metric, row in self.values.items()
+            for name, value, ratio in zip(self.names, row, self.ratios[metric], strict=True)
+        ]
+        return pandas.DataFrame(rows)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw the curves of all models over relative depth into a file."""
+        from ptqkit.hf.diagnostics.figures import draw
+
+        draw(self.reports, path, "depth", part=self.part)
+
+
+def compare(
+    reports: Sequence[DiagnosisReport],
+    *,
+    part: str = "attention in",
+    at: float | None = None,
+    names: Sequence[str] | None = None,
+    published: str | os.PathLike[str] | None = None,
+) -> Comparison:
+    """Lay models side by side; ratios are to the first.
+
+    Models of different depths are compared at the same relative depth, between blocks by linear
+    interpolation, or by the median over their blocks.
+
+    Parameters
+    ----------
+    reports : sequence of DiagnosisReport
+        At least two.
+    part : str
+        "attention in", "attention out", "mlp in" or "mlp out"; [IPQS, figure 5] shows the first.
+    at : float from 0 to 1, optional
+        Relative depth.
+    names : sequence of str, optional
+        Instead of the reports' own.
+    published : path, optional
+        TOML file whose table ``figure_5_ratios`` is shown below.
+    """
+    reports = list(reports)
+    if len(reports) < 2:
+        raise ValueError(f"compare takes at least two reports, not {len(reports)}")
+    if at is not None and not 0 <= at <= 1:
+        raise ValueError(f"at must be a relative depth from 0 to 1, not {at!r}")
+    if names is not None:
+        if len(names) != len(reports):
+            raise ValueError(f"names has {len(names)} entries for {len(reports)} reports")
+        for report, name in zip(reports, names, strict=True):
+            report.model = name
+    values = {
+        metric: [_at(*curve(report, metric, part), report.depth, at) for report in reports]
+        for metric in METRICS
+    }
+    if all(math.isnan(v) for row in values.values() for v in row):
+        raise ValueError(f"none of the models has an input that is {part!r}")
+    summary = ("sink_share", "mass_lost", "cache_error")
+    values |= {name: [getattr(report, name) for report in reports] for name in summary}
+    return Comparison(reports, part, at, values, _published(published))
+
+
+def _at(depths: np.ndarray, values: np.ndarray, blocks: int, at: float | None) -> float:
+    if len(values) == 0:
+        return math.nan
+    if at is None:
+        return float(np.median(values))
+    return float(np.interp(at * (blocks - 1), depths, values))
+
+
+def _published(path: str | os.PathLike[str] | None) -> dict[str, float]:
+    if path is None:
+        return {}
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib
+    with open(path, "rb") as file:
+        values = tomllib.load(file)
+    if "figure_5_ratios" not in values:
+        raise ValueError(f"{os.fspath(path)} holds no table figure_5_ratios")
+    return dict(values["figure_5_ratios"])
