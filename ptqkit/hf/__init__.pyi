@@ -5,6 +5,11 @@ from .checkpoint.save import CheckpointInfo as CheckpointInfo
 from .checkpoint.save import save_checkpoint as save_checkpoint
 from .data.calibration import CalibrationSet as CalibrationSet
 from .data.calibration import prepare_calibration as prepare_calibration
+from .diagnostics.compare import Comparison as Comparison
+from .diagnostics.compare import compare as compare
+from .diagnostics.diagnose import diagnose as diagnose
+from .diagnostics.diagnosis import DiagnosisReport as DiagnosisReport
+from .diagnostics.maxima import read_activation_maxima as read_activation_maxima
 from .diagnostics.report import SensitivityReport as SensitivityReport
 from .diagnostics.sensitivity import sensitivity as sensitivity
 from .equalization.driver import EqualizationReport as EqualizationReport

@@ -103,9 +103,7 @@ def _depth(picture: Any, reports: Sequence[DiagnosisReport], part: str | None) -
             label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
     picture.supxlabel("relative depth" if several else "block", fontsize=8)
-    title = (
-        f"input of the {parts[0].split()[0]} projections" if len(parts) == 1 else reports[0].model
-    )
+    title = reports[0].model if len(parts) > 1 else f"{parts[0]}put of the blocks"
     picture.suptitle(title, fontsize=9)
     picture.legend(
         found.values(), found.keys(), loc="outside lower center", ncols=6, fontsize=7, frameon=False
@@ -179,12 +177,9 @@ def _magnitudes(picture: Any, report: DiagnosisReport) -> None:
         depths = [r.depth for r in rows]
         for rank, label in enumerate(("largest", "second", "third")):
             values = [r.largest[rank][0] if len(r.largest) > rank else np.nan for r in rows]
-            axes.plot(
-                depths, values, "o-", ms=3 - rank * 0.5, lw=1, color=_COLORS[rank], label=label
-            )
-        axes.plot(
-            depths, [r.median for r in rows], "o-", ms=2.5, lw=1, color="gray", label="median"
-        )
+            axes.plot(depths, values, "o-", ms=2.5, lw=1, color=_COLORS[rank], label=label)
+        medians = [r.median for r in rows]
+        axes.plot(depths, medians, "o-", ms=2.5, lw=1, color="gray", label="median")
         axes.set_yscale("log")
         _style(axes, part)
         _whole_numbers(axes)
