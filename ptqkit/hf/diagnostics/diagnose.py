@@ -78,7 +78,8 @@ def diagnose(
         With repeated blocks. Attention is measured where transformers lets it be hooked,
         sensitivity where the model returns ``logits``; elsewhere ``notes`` say so.
     calibration
-        See :func:`ptqkit.hf.prepare_calibration`, also for the options up to ``start_token``.
+        A :class:`ptqkit.hf.CalibrationSet`, or what :func:`ptqkit.hf.prepare_calibration` makes
+        one of, with the options up to ``start_token``.
     bits : int from 2 to 8
         Of all grids.
     value, layers, tokens, ratio : float
@@ -105,16 +106,18 @@ def diagnose(
     wanted = _check(bits, sensitivity)
     rules = {"value": value, "layers": layers, "tokens": tokens, "ratio": ratio}
     _check_rules(rules)
-    data = prepare_calibration(
-        calibration,
-        tokenizer,
-        samples=samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-        start_token=start_token,
-        max_length=max_positions(model),
-    )
+    data = calibration
+    if not isinstance(data, CalibrationSet):
+        data = prepare_calibration(
+            calibration,
+            tokenizer,
+            samples=samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            start_token=start_token,
+            max_length=max_positions(model),
+        )
     names = [block for stack in find_blocks(model, blocks).values() for block in stack]
     parts = _Parts(model, names)
     report = DiagnosisReport(

@@ -41,7 +41,7 @@ def inputs_of(model, batches, name):
     handle.remove()
     masks = [b.get("attention_mask") for b in batches]
     rows = [
-        x.reshape(-1, x.shape[-1]) if m is None else x[m.bool()]
+        x.reshape(-1, x.shape[-1])[slice(None) if m is None else m.bool().reshape(-1)]
         for x, m in zip(found, masks, strict=True)
     ]
     return torch.cat(rows).double().numpy()
@@ -84,12 +84,8 @@ def test_who_reads_what():
     first = [row for row in report.inputs if row.depth == 0]
     assert [row.part for row in first] == ["attention in", "attention out", "mlp in", "mlp out"]
     names = [[c.rpartition(".")[2] for c in row.consumers] for row in first]
-    assert names == [
-        ["q_proj", "k_proj", "v_proj"],
-        ["o_proj"],
-        ["gate_proj", "up_proj"],
-        ["down_proj"],
-    ]
+    assert names[0] == ["q_proj", "k_proj", "v_proj"]
+    assert names[1:] == [["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert [row.norm for row in first] == [
         "model.layers.0.input_layernorm",
         None,
@@ -124,8 +120,10 @@ def test_attention_by_hand():
 
 @pytest.mark.parametrize("name", ["bloom", "falcon", "t5"])
 def test_attention_that_cannot_be_hooked_is_noted(name):
-    report = diagnose(build(name), [{"input_ids": tokens(2)}] if name != "t5" else [
-        {"input_ids": tokens(2), "decoder_input_ids": tokens(2)}], sensitivity=("kind",))  # fmt: skip
+    batch = {"input_ids": tokens(2)}
+    if name == "t5":
+        batch["decoder_input_ids"] = tokens(2)
+    report = diagnose(build(name), [batch], sensitivity=("kind",))
     assert report.attention == [] and "attention was not measured" in report.notes[0]
     assert math.isnan(report.sink_share) and report.inputs
     assert {row.kind for row in report.sensitivity["kind"].rows} == {"weights", "inputs"}
@@ -182,14 +180,14 @@ class _Block(nn.Module):
 
 
 class _Model(nn.Module):
-    def __init__(self, gain=16, blocks=2, norms=True, scale=1.0):
+    def __init__(self, gain=16, blocks=2, norms=True):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(64, 16)
         self.layers = nn.ModuleList(_Block(gain, norms) for _ in range(blocks))
         self.head = nn.Linear(16, 64)
         with torch.no_grad():
-            self.embed.weight[:, 5] += scale * 20
+            self.embed.weight[:, 5] += 60
 
     def forward(self, input_ids, **_):
         x = self.embed(input_ids)
