@@ -17,7 +17,7 @@ from ptqkit.cli.common import UsageError
 
 def run(*arguments):
     parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
+    commands = parser.add_subparsers(dest="command")
     diagnose.add_parser(commands)
     command = commands.choices["diagnose"]
     if not any("--compare" in action.option_strings for action in command._actions):

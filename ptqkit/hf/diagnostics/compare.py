@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -174,8 +174,8 @@ def compare(
     if names is not None:
         if len(names) != len(reports):
             raise ValueError(f"names has {len(names)} entries for {len(reports)} reports")
-        for report, name in zip(reports, names, strict=True):
-            report.model = name
+        pairs = zip(reports, names, strict=True)
+        reports = [replace(report, model=name) for report, name in pairs]
     values = {
         metric: [_at(*curve(report, metric, part), report.depth, at) for report in reports]
         for metric in METRICS
