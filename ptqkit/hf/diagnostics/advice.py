@@ -77,12 +77,12 @@ def _blocks(report: Any) -> dict[str, float]:
     return {f"{row.layer}.*": 10 ** (-row.sqnr_db / 10) for row in costs.rows}
 
 
-def recipe_toml(values: Mapping[str, Any]) -> str:
-    """A recipe as a table of TOML text, for a sweep file or to be read by ``tomllib``."""
-    lines = ["[recipe]"]
-    for name, value in values.items():
-        if name != "overrides" and value is not None:
-            lines.append(f"{name} = {json.dumps(value)}")
+def recipe_toml(values: Mapping[str, Any], name: str = "more bits where needed") -> str:
+    """A recipe as TOML text, in the form that a sweep file has."""
+    lines = ["[[recipes]]", f"name = {json.dumps(name)}"]
+    for key, value in values.items():
+        if key != "overrides" and value is not None:
+            lines.append(f"{key} = {json.dumps(value)}")
     for pattern, change in values.get("overrides", {}).items():
         inner = ", ".join(f"{k} = {json.dumps(v)}" for k, v in change.items())
         lines.append(f"overrides.{json.dumps(pattern)} = {{ {inner} }}")

@@ -25,6 +25,7 @@ _TITLES = {
     "spectral_norm": "spectral norm of W",
     "stable_rank": "stable rank of W",
 }
+_PIXELS = 256
 _LOGARITHMIC = ("rmse_token", "rmse_tensor", "max_to_median")
 _COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
@@ -64,7 +65,7 @@ def draw(
 
 def _style(axes: Any, title: str) -> None:
     axes.set_title(title, fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(which="both", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -102,7 +103,8 @@ def _depth(picture: Any, reports: Sequence[DiagnosisReport], part: str | None) -
         found |= {
             label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-    picture.supxlabel("relative depth" if several else "block", fontsize=8)
+    for axes in panels[1]:
+        axes.set_xlabel("relative depth" if several else "block", fontsize=8)
     title = reports[0].model if len(parts) > 1 else f"{parts[0]}put of the blocks"
     picture.suptitle(title, fontsize=9)
     picture.legend(
@@ -135,7 +137,9 @@ def _distributions(picture: Any, report: DiagnosisReport) -> None:
 
 
 def _channels(picture: Any, report: DiagnosisReport) -> None:
-    """Heat maps of every channel's largest magnitude by the median channel's."""
+    """Heat maps of every channel's largest magnitude by the median channel's; where there are more
+    channels than can be seen, of neighbours the largest.
+    """
     parts = [p for p in PARTS if any(r.part == p for r in report.inputs)]
     panels = picture.subplots(1, len(parts), squeeze=False)[0]
     image = None
@@ -143,11 +147,13 @@ def _channels(picture: Any, report: DiagnosisReport) -> None:
         first = {r.depth: r for r in reversed(report.inputs) if r.part == part}
         rows = [first[depth] for depth in sorted(first)]
         width = max(r.channels for r in rows)
-        table = np.full((len(rows), width), np.nan)
+        together = -(-width // _PIXELS)
+        table = np.full((len(rows), -(-width // together) * together), np.nan)
         for i, row in enumerate(rows):
             absmax = np.asarray(row.channel_absmax)
             median = np.median(absmax)
             table[i, : row.channels] = absmax / median if median > 0 else np.nan
+        table = np.fmax.reduce(table.reshape(len(rows), -1, together), axis=2)
         image = axes.imshow(
             np.log2(np.maximum(table.T, 2.0**-3)),
             aspect="auto",
@@ -155,6 +161,7 @@ def _channels(picture: Any, report: DiagnosisReport) -> None:
             cmap="magma",
             vmin=-3,
             vmax=6,
+            extent=(-0.5, len(rows) - 0.5, width, 0),
         )
         step = max(1, len(rows) // 8)
         axes.set_xticks(range(0, len(rows), step), [str(r.depth) for r in rows][::step])
