@@ -200,7 +200,9 @@ class AttentionObserver(AttentionHook):
         lost = 1 - codes.sum(dim=-1, dtype=torch.float64) * grid.scale
         entries = counted_entries(allowed, self.rows)
         zero = codes == 0
-        counted = torch.ones_like(zero) if entries is None else entries.expand_as(zero)
+        counted = torch.ones_like(zero)
+        if entries is not None:
+            counted = entries.to(p.device).expand_as(zero)
         first = torch.zeros(batch, dtype=torch.int64, device=p.device)
         rows = torch.ones(batch, queries, dtype=torch.bool, device=p.device)
         if self.rows is not None:
