@@ -11,6 +11,7 @@ from ptqkit.errors import UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
 from ptqkit.hf.diagnostics.sensitivity import KINDS, _Bench, _Case
+from ptqkit.nn.attention import find_attention
 from ptqkit.nn.softmax.report import describe
 
 __all__ = ["measure_sensitivity"]
@@ -31,7 +32,7 @@ def measure_sensitivity(
     Grids are those of :func:`ptqkit.hf.sensitivity`. "depth" quantizes all tensors of the first
     blocks together, one more at a time: how errors grow through the model.
     """
-    kinds: Sequence[str] = KINDS if report.attention else _LINEAR_KINDS
+    kinds: Sequence[str] = KINDS if _can_be_hooked(model) else _LINEAR_KINDS
     try:
         bench = _Bench(model, data, kinds, bits)
     except UnsupportedModuleError as error:
@@ -52,6 +53,13 @@ def measure_sensitivity(
         if by != "depth":
             found.rows.sort(key=lambda row: row.sqnr_db)
         report.sensitivity[by] = found
+
+
+def _can_be_hooked(model: nn.Module) -> bool:
+    try:
+        return bool(find_attention(model))
+    except UnsupportedModuleError:
+        return False
 
 
 def _cases(bench: _Bench, by: str) -> list[_Case]:

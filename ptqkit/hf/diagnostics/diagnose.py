@@ -25,6 +25,7 @@ from ptqkit.hf.diagnostics.diagnosis import (
     WeightRow,
 )
 from ptqkit.hf.diagnostics.observe import AttentionObserver, InputObserver, Place, is_norm
+from ptqkit.hf.diagnostics.sdpa import FusedAttention
 from ptqkit.hf.models.structure import Target, find_blocks
 from ptqkit.hf.softmax.driver import refuse_installed
 from ptqkit.nn.attention import attention_hooks, find_attention
@@ -75,8 +76,9 @@ def diagnose(
     Parameters
     ----------
     model : nn.Module
-        With repeated blocks. Attention is measured where transformers lets it be hooked,
-        sensitivity where the model returns ``logits``; elsewhere ``notes`` say so.
+        With repeated blocks. Attention is measured where transformers lets it be hooked, or where
+        blocks call torch's fused attention; sensitivity (inside attention: where transformers lets
+        it be hooked) where the model returns ``logits``; elsewhere ``notes`` say so.
     calibration
         A :class:`ptqkit.hf.CalibrationSet`, or what :func:`ptqkit.hf.prepare_calibration` makes
         one of, with the options up to ``start_token``.
@@ -181,7 +183,7 @@ class _Parts:
 
     def where(self, name: str) -> tuple[str, int]:
         """Block and its number."""
-        block = self.block(name) or self.blocks[0]
+        block = name if name in self.blocks else self.block(name) or self.blocks[0]
         return block, self.blocks.index(block)
 
     def name_parts(self, places: Mapping[str, Place]) -> None:
@@ -233,16 +235,14 @@ class _Parts:
         )
 
 
-def _attention_observers(
-    model: nn.Module, bits: int, notes: list[str]
-) -> dict[str, AttentionObserver]:
+def _attention_observers(model: nn.Module, bits: int) -> tuple[dict[str, AttentionObserver], str]:
+    """Hooks by name; or none, and why."""
     try:
         found = find_attention(model)
     except UnsupportedModuleError as error:
-        notes.append(f"attention was not measured: {error}")
-        return {}
+        return {}, str(error)
     refuse_installed(model)
-    return {name: AttentionObserver(name, bits) for name in found}
+    return {name: AttentionObserver(name, bits) for name in found}, ""
 
 
 def _run(
@@ -255,14 +255,17 @@ def _run(
     """The pass over the data: rows of inputs and attention."""
     value = report.options["value"]
     observer = InputObserver(parts.linears, parts.norms, bits=report.bits, threshold=value)
-    attention = _attention_observers(model, report.bits, report.notes)
+    attention, reason = _attention_observers(model, report.bits)
+    fused = FusedAttention(model, parts.blocks, report.bits)
     with contextlib.ExitStack() as stack:
         if attention:
             stack.enter_context(attention_hooks(model, attention))
+        else:
+            stack.enter_context(fused.watching())
         stack.enter_context(observer.watching())
         stack.enter_context(calibration_mode(model))
         for done, (batch, mask) in enumerate(zip(data.batches, data.masks(), strict=True)):
-            observer.batch, observer.mask = batch, mask
+            observer.batch, observer.mask, fused.rows = batch, mask, mask
             for hook in attention.values():
                 hook.rows = mask
             forward(model, batch)
@@ -274,8 +277,10 @@ def _run(
     report.notes += [f"no calibration token reached {name}" for name in sorted(idle)]
     if not report.inputs:
         raise CalibrationError("no calibration token reached a linear layer; give more data")
-    for name, hook in attention.items():
-        row = AttentionRow(name, *parts.where(name), **hook.finish())
+    if not attention and not fused.observers:
+        report.notes.append(f"attention was not measured: {reason}")
+    for name, hook in {**attention, **fused.observers}.items():
+        row = AttentionRow(name, *parts.where(name.partition(" ")[0]), **hook.finish())
         if row.sink:
             report.attention.append(row)
 
