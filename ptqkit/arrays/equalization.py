@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._grids import group_width
+from ptqkit.arrays._grids import grid_spec, group_width, named_grid
 from ptqkit.arrays._inputs import F32, as_matrix, check_count, check_number, check_threads, label
-from ptqkit.arrays.matrix import parse_bits
 from ptqkit.arrays.ranges import ChannelRanges, batch_ranges, span_of
 
 __all__ = [
@@ -183,6 +182,16 @@ class EqualizationSearch:
         return float(self.errors.min())
 
 
+class EqualizationOptions(NamedTuple):
+    """Options of one search: the tuple ``options`` of the core's ``equalization_errors``."""
+
+    group_size: int
+    per_tensor: int
+    activation_max_code: int  # 0: activations stay as they are
+    activation_symmetric: int
+    activation_per_tensor: int
+
+
 def search_equalization(
     weights: Any,
     X: Any,
@@ -246,11 +255,8 @@ def search_equalization(
     n = W[0].shape[1]
     X = _inputs(X, n, name, threads)
     _check_ranges(ranges, n, name)
-    max_code = parse_bits(bits)
-    symmetric = bool(symmetric) or bits == "ternary"
-    if per_tensor and group_size is not None:
-        raise ValueError(f"{label(name)}per_tensor excludes group_size (got {group_size})")
-    size = group_width(group_size, n, name)
+    weight_grid = named_grid(bits, group_size, symmetric, per_tensor, name=name)
+    size = group_width(weight_grid, n, name)
     levels = _activation_codes(activation_bits, activation_granularity, name)
     static = activation_granularity == "tensor"
     if activation_symmetric is None:
@@ -260,10 +266,24 @@ def search_equalization(
     tried = [equalization_scales(rx, rw, a, channel_of=channel_of) for a in grid[1:]]
     scales = np.stack([np.ones(n, np.float32), *tried])
     errors = np.empty(len(grid), np.float64)
-    spec = (max_code, int(symmetric), 0, 1, 1, 0, 0, 1.0, 2.0)  # ptq_grid: min-max, float32 scales
-    options = (size, int(bool(per_tensor)), levels, int(bool(activation_symmetric)), int(static))
-    limits = (ranges.minimum, ranges.maximum)
-    _core.equalization_errors(X, tuple(W), scales, options, spec, *limits, errors, threads)
+    options = EqualizationOptions(
+        group_size=size,
+        per_tensor=int(weight_grid.per_tensor),
+        activation_max_code=levels,
+        activation_symmetric=int(bool(activation_symmetric)),
+        activation_per_tensor=int(static),
+    )
+    _core.equalization_errors(
+        X,
+        tuple(W),
+        scales,
+        options,
+        grid_spec(weight_grid),
+        ranges.minimum,
+        ranges.maximum,
+        errors,
+        threads,
+    )
     best = int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))
     if not np.isfinite(errors[best]):
         raise ValueError(f"{label(name)}the outputs overflow: X or W holds huge values")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ptqkit.arrays.matrix import parse_bits
+from ptqkit.arrays.matrix import WeightGrid, parse_bits
 from ptqkit.recipe.options import ActivationQuantization, Equalization, check_int, check_names
 from ptqkit.recipe.presets import PRESETS
 
@@ -176,6 +176,25 @@ class Recipe:
         if changes is None:
             return None
         return replace(self, **changes, overrides={}, include=())
+
+    @property
+    def weight_grid(self) -> WeightGrid:
+        """Grid of a layer's weight; float32 scales if the recipe leaves them to the weight."""
+        symmetric = self.symmetric or self.bits == "ternary"
+        scale_dtype = self.scale_dtype or "float32"
+        return WeightGrid(self.bits, self.group_size, symmetric, self.per_tensor, scale_dtype)
+
+    def with_scale_dtype(self, dtype: str) -> Recipe:
+        """Return the recipe with the dtype of the scales if it has none yet.
+
+        Parameters
+        ----------
+        dtype : str
+            Of the layer's weight; float64 weights get float32 scales.
+        """
+        if self.scale_dtype is not None:
+            return self
+        return replace(self, scale_dtype="float32" if dtype == "float64" else dtype)
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
         """Patterns of ``overrides`` and ``include`` that match none of the names."""

@@ -464,7 +464,7 @@ BAD_SEARCHES = [
     ({"bits": 1}, ValueError, "bits"),
     ({"bits": 9}, ValueError, "bits"),
     ({"group_size": 7}, ValueError, "does not divide"),
-    ({"group_size": 8, "per_tensor": True}, ValueError, "per_tensor excludes group_size"),
+    ({"group_size": 8, "per_tensor": True}, ValueError, "per_tensor=True is one grid for all of W"),
     ({"activation_bits": 1}, ValueError, "activation_bits"),
     ({"activation_bits": 17}, ValueError, "activation_bits"),
     ({"activation_bits": "8"}, TypeError, "activation_bits"),
