@@ -47,6 +47,7 @@ from .recipe import GPTQ as GPTQ
 from .recipe import RTN as RTN
 from .recipe import ActivationQuantization as ActivationQuantization
 from .recipe import BiasCorrection as BiasCorrection
+from .recipe import Equalize as Equalize
 from .recipe import Recipe as Recipe
 from .recipe import SmoothQuant as SmoothQuant
 

@@ -7,11 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ptqkit.arrays._inputs import check_count, check_number, label
-from ptqkit.arrays.matrix import SCALE_TYPES, WeightGrid
+from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid
 
 __all__ = ["GridSpec", "check_scales", "grid_spec", "group_width", "named_grid", "outputs"]
 
-METHODS = {"minmax": 0, "mse": 1, "hessian": 2}
 LARGEST_SCALE = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}
 
 
@@ -20,7 +19,7 @@ class GridSpec(NamedTuple):
 
     max_code: int  # 2^bits - 1, or 2 for ternary
     symmetric: int  # 1: the zero-point is (max_code + 1) / 2
-    method: int  # of METHODS
+    method: int  # of GRID_METHODS
     steps: int  # shrink factors from 1 to min_shrink
     candidates: int  # of these, how many the full Hessian compares
     scale_type: int  # of SCALE_TYPES
@@ -55,8 +54,8 @@ def grid_spec(
     candidates: int = 1,
 ) -> GridSpec:
     """Return the checked options of fitting a grid."""
-    if method not in METHODS:
-        raise ValueError(f"grid must be one of {', '.join(METHODS)}, not {method!r}")
+    if method not in GRID_METHODS:
+        raise ValueError(f"grid must be one of {', '.join(GRID_METHODS)}, not {method!r}")
     min_shrink = check_number(min_shrink, "grid_min_shrink")
     norm = check_number(norm, "grid_norm")
     if not 0 < min_shrink <= 1:
@@ -66,7 +65,7 @@ def grid_spec(
     return GridSpec(
         max_code=grid.max_code,
         symmetric=int(grid.symmetric),
-        method=METHODS[method],
+        method=GRID_METHODS[method],
         steps=check_count(steps, "grid_steps", 1, 256),
         candidates=check_count(candidates, "grid_candidates", 1, 256),
         scale_type=SCALE_TYPES[grid.scale_dtype],

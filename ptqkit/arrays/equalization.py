@@ -10,7 +10,16 @@ import numpy as np
 
 import ptqkit._core as _core
 from ptqkit.arrays._grids import grid_spec, group_width, named_grid
-from ptqkit.arrays._inputs import F32, as_matrix, check_count, check_number, check_threads, label
+from ptqkit.arrays._inputs import (
+    F32,
+    as_array,
+    as_matrix,
+    as_vector,
+    check_count,
+    check_number,
+    check_threads,
+    label,
+)
 from ptqkit.arrays.ranges import ChannelRanges, batch_ranges, span_of
 
 __all__ = [
@@ -74,15 +83,11 @@ def _weights(W: Any, name: str | None, threads: int) -> list[np.ndarray]:
     return found
 
 
-def _extent(x: Any, what: str) -> np.ndarray:
-    x = np.asarray(x)
-    if not np.issubdtype(x.dtype, np.floating):
-        raise TypeError(f"{what} must be floating point, not {x.dtype}")
-    if x.ndim != 1 or x.size == 0:
-        raise ValueError(f"{what} must have shape (in,), but has shape {x.shape}")
-    if not np.all(np.isfinite(x) & (x >= 0)):
-        raise ValueError(f"{what} must be finite and not negative: it is maximum - minimum")
-    return x.astype(np.float64)
+def _span(x: Any, what: str) -> np.ndarray:
+    x = as_vector(x, what)
+    if not np.all(x >= 0):
+        raise ValueError(f"{what} must not be negative: it is maximum - minimum")
+    return x
 
 
 def _tied(channel_of: Any, n: int) -> np.ndarray | None:
@@ -105,7 +110,7 @@ def _check_alpha(alpha: Any) -> float:
 
 
 def equalization_scales(
-    activation_extent: Any, weight_span: Any, alpha: float = 0.5, *, channel_of: Any = None
+    activation_span: Any, weight_span: Any, alpha: float = 0.5, *, channel_of: Any = None
 ) -> np.ndarray:
     """Return s = rx^alpha / rw^(1 - alpha): X becomes X / s and W becomes W s, X W^T stays.
 
@@ -114,7 +119,7 @@ def equalization_scales(
 
     Parameters
     ----------
-    activation_extent, weight_span : array, shape (in,)
+    activation_span, weight_span : array, shape (in,)
         max - min of every channel of X over the tokens, and of every column of W
         (:attr:`ChannelRanges.span`, :func:`weight_span`).
     alpha : float in [0, 1]
@@ -135,12 +140,9 @@ def equalization_scales(
         Extents that are not floating point, negative or not finite; shapes that differ; alpha
         outside [0, 1].
     """
-    rx, rw = (
-        _extent(activation_extent, "activation_extent"),
-        _extent(weight_span, "weight_span"),
-    )
+    rx, rw = _span(activation_span, "activation_span"), _span(weight_span, "weight_span")
     if rx.shape != rw.shape:
-        raise ValueError(f"activation_extent has {len(rx)} channels, but weight_span has {len(rw)}")
+        raise ValueError(f"activation_span has {len(rx)} channels, but weight_span has {len(rw)}")
     alpha, group = _check_alpha(alpha), _tied(channel_of, len(rx))
     if group is not None:
         rx, rw = _largest(rx, group), _largest(rw, group)
@@ -291,11 +293,9 @@ def search_equalization(
 
 
 def _inputs(X: Any, n: int, name: str | None, threads: int) -> np.ndarray:
-    shape = getattr(X, "shape", None) or np.shape(X)
-    if not shape or shape[-1] != n:
-        raise ValueError(f"{label(name)}X must have shape (..., {n}), but has {tuple(shape)}")
-    if not hasattr(X, "reshape"):
-        X = np.asarray(X)
+    X = as_array(X, f"{label(name)}X")
+    if X.ndim == 0 or X.shape[-1] != n:
+        raise ValueError(f"{label(name)}X must have shape (..., {n}), but has {X.shape}")
     return as_matrix(X.reshape(-1, n), "X", name, threads)
 
 

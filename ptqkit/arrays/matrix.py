@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-__all__ = ["SCALE_TYPES", "QuantizedMatrix", "WeightGrid", "parse_bits"]
+__all__ = ["GRID_METHODS", "SCALE_TYPES", "QuantizedMatrix", "WeightGrid", "parse_bits"]
 
 TERNARY_BITS = float(np.log2(3.0))
+GRID_METHODS = {"minmax": 0, "mse": 1, "hessian": 2}  # ptq_grid_method
 SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # ptq_scale_type
 
 
