@@ -1,4 +1,4 @@
-"""Scores and probabilities of attention as the core takes them: checks and shapes."""
+"""Convert scores, probabilities and masks of attention to what the core takes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def as_allowed(allowed: Any, sizes: tuple[int, ...], shape: tuple[int, ...]) -> 
     sizes : tuple
         (batch, heads, q, k).
     shape : tuple
-        Of the scores, as the user knows them.
+        Shape of the scores as the user passed them.
     """
     if allowed is None:
         return None

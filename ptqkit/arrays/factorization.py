@@ -19,7 +19,7 @@ ORDERS = ("natural", "act", "group-act")
 
 @dataclass(frozen=True)
 class Factorization:
-    """A Hessian, the order of its inputs and the factor R of the damped, permuted matrix.
+    """Hold a Hessian, the order of its inputs and the factor R of the damped, permuted matrix.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Factorization:
 def quantization_order(diagonal: np.ndarray, order: str, group_size: int | None) -> np.ndarray:
     """Return the inputs in the order in which they are quantized.
 
-    "natural": as they are. "act": decreasing H_jj [GPTQ code, act-order]. "group-act": groups by
+    "natural": as they are. "act": decreasing H_jj [GPTQ, code]. "group-act": groups by
     decreasing sum of H_jj, the inputs of a group by decreasing H_jj, so that groups stay whole.
     Ties keep the original order.
     """
@@ -103,7 +103,7 @@ def check_damping(damping: float, max_damping: float) -> None:
 
 
 def _attempts(damping: float, max_damping: float):
-    """Dampings to try: the one asked for, then ten times more each time up to the largest."""
+    """Yield the dampings to try: the requested one, then ten times more, up to the largest."""
     yield damping
     step = damping if damping > 0 else 1e-4
     while damping < max_damping:
@@ -132,8 +132,8 @@ def factorize(
     group_size : int or None
         Needed by order "group-act" only.
     damping, max_damping : float
-        Fraction of the mean diagonal (over live inputs) added to the diagonal. Where a pivot is
-        not positive it is raised tenfold, up to ``max_damping``; the result says so.
+        Fraction of the mean diagonal (over live inputs) added to the diagonal. If a pivot is
+        not positive it is raised tenfold, up to ``max_damping``; the result says how often.
     threads : int
         0 means automatic.
     name : str, optional

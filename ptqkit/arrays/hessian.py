@@ -1,4 +1,4 @@
-"""The layer Hessian H = (2/N) sum x x^T, accumulated over batches of inputs."""
+"""Accumulate the layer Hessian H = (2/N) sum x x^T over batches of inputs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SYMMETRY_TOLERANCE = 1e-4  # of the largest entry of H
 
 
 class Hessian:
-    """Streaming Hessian of a linear layer, ``H = (2/N) * sum_t x_t x_t^T`` [GPTQ, section 3].
+    """Accumulate the Hessian of a linear layer, ``H = (2/N) * sum_t x_t x_t^T`` [GPTQ, section 3].
 
-    Only one triangle is accumulated, in float32, and bfloat16 inputs are multiplied without being
-    widened where the CPU can (the products are exact in float32).
+    Only one triangle is accumulated, in float32. If the CPU can, bfloat16 inputs are multiplied
+    without being widened (the products are exact in float32).
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Hessian:
 
     @classmethod
     def from_matrix(cls, matrix: Any, tokens: int, *, threads: int = 0) -> Hessian:
-        """Return the Hessian with the given value, seen over ``tokens`` tokens."""
+        """Return the Hessian with a given value, float32 (n, n), of ``tokens`` tokens."""
         matrix = as_matrix(matrix, "matrix")
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be square, but has shape {matrix.shape}")

@@ -1,4 +1,4 @@
-"""The result of every solver: integer codes, their grid, and how they were found."""
+"""Describe weight grids and quantized matrices: the result of every solver."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class WeightGrid:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A weight matrix on a uniform grid: ``w = scale * (code - zero_point)``.
+    """Hold a weight matrix on a uniform grid: ``w = scale * (code - zero_point)``.
 
     Attributes
     ----------
@@ -100,7 +100,7 @@ class QuantizedMatrix:
     row_objectives : ndarray of float64, shape (refine_passes + 1, out), or None
         Objective of each output row after the solve and after each coordinate-descent sweep.
     damping : float
-        Damping used, as a fraction of the mean diagonal of H (0 where none was needed).
+        Damping used, as a fraction of the mean diagonal of H (0 if none was needed).
     damping_raised : int
         How many times it had to be raised before H could be factorized.
     dead_inputs : int
@@ -149,7 +149,7 @@ class QuantizedMatrix:
 
     @property
     def objective(self) -> float:
-        """tr((W - Q) H (W - Q)^T) with the undamped H; NaN where no H was given."""
+        """tr((W - Q) H (W - Q)^T) with the undamped H; NaN if no H was given."""
         return float("nan") if self.row_objectives is None else float(self.row_objectives[-1].sum())
 
     @property
@@ -161,17 +161,17 @@ class QuantizedMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.codes.shape  # type: ignore[return-value]
+        """Shape of the matrix, (out, in)."""
+        return self.codes.shape[0], self.codes.shape[1]
 
     @property
     def permuted_groups(self) -> bool:
-        """True where the groups are not runs of consecutive inputs (act-order with g_idx)."""
+        """Whether the groups are not runs of consecutive inputs (act-order with g_idx)."""
         return bool(np.any(np.diff(self.g_idx) < 0))
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage per weight: codes, scales, zero-points (asymmetric) and g_idx (if permuted)."""
+        """Stored bits per weight: codes, scales, zero-points (asymmetric), g_idx (if permuted)."""
         out, inputs = self.codes.shape
         code_bits = TERNARY_BITS if self.bits == "ternary" else float(self.bits)
         total = code_bits * out * inputs
