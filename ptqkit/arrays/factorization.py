@@ -74,7 +74,18 @@ def quantization_order(diagonal: np.ndarray, order: str, group_size: int | None)
     return decreasing.astype(np.int64, copy=False)
 
 
-def as_hessian(H: Any, name: str | None = None, threads: int = 0) -> np.ndarray:
+def check_inputs(matrix: np.ndarray, inputs: int, name: str | None) -> None:
+    """Raise ValueError unless a Hessian has the inputs of a weight matrix."""
+    if len(matrix) != inputs:
+        raise ValueError(
+            f"{label(name)}H has {len(matrix)} inputs, but W has {inputs} (W is (out, in), as in "
+            "torch.nn.Linear)"
+        )
+
+
+def as_hessian(
+    H: Any, name: str | None = None, threads: int = 0, inputs: int | None = None
+) -> np.ndarray:
     """Return a finite, symmetric float32 matrix from a Hessian, a Factorization or an array."""
     if isinstance(H, (Hessian, Factorization)):
         matrix = H.matrix
@@ -88,6 +99,8 @@ def as_hessian(H: Any, name: str | None = None, threads: int = 0) -> np.ndarray:
         raise ValueError(f"{label(name)}H holds NaN or Inf")
     if verdict == 2:
         raise ValueError(f"{label(name)}H must be symmetric: it is the Hessian (2/N) X^T X")
+    if inputs is not None:
+        check_inputs(matrix, inputs, name)
     return matrix
 
 

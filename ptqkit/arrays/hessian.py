@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import as_mask, as_matrix, as_tokens, check_count, check_threads
+from ptqkit.arrays._inputs import NOT_FINITE, as_batch, as_matrix, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
 __all__ = ["SYMMETRY_TOLERANCE", "Hessian"]
@@ -84,21 +84,15 @@ class Hessian:
             X is not floating point.
         """
         self._check_whole()
-        X, dtype, shape = as_tokens(X, self.in_features)
-        rows = None if mask is None else as_mask(mask, shape[:-1])
-        if rows is not None and len(rows) == len(X):
-            rows = None
+        X, dtype, rows, tokens = as_batch(X, mask, self.in_features)
         try:
             _core.hessian_update(self._sum, X, dtype, rows, self.threads)
         except FloatingPointError:
-            raise ValueError(
-                "X holds NaN or Inf; the batch was not added. Check the calibration data and "
-                "the model's dtype (float16 overflows easily)"
-            ) from None
+            raise ValueError(NOT_FINITE) from None
         except KeyboardInterrupt:
             self._interrupted = True
             raise
-        self.tokens += len(X) if rows is None else len(rows)
+        self.tokens += tokens
         self._matrix = None
 
     def merge(self, other: Hessian) -> None:

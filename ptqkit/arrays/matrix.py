@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
@@ -117,35 +118,12 @@ class QuantizedMatrix:
     damping_raised: int = 0
     dead_inputs: int = 0
 
-    @property
-    def bits(self) -> int | str:
-        """Bits per code, or "ternary"."""
-        return self.grid.bits
-
-    @property
-    def group_size(self) -> int | None:
-        """Inputs per grid; None if not in groups."""
-        return self.grid.group_size
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether every zero-point is the middle code."""
-        return self.grid.symmetric
-
-    @property
-    def per_tensor(self) -> bool:
-        """Whether one grid holds for the whole matrix."""
-        return self.grid.per_tensor
-
-    @property
-    def scale_dtype(self) -> str:
-        """Type that every scale fits exactly."""
-        return self.grid.scale_dtype
-
-    @property
-    def max_code(self) -> int:
-        """Largest code of the grid."""
-        return self.grid.max_code
+    bits = property(attrgetter("grid.bits"), doc='Bits per code, or "ternary".')
+    group_size = property(attrgetter("grid.group_size"), doc="Inputs per grid, or None.")
+    symmetric = property(attrgetter("grid.symmetric"), doc="Whether zero-points are constant.")
+    per_tensor = property(attrgetter("grid.per_tensor"), doc="Whether one grid holds for all.")
+    scale_dtype = property(attrgetter("grid.scale_dtype"), doc="Type that every scale fits.")
+    max_code = property(attrgetter("grid.max_code"), doc="Largest code of the grid.")
 
     @property
     def objective(self) -> float:

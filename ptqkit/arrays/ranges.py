@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import as_mask, as_tokens, as_vector, check_count, check_threads
+from ptqkit.arrays._inputs import NOT_FINITE, as_batch, as_vector, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
 __all__ = ["ChannelRanges", "batch_ranges", "span_of"]
@@ -23,7 +23,7 @@ def batch_ranges(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return minimum and maximum (float32) and sum (float64) of every column of the given rows.
 
-    Arguments as :func:`ptqkit.arrays._inputs.as_tokens` returns them, at least one row; raises
+    Arguments as :func:`ptqkit.arrays._inputs.as_batch` returns them, at least one row; raises
     FloatingPointError for NaN and Inf.
     """
     low, high = np.empty((2, X.shape[1]), np.float32)
@@ -112,20 +112,13 @@ class ChannelRanges:
         TypeError
             X is not floating point.
         """
-        X, dtype, shape = as_tokens(X, self.channels)
-        rows = None if mask is None else as_mask(mask, shape[:-1])
-        if rows is not None and len(rows) == len(X):
-            rows = None
-        tokens = len(X) if rows is None else len(rows)
+        X, dtype, rows, tokens = as_batch(X, mask, self.channels)
         if tokens == 0:
             return
         try:
             low, high, total = batch_ranges(X, dtype, rows, self.threads)
         except FloatingPointError:
-            raise ValueError(
-                "X holds NaN or Inf; the batch was not added. Check the calibration data and "
-                "the model's dtype (float16 overflows easily)"
-            ) from None
+            raise ValueError(NOT_FINITE) from None
         self._add(low, high, total, tokens)
 
     def _add(self, low: np.ndarray, high: np.ndarray, total: np.ndarray, tokens: int) -> None:

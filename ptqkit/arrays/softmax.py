@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._attention import as_allowed, as_attention
+from ptqkit.arrays._attention import allowed_entries, as_allowed, as_attention
 from ptqkit.arrays._inputs import as_float32, check_count, check_number, check_threads
 
 __all__ = ["QuantizedProbabilities", "SoftmaxGrid", "softmax_grid", "softmax_on_grid"]
@@ -288,12 +288,7 @@ def _raise_row(
     x: np.ndarray, bad: int, shape: tuple[int, ...], mask: np.ndarray | None, causal: bool
 ) -> None:
     """Raise ValueError with the reason why the core refused a row of scores."""
-    b, h, i = (int(n) for n in np.unravel_index(bad, x.shape[:3]))
-    q, k = x.shape[2:]
-    row = x[b, h, i, : min(k, k - q + i + 1) if causal else k]
-    if mask is not None:
-        row = row[np.broadcast_to(mask, x.shape)[b, h, i, : len(row)]]
-    where = ", ".join(str(int(n)) for n in np.unravel_index(bad, shape[:-1]))
+    row, where = allowed_entries(x, bad, shape, mask, causal)
     if np.isnan(row).any() or (row == np.inf).any():
         raise ValueError(
             f"scores[{where}] holds NaN or +Inf at an allowed key; check the model's dtype "

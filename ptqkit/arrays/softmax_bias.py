@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._attention import as_allowed, as_attention, as_queries
+from ptqkit.arrays._attention import allowed_entries, as_allowed, as_attention, as_queries
 from ptqkit.arrays._inputs import check_count, check_threads
 from ptqkit.arrays.softmax import SoftmaxGrid
 from ptqkit.errors import CalibrationError
@@ -29,7 +29,8 @@ class SoftmaxBias:
     Both are means over the allowed entries: E[p] that of 1 / (allowed keys of the row), E[q(p)] is
     measured. Added to every allowed entry, or subtracted from the grid's offset
     (``grid.offset(beta)``), beta makes the mean error on the data seen zero. Only integers are
-    kept, so neither the order of batches nor threads change anything. An update that fails or is interrupted leaves everything as it was.
+    kept, so neither the order of batches nor threads change anything. An update that fails or is
+    interrupted leaves everything as it was.
 
     Parameters
     ----------
@@ -127,14 +128,17 @@ class SoftmaxBias:
         return check_count(step, "step", 0, self.steps - 1)
 
     @staticmethod
-    def _raise_row(P, bad, shape, mask, causal, tolerance) -> None:
+    def _raise_row(
+        P: np.ndarray,
+        bad: int,
+        shape: tuple[int, ...],
+        mask: np.ndarray | None,
+        causal: bool,
+        tolerance: float,
+    ) -> None:
         """Raise ValueError with the reason why the core refused a row."""
-        b, h, i = (int(n) for n in np.unravel_index(bad, P.shape[:3]))
-        q, k = P.shape[2:]
-        row = P[b, h, i, : min(k, k - q + i + 1) if causal else k]
-        if mask is not None:
-            row = row[np.broadcast_to(mask, P.shape)[b, h, i, : len(row)]]
-        where = f"P[{', '.join(str(int(n)) for n in np.unravel_index(bad, shape[:-1]))}]"
+        row, at = allowed_entries(P, bad, shape, mask, causal)
+        where = f"P[{at}]"
         if not np.isfinite(row).all():
             raise ValueError(f"{where} holds NaN or Inf; the batch was not added")
         if (row < 0).any():

@@ -10,7 +10,7 @@ import numpy as np
 import ptqkit._core as _core
 from ptqkit.arrays._grids import GridSpec, check_scales, grid_spec, group_width, named_grid, outputs
 from ptqkit.arrays._inputs import as_matrix, check_count, check_threads, label
-from ptqkit.arrays.factorization import Factorization, as_hessian, factorize
+from ptqkit.arrays.factorization import Factorization, as_hessian, check_inputs, factorize
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import NotPositiveDefiniteError
 
@@ -85,7 +85,7 @@ def rtn(
     W = as_matrix(W, "W", name, threads)
     rows, n = W.shape
     size = group_width(result_grid, n, name)
-    matrix = None if H is None else _matching(as_hessian(H, name, threads), n, name)
+    matrix = None if H is None else as_hessian(H, name, threads, inputs=n)
     if grid == "hessian" and matrix is None:
         raise ValueError(f"{label(name)}grid='hessian' needs H")
     if per_tensor:
@@ -115,15 +115,6 @@ def _rtn_per_tensor(
     return codes, scales, zeros
 
 
-def _matching(matrix: np.ndarray, n: int, name: str | None) -> np.ndarray:
-    if len(matrix) != n:
-        raise ValueError(
-            f"{label(name)}H has {len(matrix)} inputs, but W has {n} (W is (out, in), as in "
-            "torch.nn.Linear)"
-        )
-    return matrix
-
-
 def _objective(W: np.ndarray, q: QuantizedMatrix, matrix: np.ndarray, threads: int) -> np.ndarray:
     out = np.empty(len(W), np.float64)
     _core.objective(W - q.dequantize(), matrix, out, threads)
@@ -145,7 +136,7 @@ def objective(W: Any, W_hat: Any, H: Any, *, threads: int = 0) -> np.ndarray:
     """
     threads = check_threads(threads)
     W = as_matrix(W, "W", None, threads)
-    matrix = _matching(as_hessian(H, None, threads), W.shape[1], None)
+    matrix = as_hessian(H, None, threads, inputs=W.shape[1])
     E = W
     if not (np.isscalar(W_hat) and W_hat == 0):
         W_hat = as_matrix(W_hat, "W_hat", None, threads)
@@ -245,7 +236,7 @@ def gptq(
         raise ValueError(
             f"{label(name)}order={order!r}, but the Factorization was made with {F.order_name!r}"
         )
-    _matching(F.matrix, W.shape[1], name)
+    check_inputs(F.matrix, W.shape[1], name)
     if F.order_name == "group-act" and F.group_size != group_size:
         raise ValueError(f"{label(name)}the Factorization was ordered for another group_size")
     if F.dead.any():
@@ -349,7 +340,7 @@ def obq(
     threads = check_threads(threads)
     W = as_matrix(W, "W", name, threads)
     F = factorize(H, damping=damping, max_damping=damping, threads=threads, name=name)
-    _matching(F.matrix, W.shape[1], name)
+    check_inputs(F.matrix, W.shape[1], name)
     if F.dead.any():
         W = np.where(F.dead, np.float32(0), W)
     grids = rtn(

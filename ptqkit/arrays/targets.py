@@ -76,12 +76,7 @@ def propagate_error(
             f"{damping!r}"
         )
     W = as_matrix(W, "W", name)
-    matrix = as_hessian(H, name)
-    if len(matrix) != W.shape[1]:
-        raise ValueError(
-            f"{label(name)}H has {len(matrix)} inputs, but W has {W.shape[1]} (W is (out, in), as "
-            "in torch.nn.Linear)"
-        )
+    matrix = as_hessian(H, name, inputs=W.shape[1])
     drift = _drift(G, matrix, name)
     if alpha == 0 or not drift.any():
         return W.copy()
