@@ -195,7 +195,7 @@ typedef struct {
 } ptq_signed_grid;
 
 /* Grid of the range [low, high] and 0, in float32. A range of 0 (or whose scale underflows) gets
- * scale 2^-23 and zero-point 0; the scale is infinite where high - low overflows. */
+ * scale 2^-23 and zero-point 0; the scale is infinite if high - low overflows. */
 ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float high, float *scale,
                                int *zero);
 /* Extremes of 0 and X (tokens, n), of type `dtype`. Columns with a non-zero skip[c] (NULL: none)
