@@ -249,7 +249,7 @@ def gptq(
         static_groups=int(static),
         groups_follow_order=int(F.order_name == "act" and not static),
         feedback=int(bool(feedback)),
-        sweeps=refine_passes,
+        refine_passes=refine_passes,
         shift=F.damping_value,
     )
     codes, scales, zeros, g_idx, history = _solve(W, F, options, spec, threads, name)
@@ -278,7 +278,7 @@ class SolverOptions(NamedTuple):
     static_groups: int  # 1: grids from W beforehand, groups in original order
     groups_follow_order: int  # 1: groups are runs of the order (act-order with g_idx)
     feedback: int
-    sweeps: int
+    refine_passes: int
     shift: float  # what was added to the diagonal for R
 
 
@@ -294,7 +294,7 @@ def _solve(
     rows, n = W.shape
     codes, scales, zeros = outputs(rows, n, n // options.group_size)
     g_idx = np.empty(n, np.int32)
-    history = np.empty((options.sweeps + 1, rows), np.float64)
+    history = np.empty((options.refine_passes + 1, rows), np.float64)
     try:
         _core.gptq(
             W, F.matrix, F.R, F.order, options, spec, codes, scales, zeros, g_idx, history, threads
