@@ -59,13 +59,13 @@ class HookedProcessor(AttnProcessor):
         call = AttentionCall(self.name, attn, steps=self.facts.steps)
         value = attn.to_v.register_forward_hook(_ValueHook(self.hook, call, attn.heads))
         # Instance attributes hide the methods for the time of this call only.
-        attn.get_attention_scores = _Scores(self.hook, call, attn)
+        attn.__dict__["get_attention_scores"] = _Scores(self.hook, call, attn)
         try:
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
             )
         finally:
-            del attn.get_attention_scores
+            del attn.__dict__["get_attention_scores"]
             value.remove()
 
 
@@ -116,6 +116,7 @@ def find_attention(unet: nn.Module) -> dict[str, AttentionModule]:
             f"{type(unet).__name__} is not a diffusers model with attention"
         )
     found = {}
+    model: Any = unet
     for key, processor in model.attn_processors.items():
         name = key.removesuffix(".processor")
         if type(processor) not in (AttnProcessor, AttnProcessor2_0, HookedProcessor):
