@@ -73,7 +73,7 @@ class _UNet:
 
 
 class SoftmaxCalibration(SoftmaxStudy):
-    """What one pass over calibration latents tells about the softmax of a UNet.
+    """Statistics of the softmax of a UNet, from one pass over calibration latents.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ class UNetSoftmaxQuantization(SoftmaxQuantization):
     steps: tuple[int, ...] = ()
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the corrections beside the weights; see :func:`save_softmax`."""
+        """Write the corrections next to the weights; see :func:`save_softmax`."""
         return save_softmax(self.model, self.quantizers, self.steps, directory)
 
 

@@ -69,7 +69,7 @@ class SoftmaxBackend(Protocol):
     ends : SearchEnds
         Ranges that ``grid_range="search"`` tries.
     steps : tuple of int
-        Time steps of the calibration data that are told apart; empty if there are none.
+        Time steps of the calibration data, to be distinguished; empty if there are none.
     """
 
     model: nn.Module
@@ -92,7 +92,7 @@ class SoftmaxBackend(Protocol):
 
 
 class SoftmaxStudy:
-    """What one pass over calibration data tells about the softmax of a model.
+    """Statistics of the softmax of a model, from one pass over calibration data.
 
     Any number of corrections can be made from it, at one bit width.
 
