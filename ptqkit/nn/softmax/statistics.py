@@ -33,7 +33,7 @@ def as_calibration_error(what: str) -> Iterator[None]:
 
 
 def length_edges(longest: int) -> list[int]:
-    """Return the last row length of every class that SoftmaxBias distinguishes, up to ``longest``."""
+    """Return the last row length of every class of SoftmaxBias, up to ``longest``."""
     starts = np.unique(_class_start(np.arange(LENGTH_CLASSES)))
     return [*(int(s) - 1 for s in starts if 1 < s <= longest), longest]
 
