@@ -49,6 +49,7 @@ class _UNet:
     granularities: tuple[str, ...] = GRANULARITIES
     # Rows are long, and nothing makes one probability 1 as the first row of a text does.
     ends = SearchEnds((1.0,), tuple(2.0 ** (-k / 2) for k in range(12)))
+    by_total = True
 
     def __init__(self, model: nn.Module, calibration: CalibrationLatents) -> None:
         if not isinstance(calibration, CalibrationLatents):

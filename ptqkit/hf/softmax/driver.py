@@ -50,6 +50,7 @@ class _LanguageModel:
     granularities: tuple[str, ...] = GRANULARITIES
     # Shorter ranges were never better, at 4 to 8 bits.
     ends = SearchEnds((1.0, 0.8, 0.6))
+    by_total = False
     steps: tuple[int, ...] = ()
 
     def __init__(self, model: nn.Module, calibration: CalibrationSet) -> None:
