@@ -21,8 +21,8 @@ from ptqkit.hf.checkpoint.files import TensorPlan, parse_size, write_tensors
 from ptqkit.hf.checkpoint.inputs import check_activations, find_flat_inputs
 from ptqkit.hf.checkpoint.spec import LayerSpec, choose_format, describe_layers
 from ptqkit.hf.checkpoint.tensors import tensor_plans
+from ptqkit.hf.softmax.files import write_installed
 from ptqkit.nn.activations import ActivationQuantizer
-from ptqkit.nn.softmax.file import write_installed
 
 __all__ = ["CheckpointInfo", "save_checkpoint"]
 
