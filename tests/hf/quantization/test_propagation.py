@@ -294,8 +294,9 @@ def test_other_schedules_are_refused(monkeypatch):
     assert_untouched(model)
     for kind, message in (("autocast", "thread-local"), ("experts", "did not reach")):
         model = plain(**{kind: True})
-        with pytest.raises(UnsupportedModuleError, match=f"needs the one-pass schedule.*{message}"):
+        with pytest.raises(PreflightError, match=f"needs the one-pass schedule.*{message}") as error:
             quantize(model, "reference", tokens(), **OPTIONS)
+        assert error.value.has(UnsupportedModuleError)
         assert_untouched(model, plain(**{kind: True}))
     monkeypatch.setitem(__import__("sys").modules, "greenlet", None)
     with pytest.raises(PreflightError, match="greenlet"):
