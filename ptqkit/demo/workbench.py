@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ptqkit._defaults import BATCH_SIZE, FORWARD_BATCH_SIZE
 from ptqkit.demo import MODEL_DIR, text
-from ptqkit.hf.data.defaults import BATCH_SIZE, FORWARD_BATCH_SIZE
 from ptqkit.hf.equalization.outliers import inject_outliers
 from ptqkit.hf.workbench import Workbench
 

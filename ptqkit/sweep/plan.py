@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
 from ptqkit.demo import DEMO
-from ptqkit.hf.data.defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
 
 __all__ = [
     "FLOAT",

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ptqkit._defaults import BATCH_SIZE, FORWARD_BATCH_SIZE
 from ptqkit.demo import DEMO
 from ptqkit.errors import PreflightError
-from ptqkit.hf.data.defaults import BATCH_SIZE, FORWARD_BATCH_SIZE
 from ptqkit.recipe import as_recipe
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import (

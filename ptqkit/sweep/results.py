@@ -130,7 +130,7 @@ def to_dict(result: SweepResult) -> dict[str, Any]:
 
 
 def write_results(result: SweepResult) -> list[str]:
-    """Write ``results.csv``, ``results.json`` and, if the plan has published figures, ``published.csv``.
+    """Write ``results.csv``, ``results.json`` and, with published figures, ``published.csv``.
 
     Returns
     -------

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit._defaults import FORWARD_BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
 from ptqkit.errors import CalibrationError
-from ptqkit.hf.data.defaults import FORWARD_BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
 from ptqkit.hf.data.text import (
     DATASET_NAME,
     MissingTextError,

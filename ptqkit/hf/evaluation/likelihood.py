@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ptqkit._defaults import FORWARD_BATCH_SIZE
 from ptqkit.errors import CalibrationError, UsageError
 from ptqkit.hf.data.calibration import max_positions
-from ptqkit.hf.data.defaults import FORWARD_BATCH_SIZE
 from ptqkit.hf.data.text import start_token_id
 from ptqkit.nn.forward import calibration_mode
 
