@@ -119,16 +119,16 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _progress(quiet: bool) -> Callable[[int, int], None] | None:
-    if quiet:
-        return None
+def _progress(quiet: bool) -> bool | Callable[[Any], None]:
+    """Return a bar on a terminal, every twentieth case as a line elsewhere."""
+    if quiet or sys.stderr.isatty():
+        return not quiet
 
-    def tell(done: int, total: int) -> None:
-        if sys.stderr.isatty() or done == total or done % 20 == 0:
-            end = "\n" if done == total or not sys.stderr.isatty() else "\r"
-            print(f"case {done}/{total}", end=end, file=sys.stderr, flush=True)
+    def print_line(event: Any) -> None:
+        if event.index == event.total or event.index % 20 == 0:
+            print(event, file=sys.stderr, flush=True)
 
-    return tell
+    return print_line
 
 
 def _check(args: argparse.Namespace) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ptqkit.errors import UnsupportedModuleError
-from ptqkit.nn.linear import is_conv1d
+from ptqkit.nn.linear import LinearView
 
 __all__ = ["Fold", "FoldPlan", "apply_fold"]
 
@@ -58,11 +58,11 @@ class Fold:
         return len(self.rows)
 
     def spread(self, scales: np.ndarray) -> np.ndarray:
-        """Scales of the producer's channels (channels,) -> of the consumers' inputs (in,)."""
+        """Turn scales of the producer's channels (channels,) into those of the inputs (in,)."""
         return np.asarray(scales)[self.channel_of]
 
     def gather(self, scales: np.ndarray) -> np.ndarray:
-        """Scales of the inputs (in,), equal where inputs share a channel -> (channels,)."""
+        """Turn scales of the inputs (in,), equal if inputs share a channel, into (channels,)."""
         gathered = np.ones(self.channels, dtype=np.asarray(scales).dtype)
         gathered[self.channel_of] = scales
         return gathered
@@ -158,20 +158,21 @@ def _folded(
                 _like(parameter, gain / torch.from_numpy(scales), -shift),
             )
     else:
-        axis = 1 if is_conv1d(producer) else 0
-        inverse = np.ones(producer.weight.shape[axis])
+        view = LinearView(producer)
+        axis = 1 if view.transposed else 0
+        inverse = np.ones(view.shape[0])
         inverse[fold.rows] = 1.0 / scales
         yield fold.producer, producer.weight, _scaled(fold.producer, producer.weight, inverse, axis)
         if producer.bias is not None:
             yield fold.producer, producer.bias, _scaled(fold.producer, producer.bias, inverse, 0)
     for name in fold.consumers:
-        module = model.get_submodule(name)
-        axis = 0 if is_conv1d(module) else 1
-        yield name, module.weight, _scaled(name, module.weight, fold.spread(scales), axis)
+        view = LinearView(model.get_submodule(name))
+        axis, weight = 0 if view.transposed else 1, view.module.weight
+        yield name, weight, _scaled(name, weight, fold.spread(scales), axis)
 
 
 def _finite(values: torch.Tensor) -> bool:
-    """Whether every value is; a sum tells fast, unless it overflows itself."""
+    """Whether every value is finite; a sum shows it fast, unless it overflows itself."""
     wide = torch.promote_types(values.dtype, torch.float32)
     return math.isfinite(float(values.sum(dtype=wide))) or bool(torch.isfinite(values).all())
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import CalibrationError, prefix_error
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.nn.forward import calibration_mode, forward, hooks
-from ptqkit.nn.statistics import range_accumulator
+from ptqkit.nn.statistics import finished, range_accumulator
 
 __all__ = ["Inputs", "measure_inputs"]
 
@@ -97,6 +96,5 @@ def measure_inputs(
             current[:] = batch, mask
             forward(model, batch)
     for inputs in found.values():
-        if not isinstance(inputs.ranges, ChannelRanges):
-            inputs.ranges = inputs.ranges.finish()
+        inputs.ranges = finished(inputs.ranges)
     return {name: inputs for name, inputs in found.items() if inputs.ranges.tokens}

@@ -25,9 +25,9 @@ from ptqkit.hf.equalization.fold import Fold, FoldPlan, apply_fold, uninterrupte
 from ptqkit.hf.equalization.inputs import Inputs, measure_inputs
 from ptqkit.hf.equalization.report import EqualizationReport, EqualizedGroup
 from ptqkit.hf.equalization.trace import model_outputs, relative_difference, short_batch
-from ptqkit.hf.models.structure import Target
-from ptqkit.hf.progress import Progress, ProgressEvent
+from ptqkit.hf.progress import Progress, ProgressStage
 from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.linear import LinearView
 from ptqkit.recipe.options import Equalization
 from ptqkit.recipe.recipe import Recipe
 
@@ -135,28 +135,25 @@ class EqualizationRun:
     def _find_scales(self, plan: FoldPlan) -> list[_Choice]:
         """Folds into linear layers first, the last ones before: they scale rows others look at."""
         found: dict[int, _Choice] = {}
-        started = time.perf_counter()
         order = sorted(range(len(plan.folds)), key=lambda i: (plan.folds[i].kind == "norm", -i))
-        for done, index in enumerate(order, 1):
+        stage = ProgressStage(self.progress, "equalizing", len(order))
+        for index in order:
             fold = plan.folds[index]
             if fold.consumers[0] not in self.inputs:
                 names = ", ".join(fold.consumers)
                 plan.left_alone[names] = "it saw no token of the calibration data"
+                stage.skip()
                 continue
             try:
                 found[index] = self._choose(fold)
             except Exception as error:
                 raise prefix_error(error, fold.consumers[0]) from error
-            if self.progress is not None:
-                row, elapsed = found[index].row, time.perf_counter() - started
-                left = elapsed / done * (len(order) - done)
-                event = (row.consumers[0], done, len(order), row.error, elapsed, left)
-                self.progress(ProgressEvent(*event, stage="equalizing"))
+            stage.step(fold.consumers[0], found[index].row.error)
         return [found[i] for i in sorted(found)]
 
     def _weight(self, name: str) -> np.ndarray:
         """Weight of a layer, float32 (out, in), its rows as they will be."""
-        weight = Target(name, self.model.get_submodule(name), Recipe(), None).read()
+        weight = LinearView(self.model.get_submodule(name)).read()
         if name in self.rows:
             weight = weight.copy()
             rows, factors = self.rows[name]

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleError
+from ptqkit.errors import CalibrationError, PreflightError, Problem, UnsupportedModuleError
 from ptqkit.hf.checkpoint.biases import plan_biases
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions
-from ptqkit.hf.data.text import MissingTextError
 from ptqkit.hf.models.probe import Probe
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.nn.activations import installed_quantizer
@@ -26,28 +25,19 @@ FORMATS = ("auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit")
 
 
 class Problems:
-    """Collects problems and raises them together, as every kind of error they are."""
+    """Collects problems and raises them together."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
-        self._kinds: list[type[Exception]] = []
+        self.found: list[Problem] = []
 
-    def add(self, text: str, kind: type[Exception] | None = None) -> None:
-        """Note a problem; ``kind`` is an error class that the caller may want to catch."""
-        self.texts.append(text)
-        if kind is not None and kind not in self._kinds:
-            self._kinds.append(kind)
+    def add(self, text: str, kind: type[Exception] = ValueError) -> None:
+        """Note a problem; ``kind`` is the class of error that it is."""
+        self.found.append(Problem(text, kind))
 
     def raise_if_any(self) -> None:
-        """Raise PreflightError with all problems; it also is an instance of each one's kind."""
-        if not self.texts:
-            return
-        # A class may not be listed as a base beside its own subclass.
-        every = self._kinds
-        kinds = [k for k in every if not any(o is not k and issubclass(o, k) for o in every)]
-        if not kinds:
-            raise PreflightError(self.texts)
-        raise type("PreflightError", (PreflightError, *kinds), {})(self.texts)
+        """Raise PreflightError with all problems."""
+        if self.found:
+            raise PreflightError(self.found)
 
 
 def check_model(
@@ -58,7 +48,7 @@ def check_model(
     calibrated: bool,
     out_format: str,
 ) -> None:
-    """Check what the model and the recipe tell: shapes, patterns, weights, format."""
+    """Check what the model and the recipe show by themselves: shapes, patterns, weights, format."""
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
     for text in structure.problems:
@@ -92,7 +82,7 @@ def check_model(
 
 
 def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
-    options, (rows, columns) = target.options, target.shape
+    options, (rows, columns) = target.options, target.view.shape
     if options.group_size is not None and columns % options.group_size:
         problems.add(
             f"{target.name}: group_size {options.group_size} does not divide its {columns} inputs; "
@@ -114,8 +104,8 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
             "the quantizers off with ptqkit.nn.remove_quantizers(model)",
             UnsupportedModuleError,
         )
-    weight = target.module.weight.detach()
-    # A sum is finite only where every term is; it may overflow, so look twice before complaining.
+    weight = target.view.weight
+    # A sum is finite only if every term is; it may overflow, so look twice before complaining.
     if not math.isfinite(float(weight.sum(dtype=torch.float32))):
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
@@ -128,7 +118,7 @@ def _format_conflicts(target: Target, out_format: str) -> list[str]:
     if out_format in ("auto", "ptqkit"):
         return []
     found = []
-    if target.transposed:
+    if target.view.transposed:
         found.append("cannot hold transformers' Conv1D; use 'ptqkit'")
     if o.bits == "ternary":
         found.append("has no ternary codes; use 'ptqkit'")
@@ -197,13 +187,13 @@ def check_output(
 
 
 def checkpoint_bytes(model: nn.Module, targets: Mapping[str, Target]) -> int:
-    """Size of the checkpoint, about: float parameters as they are, codes, scales, zero-points."""
+    """Estimate the checkpoint's size: float parameters as they are, codes, scales, zero-points."""
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     for target in targets.values():
-        rows, columns = target.shape
+        rows, columns = target.view.shape
         bits = 2 if target.options.bits == "ternary" else int(target.options.bits)
         groups = columns // min(target.options.group_size or columns, columns)
-        total -= target.module.weight.numel() * target.module.weight.element_size()
+        total -= rows * columns * target.view.weight.element_size()
         total += rows * columns * bits // 8 + rows * groups * 5 + 4 * columns
     return total
 
@@ -223,21 +213,16 @@ def check_probe(problems: Problems, structure: Structure, found: Probe) -> set[s
             "add an override 'skip'",
             UnsupportedModuleError,
         )
-    late = set()
+    unprobed = set()
     for name in found.uncalled:
         block = structure.targets[name].block
         inside = name[len(block) + 1 :].split(".") if block is not None else []
         if any(part.isdigit() for part in inside):
-            late.add(name)
+            unprobed.add(name)
         else:
             problems.add(
                 f"{name} is never called by the model's forward on this calibration data (its "
                 "weight may be used directly); add an override 'skip'",
                 UnsupportedModuleError,
             )
-    return late
-
-
-def missing_kind(error: Exception) -> type[Exception]:
-    """The error class under which a calibration problem is raised."""
-    return MissingTextError if isinstance(error, MissingTextError) else CalibrationError
+    return unprobed

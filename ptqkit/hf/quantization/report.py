@@ -10,7 +10,7 @@ from typing import Any
 
 from ptqkit._files import plain
 from ptqkit.hf.models.structure import Target
-from ptqkit.hf.quantization.solve import Solved
+from ptqkit.hf.quantization.solve import LayerResult
 from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["LayerReport", "Report", "layer_report"]
@@ -37,7 +37,7 @@ class LayerReport:
     bits_per_weight : float
         With scales, zero-points and group indices.
     activations : str
-        How the layer's inputs are quantized, such as ``"8 token"``; empty where they are not.
+        How the layer's inputs are quantized, such as ``"8 token"``; empty if they are not.
     bias_share : float
         Share of the output error's power on the calibration inputs that was its mean, which bias
         correction takes away; the objective is without it.
@@ -91,20 +91,21 @@ class Report:
     layers : list of LayerReport
         In order of execution, then what was left alone.
     equalization : dict or None
-        :meth:`EqualizationReport.to_dict`, where the float model was equalized first.
+        :meth:`EqualizationReport.to_dict`, if the float model was equalized first.
     schedule : str
-        ``"one-pass"``, ``"re-forward"``, ``"one-pass, then re-forward"`` or ``"no calibration"``.
+        ``"one-pass"``, ``"replay"``, ``"one-pass, then replay"`` or ``"no calibration"``.
     schedule_reason : str
-        Why it was not one pass; empty where it was.
+        Why it was not one pass; empty if it was.
     calibration : dict
         Source, samples, sequence length, tokens, start token.
     seconds : dict of str to float
-        ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``, with
-        error propagation ``propagation`` (G and the correction), and ``forward``: the rest,
-        mostly the model (both models).
-    memory : dict
-        ``estimate`` of the schedule used and of the other one, ``budget``, and ``peak`` resident
-        (or device) memory of the process, in bytes.
+        ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``,
+        ``propagation`` (G and the correction, with error propagation), ``equalization`` (if the
+        recipe has one), and ``forward``: the rest, mostly the model (both models).
+    memory : dict of str to int or None
+        In bytes: ``peak`` resident (or device) memory of the process, and with calibration
+        ``estimate_one_pass`` and ``estimate_replay`` (what each schedule needs in addition to the
+        model), ``budget`` (None if none was given) and ``available`` (free before the run).
     recipe : dict
     warnings : list of str
     """
@@ -292,15 +293,15 @@ def _activations(spec: ActivationQuantization | None) -> str:
     return f"{spec.bits} {spec.granularity}{outliers}"
 
 
-def _bias_share(solved: Solved) -> float:
-    """|eps E[x]|^2 in E|eps x|^2, which is half the objective."""
+def _bias_share(solved: LayerResult) -> float:
+    """Return |eps E[x]|^2 over E|eps x|^2, which is half the objective."""
     if solved.bias_shift is None or not solved.objective > 0:
         return math.nan
     return 2.0 * float(solved.bias_shift @ solved.bias_shift) / solved.objective
 
 
 def layer_report(
-    target: Target, solved: Solved, tokens: int, seconds_hessian: float, schedule: str
+    target: Target, solved: LayerResult, tokens: int, seconds_hessian: float, schedule: str
 ) -> LayerReport:
     """Build the row of a quantized layer."""
     matrix, options, notes = solved.matrix, target.options, []
@@ -308,11 +309,11 @@ def layer_report(
         notes.append(
             f"H not positive definite at damping {options.damping:g}, raised to {matrix.damping:g}"
         )
-    if 0 < tokens < target.shape[1]:
-        notes.append(f"only {tokens} tokens for {target.shape[1]} inputs")
+    if 0 < tokens < target.view.shape[1]:
+        notes.append(f"only {tokens} tokens for {target.view.shape[1]} inputs")
     return LayerReport(
         name=target.name,
-        shape=target.shape,
+        shape=target.view.shape,
         method=options.method,
         bits=options.bits,
         group_size=options.group_size,

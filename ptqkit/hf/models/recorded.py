@@ -11,10 +11,10 @@ from torch import nn
 
 from ptqkit.nn.forward import StopForwardError, forward
 
-__all__ = ["Replay"]
+__all__ = ["RecordedBlocks"]
 
 
-class Replay:
+class RecordedBlocks:
     """Runs the model with finished blocks replaced by what they last returned.
 
     Of each stack only the latest finished block's output is kept, one per batch: the blocks before
