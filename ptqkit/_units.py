@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 
+from ptqkit.errors import UsageError
+
 __all__ = ["parse_bytes", "show_bytes"]
 
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -20,11 +19,11 @@ def parse_bytes(value: int | str | None) -> int | None:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
         if match is None:
-            raise ValueError(f"memory_budget must be bytes or text such as '8GiB', not {value!r}")
+            raise UsageError(f"memory_budget must be bytes or text such as '8GiB', not {value!r}")
         units = _BINARY if match[3] else _UNITS
         value = int(float(match[1]) * units[match[2].upper()])
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, not {value!r}")
+        raise UsageError(f"memory_budget must be a positive number of bytes, not {value!r}")
     return value
 
 

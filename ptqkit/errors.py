@@ -12,6 +12,7 @@ __all__ = [
     "Problem",
     "PtqkitError",
     "UnsupportedModuleError",
+    "UsageError",
     "prefix_error",
 ]
 
@@ -39,6 +40,10 @@ class NotPositiveDefiniteError(PtqkitError, ValueError):
 
 class CalibrationError(PtqkitError, ValueError):
     """Calibration data is missing, empty, too small or not finite."""
+
+
+class UsageError(PtqkitError, ValueError):
+    """An argument or option is wrong by itself; the message names it."""
 
 
 class UnsupportedModuleError(PtqkitError, NotImplementedError):

@@ -10,20 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.common import (
-    DEMO,
-    UsageError,
-    check_json,
-    check_text,
-    load_model,
-    quiet_transformers,
-    read_text,
-    say,
-    write_json,
-)
-from ptqkit.cli.evaluate import parse_start_token
+from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.options import check_text, parse_start_token, prefixed
+from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
 from ptqkit.cli.quantize_options import GPTQ_RECIPES, add_options
-from ptqkit.errors import PreflightError
+from ptqkit.demo import DEMO
+from ptqkit.errors import PreflightError, UsageError
 
 __all__ = ["add_parser"]
 
@@ -168,7 +160,8 @@ def run(args: argparse.Namespace) -> None:
     with quiet_transformers():
         from ptqkit import Recipe
 
-        checked = Recipe.from_dict(recipe)
+        with prefixed():
+            checked = Recipe.from_dict(recipe)
         needs_text = bool(_needs_text(args, recipe) or recipe["overrides"])
         result, info, facts = _work(args, checked, needs_text)
     seconds = time.perf_counter() - started

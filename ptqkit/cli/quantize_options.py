@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ptqkit.cli.common import add_common, add_model_options
+from ptqkit.cli.options import add_common, add_model_options
 
 __all__ = ["GPTQ_RECIPES", "RTN_RECIPES", "add_options", "parse_override"]
 

@@ -11,8 +11,8 @@ from .equalization.driver import EqualizationReport as EqualizationReport
 from .equalization.driver import equalize as equalize
 from .equalization.find import find_folds as find_folds
 from .equalization.outliers import inject_outliers as inject_outliers
-from .evaluation.perplexity import PerplexityResult as PerplexityResult
-from .evaluation.perplexity import perplexity as perplexity
+from .evaluation.likelihood import PerplexityResult as PerplexityResult
+from .evaluation.likelihood import perplexity as perplexity
 from .progress import ProgressEvent as ProgressEvent
 from .quantization.driver import QuantizationInterrupted as QuantizationInterrupted
 from .quantization.driver import QuantizationResult as QuantizationResult
@@ -24,3 +24,6 @@ from .softmax.driver import SoftmaxQuantization as SoftmaxQuantization
 from .softmax.driver import load_softmax as load_softmax
 from .softmax.driver import quantize_softmax as quantize_softmax
 from .softmax.driver import save_softmax as save_softmax
+from .workbench import Workbench as Workbench
+from .workbench import WorkbenchRow as WorkbenchRow
+from .workbench import load_model as load_model

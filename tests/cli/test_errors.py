@@ -10,7 +10,13 @@ import pytest
 from helpers.cli_calls import SMALL, model_of, quantize
 
 from ptqkit.cli import exit_code, main
-from ptqkit.errors import NotPositiveDefiniteError, PreflightError
+from ptqkit.errors import (
+    CalibrationError,
+    NotPositiveDefiniteError,
+    PreflightError,
+    UsageError,
+)
+from ptqkit.sweep.grid import CellsFailed
 
 pytest.importorskip("torch")
 
@@ -209,7 +215,12 @@ def info_facts():
         (PreflightError(["x"]), 3),
         (NotPositiveDefiniteError("x", 0, 1.0), 4),
         (FileNotFoundError("x"), 2),
-        (ValueError("x"), 2),
+        (UsageError("x"), 2),
+        (CalibrationError("x"), 2),
+        (CellsFailed("x"), 4),
+        (ModuleNotFoundError("x"), 2),
+        (ValueError("bug"), 1),
+        (TypeError("bug"), 1),
         (OSError(errno.ENOSPC, "full"), 1),
         (RuntimeError("bug"), 1),
     ],

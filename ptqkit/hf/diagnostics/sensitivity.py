@@ -20,7 +20,7 @@ from ptqkit.arrays.solvers import rtn
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
-from ptqkit.hf.evaluation.perplexity import perplexity
+from ptqkit.hf.evaluation.likelihood import perplexity
 from ptqkit.hf.models.dtypes import dtype_of
 from ptqkit.hf.models.structure import find_blocks
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress

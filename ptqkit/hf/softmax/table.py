@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ptqkit.hf.data.calibration import CalibrationSet
-from ptqkit.hf.evaluation.perplexity import PerplexityResult, perplexity
+from ptqkit.hf.evaluation.likelihood import PerplexityResult, perplexity
 from ptqkit.hf.softmax.driver import SoftmaxCalibration
 from ptqkit.nn.attention import attention_hooks
 from ptqkit.nn.attention_quantizer import AttentionQuantizer

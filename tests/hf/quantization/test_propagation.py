@@ -433,9 +433,9 @@ def test_recipe_round_trip():
 
 
 def test_command_line_option():
-    from ptqkit.cli.common import UsageError
     from ptqkit.cli.quantize import _recipe
     from ptqkit.cli.quantize_options import add_options
+    from ptqkit.errors import UsageError
 
     parser = add_options(argparse.ArgumentParser().add_subparsers())
     given = ["model", "--out", "x", "--error-propagation", "0.5"]
