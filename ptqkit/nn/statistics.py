@@ -18,7 +18,6 @@ __all__ = [
     "TorchHessian",
     "TorchRanges",
     "accumulator",
-    "finished",
     "full_float32",
     "range_accumulator",
 ]
@@ -134,18 +133,6 @@ def accumulator(in_features: int, device: torch.device) -> Any:
     if device.type == "cpu":
         return Hessian(in_features)
     return TorchHessian(in_features, device)
-
-
-def finished(accumulated: Any) -> Any:
-    """Return what an accumulator of H or of ranges holds, on the host.
-
-    Raises
-    ------
-    CalibrationError
-        If an input was not finite.
-    """
-    on_device = isinstance(accumulated, (TorchHessian, TorchRanges))
-    return accumulated.finish() if on_device else accumulated
 
 
 class InputDrift:

@@ -42,7 +42,7 @@ from ptqkit.nn.forward import calibration_mode, forward, hooks
 from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.report import describe
-from ptqkit.nn.statistics import finished, range_accumulator
+from ptqkit.nn.statistics import range_accumulator
 from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["CASES", "KINDS", "sensitivity"]
@@ -225,7 +225,7 @@ class _Bench:
                 rows[0] = mask
                 forward(self.model, batch)
         spec, dtype = ActivationQuantization(self.bits, "tensor"), dtype_of(self.model)
-        ranges = {n: finished(r) for n, r in found.items()}
+        ranges = {n: r.finish() for n, r in found.items()}
         idle = [n for n, r in ranges.items() if not r.tokens]
         if idle:
             raise CalibrationError(f"no calibration token reached {idle[0]}; give more data")

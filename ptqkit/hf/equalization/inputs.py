@@ -14,7 +14,7 @@ from ptqkit.errors import CalibrationError, prefix_error
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.nn.forward import calibration_mode, forward, hooks
-from ptqkit.nn.statistics import finished, range_accumulator
+from ptqkit.nn.statistics import range_accumulator
 
 __all__ = ["Inputs", "measure_inputs"]
 
@@ -96,5 +96,5 @@ def measure_inputs(
             current[:] = batch, mask
             forward(model, batch)
     for inputs in found.values():
-        inputs.ranges = finished(inputs.ranges)
+        inputs.ranges = inputs.ranges.finish()
     return {name: inputs for name, inputs in found.items() if inputs.ranges.tokens}

@@ -42,12 +42,6 @@ class Target:
         """The module itself, for hooks."""
         return self.view.module
 
-    @property
-    def needs_ranges(self) -> bool:
-        """Whether the channel ranges of the inputs are needed in addition to H."""
-        static = self.options.activations is not None and not self.options.activations.dynamic
-        return self.options.bias_correction or static
-
 
 @dataclass
 class Structure:

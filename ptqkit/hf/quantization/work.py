@@ -60,7 +60,7 @@ class Work:
 
     def accumulator(self, group: list[str]) -> MomentAccumulator:
         """Return an empty accumulator for the inputs of a group."""
-        needs_ranges = any(target.needs_ranges for target in self.members(group))
+        needs_ranges = any(target.options.needs_ranges for target in self.members(group))
         return MomentAccumulator(group[0], needs_ranges)
 
     def positions(self) -> list[int]:

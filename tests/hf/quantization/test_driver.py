@@ -272,7 +272,7 @@ def test_preflight_problems_have_kinds():
         FileNotFoundError, "neither a file nor", data="none.txt", tokenizer=WordTokenizer()
     )
     assert error.value.has(CalibrationError) and len(error.value.problems) == 1
-    with pytest.raises(PreflightError, match="'hessian' grid needs calibration data") as error:
+    with pytest.raises(PreflightError, match="grid 'hessian' needs calibration data") as error:
         quantize(build(), "rtn", grid="hessian", **OPTIONS)
     assert error.value.has(CalibrationError)
     refused(CalibrationError, "holds 100 tokens", data=[numbers(100)], tokenizer=WordTokenizer())
