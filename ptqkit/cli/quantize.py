@@ -241,7 +241,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--schedule",
         choices=("auto", "one-pass", "replay"),
         default="auto",
-        help="results are equal; auto takes one pass where memory and model allow it",
+        help="results are equal; auto takes one pass if memory and model allow it",
     )
     add_threads(group)
     group.add_argument(
@@ -298,7 +298,7 @@ def _activations(text: str) -> dict[str, Any]:
     ):
         raise argparse.ArgumentTypeError(
             f"{text!r} must be BITS:token or BITS:tensor with 2 to 16 bits, with ':symmetric' or "
-            "':asymmetric' behind it where wanted, or none"
+            "':asymmetric' behind it if wanted, or none"
         )
     spec: dict[str, Any] = {"bits": int(bits), "granularity": granularity}
     if symmetry:

@@ -138,8 +138,8 @@ def accumulator(in_features: int, device: torch.device) -> Any:
 class InputDrift:
     """G - H = (2/N) sum (x - x~) x~^T, in float32, where the activations are.
 
-    Their difference and not G alone: where the two paths are close, the rounding errors of G and H
-    would be as large as what matters; where they are equal (the first layers), this is zero.
+    Their difference and not G alone: if the two paths are close, the rounding errors of G and H
+    would be as large as what matters; if they are equal (the first layers), this is zero.
     """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:

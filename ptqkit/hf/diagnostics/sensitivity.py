@@ -207,7 +207,7 @@ class _Bench:
             )
 
     def _block(self, name: str) -> str:
-        """Block that a module lies in; its own name outside of blocks."""
+        """Return the block that holds a module; its own name outside of blocks."""
         return next((b for b in self.blocks if name.startswith(f"{b}.")), name)
 
     def _input_quantizers(self) -> dict[str, ActivationQuantizer]:
@@ -284,7 +284,7 @@ class _Bench:
             view.weight.copy_(kept)
 
     def _logits(self, index: int) -> torch.Tensor:
-        """Logits of a batch on the host, in float32, zero where there is padding."""
+        """Return the logits of a batch on the host, in float32, 0 at padded positions."""
         batch, rows = self.data.batches[index], self.data.masks()[index]
         device = next(self.model.parameters()).device
         with calibration_mode(self.model):

@@ -159,7 +159,7 @@ def find_structure(
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold each parameter (tied weights have several)."""
+    """Return the names of the modules that hold each parameter (tied weights have several)."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():

@@ -1,4 +1,4 @@
-"""Everything that can be known to go wrong is found before the first calibration forward."""
+"""Find everything that can be known to go wrong before the first calibration forward."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
 
 
 def _format_conflicts(target: Target, out_format: str) -> list[str]:
-    """Why a checkpoint format cannot hold a layer quantized with these options."""
+    """Return why a checkpoint format cannot hold a layer quantized with these options."""
     o = target.options
     if out_format in ("auto", "ptqkit"):
         return []

@@ -200,7 +200,7 @@ def _quantize(
 def _diagnose(
     weight: np.ndarray, dequantized: np.ndarray, matrix: QuantizedMatrix, hessian: Any
 ) -> dict[str, np.ndarray]:
-    """Per row: power of weights and error; with H also RTN's objective and the output's power."""
+    """Return per row: power of weights and error; with H also RTN's objective, output power."""
     values, found = torch.from_numpy(weight), torch.from_numpy(dequantized)
     power, error = torch.empty(len(values)), torch.empty(len(values))
     for rows in row_blocks(len(values)):
