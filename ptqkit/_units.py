@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them."""
+"""Read and write sizes in bytes as people do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_bytes(value: int | str | None) -> int | None:
-    """Read a memory size: bytes, or text such as ``"8GiB"``, ``"500MB"``, ``"2G"``."""
+    """Return a size in bytes from a number or text such as ``"8GiB"``, ``"500MB"``, ``"2G"``."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -28,5 +28,5 @@ def parse_bytes(value: int | str | None) -> int | None:
 
 
 def show_bytes(size: int) -> str:
-    """Write a size for a message."""
+    """Return the text of a size in bytes for a message."""
     return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"

@@ -1,4 +1,4 @@
-"""Exceptions of ptqkit; every one of them is also the builtin a caller would expect."""
+"""Exceptions of ptqkit; each is also the builtin exception that a caller expects."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Problem(str):
 
 
 class PreflightError(PtqkitError, ValueError):
-    """Problems found before the first forward pass.
+    """Problems were found before the first forward pass.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class PreflightError(PtqkitError, ValueError):
 
 
 def prefix_error(error: Exception, name: str) -> Exception:
-    """The same error with the layer's name in its message, where it is not there yet."""
+    """Return the error with the layer's name in its message, added if it is not there yet."""
     if name in str(error):
         return error
     if isinstance(error, PtqkitError) or type(error) in (ValueError, TypeError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Scores and probabilities of attention as the core takes them: checks and shapes."""
+"""Convert scores, probabilities and masks of attention to what the core takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from ptqkit.arrays._inputs import as_bool, as_float32
 
-__all__ = ["as_allowed", "as_attention", "as_queries"]
+__all__ = ["allowed_entries", "as_allowed", "as_attention", "as_queries"]
 
 
 def as_attention(x: Any, what: str) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -40,7 +40,7 @@ def as_allowed(allowed: Any, sizes: tuple[int, ...], shape: tuple[int, ...]) -> 
     sizes : tuple
         (batch, heads, q, k).
     shape : tuple
-        Of the scores, as the user knows them.
+        Shape of the scores as the user passed them.
     """
     if allowed is None:
         return None
@@ -70,3 +70,15 @@ def as_queries(queries: Any, batch: int, q: int) -> np.ndarray | None:
     if queries.shape != (batch, q):
         raise ValueError(f"queries must have shape {(batch, q)} (batch, q), not {queries.shape}")
     return np.ascontiguousarray(queries)
+
+
+def allowed_entries(
+    x: np.ndarray, row: int, shape: tuple[int, ...], mask: np.ndarray | None, causal: bool
+) -> tuple[np.ndarray, str]:
+    """Return the allowed entries of a row of (batch, heads, q, k), and its index in ``shape``."""
+    b, h, i = (int(n) for n in np.unravel_index(row, x.shape[:3]))
+    q, k = x.shape[2:]
+    entries = x[b, h, i, : min(k, k - q + i + 1) if causal else k]
+    if mask is not None:
+        entries = entries[np.broadcast_to(mask, x.shape)[b, h, i, : len(entries)]]
+    return entries, ", ".join(str(int(n)) for n in np.unravel_index(row, shape[:-1]))

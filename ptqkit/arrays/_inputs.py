@@ -11,28 +11,11 @@ import numpy as np
 
 import ptqkit._core as _core
 
-__all__ = [
-    "BF16",
-    "F16",
-    "F32",
-    "as_array",
-    "as_bool",
-    "as_extreme",
-    "as_float32",
-    "as_floating",
-    "as_mask",
-    "as_matrix",
-    "as_pair",
-    "as_tokens",
-    "as_vector",
-    "check_count",
-    "check_number",
-    "check_threads",
-    "label",
-    "widen",
-]
-
 F32, F16, BF16 = 0, 1, 2  # ptq_dtype
+NOT_FINITE = (
+    "X holds NaN or Inf; the batch was not added. Check the calibration data and the model's "
+    "dtype (float16 overflows easily)"
+)
 
 
 def label(name: str | None) -> str:
@@ -207,6 +190,15 @@ def as_mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     if mask.size != math.prod(shape) or (both_shaped and mask.shape != shape):
         raise ValueError(f"mask must have the shape {shape} of X's tokens, not {mask.shape}")
     return np.flatnonzero(mask.reshape(-1)).astype(np.int64, copy=False)
+
+
+def as_batch(X: Any, mask: Any, in_features: int) -> tuple[np.ndarray, int, np.ndarray | None, int]:
+    """Return X as :func:`as_tokens` does, its dtype, the rows that count (None: all), how many."""
+    X, dtype, shape = as_tokens(X, in_features)
+    rows = None if mask is None else as_mask(mask, shape[:-1])
+    if rows is None or len(rows) == len(X):
+        return X, dtype, None, len(X)
+    return X, dtype, rows, len(rows)
 
 
 def as_matrix(x: Any, what: str, name: str | None = None, threads: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Integer codes of activations: per token or per tensor, outlier columns apart."""
+"""Quantize activations to integer codes per token or per tensor, without outlier columns."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class QuantizedActivations:
         columns hold the code of 0.
     scales : ndarray of float32, shape (..., 1), or (1,) for granularity "tensor"
     zero_points : ndarray like ``codes``, shape of ``scales``
-        0 where symmetric.
+        0 if symmetric.
     bits : int
     granularity : {"token", "tensor"}
     symmetric, narrow_range : bool
     outliers : ndarray of bool, shape (channels,), or None
         Columns that are not quantized.
     outlier_values : ndarray of float32, shape (..., number of outliers), or None
-        Those columns, exactly as they were.
+        Those columns, exactly as they were before.
     """
 
     codes: np.ndarray
@@ -62,7 +62,7 @@ class QuantizedActivations:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(..., channels)."""
+        """Shape of the activations, (..., channels)."""
         return self.codes.shape
 
     def dequantize(self, dtype: np.dtype | type = np.float32) -> np.ndarray:
@@ -82,13 +82,13 @@ def activation_grid(
     symmetric: bool = False,
     narrow_range: bool = False,
 ) -> tuple[np.float32, int]:
-    """Return scale and zero-point of the static grid of a tensor whose range is known.
+    """Return scale and zero-point of the static grid of a tensor of known range.
 
     Parameters
     ----------
     minimum, maximum : number or array
-        Range of the tensor; of arrays (one entry per channel) the extremes count. 0 always belongs
-        to the range. A range of 0 gets a scale of 2**-23.
+        Range of the tensor; for arrays (one entry per channel) the extremes are taken. 0 always
+        belongs to the range. A range of 0 gets a scale of 2**-23.
     bits : int from 2 to 16
     symmetric, narrow_range
         As in :func:`quantize_activations`.
@@ -140,7 +140,7 @@ def _not_finite() -> ValueError:
 
 
 def outlier_columns(X: Any, threshold: float = 6.0, *, threads: int = 0) -> np.ndarray:
-    """Return the columns in which some |x| reaches the threshold [LLM.int8(), arXiv 2208.07339].
+    """Return the columns in which some |x| reaches the threshold [LLM.int8()].
 
     Parameters
     ----------
@@ -243,12 +243,11 @@ def quantize_activations(
     bits : int from 2 to 16
         Codes are int8, above 8 bits int16.
     granularity : {"token", "tensor"}
-        One grid for each row of X (dynamic), or one for all of it.
+        One grid per row of X (dynamic), or one for all of X.
     symmetric : bool
         Zero-point 0.
     narrow_range : bool
-        Symmetric codes in +-(2**(bits-1) - 1), ``s = max|x| / (2**(bits-1) - 1)`` [Intriguing
-        Properties of Quantization at Scale, arXiv 2305.19268].
+        Symmetric codes in +-(2**(bits-1) - 1), ``s = max|x| / (2**(bits-1) - 1)`` [IPQS].
     scale, zero_point : number, optional
         Static grid of granularity "tensor" (see :func:`activation_grid`); None: from X.
     outliers : array of bool, shape (channels,), optional
@@ -263,7 +262,7 @@ def quantize_activations(
     Raises
     ------
     TypeError, ValueError
-        X is not floating point, has no channels, or holds NaN or Inf; options that contradict.
+        X is not floating point, has no channels, or holds NaN or Inf; contradicting options.
 
     Examples
     --------

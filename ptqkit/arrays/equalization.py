@@ -53,17 +53,14 @@ def weight_span(W: Any, *, threads: int = 0) -> np.ndarray:
     TypeError, ValueError
         No layer, a wrong dtype or shape, different inputs, NaN or Inf.
     """
-    low, high = None, None
     threads = check_threads(threads)
-    for layer in _weights(W, None, threads):
-        least, most, _ = batch_ranges(layer, F32, None, threads)
-        low = least if low is None else np.minimum(low, least)
-        high = most if high is None else np.maximum(high, most)
-    return span_of(low, high)
+    layers = _weights(W, None, threads)
+    lows, highs, _ = zip(*(batch_ranges(w, F32, None, threads) for w in layers), strict=True)
+    return span_of(np.minimum.reduce(lows), np.maximum.reduce(highs))
 
 
 def _weights(W: Any, name: str | None, threads: int) -> list[np.ndarray]:
-    """A list of finite float32 matrices with the same number of columns."""
+    """Return a list of finite float32 matrices with the same number of columns."""
     if not isinstance(W, (list, tuple)):
         W = [W]
     if not 1 <= len(W) <= MOST_LAYERS:
@@ -91,7 +88,7 @@ def _span(x: Any, what: str) -> np.ndarray:
 
 
 def _tied(channel_of: Any, n: int) -> np.ndarray | None:
-    """Group of each channel, counted from 0."""
+    """Return the group of each channel, counted from 0, int64 (n,), or None for None."""
     if channel_of is None:
         return None
     channel_of = np.asarray(channel_of)
@@ -159,12 +156,12 @@ def _largest(span: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EqualizationSearch:
-    """What :func:`search_equalization` found.
+    """Hold what :func:`search_equalization` found.
 
     Attributes
     ----------
     alpha : float
-        The exponent with the least error; NaN where no equalization is best.
+        The exponent with the least error; NaN if no equalization is best.
     scales : ndarray of float32, shape (in,)
         Its scales (all 1 for NaN).
     alphas : ndarray of float64, shape (candidates,)
@@ -180,7 +177,7 @@ class EqualizationSearch:
 
     @property
     def error(self) -> float:
-        """The least error."""
+        """Least error."""
         return float(self.errors.min())
 
 
@@ -221,7 +218,7 @@ def search_equalization(
     weights : array or tensor, shape (out, in), or a sequence of them
         All layers that X feeds.
     X : array or tensor, shape (..., in), floating point
-        Calibration inputs to measure on; a few hundred tokens do.
+        Calibration inputs to measure on; a few hundred tokens suffice.
     ranges : ChannelRanges
         Of the layers' inputs over the whole calibration set.
     bits, group_size, symmetric : int or "ternary", int or None, bool
@@ -275,17 +272,8 @@ def search_equalization(
         activation_symmetric=int(bool(activation_symmetric)),
         activation_per_tensor=int(static),
     )
-    _core.equalization_errors(
-        X,
-        tuple(W),
-        scales,
-        options,
-        grid_spec(weight_grid),
-        ranges.minimum,
-        ranges.maximum,
-        errors,
-        threads,
-    )
+    spec, low, high = grid_spec(weight_grid), ranges.minimum, ranges.maximum
+    _core.equalization_errors(X, tuple(W), scales, options, spec, low, high, errors, threads)
     best = int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))
     if not np.isfinite(errors[best]):
         raise ValueError(f"{label(name)}the outputs overflow: X or W holds huge values")
@@ -307,7 +295,7 @@ def _check_ranges(ranges: Any, n: int, name: str | None) -> None:
 
 
 def _activation_codes(bits: int | None, granularity: str, name: str | None) -> int:
-    """Largest activation code, or 0 where activations stay as they are."""
+    """Return the largest activation code, or 0 if activations stay as they are."""
     if granularity not in ("token", "tensor"):
         raise ValueError(
             f"{label(name)}activation_granularity must be 'token' or 'tensor', not {granularity!r}"
@@ -318,6 +306,6 @@ def _activation_codes(bits: int | None, granularity: str, name: str | None) -> i
 
 
 def _alpha_grid(alphas: Sequence[float] | None) -> np.ndarray:
-    """NaN (no equalization), 0.5, then the others as given."""
+    """Return NaN (no equalization), 0.5, then the others as given, float64."""
     others = [_check_alpha(a) for a in (ALPHAS if alphas is None else alphas)]
     return np.array([np.nan, *dict.fromkeys([0.5, *others])])

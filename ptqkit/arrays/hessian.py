@@ -1,4 +1,4 @@
-"""The layer Hessian H = (2/N) sum x x^T, accumulated over batches of inputs."""
+"""Accumulate the layer Hessian H = (2/N) sum x x^T over batches of inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import as_mask, as_matrix, as_tokens, check_count, check_threads
+from ptqkit.arrays._inputs import NOT_FINITE, as_batch, as_matrix, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
 __all__ = ["SYMMETRY_TOLERANCE", "Hessian"]
@@ -16,10 +16,10 @@ SYMMETRY_TOLERANCE = 1e-4  # of the largest entry of H
 
 
 class Hessian:
-    """Streaming Hessian of a linear layer, ``H = (2/N) * sum_t x_t x_t^T`` [GPTQ, section 3].
+    """Accumulate the Hessian of a linear layer, ``H = (2/N) * sum_t x_t x_t^T`` [GPTQ, section 3].
 
-    Only one triangle is accumulated, in float32, and bfloat16 inputs are multiplied without being
-    widened where the CPU can (the products are exact in float32).
+    Only one triangle is accumulated, in float32. If the CPU can, bfloat16 inputs are multiplied
+    without being widened (the products are exact in float32).
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Hessian:
 
     @classmethod
     def from_matrix(cls, matrix: Any, tokens: int, *, threads: int = 0) -> Hessian:
-        """Return the Hessian with the given value, seen over ``tokens`` tokens."""
+        """Return the Hessian with a given value, float32 (n, n), of ``tokens`` tokens."""
         matrix = as_matrix(matrix, "matrix")
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be square, but has shape {matrix.shape}")
@@ -84,21 +84,15 @@ class Hessian:
             X is not floating point.
         """
         self._check_whole()
-        X, dtype, shape = as_tokens(X, self.in_features)
-        rows = None if mask is None else as_mask(mask, shape[:-1])
-        if rows is not None and len(rows) == len(X):
-            rows = None
+        X, dtype, rows, tokens = as_batch(X, mask, self.in_features)
         try:
             _core.hessian_update(self._sum, X, dtype, rows, self.threads)
         except FloatingPointError:
-            raise ValueError(
-                "X holds NaN or Inf; the batch was not added. Check the calibration data and "
-                "the model's dtype (float16 overflows easily)"
-            ) from None
+            raise ValueError(NOT_FINITE) from None
         except KeyboardInterrupt:
             self._interrupted = True
             raise
-        self.tokens += len(X) if rows is None else len(rows)
+        self.tokens += tokens
         self._matrix = None
 
     def merge(self, other: Hessian) -> None:

@@ -1,8 +1,9 @@
-"""The result of every solver: integer codes, their grid, and how they were found."""
+"""Describe weight grids and quantized matrices: the result of every solver."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class WeightGrid:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A weight matrix on a uniform grid: ``w = scale * (code - zero_point)``.
+    """Hold a weight matrix on a uniform grid: ``w = scale * (code - zero_point)``.
 
     Attributes
     ----------
@@ -100,7 +101,7 @@ class QuantizedMatrix:
     row_objectives : ndarray of float64, shape (refine_passes + 1, out), or None
         Objective of each output row after the solve and after each coordinate-descent sweep.
     damping : float
-        Damping used, as a fraction of the mean diagonal of H (0 where none was needed).
+        Damping used, as a fraction of the mean diagonal of H (0 if none was needed).
     damping_raised : int
         How many times it had to be raised before H could be factorized.
     dead_inputs : int
@@ -117,39 +118,16 @@ class QuantizedMatrix:
     damping_raised: int = 0
     dead_inputs: int = 0
 
-    @property
-    def bits(self) -> int | str:
-        """Bits per code, or "ternary"."""
-        return self.grid.bits
-
-    @property
-    def group_size(self) -> int | None:
-        """Inputs per grid; None if not in groups."""
-        return self.grid.group_size
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether every zero-point is the middle code."""
-        return self.grid.symmetric
-
-    @property
-    def per_tensor(self) -> bool:
-        """Whether one grid holds for the whole matrix."""
-        return self.grid.per_tensor
-
-    @property
-    def scale_dtype(self) -> str:
-        """Type that every scale fits exactly."""
-        return self.grid.scale_dtype
-
-    @property
-    def max_code(self) -> int:
-        """Largest code of the grid."""
-        return self.grid.max_code
+    bits = property(attrgetter("grid.bits"), doc='Bits per code, or "ternary".')
+    group_size = property(attrgetter("grid.group_size"), doc="Inputs per grid, or None.")
+    symmetric = property(attrgetter("grid.symmetric"), doc="Whether zero-points are constant.")
+    per_tensor = property(attrgetter("grid.per_tensor"), doc="Whether one grid holds for all.")
+    scale_dtype = property(attrgetter("grid.scale_dtype"), doc="Type that every scale fits.")
+    max_code = property(attrgetter("grid.max_code"), doc="Largest code of the grid.")
 
     @property
     def objective(self) -> float:
-        """tr((W - Q) H (W - Q)^T) with the undamped H; NaN where no H was given."""
+        """tr((W - Q) H (W - Q)^T) with the undamped H; NaN if no H was given."""
         return float("nan") if self.row_objectives is None else float(self.row_objectives[-1].sum())
 
     @property
@@ -161,17 +139,17 @@ class QuantizedMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.codes.shape  # type: ignore[return-value]
+        """Shape of the matrix, (out, in)."""
+        return self.codes.shape[0], self.codes.shape[1]
 
     @property
     def permuted_groups(self) -> bool:
-        """True where the groups are not runs of consecutive inputs (act-order with g_idx)."""
+        """Whether the groups are not runs of consecutive inputs (act-order with g_idx)."""
         return bool(np.any(np.diff(self.g_idx) < 0))
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage per weight: codes, scales, zero-points (asymmetric) and g_idx (if permuted)."""
+        """Stored bits per weight: codes, scales, zero-points (asymmetric), g_idx (if permuted)."""
         out, inputs = self.codes.shape
         code_bits = TERNARY_BITS if self.bits == "ternary" else float(self.bits)
         total = code_bits * out * inputs

@@ -1,4 +1,4 @@
-"""Signal-to-quantization-noise ratio, streaming or at once."""
+"""Measure the signal-to-quantization-noise ratio, streaming or at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PER = ("sample", "tensor", "channel")
 
 
 class SQNR:
-    """Streaming signal-to-quantization-noise ratio in decibels [SBC, eq. 1], sums in double.
+    """Accumulate a signal-to-quantization-noise ratio in decibels [SBC, eq. 1], sums in double.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class SQNR:
         self.count += len(x)
 
     def _samples(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Energies (samples, 2), or (2,) of all."""
+        """Return the energies of signal and noise, (samples, 2), or (2,) of all."""
         whole = self.per == "tensor"
         shape = (1 if whole else len(x), -1)
         out = np.empty((1 if whole else len(x), 2))
@@ -99,7 +99,7 @@ class SQNR:
         return out[0] if whole else out
 
     def _channels(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Energies (2, channels)."""
+        """Return the energies of signal and noise, (2, channels)."""
         axis = self.channel_axis + (x.ndim if self.channel_axis < 0 else 0)
         if not 0 <= axis < x.ndim:
             raise ValueError(f"channel_axis is {self.channel_axis}, but there are {x.ndim} axes")
@@ -145,9 +145,9 @@ class SQNR:
 
     @property
     def decibel(self) -> float | np.ndarray:
-        """SQNR in dB: a float, or float64 (channels,); +Inf where the error is zero.
+        """SQNR in dB: a float, or float64 (channels,); +Inf if the error is zero.
 
-        A signal of zero with an error that is not is -Inf.
+        A signal of zero with a nonzero error is -Inf.
         """
         self._check_seen()
         if self.per == "sample":
@@ -160,7 +160,7 @@ class SQNR:
 
     @property
     def finite_decibel(self) -> float:
-        """SQNR per sample over the samples whose error is not zero; NaN where there are none."""
+        """SQNR per sample over the samples whose error is not zero; NaN if there are none."""
         if self.per != "sample":
             raise ValueError(f"finite_decibel is of an SQNR per sample, not per {self.per}")
         self._check_seen()
@@ -183,7 +183,7 @@ def sqnr(
     channel_axis: int = -1,
     threads: int = 0,
 ) -> float | np.ndarray:
-    """Signal-to-quantization-noise ratio in dB [SBC, eq. 1]; see :class:`SQNR`.
+    """Return the signal-to-quantization-noise ratio in dB [SBC, eq. 1]; see :class:`SQNR`.
 
     Returns
     -------

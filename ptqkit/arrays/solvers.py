@@ -1,4 +1,4 @@
-"""Quantizing one weight matrix: round to nearest, GPTQ, OBQ."""
+"""Quantize one weight matrix: round to nearest, GPTQ, OBQ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import ptqkit._core as _core
 from ptqkit.arrays._grids import GridSpec, check_scales, grid_spec, group_width, named_grid, outputs
 from ptqkit.arrays._inputs import as_matrix, check_count, check_threads, label
-from ptqkit.arrays.factorization import Factorization, as_hessian, factorize
+from ptqkit.arrays.factorization import Factorization, as_hessian, check_inputs, factorize
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import NotPositiveDefiniteError
 
@@ -85,20 +85,25 @@ def rtn(
     W = as_matrix(W, "W", name, threads)
     rows, n = W.shape
     size = group_width(result_grid, n, name)
-    matrix = None if H is None else _matching(as_hessian(H, name, threads), n, name)
+    matrix = None if H is None else as_hessian(H, name, threads, inputs=n)
     if grid == "hessian" and matrix is None:
         raise ValueError(f"{label(name)}grid='hessian' needs H")
-    arrays = _rtn_per_tensor(W, spec, threads) if per_tensor else outputs(rows, n, n // size)
-    if not per_tensor:
-        _core.rtn(W, size, spec, matrix, *arrays, threads)
-    check_scales(arrays[1], scale_dtype, name)
-    q = QuantizedMatrix(*arrays, (np.arange(n) // size).astype(np.int32), result_grid)
+    if per_tensor:
+        codes, scales, zeros = _rtn_per_tensor(W, spec, threads)
+    else:
+        codes, scales, zeros = outputs(rows, n, n // size)
+        _core.rtn(W, size, spec, matrix, codes, scales, zeros, threads)
+    check_scales(scales, scale_dtype, name)
+    g_idx = (np.arange(n) // size).astype(np.int32)
+    q = QuantizedMatrix(codes, scales, zeros, g_idx, result_grid)
     if matrix is None:
         return q
     return replace(q, row_objectives=_objective(W, q, matrix, threads)[None])
 
 
-def _rtn_per_tensor(W: np.ndarray, spec: GridSpec, threads: int):
+def _rtn_per_tensor(
+    W: np.ndarray, spec: GridSpec, threads: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return codes, scales and zero-points on the grid of the range of all of W."""
     rows = len(W)
     scale, zero = np.empty((1, 1), np.float32), np.empty((1, 1), np.uint8)
@@ -110,16 +115,7 @@ def _rtn_per_tensor(W: np.ndarray, spec: GridSpec, threads: int):
     return codes, scales, zeros
 
 
-def _matching(matrix: np.ndarray, n: int, name: str | None) -> np.ndarray:
-    if len(matrix) != n:
-        raise ValueError(
-            f"{label(name)}H has {len(matrix)} inputs, but W has {n} (W is (out, in), as in "
-            "torch.nn.Linear)"
-        )
-    return matrix
-
-
-def _objective(W, q: QuantizedMatrix, matrix, threads: int) -> np.ndarray:
+def _objective(W: np.ndarray, q: QuantizedMatrix, matrix: np.ndarray, threads: int) -> np.ndarray:
     out = np.empty(len(W), np.float64)
     _core.objective(W - q.dequantize(), matrix, out, threads)
     return out
@@ -140,7 +136,7 @@ def objective(W: Any, W_hat: Any, H: Any, *, threads: int = 0) -> np.ndarray:
     """
     threads = check_threads(threads)
     W = as_matrix(W, "W", None, threads)
-    matrix = _matching(as_hessian(H, None, threads), W.shape[1], None)
+    matrix = as_hessian(H, None, threads, inputs=W.shape[1])
     E = W
     if not (np.isscalar(W_hat) and W_hat == 0):
         W_hat = as_matrix(W_hat, "W_hat", None, threads)
@@ -176,7 +172,7 @@ def gptq(
     threads: int = 0,
     name: str | None = None,
 ) -> QuantizedMatrix:
-    """Quantize a weight matrix with GPTQ [Frantar et al. 2022, Algorithm 1].
+    """Quantize a weight matrix with GPTQ [GPTQ, Algorithm 1].
 
     By default the published form: natural order, min-max grids fitted to the updated weights when
     their group is reached. ``order="group-act", grid="hessian", refine_passes=1`` gave the best
@@ -190,7 +186,7 @@ def gptq(
     bits, group_size, symmetric, grid, scale_dtype, min_zero_point, threads, name
         As in :func:`rtn`; ternary is published with groups of 8.
     order : {"natural", "act", "group-act"}
-        Columns as they are; by decreasing H_jj (act-order: with groups, ``g_idx`` is permuted
+        As stored; by decreasing H_jj (act-order: with groups, ``g_idx`` is permuted
         unless ``static_groups``); or groups by importance and columns inside them by H_jj
         (groups stay whole).
     static_groups : bool
@@ -200,7 +196,7 @@ def gptq(
     damping, max_damping : float
         See :func:`ptqkit.factorize`.
     feedback : bool
-        False rounds every column as it is: with natural order and min-max grids this is RTN.
+        False: every column is rounded as it is; with natural order and min-max grids this is RTN.
     block_size : int
         Columns per block of the solver. Changes its speed only.
 
@@ -240,7 +236,7 @@ def gptq(
         raise ValueError(
             f"{label(name)}order={order!r}, but the Factorization was made with {F.order_name!r}"
         )
-    _matching(F.matrix, W.shape[1], name)
+    check_inputs(F.matrix, W.shape[1], name)
     if F.order_name == "group-act" and F.group_size != group_size:
         raise ValueError(f"{label(name)}the Factorization was ordered for another group_size")
     if F.dead.any():
@@ -301,18 +297,7 @@ def _solve(
     history = np.empty((options.sweeps + 1, rows), np.float64)
     try:
         _core.gptq(
-            W,
-            F.matrix,
-            F.R,
-            F.order,
-            options,
-            spec,
-            codes,
-            scales,
-            zeros,
-            g_idx,
-            history,
-            threads,
+            W, F.matrix, F.R, F.order, options, spec, codes, scales, zeros, g_idx, history, threads
         )
     except FloatingPointError:
         raise NotPositiveDefiniteError(
@@ -338,10 +323,10 @@ def obq(
     threads: int = 0,
     name: str | None = None,
 ) -> QuantizedMatrix:
-    """Quantize with Optimal Brain Quantization, the slow reference that GPTQ approximates.
+    """Quantize with Optimal Brain Quantization [OBQ], the slow reference that GPTQ approximates.
 
     Per row, the column whose rounding costs least is quantized next and the others compensate
-    ([GPTQ] equations 2 and 3). In double, O(in^3) per row: for layers of a few hundred inputs.
+    [GPTQ, equations 2 and 3]. In double, O(in^3) per row: for a few hundred inputs.
 
     Parameters
     ----------
@@ -355,7 +340,7 @@ def obq(
     threads = check_threads(threads)
     W = as_matrix(W, "W", name, threads)
     F = factorize(H, damping=damping, max_damping=damping, threads=threads, name=name)
-    _matching(F.matrix, W.shape[1], name)
+    check_inputs(F.matrix, W.shape[1], name)
     if F.dead.any():
         W = np.where(F.dead, np.float32(0), W)
     grids = rtn(
@@ -375,7 +360,7 @@ def obq(
     codes = np.empty(W.shape, np.uint8)
     scale = np.take(grids.scales.astype(np.float64), grids.g_idx, axis=1)  # C order, unlike [:, g]
     zero = np.take(grids.zero_points.astype(np.float64), grids.g_idx, axis=1)
-    inverse = np.linalg.inv(damped)
+    inverse: np.ndarray = np.linalg.inv(damped)
     _core.obq(W.astype(np.float64), inverse, scale, zero, grids.max_code, codes, threads)
     q = replace(grids, codes=codes, damping=F.damping, dead_inputs=int(F.dead.sum()))
     return replace(q, row_objectives=_objective(W, q, F.matrix, threads)[None])

@@ -14,19 +14,19 @@ __all__ = ["ActivationQuantization", "Equalization", "check_int", "check_names"]
 
 @dataclass(frozen=True)
 class ActivationQuantization:
-    """How the inputs of linear layers are quantized.
+    """Say how the inputs of linear layers are quantized.
 
     Parameters
     ----------
     bits : int from 2 to 16
     granularity : {"token", "tensor"}
-        One scale per token, found while the model runs (dynamic), or one per tensor, fixed by the
-        calibration data (static).
+        One scale per token, computed while the model runs (dynamic), or one per tensor, fixed by
+        the calibration data (static).
     symmetric : bool, optional
         By default True per token, False per tensor.
     outlier_threshold : float, optional
-        Per token only: columns of the input in which some magnitude reaches it stay as they are,
-        and the scales come from the other columns (LLM.int8(), Dettmers et al. 2022: 6.0).
+        Per token only: columns of the input in which some magnitude reaches it stay float, and
+        the scales come from the other columns ([LLM.int8()]: 6.0).
 
     Raises
     ------
@@ -74,7 +74,7 @@ class ActivationQuantization:
 
     @property
     def dynamic(self) -> bool:
-        """Whether the scales are found while the model runs."""
+        """Whether the scales are computed while the model runs."""
         return self.granularity == "token"
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class ActivationQuantization:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ActivationQuantization:
-        """Inverse of :meth:`to_dict`; missing options have their defaults."""
+        """Return the options of :meth:`to_dict`'s mapping; missing options have their defaults."""
         check_names(values, "activations", (f.name for f in fields(cls)))
         return cls(**values)
 
@@ -101,12 +101,12 @@ class ActivationQuantization:
 
 @dataclass(frozen=True)
 class Equalization:
-    """Equalization of the float model before it is quantized (:func:`ptqkit.equalize`).
+    """Say how the float model is equalized before it is quantized (:func:`ptqkit.equalize`).
 
     Parameters
     ----------
     method : {"awe", "smoothquant"}
-        AWE [AWEQ, section 3] takes ranges and folds wherever that is exact; SmoothQuant takes
+        AWE [AWEQ, section 3] takes ranges and folds wherever folding is exact; SmoothQuant takes
         absolute maxima and folds into norms only.
     alpha : float from 0 to 1, or "search"
         Share of the activations in ``s = r_x**alpha / r_w**(1 - alpha)``. 0.5 is AWEQ's eq. 10;

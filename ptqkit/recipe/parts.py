@@ -14,7 +14,7 @@ __all__ = ["AWE", "GPTQ", "PARTS", "RTN", "BiasCorrection", "Equalize", "SmoothQ
 
 
 class _Solver:
-    """Options of a solver, checked when they are given."""
+    """Hold the options of a solver, which are checked at once."""
 
     _preset = ""
     _method = ""
@@ -45,8 +45,6 @@ class _Solver:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and other.recipe() == self.recipe()
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 class GPTQ(_Solver):
@@ -107,7 +105,7 @@ class BiasCorrection:
     """Subtract the mean error that quantized weights make from the bias [AWEQ, eqs. 11-15]."""
 
 
-#: Parts by the name they have in files.
+#: Parts by their names in files.
 PARTS: dict[str, Callable[..., Any]] = {
     "Equalize": Equalize,
     "AWE": AWE,
@@ -127,7 +125,8 @@ def combine(parts: Sequence[Any]) -> Recipe:
     parts : sequence
         At most one equalization (:func:`Equalize`, :func:`AWE`, :func:`SmoothQuant`), then exactly
         one solver (:class:`GPTQ`, :class:`RTN`), and at most one each of
-        :class:`ActivationQuantization` and :class:`BiasCorrection`. In files: the part's name, or ``{"part": name, option: value}``.
+        :class:`ActivationQuantization` and :class:`BiasCorrection`. In files: the part's name, or
+        ``{"part": name, option: value}``.
 
     Raises
     ------
@@ -169,7 +168,7 @@ def _make(part: Any) -> Any:
 
 def _check_order(parts: Sequence[Any]) -> None:
     """Require exactly one solver and at most one of the others, equalization first."""
-    kinds = {
+    kinds: dict[str, list[Any]] = {
         "solver (GPTQ or RTN)": [p for p in parts if isinstance(p, _Solver)],
         "equalization (AWE or SmoothQuant)": [p for p in parts if isinstance(p, Equalization)],
         "ActivationQuantization": [p for p in parts if isinstance(p, ActivationQuantization)],

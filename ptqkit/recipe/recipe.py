@@ -1,4 +1,4 @@
-"""What to do with each linear layer: method, bits, groups, and exceptions by name."""
+"""Say what to do with each linear layer: method, bits, groups, and exceptions by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def match_pattern(pattern: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of a quantization run; the defaults are the ``quality`` preset.
+    """Hold the options of a quantization run; the defaults are the ``quality`` preset.
 
     Parameters
     ----------
@@ -59,15 +59,15 @@ class Recipe:
     block_size : int
         Columns per lazy block of the solver (changes no code).
     error_propagation : float
-        Alpha of :func:`ptqkit.propagate_error`: 0 (off) to 1. Above 0 the float model runs beside
-        the quantized one, at twice the activations' memory, and each weight is corrected for the
-        errors of the layers before it. Of the whole run: an override cannot change it.
+        Alpha of :func:`ptqkit.propagate_error`: 0 (off) to 1. Above 0 the float model runs next
+        to the quantized one, at twice the activations' memory, and each weight is corrected for the
+        errors of the layers before it. It holds for the whole run: an override cannot change it.
     per_tensor : bool
         One scale for the whole weight matrix (``method="rtn"``, ``group_size=None``).
     activations : ActivationQuantization or None
-        Also quantize the layer's inputs (simulated: exact grids in float); None leaves them.
+        Also quantize the layer's inputs (simulated: exact grids in float); None: leave them float.
     equalization : Equalization or None
-        Equalize the float model first. Of the whole run.
+        Equalize the float model first. It holds for the whole run.
     bias_correction : bool
         Subtract ``(W_hat - W) E[x]`` from each layer's bias [AWEQ, eqs. 11-15]; a layer without a
         bias gains one.
@@ -223,7 +223,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Inverse of :meth:`to_dict`; a key ``preset`` may name the preset to start from."""
+        """Return the recipe of a mapping (:meth:`to_dict`); ``preset`` may name where it starts."""
         values = dict(values)
         name = values.pop("preset", "quality")
         return cls.preset(name, **values)
