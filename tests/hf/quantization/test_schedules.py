@@ -257,7 +257,9 @@ def test_shared_input_that_the_probe_saw_wrongly():
 
     with pytest.raises(UnsupportedModuleError, match=r"share_inputs=False"):
         quantize(Holder(), "reference", tokens(), **OPTIONS)
-    assert len(quantize(Holder(), "reference", tokens(), **OPTIONS, share_inputs=False).matrices) == 6
+    assert (
+        len(quantize(Holder(), "reference", tokens(), **OPTIONS, share_inputs=False).matrices) == 6
+    )
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "replay"])
