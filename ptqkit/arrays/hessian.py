@@ -43,7 +43,7 @@ class Hessian:
         self.tokens = 0
         self._sum = np.zeros((self.in_features, self.in_features), np.float32)
         self._matrix: np.ndarray | None = None
-        self._torn = False  # an interrupted update has left part of a batch in the sum
+        self._interrupted = False  # an interrupted update has left part of a batch in the sum
 
     @classmethod
     def from_matrix(cls, matrix: Any, tokens: int, *, threads: int = 0) -> Hessian:
@@ -60,7 +60,7 @@ class Hessian:
         return result
 
     def _check_whole(self) -> None:
-        if self._torn:
+        if self._interrupted:
             raise CalibrationError(
                 "an update of the Hessian was interrupted and part of its batch is in the sum; "
                 "accumulate into a new Hessian"
@@ -96,7 +96,7 @@ class Hessian:
                 "the model's dtype (float16 overflows easily)"
             ) from None
         except KeyboardInterrupt:
-            self._torn = True
+            self._interrupted = True
             raise
         self.tokens += len(X) if rows is None else len(rows)
         self._matrix = None
@@ -118,8 +118,12 @@ class Hessian:
         result = Hessian(self.in_features, threads=self.threads)
         result._sum[...] = self._sum
         result.tokens = self.tokens
-        result._torn = self._torn
+        result._interrupted = self._interrupted
         return result
+
+    def finish(self) -> Hessian:
+        """Return the Hessian itself: accumulators on other devices return one."""
+        return self
 
     @property
     def matrix(self) -> np.ndarray:

@@ -8,31 +8,12 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._attention import as_float32
-from ptqkit.arrays._inputs import _from_tensor, _is_tensor, check_count, check_threads
+from ptqkit.arrays._inputs import as_pair, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
 __all__ = ["SQNR", "sqnr"]
 
 PER = ("sample", "tensor", "channel")
-
-
-def _pair(reference: Any, quantized: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 if either is, else as float32; C-contiguous."""
-    found = []
-    for x, what in ((reference, "reference"), (quantized, "quantized")):
-        if _is_tensor(x):
-            bits, bf16 = _from_tensor(x)
-            x = as_float32(x, what) if bf16 else bits
-        x = np.asarray(x)
-        found.append(x if x.dtype == np.float64 else as_float32(x, what))
-    dtype = np.result_type(*found)
-    x, y = (np.require(a, dtype.newbyteorder("="), ["C", "A"]) for a in found)
-    if x.shape != y.shape:
-        raise ValueError(f"reference has shape {x.shape}, but quantized has shape {y.shape}")
-    if x.ndim == 0 or x.size == 0:
-        raise ValueError(f"reference must have at least one element and one axis, not {x.shape}")
-    return x, y
 
 
 class SQNR:
@@ -85,7 +66,11 @@ class SQNR:
         TypeError
             Not floating point.
         """
-        x, y = _pair(reference, quantized)
+        x, y = as_pair(reference, quantized, "reference", "quantized")
+        if x.ndim == 0 or x.size == 0:
+            raise ValueError(
+                f"reference must have at least one element and one axis, not {x.shape}"
+            )
         energy = self._channels(x, y) if self.per == "channel" else self._samples(x, y)
         if not np.isfinite(energy).all():
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import as_mask, as_tokens, check_count, check_threads
+from ptqkit.arrays._inputs import as_mask, as_tokens, as_vector, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
 __all__ = ["ChannelRanges", "batch_ranges", "span_of"]
@@ -73,8 +73,11 @@ class ChannelRanges:
             At least 1.
         """
         tokens = check_count(tokens, "tokens", 1, 1 << 62)
-        low, high = _vector(minimum, "minimum", np.float32), _vector(maximum, "maximum", np.float32)
-        middle = _vector(mean, "mean", np.float64)
+        low, high = (
+            as_vector(minimum, "minimum", np.float32),
+            as_vector(maximum, "maximum", np.float32),
+        )
+        middle = as_vector(mean, "mean")
         if not len(low) == len(high) == len(middle):
             raise ValueError(
                 f"minimum, maximum and mean must have one length, not {len(low)}, {len(high)} "
@@ -144,6 +147,10 @@ class ChannelRanges:
         result._seen = self._seen  # never written to, so it can be shared
         return result
 
+    def finish(self) -> ChannelRanges:
+        """Return the ranges themselves: accumulators on other devices return some."""
+        return self
+
     def _state(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         if self._seen is None:
             raise CalibrationError("the ranges have seen no token; call update(X) first")
@@ -193,17 +200,3 @@ def span_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """high - low as float32, at most its largest finite number."""
     wide = high.astype(np.float64) - low
     return np.minimum(wide, np.finfo(np.float32).max).astype(np.float32)
-
-
-def _vector(x: Any, what: str, dtype: type) -> np.ndarray:
-    """A finite copy of a 1-D floating-point array."""
-    x = np.asarray(x)
-    if not np.issubdtype(x.dtype, np.floating):
-        raise TypeError(f"{what} must be floating point, not {x.dtype}")
-    if x.ndim != 1 or x.size == 0:
-        raise ValueError(f"{what} must have shape (channels,), but has shape {x.shape}")
-    with np.errstate(over="ignore"):
-        x = x.astype(dtype)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{what} holds NaN or Inf (or values beyond {np.dtype(dtype)})")
-    return x

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._attention import as_allowed, as_attention, as_float32
-from ptqkit.arrays._inputs import check_count, check_number, check_threads
+from ptqkit.arrays._attention import as_allowed, as_attention
+from ptqkit.arrays._inputs import as_float32, check_count, check_number, check_threads
 
 __all__ = ["QuantizedProbabilities", "SoftmaxGrid", "softmax_grid", "softmax_on_grid"]
 

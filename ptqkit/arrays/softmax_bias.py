@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-import ptqkit.reference as reference
 from ptqkit.arrays._attention import as_allowed, as_attention, as_queries
 from ptqkit.arrays._inputs import check_count, check_threads
 from ptqkit.arrays.softmax import SoftmaxGrid
 from ptqkit.errors import CalibrationError
 
-__all__ = ["HALF_SUM_TOLERANCE", "SUM_TOLERANCE", "SoftmaxBias"]
+__all__ = ["HALF_SUM_TOLERANCE", "SUM_TOLERANCE", "SoftmaxBias", "length_class"]
 
 # How far the sum of a row may be from 1. A float32 softmax is within 1e-5; halves round each entry.
 SUM_TOLERANCE, HALF_SUM_TOLERANCE = 1e-3, 2e-2
@@ -236,8 +235,7 @@ class SoftmaxBias:
         tables = np.stack([self._mass(s) for s in sums]) if granularity == "head" else None
         mass = self._mass(sums.sum(axis=0)) if tables is None else tables
         lengths = np.arange(1, keys + 1)
-        classes, where = np.unique([reference.length_class(int(n)) for n in lengths], False, True)
-        beta = mass[..., classes][..., where] / lengths
+        beta = mass[..., length_class(lengths)] / lengths
         return np.concatenate([np.zeros((*beta.shape[:-1], 1)), beta], axis=-1)
 
     def _mass(self, sums: np.ndarray) -> np.ndarray:
@@ -273,7 +271,24 @@ class SoftmaxBias:
         return f"SoftmaxBias(heads={self.heads}, bits={self.grid.bits}{steps}, rows={self.rows})"
 
 
+def length_class(lengths: np.ndarray) -> np.ndarray:
+    """Return the class of each row length: exact below 16, then 8 classes to the octave.
+
+    Parameters
+    ----------
+    lengths : ndarray of int, not negative
+
+    Returns
+    -------
+    ndarray of int64, same shape
+    """
+    lengths = np.asarray(lengths, np.int64)
+    octave = np.frexp(np.maximum(lengths, 1))[1].astype(np.int64) - 1  # floor of log2
+    eighths = lengths >> np.maximum(octave - 3, 0)
+    return np.where(lengths < 16, lengths, 8 * (octave - 3) + eighths)
+
+
 def _class_start(classes: np.ndarray) -> np.ndarray:
-    """Smallest length of each class (1 for class 0, which no row has)."""
+    """Return the smallest length of each class (1 for class 0, which no row has)."""
     octave, eighth = np.divmod(np.maximum(classes - 16, 0), 8)
     return np.where(classes < 16, np.maximum(classes, 1), (8 + eighth) << (octave + 1))

@@ -18,7 +18,6 @@ __all__ = [
     "TorchHessian",
     "TorchRanges",
     "accumulator",
-    "finished",
     "full_float32",
     "range_accumulator",
 ]
@@ -136,23 +135,11 @@ def accumulator(in_features: int, device: torch.device) -> Any:
     return TorchHessian(in_features, device)
 
 
-def finished(accumulated: Any) -> Any:
-    """Return what an accumulator of H or of ranges holds, on the host.
-
-    Raises
-    ------
-    CalibrationError
-        If an input was not finite.
-    """
-    on_device = isinstance(accumulated, (TorchHessian, TorchRanges))
-    return accumulated.finish() if on_device else accumulated
-
-
 class InputDrift:
     """G - H = (2/N) sum (x - x~) x~^T, in float32, where the activations are.
 
-    Their difference and not G alone: where the two paths are close, the rounding errors of G and H
-    would be as large as what matters; where they are equal (the first layers), this is zero.
+    Their difference and not G alone: if the two paths are close, the rounding errors of G and H
+    would be as large as what matters; if they are equal (the first layers), this is zero.
     """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptqkit.recipe.options import ActivationQuantization, Equalization
-from ptqkit.recipe.parts import AWE, GPTQ, PARTS, RTN, BiasCorrection, SmoothQuant, combine
+from ptqkit.recipe.parts import (
+    AWE,
+    GPTQ,
+    PARTS,
+    RTN,
+    BiasCorrection,
+    Equalize,
+    SmoothQuant,
+    combine,
+)
 from ptqkit.recipe.presets import PRESETS
 from ptqkit.recipe.recipe import Recipe, match_pattern
 
@@ -19,6 +28,7 @@ __all__ = [
     "ActivationQuantization",
     "BiasCorrection",
     "Equalization",
+    "Equalize",
     "Recipe",
     "SmoothQuant",
     "as_recipe",

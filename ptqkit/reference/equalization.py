@@ -31,13 +31,13 @@ def weight_span(weights):
     return W.max(axis=0) - W.min(axis=0)
 
 
-def equalization_scales(activation_extent, weight_span, alpha=0.5, channel_of=None):
+def equalization_scales(activation_span, weight_span, alpha=0.5, channel_of=None):
     """s = rx^alpha / rw^(1 - alpha), float64; alpha = 1/2 is eq. 10, s = sqrt(rx / rw).
 
     Tied channels count with the largest of their spans. A channel with either span 0 keeps
     s = 1; the rest lies in ``SCALE_LIMITS``.
     """
-    rx = np.asarray(activation_extent, np.float64)
+    rx = np.asarray(activation_span, np.float64)
     rw = np.asarray(weight_span, np.float64)
     if channel_of is not None:
         _, group = np.unique(channel_of, return_inverse=True)

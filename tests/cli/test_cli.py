@@ -19,7 +19,7 @@ from helpers.cli_calls import SMALL, model_of, quantize
 import ptqkit
 from ptqkit.cli import main
 from ptqkit.cli.output import SCHEMA
-from ptqkit.cli.quantize_options import parse_override
+from ptqkit.cli.quantize import parse_override
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

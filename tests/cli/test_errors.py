@@ -114,7 +114,7 @@ def test_model_that_is_not_there(folder, tmp_path, capsys, monkeypatch):
 
 def test_gptq_asks_for_text(folder, tmp_path, capsys):
     code = main(["quantize", model_of(folder), "--out", str(tmp_path / "q")])
-    check(capsys, code, 2, "--calibration FILE is needed for --method gptq")
+    check(capsys, code, 2, "--calibration FILE is needed for method 'gptq'")
 
 
 def test_existing_folder_is_kept(folder, tmp_path, capsys):

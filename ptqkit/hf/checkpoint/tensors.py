@@ -52,7 +52,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.arrays.matrix import QuantizedMatrix, WeightGrid
 from ptqkit.hf.checkpoint import formats
 from ptqkit.hf.checkpoint.files import TensorPlan
 from ptqkit.hf.checkpoint.spec import LayerSpec, scale_dtype
@@ -225,11 +225,13 @@ def _build(
         scales=np.ascontiguousarray(scales.to(torch.float32).numpy()),
         zero_points=zeros,
         g_idx=g_idx.astype(np.int32),
-        bits=options["bits"],
-        group_size=group_size,
-        symmetric=options["symmetric"],
-        scale_dtype=str(scales.dtype).removeprefix("torch."),
-        per_tensor=options.get("per_tensor", False),
+        grid=WeightGrid(
+            bits=options["bits"],
+            group_size=group_size,
+            symmetric=options["symmetric"],
+            per_tensor=options.get("per_tensor", False),
+            scale_dtype=str(scales.dtype).removeprefix("torch."),
+        ),
     )
 
 

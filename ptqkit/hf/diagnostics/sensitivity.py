@@ -42,7 +42,7 @@ from ptqkit.nn.forward import calibration_mode, forward, hooks
 from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.report import describe
-from ptqkit.nn.statistics import finished, range_accumulator
+from ptqkit.nn.statistics import range_accumulator
 from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["CASES", "KINDS", "sensitivity"]
@@ -207,7 +207,7 @@ class _Bench:
             )
 
     def _block(self, name: str) -> str:
-        """Block that a module lies in; its own name outside of blocks."""
+        """Return the block that holds a module; its own name outside of blocks."""
         return next((b for b in self.blocks if name.startswith(f"{b}.")), name)
 
     def _input_quantizers(self) -> dict[str, ActivationQuantizer]:
@@ -225,7 +225,7 @@ class _Bench:
                 rows[0] = mask
                 forward(self.model, batch)
         spec, dtype = ActivationQuantization(self.bits, "tensor"), dtype_of(self.model)
-        ranges = {n: finished(r) for n, r in found.items()}
+        ranges = {n: r.finish() for n, r in found.items()}
         idle = [n for n, r in ranges.items() if not r.tokens]
         if idle:
             raise CalibrationError(f"no calibration token reached {idle[0]}; give more data")
@@ -284,7 +284,7 @@ class _Bench:
             view.weight.copy_(kept)
 
     def _logits(self, index: int) -> torch.Tensor:
-        """Logits of a batch on the host, in float32, zero where there is padding."""
+        """Return the logits of a batch on the host, in float32, 0 at padded positions."""
         batch, rows = self.data.batches[index], self.data.masks()[index]
         device = next(self.model.parameters()).device
         with calibration_mode(self.model):

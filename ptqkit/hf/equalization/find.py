@@ -101,7 +101,7 @@ def _leave_block(plan: FoldPlan, model: nn.Module, name: str, count: int) -> Non
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
-    """Names of modules that share parameters, or stand in the model twice, with the reason."""
+    """Return the modules that share parameters, or stand in the model twice, with the reason."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
@@ -121,7 +121,7 @@ def _not_exact(
     outputs: list[torch.Tensor],
     folds: Sequence[Fold],
 ) -> list[Fold]:
-    """Folds that change what the model returns; halves are searched only if something does."""
+    """Return the folds that change what the model returns, by bisection."""
     if not folds:
         return []
     with contextlib.ExitStack() as stack:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit._tables import text_table
 from ptqkit.errors import UnsupportedModuleError
 from ptqkit.nn.linear import LinearView
 
@@ -54,7 +55,7 @@ class Fold:
 
     @property
     def channels(self) -> int:
-        """Number of producer channels: of scales."""
+        """Number of producer channels, and of scales."""
         return len(self.rows)
 
     def spread(self, scales: np.ndarray) -> np.ndarray:
@@ -84,14 +85,10 @@ class FoldPlan:
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
-        """Plain text: a line per fold, then a line per group of layers that is left alone."""
+        """Return plain text: a line per fold, then one per group of layers that is left alone."""
         rows = [(f.kind, f.producer, ", ".join(f.consumers), str(f.channels)) for f in self.folds]
-        rows.insert(0, ("kind", "producer", "consumers", "channels"))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
+        header = ("kind", "producer", "consumers", "channels")
+        lines = [text_table(header, rows, left=range(4))]
         return "\n".join([*lines, *(f"left alone: {k}: {v}" for k, v in self.left_alone.items())])
 
     def __str__(self) -> str:
@@ -146,8 +143,8 @@ def apply_fold(model: nn.Module, fold: Fold, scales: Any) -> None:
 def _folded(
     model: nn.Module, fold: Fold, scales: np.ndarray
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Parameters a fold changes, with their new values."""
-    producer = model.get_submodule(fold.producer)
+    """Yield the parameters that a fold changes, with their owner's name and their new values."""
+    producer: Any = model.get_submodule(fold.producer)
     if fold.kind == "norm":
         for name, parameter in producer.named_parameters(recurse=False):
             shift = fold.offset if name == "weight" else 0.0
@@ -188,7 +185,7 @@ def _like(parameter: nn.Parameter, values: torch.Tensor, shift: float) -> torch.
 
 
 def _scaled(name: str, parameter: nn.Parameter, factors: np.ndarray, axis: int) -> torch.Tensor:
-    """Multiply along an axis, where the parameter is."""
+    """Multiply along an axis, on the parameter's device."""
     if parameter.device.type == "meta":
         raise UnsupportedModuleError(f"{name} is on the meta device; load the weights first")
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32

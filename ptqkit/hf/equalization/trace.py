@@ -251,7 +251,7 @@ def relative_difference(new: Tensors, old: Tensors) -> float:
 
 
 def identity(value: torch.Tensor) -> tuple[Any, ...]:
-    """Identity of a tensor's memory, whatever its view: the same for a flattened one."""
+    """Identify a tensor's memory, whatever its view: the same for a flattened one."""
     return (value.data_ptr(), value.dtype, value.numel(), value.shape[-1] if value.dim() else 0)
 
 

@@ -1,4 +1,4 @@
-"""See in one short forward pass which layers of a model run, in which order and on what."""
+"""Find in one short forward pass which layers of a model run, in which order and on what."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def probe(
     blocks: Mapping[str, nn.Module],
     share: bool = True,
 ) -> Probe:
-    """Run a few tokens through the model and see which layers run when, and on what."""
+    """Run a few tokens through the model and record which layers run when, and on what."""
     result = Probe()
     baseline: tuple[Any, ...] = ()
     inputs: dict[tuple[Any, ...], list[str]] = {}

@@ -42,12 +42,6 @@ class Target:
         """The module itself, for hooks."""
         return self.view.module
 
-    @property
-    def needs_ranges(self) -> bool:
-        """Whether the channel ranges of the inputs are needed in addition to H."""
-        static = self.options.activations is not None and not self.options.activations.dynamic
-        return self.options.bias_correction or static
-
 
 @dataclass
 class Structure:
@@ -165,7 +159,7 @@ def find_structure(
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold each parameter (tied weights have several)."""
+    """Return the names of the modules that hold each parameter (tied weights have several)."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ def quantize(
     budget = parse_bytes(memory_budget)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    check_names(changes, "recipe", Recipe)
+    check_names(changes, "recipe", (f.name for f in fields(Recipe)))
     recipe = replace(as_recipe(recipe), **changes)
     written = _written_dtype(model, recipe, stored_dtype)
     recipe = _for_files(recipe, format, dtype_of(model), written)

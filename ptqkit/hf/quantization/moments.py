@@ -12,7 +12,7 @@ import torch
 
 from ptqkit.errors import UnsupportedModuleError, prefix_error
 from ptqkit.hf.models.inputs import match_mask
-from ptqkit.nn.statistics import InputDrift, accumulator, finished, range_accumulator
+from ptqkit.nn.statistics import InputDrift, accumulator, range_accumulator
 
 __all__ = ["MomentAccumulator", "Moments", "check_same_tokens"]
 
@@ -124,7 +124,8 @@ class MomentAccumulator:
 
     def _moments(self) -> Moments:
         start = time.perf_counter()
-        hessian, ranges = finished(self._hessian), finished(self._ranges)
+        hessian = self._hessian.finish()
+        ranges = None if self._ranges is None else self._ranges.finish()
         middle = time.perf_counter()
         seconds = self._seconds + middle - start
         if self._drift is None or not hessian.tokens:

@@ -151,14 +151,14 @@ def _has_greenlet() -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Free memory in bytes where the activations live: of the GPU, or of the host."""
+    """Return the free memory of the activations' device, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory of this process so far in bytes: resident, or allocated by torch on a GPU."""
+    """Return this process's largest memory so far, in bytes: resident, or allocated on a GPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "win32":
@@ -208,7 +208,7 @@ def estimate_memory(
 
 
 def _mask_bytes(model: nn.Module, calibration: CalibrationSet, size: int) -> list[int]:
-    """Bytes of the (batch, 1, sequence, sequence) masks, which each batch holds while it waits."""
+    """Return the bytes of the (batch, 1, sequence, sequence) masks that waiting batches hold."""
     eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
     result = []
     for batch, mask in zip(calibration.batches, calibration.masks(), strict=True):

@@ -1,4 +1,4 @@
-"""Everything that can be known to go wrong is found before the first calibration forward."""
+"""Find everything that can be known to go wrong before the first calibration forward."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,16 +89,9 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
             f"{target.name}: group_size {options.group_size} does not divide its {columns} inputs; "
             "use a divisor or None (per channel), for this layer alone by an override"
         )
-    if not calibrated and options.method == "gptq":
-        problems.add(f"{target.name}: method 'gptq' needs calibration data", CalibrationError)
-    if not calibrated and options.method == "rtn" and options.grid == "hessian":
-        problems.add(
-            f"{target.name}: the 'hessian' grid needs calibration data; use 'minmax' or 'mse'",
-            CalibrationError,
-        )
-    if not calibrated and target.needs_ranges:
-        what = "bias_correction" if options.bias_correction else "a static grid of activations"
-        problems.add(f"{target.name}: {what} needs calibration data", CalibrationError)
+    needed_for = replace(options, equalization=None).needs_calibration()
+    if needed_for and not calibrated:
+        problems.add(f"{target.name}: {needed_for} needs calibration data", CalibrationError)
     if installed_quantizer(target.module) is not None:
         problems.add(
             f"{target.name}: its activations are quantized already; load the model again, or take "
@@ -113,7 +107,7 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
 
 
 def _format_conflicts(target: Target, out_format: str) -> list[str]:
-    """Why a checkpoint format cannot hold a layer quantized with these options."""
+    """Return why a checkpoint format cannot hold a layer quantized with these options."""
     o = target.options
     if out_format in ("auto", "ptqkit"):
         return []

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import plain
+from ptqkit._tables import text_table
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.solve import LayerResult
 from ptqkit.recipe.options import ActivationQuantization
@@ -29,7 +30,7 @@ class LayerReport:
     objective, objective_rtn : float
         tr((W - Q) H (W - Q)^T) with H = (2/N) sum x x^T, of the result and of rounding to nearest
         on the same grid. With error propagation W is the corrected weight, which the solver was
-        given, in these and in the decibels; H is of the quantized model's inputs as ever.
+        given, in these and in the decibels; H is of the quantized model's inputs in any case.
     improvement : float
         ``1 - objective / objective_rtn``.
     weight_sqnr_db, output_sqnr_db : float
@@ -89,7 +90,7 @@ class Report:
     Attributes
     ----------
     layers : list of LayerReport
-        In order of execution, then what was left alone.
+        In order of execution, then the modules that were left alone.
     equalization : dict or None
         :meth:`EqualizationReport.to_dict`, if the float model was equalized first.
     schedule : str
@@ -121,7 +122,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> LayerReport:
-        """Row of a layer by name."""
+        """Return the row of a layer by name."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
@@ -164,7 +165,7 @@ class Report:
         return [asdict(layer) for layer in self.layers]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values that are valid JSON (NaN becomes None)."""
+        """Return everything as plain values that are valid JSON (NaN becomes None)."""
         return plain({**asdict(self), "totals": self.totals()})
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -176,13 +177,10 @@ class Report:
         return text
 
     def table(self, skipped: bool = False) -> str:
-        """Plain text table: a line per layer (``skipped``: also those left alone) and totals."""
+        """Return plain text: a line per layer (``skipped``: also those left alone) and totals."""
         rows = [r for r in self.layers if skipped or not r.status.startswith("skipped")]
-        cells = [_HEADER, *(_cells(r) for r in rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
-        lines = [_align(row, widths) for row in cells]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join([*lines, "", *self._summary()])
+        lines = [text_table(_HEADER, map(_cells, rows), left=(0, -1)), "", *self._summary()]
+        return "\n".join(lines)
 
     def _summary(self) -> list[str]:
         t = self.totals()
@@ -256,12 +254,6 @@ def _group(r: LayerReport) -> str:
     if r.bits is None:
         return "-"
     return str(r.group_size) if r.group_size else "tensor" if r.per_tensor else "channel"
-
-
-def _align(row: tuple[str, ...], widths: list[int]) -> str:
-    first = row[0].ljust(widths[0])
-    middle = (c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True))
-    return "  ".join([first, *middle, row[-1]]).rstrip()
 
 
 def _number(value: float, form: str) -> str:

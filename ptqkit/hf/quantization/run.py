@@ -186,7 +186,7 @@ class QuantizationRun:
                 del moments  # before the next ones are accumulated
 
     def _group(self, members: list[Target], moments: Moments | Exception, schedule: str) -> None:
-        """Quantize one group, or leave it float, and tell of it."""
+        """Quantize one group, or leave it float, and report it."""
         try:
             if isinstance(moments, Exception):
                 raise moments
@@ -252,7 +252,7 @@ def _without_data(structure: Structure) -> Steps:
 
 
 def _cost(target: Target, calibration: CalibrationSet | None) -> float:
-    """Estimated cost of a layer (multiply-adds of forward, Hessian and solve)."""
+    """Estimate the cost of a layer (multiply-adds of forward, Hessian and solve)."""
     rows, columns = target.view.shape
     tokens = calibration.tokens if calibration is not None else 1
     return float(columns) * (2 * rows + columns) * tokens + float(rows) * columns * columns
@@ -270,7 +270,7 @@ def _described(data: CalibrationSet) -> dict[str, object]:
 
 
 def _skipped_rows(model: nn.Module, structure: Structure) -> list[LayerReport]:
-    """Rows of the modules that are left alone, with the shape of their first matrix."""
+    """Return the rows of the modules left alone, with the shape of their first matrix."""
     rows = []
     for name, why in structure.skipped.items():
         parameters = model.get_submodule(name).parameters(recurse=False)

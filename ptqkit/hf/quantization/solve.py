@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ptqkit.arrays.factorization import factorize
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.arrays.solvers import gptq, objective, rtn
 from ptqkit.arrays.targets import propagate_error
+from ptqkit.hf.models.dtypes import dtype_name
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.nn.on_grid import dequantize, row_blocks, rtn_on_grid
@@ -78,7 +79,7 @@ def solve_group(
     """
     stacks: list[tuple[Recipe, list[Target]]] = []
     for target in targets:
-        options = _with_scale_dtype(target)
+        options = target.options.with_scale_dtype(dtype_name(target.view.weight.dtype))
         # One scale for a whole matrix: not for several in one.
         same = (s for o, s in stacks if o == options and not options.per_tensor)
         stack = next(same, None)
@@ -96,14 +97,6 @@ def solve_group(
             source = _factor(factors, source, options, threads, name)
         solved.update(_solve_stack(stack, options, name, source, moments, threads, diagnostics))
     return solved
-
-
-def _with_scale_dtype(target: Target) -> Recipe:
-    """Return a layer's options with the scales' dtype resolved to the weight's."""
-    if target.options.scale_dtype is not None:
-        return target.options
-    dtype = str(target.view.weight.dtype).removeprefix("torch.")
-    return replace(target.options, scale_dtype="float32" if dtype == "float64" else dtype)
 
 
 def _factor(
@@ -207,7 +200,7 @@ def _quantize(
 def _diagnose(
     weight: np.ndarray, dequantized: np.ndarray, matrix: QuantizedMatrix, hessian: Any
 ) -> dict[str, np.ndarray]:
-    """Per row: power of weights and error; with H also RTN's objective and the output's power."""
+    """Return per row: power of weights and error; with H also RTN's objective, output power."""
     values, found = torch.from_numpy(weight), torch.from_numpy(dequantized)
     power, error = torch.empty(len(values)), torch.empty(len(values))
     for rows in row_blocks(len(values)):

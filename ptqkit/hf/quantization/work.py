@@ -51,20 +51,20 @@ class Work:
         self.group_of = {name: i for i, group in enumerate(self.groups) for name in group}
 
     def modules(self) -> dict[str, nn.Module]:
-        """Modules of all layers not yet quantized."""
+        """Return the modules of all layers not yet quantized."""
         return {n: t.module for n, t in self.targets.items() if n not in self.done}
 
     def members(self, group: list[str]) -> list[Target]:
-        """Layers of a group."""
+        """Return the layers of a group."""
         return [self.targets[name] for name in group]
 
     def accumulator(self, group: list[str]) -> MomentAccumulator:
         """Return an empty accumulator for the inputs of a group."""
-        needs_ranges = any(target.needs_ranges for target in self.members(group))
+        needs_ranges = any(target.options.needs_ranges for target in self.members(group))
         return MomentAccumulator(group[0], needs_ranges)
 
     def positions(self) -> list[int]:
-        """Per group, how many blocks have ended before it runs."""
+        """Return per group how many blocks have ended before it runs."""
         result, last = [], -1
         for group in self.groups:
             block = self.targets[group[0]].block
@@ -74,7 +74,7 @@ class Work:
         return result
 
     def unprobed(self, block: str) -> list[str]:
-        """Layers of a block that are in no group: the probe did not reach them."""
+        """Return the layers of a block that are in no group: the probe did not reach them."""
         return [
             n
             for n, t in self.targets.items()

@@ -415,7 +415,7 @@ def test_damaged_descriptions(tmp_path):
     path = out / "config.json"
     good = path.read_text()
     for change, match in (
-        ({"activations": {"bits": 8, "per": "token"}}, f"{NAME}: activations have no option 'per'"),
+        ({"activations": {"bits": 8, "per": "token"}}, f"{NAME}: activations has no option 'per'"),
         ({"activations": {"bits": 40}}, f"{NAME}: activation bits must be"),
         (
             {"activations": "token"},

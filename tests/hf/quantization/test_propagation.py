@@ -13,13 +13,13 @@ from helpers.schedule_models import count_hooks, late, plain
 
 import ptqkit
 import ptqkit.reference as reference
-from ptqkit.errors import PreflightError, UnsupportedModuleError
+from ptqkit.cli.quantize import _recipe, add_parser
+from ptqkit.errors import PreflightError, UnsupportedModuleError, UsageError
 from ptqkit.hf import quantize
 from ptqkit.hf.quantization import moments, solve
 from ptqkit.hf.quantization.moments import check_same_tokens
 from ptqkit.nn import statistics
 from ptqkit.nn.statistics import InputDrift
-from ptqkit.recipe import as_recipe
 from ptqkit.recipe.recipe import Recipe
 
 ALPHA = 0.5
@@ -294,8 +294,11 @@ def test_other_schedules_are_refused(monkeypatch):
     assert_untouched(model)
     for kind, message in (("autocast", "thread-local"), ("experts", "did not reach")):
         model = plain(**{kind: True})
-        with pytest.raises(UnsupportedModuleError, match=f"needs the one-pass schedule.*{message}"):
+        with pytest.raises(
+            PreflightError, match=f"needs the one-pass schedule.*{message}"
+        ) as error:
             quantize(model, "reference", tokens(), **OPTIONS)
+        assert error.value.has(UnsupportedModuleError)
         assert_untouched(model, plain(**{kind: True}))
     monkeypatch.setitem(__import__("sys").modules, "greenlet", None)
     with pytest.raises(PreflightError, match="greenlet"):
@@ -432,13 +435,10 @@ def test_recipe_round_trip():
 
 
 def test_command_line_option():
-    from ptqkit.cli.quantize import _recipe
-    from ptqkit.cli.quantize_options import add_options
-    from ptqkit.errors import UsageError
-
-    parser = add_options(argparse.ArgumentParser().add_subparsers())
-    given = ["model", "--out", "x", "--error-propagation", "0.5"]
-    assert as_recipe(_recipe(parser.parse_args(given))).error_propagation == 0.5
-    assert as_recipe(_recipe(parser.parse_args(given[:3]))).error_propagation == 0
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    given = ["quantize", "model", "--out", "x", "--error-propagation", "0.5"]
+    assert _recipe(parser.parse_args(given)).error_propagation == 0.5
+    assert _recipe(parser.parse_args(given[:4])).error_propagation == 0
     with pytest.raises(UsageError, match="--error-propagation has no meaning with --method rtn"):
         _recipe(parser.parse_args([*given, "--method", "rtn"]))
