@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         folder = _folder(args)
         with no_bars():
             result = run_demo(
-                folder, quick=args.quick, picture=args.picture, tell=lambda line: say(args, line)
+                folder, quick=args.quick, picture=args.picture, log=lambda line: say(args, line)
             )
     if args.quiet and args.json != "-":
         print(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from ptqkit.cli.options import (
     check_positive,
     check_text,
 )
-from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.cli.output import check_json, progress_of, quiet_transformers, say, write_json
 from ptqkit.demo import DEMO
 from ptqkit.errors import UsageError
 
@@ -66,7 +65,7 @@ def _sensitivity(args: argparse.Namespace, model: Any, tokenizer: Any, source: A
         samples=args.samples,
         sequence_length=args.sequence_length,
         batch_size=args.batch_size,
-        progress=_progress(args.quiet),
+        progress=progress_of(args, pause=10.0),
         **windows,
     )
 
@@ -117,18 +116,6 @@ def add_parser(commands: Any) -> None:
     add_model_options(parser)
     add_common(parser)
     parser.set_defaults(run=run)
-
-
-def _progress(quiet: bool) -> bool | Callable[[Any], None]:
-    """Return a bar on a terminal, every twentieth case as a line elsewhere."""
-    if quiet or sys.stderr.isatty():
-        return not quiet
-
-    def print_line(event: Any) -> None:
-        if event.index == event.total or event.index % 20 == 0:
-            print(event, file=sys.stderr, flush=True)
-
-    return print_line
 
 
 def _check(args: argparse.Namespace) -> list[str]:

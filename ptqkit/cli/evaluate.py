@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from ptqkit.cli.options import (
     check_text,
     parse_start_token,
 )
-from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.cli.output import check_json, progress_of, quiet_transformers, say, write_json
 from ptqkit.demo import DEMO
 from ptqkit.errors import UsageError
 
@@ -95,25 +93,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--text FILE is needed (only the model 'demo' brings a text of its own)")
 
 
-def _progress(quiet: bool) -> Callable[[int, int], None] | None:
-    """A counter that rewrites its line on a terminal and prints a few lines elsewhere."""
-    if quiet:
-        return None
-    started, shown, terminal = time.perf_counter(), [0.0], sys.stderr.isatty()
-
-    def tell(done: int, total: int) -> None:
-        now = time.perf_counter()
-        if done < total and now - shown[0] < (0.2 if terminal else 10.0):
-            return
-        shown[0] = now
-        left = (now - started) * (total - done) / done
-        line = f"window {done}/{total}, {left:.0f} s left"
-        end = "" if terminal and done < total else "\n"
-        print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
-
-    return tell
-
-
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
     _check(args)
@@ -157,7 +136,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         start_token=parse_start_token(args.start_token),
         batch_size=args.batch_size,
         max_tokens=args.max_tokens,
-        progress=_progress(args.quiet),
+        progress=progress_of(args, pause=10.0),
     )
     start = result.start_token
     named = start is not None and tokenizer is not None

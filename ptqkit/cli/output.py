@@ -7,7 +7,8 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_json",
     "no_bars",
     "one_line",
+    "progress_of",
     "quiet_transformers",
     "say",
     "write_json",
@@ -106,6 +108,22 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
         if downloads:
             enable_progress_bars()
+
+
+def progress_of(args: argparse.Namespace, pause: float = 0.0) -> bool | Callable[[Any], None]:
+    """Return a bar on a terminal; elsewhere a line per event, at most one in ``pause`` seconds."""
+    if args.quiet or sys.stderr.isatty():
+        return not args.quiet
+    shown = time.perf_counter() - pause
+
+    def print_event(event: Any) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        if event.index == event.total or now - shown >= pause:
+            shown = now
+            print(event, file=sys.stderr, flush=True)
+
+    return print_event
 
 
 def no_bars() -> contextlib.AbstractContextManager[Any]:

@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
                 args.out,
                 fail_fast=args.fail_fast,
                 threads=args.threads,
-                tell=None if args.quiet else _tell,
+                log=None if args.quiet else _log,
                 **options,
             )
         except SweepInterrupted as stop:
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
         _report(args, result)
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

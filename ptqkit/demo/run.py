@@ -72,7 +72,7 @@ def run_demo(
     *,
     quick: bool = False,
     picture: str | os.PathLike[str] | None = None,
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> DemoResult:
     """Run the whole demo.
 
@@ -83,7 +83,7 @@ def run_demo(
     quick : bool
         3 bits alone, on a fifth of the text.
     picture : path, optional
-    tell : callable, optional
+    log : callable, optional
         Called with each line of the report as soon as it is known.
 
     Returns
@@ -91,21 +91,21 @@ def run_demo(
     DemoResult
     """
     started = time.perf_counter()
-    tell = tell or (lambda line: None)
+    log = log or (lambda line: None)
     bench = demo_workbench(4, 6) if quick else demo_workbench()
     result = DemoResult([bench.float_row], {**bench.settings, "group_size": GROUP_SIZE})
     for line in (*_introduction(result.settings), "", *demo_table(result.rows).splitlines()):
-        tell(line)
+        log(line)
     for bits in (3,) if quick else (4, 3, 2):
         for recipe in METHODS:
             result.rows.append(bench.measure(recipe, bits=bits, group_size=GROUP_SIZE))
-            tell(demo_table(result.rows[-1:]).splitlines()[-1])
-    tell("")
-    result.checkpoint = _round_trip(bench, Path(folder) / "checkpoint", tell)
+            log(demo_table(result.rows[-1:]).splitlines()[-1])
+    log("")
+    result.checkpoint = _round_trip(bench, Path(folder) / "checkpoint", log)
     target = Path(picture) if picture is not None else Path(folder) / "demo.png"
-    result.picture = _picture(result, target, tell)
+    result.picture = _picture(result, target, log)
     result.seconds = time.perf_counter() - started
-    tell(f"{result.seconds:.0f} s in all")
+    log(f"{result.seconds:.0f} s in all")
     return result
 
 
@@ -120,27 +120,25 @@ def _introduction(settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def _round_trip(bench: Workbench, where: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def _round_trip(bench: Workbench, where: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Write a symmetric 4-bit checkpoint, load it with transformers alone, use it."""
     quantized = bench.quantize("quality", bits=4, group_size=GROUP_SIZE, symmetric=True)
     ids = bench.cached_tokenizer(text("test"), add_special_tokens=False, verbose=False)
     probe = torch.tensor([ids["input_ids"][: WINDOW - 1]])
     expected = _logits(quantized.model, probe)
-    # The model came as float16 and its scales are float16: storing it so loses nothing.
-    quantized.model.half()
     info = quantized.save(where)
     loaded = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
     difference = float((_logits(loaded, probe) - expected).abs().max())
     found = bench.perplexity_of(loaded)
     words = generate(loaded, bench.tokenizer, PROMPT)
-    tell(f"Wrote {info.directory}")
-    tell(f"  {info.format}, quality recipe, 4 bits symmetric: {info.bytes / 1e6:.1f} MB in all")
-    tell("Loaded with plain transformers:")
-    tell(f"  AutoModelForCausalLM.from_pretrained({str(info.directory)!r}, dtype='float32')")
-    tell(f"  largest difference of its logits from the model in memory: {difference:g}")
-    tell(f"  perplexity {found.perplexity:.3f}; it writes (temperature 0.7):")
+    log(f"Wrote {info.directory}")
+    log(f"  {info.format}, quality recipe, 4 bits symmetric: {info.bytes / 1e6:.1f} MB in all")
+    log("Loaded with plain transformers:")
+    log(f"  AutoModelForCausalLM.from_pretrained({str(info.directory)!r}, dtype='float32')")
+    log(f"  largest difference of its logits from the model in memory: {difference:g}")
+    log(f"  perplexity {found.perplexity:.3f}; it writes (temperature 0.7):")
     for line in words.splitlines():
-        tell(f"  | {line}")
+        log(f"  | {line}")
     return {
         "directory": str(info.directory),
         "format": info.format,
@@ -156,12 +154,12 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-def _picture(result: DemoResult, target: Path, tell: Callable[[str], None]) -> str | None:
+def _picture(result: DemoResult, target: Path, log: Callable[[str], None]) -> str | None:
     try:
         from ptqkit.demo.picture import draw
     except ModuleNotFoundError as error:
-        tell(f"No picture: {error.name} is not installed (it comes with ptqkit[hf])")
+        log(f"No picture: {error.name} is not installed (it comes with ptqkit[hf])")
         return None
     draw(result, target)
-    tell(f"Picture: {target}")
+    log(f"Picture: {target}")
     return str(target)

@@ -272,6 +272,7 @@ class Workbench:
             threads=self.threads,
             diagnostics=diagnostics,
             progress=False,
+            stored_dtype=self.stored_dtype,
         )
 
     def perplexity_of(self, model: nn.Module) -> PerplexityResult:

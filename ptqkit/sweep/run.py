@@ -25,7 +25,7 @@ from ptqkit.sweep.zeroshot import INSTALL, has_lm_eval
 
 __all__ = ["run_sweep"]
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def run_sweep(
@@ -38,7 +38,7 @@ def run_sweep(
     dry: bool = False,
     device: str = "cpu",
     threads: int = 0,
-    tell: Tell | None = None,
+    log: Log | None = None,
 ) -> SweepResult:
     """Measure the cells of a plan that are missing.
 
@@ -58,7 +58,7 @@ def run_sweep(
         Only look up what is there.
     device, threads
         Of the models, and of the solver.
-    tell : callable, optional
+    log : callable, optional
         Called with each line of progress.
 
     Returns
@@ -77,7 +77,7 @@ def run_sweep(
     """
     folder = Path(plan.output if out is None else out)
     cells, skipped = plan_cells(plan, device.split(":")[0])
-    run = _Run(plan, CellStore(folder / "cells"), cells, device, threads, fail_fast, tell)
+    run = _Run(plan, CellStore(folder / "cells"), cells, device, threads, fail_fast, log)
     todo = run.look_up(only, rerun)
     keys = frozenset(cells[i].key for i in todo)
     result = SweepResult(plan, folder, run.cells, skipped, keys, _environment(device))
@@ -85,11 +85,11 @@ def run_sweep(
         return result
     _check(folder, cells, todo, only)
     for line in skipped:
-        run.tell(f"skipped: {line}")
+        run.log(f"skipped: {line}")
     again = [run.cells[i].reused for i in todo]
     reused = sum(c.reused for c in run.cells) - sum(again)
     left = len(cells) - reused - len(todo)
-    run.tell(
+    run.log(
         f"{len(cells)} cells: {reused} there from before, {len(todo)} to measure"
         + (f", {left} left out" if left else "")
     )
@@ -140,11 +140,11 @@ class _Run:
         device: str,
         threads: int,
         fail_fast: bool,
-        tell: Tell | None,
+        log: Log | None,
     ) -> None:
         self.plan, self.store, self.cells = plan, store, cells
         self.device, self.threads, self.fail_fast = device, threads, fail_fast
-        self.tell = tell or (lambda line: None)
+        self.log = log or (lambda line: None)
         self._done: dict[str, Cell] = {}
         self._started = time.perf_counter()
 
@@ -247,7 +247,7 @@ class _Run:
         done = sum(1 for c in self.cells if not c.reused and c.status in (OK, FAILED))
         shown = _shown(cell) if cell.status == OK else f"FAILED: {cell.message}"
         left = f"; about {spent / done * self._left:.0f} s left" if self._left else ""
-        self.tell(f"{cell.label}  {shown}{left}")
+        self.log(f"{cell.label}  {shown}{left}")
 
 
 def _fits(cell: Cell, only: str) -> bool:

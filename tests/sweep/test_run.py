@@ -149,7 +149,7 @@ def test_failures_are_recorded_and_tried_again(tmp_path, bench):
         "measure small/wiki 12.6667": RuntimeError("out of memory"),
     }
     lines = []
-    result = sweep(folder(tmp_path), HEAD, ZERO_SHOT, RTN, RTN3, tell=lines.append)
+    result = sweep(folder(tmp_path), HEAD, ZERO_SHOT, RTN, RTN3, log=lines.append)
     assert [c.status for c in result.cells] == [OK, OK, FAILED, FAILED, FAILED, FAILED]
     assert [c.message for c in result.cells[2:]] == [
         "down_proj: too wide (and 1 more)",
@@ -255,7 +255,7 @@ def test_skipped_models_and_an_empty_sweep(tmp_path, bench):
         sweep(folder(tmp_path), gone, RTN)
     here = '\n[[models]]\nname = "here"\npath = "model"\n'
     lines = []
-    result = sweep(tmp_path, gone, here, RTN, tell=lines.append)
+    result = sweep(tmp_path, gone, here, RTN, log=lines.append)
     assert {c.model for c in result.cells} == {"here"}
     assert "skipped: model small" in lines[0] and "model small" in result.skipped[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ptqkit._defaults import FORWARD_BATCH_SIZE
 from ptqkit.errors import CalibrationError, UsageError
 from ptqkit.hf.data.calibration import max_positions
 from ptqkit.hf.data.text import start_token_id
+from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
 from ptqkit.nn.forward import calibration_mode
 
 __all__ = ["PerplexityResult", "perplexity"]
@@ -77,7 +78,7 @@ def perplexity(
     batch_size: int = FORWARD_BATCH_SIZE,
     max_tokens: int | None = None,
     windows: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Progress | None = False,
 ) -> PerplexityResult:
     """Measure the perplexity per token of a text.
 
@@ -108,8 +109,9 @@ def perplexity(
     windows : int, optional
         Join the texts and measure so many windows at equal distances, each a text of its own, so
         that few windows speak for all of the text. Excludes ``max_tokens`` and ``stride``.
-    progress : callable, optional
-        Called with (windows done, windows in all).
+    progress : bool or callable, optional
+        An event per batch of windows, with stage "measuring"; see
+        :func:`ptqkit.hf.progress.make_progress`.
 
     Raises
     ------
@@ -141,7 +143,11 @@ def perplexity(
     total = sum(w.scored for w in parts)
     if total == 0:
         raise CalibrationError("text holds too few tokens: none can be scored")
-    nll = _score(model, parts, batch_size, progress) / total
+    reported = make_progress(progress)
+    try:
+        nll = _score(model, parts, batch_size, reported) / total
+    finally:
+        close_progress(reported)
     value = math.exp(nll) if nll < 700 else math.inf
     return PerplexityResult(nll, value, total, window, stride, start, len(texts))
 
@@ -200,12 +206,13 @@ def _score(
     model: nn.Module,
     windows: list[_Window],
     batch_size: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> float:
     """Sum of the negative log-likelihoods of all scored tokens, in double."""
     device = next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     total, position = 0.0, 0
+    stage = ProgressStage(progress, "measuring", len(order))
     with calibration_mode(model):
         while position < len(order):
             length = len(windows[order[position]].ids)
@@ -217,8 +224,9 @@ def _score(
                 position += 1
             ids = torch.tensor([w.ids for w in part], dtype=torch.long, device=device)
             total += _batch_nll(model(input_ids=ids).logits, ids, [w.scored for w in part])
-            if progress is not None:
-                progress(position, len(order))
+            for _ in part[1:]:
+                stage.skip()
+            stage.step("windows")
     return total
 
 
