@@ -242,13 +242,14 @@ def _work(
         threads=args.threads,
         on_error=args.on_error,
         progress=_progress(args),
-        format=args.format,
+        checkpoint_format=args.format,
     )
     if widened:
         # Every value came from float16, and the codes' scales are float16: nothing is lost.
         model.half()
     facts["written_dtype"] = str(model.dtype).removeprefix("torch.")
-    return result, result.save(args.out, format=args.format, overwrite=args.overwrite), facts
+    info = result.save(args.out, checkpoint_format=args.format, overwrite=args.overwrite)
+    return result, info, facts
 
 
 def check_place(args: argparse.Namespace, model: Any, recipe: Any) -> None:

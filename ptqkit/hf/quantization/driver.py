@@ -11,8 +11,8 @@ from torch import nn
 
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.progress import Progress, make_progress
-from ptqkit.hf.quantization.preflight import FORMATS
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, Runner
 from ptqkit.nn.activations import ActivationQuantizer
@@ -54,7 +54,9 @@ class QuantizationResult:
     equalization: EqualizationReport | None = None
     tokenizer: Any = field(default=None, repr=False)
 
-    def save(self, directory: str | os.PathLike[str], format: str = "auto", **options: Any) -> Any:
+    def save(
+        self, directory: str | os.PathLike[str], checkpoint_format: str = "auto", **options: Any
+    ) -> Any:
         """Write a checkpoint; see :func:`ptqkit.hf.checkpoint.save.save_checkpoint`."""
         from ptqkit.hf.checkpoint.save import save_checkpoint
 
@@ -63,7 +65,12 @@ class QuantizationResult:
         if self.activations:
             options.setdefault("activations", self.activations)
         return save_checkpoint(
-            self.model, self.layers, self.recipe, directory, format=format, **options
+            self.model,
+            self.layers,
+            self.recipe,
+            directory,
+            checkpoint_format=checkpoint_format,
+            **options,
         )
 
 
@@ -87,7 +94,7 @@ def quantize(
     on_error: str = "raise",
     progress: bool | Progress | None = None,
     out_dir: str | os.PathLike[str] | None = None,
-    format: str = "auto",
+    checkpoint_format: str = "auto",
     overwrite: bool = False,
     **changes: Any,
 ) -> QuantizationResult:
@@ -128,7 +135,7 @@ def quantize(
         "leave_float" leaves a layer that fails float and marks its row in the report.
     progress : bool or callable, optional
         See :func:`ptqkit.hf.progress.make_progress`.
-    out_dir, format, overwrite : optional
+    out_dir, checkpoint_format, overwrite : optional
         Also write a checkpoint there; checked before anything runs.
 
     Raises
@@ -148,12 +155,12 @@ def quantize(
     for name, value, allowed in (
         ("schedule", schedule, _SCHEDULES),
         ("on_error", on_error, ("raise", "leave_float")),
-        ("format", format, FORMATS),
+        ("checkpoint_format", checkpoint_format, ("auto", *FORMATS)),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
     budget = parse_bytes(memory_budget)
-    recipe = _change(as_recipe(recipe), changes, format)
+    recipe = _change(as_recipe(recipe), changes, checkpoint_format)
     run = Runner(model, recipe, threads, diagnostics, on_error, make_progress(progress))
     run.prepare_data(
         calibration,
@@ -164,7 +171,7 @@ def quantize(
         seed=seed,
         start_token=start_token,
     )
-    run.check(blocks, format, out_dir, overwrite, share_inputs)
+    run.check(blocks, checkpoint_format, out_dir, overwrite, share_inputs)
     run.choose_schedule(schedule, budget)
     run.equalize(blocks)
     run.execute(schedule)
@@ -172,7 +179,7 @@ def quantize(
         model, run.matrices, run.report, recipe, run.activations, run.equalization, tokenizer
     )
     if out_dir is not None:
-        result.save(out_dir, format=format, overwrite=overwrite)
+        result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
     return result
 
 
