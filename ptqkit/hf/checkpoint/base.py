@@ -14,6 +14,7 @@ from ptqkit.hf.checkpoint.files import TensorPlan
 from ptqkit.hf.checkpoint.spec import LayerSpec
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.qlinear import SCALE_DTYPES
+from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["CheckpointFormat", "Fetch"]
 
@@ -41,6 +42,10 @@ class CheckpointFormat(ABC):
     method: str
     foreign: ClassVar[bool] = True
     float_parts: ClassVar[tuple[str, ...]] = ()
+
+    def adapt(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with what its numbers need to fit the format."""
+        return recipe
 
     def problems(self, spec: LayerSpec) -> list[str]:
         """Return the reasons why the format cannot carry the layer; empty if it can.
@@ -70,8 +75,9 @@ class CheckpointFormat(ABC):
 
     def _scale_problems(self, spec: LayerSpec, held: str) -> list[str]:
         stored = self.scale_dtype(spec)
-        # Of the 16-bit types float16 holds what bfloat16 does, unless a scale is very small.
-        if stored in ("float32", held) or (stored, held) == ("float16", "bfloat16"):
+        # float16 holds what bfloat16 does, unless a scale is very small.
+        enough = {"float16": ("float16", "bfloat16"), "bfloat16": ("bfloat16",)}
+        if stored not in enough or held in enough[stored]:
             return []
         return [
             f"scales are not exactly representable in {stored}; "

@@ -14,6 +14,7 @@ For a layer ``P`` with weight (out, in), ``b`` bits and groups of inputs:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from ptqkit.hf.checkpoint.compressed_tensors import compressed_pack, compressed_
 from ptqkit.hf.checkpoint.files import TensorPlan
 from ptqkit.hf.checkpoint.spec import LayerSpec
 from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["GptqFormat"]
 
@@ -54,6 +56,13 @@ class GptqFormat(CheckpointFormat):
     def __init__(self, version: int) -> None:
         self.version = version
         self.name = "gptq" if version == 1 else "gptq_v2"
+
+    def adapt(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with what its numbers need to fit the format."""
+        if self.version == 1:
+            # A zero-point of 0 is stored as -1, which readers take for a carry.
+            recipe = replace(recipe, min_zero_point=1)
+        return replace(recipe, scale_dtype="float16")
 
     def _limits(self, spec: LayerSpec) -> list[str]:
         found = shared_limits(spec, "the GPTQ format")

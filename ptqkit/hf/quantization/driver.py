@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -160,7 +160,11 @@ def quantize(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
     budget = parse_bytes(memory_budget)
-    recipe = _change(as_recipe(recipe), changes, checkpoint_format)
+    recipe = as_recipe(recipe)
+    if changes:
+        recipe = Recipe.from_dict({**recipe.to_dict(), **changes})
+    if checkpoint_format != "auto":
+        recipe = FORMATS[checkpoint_format].adapt(recipe)
     run = Runner(model, recipe, threads, diagnostics, on_error, make_progress(progress))
     run.prepare_data(
         calibration,
@@ -181,14 +185,3 @@ def quantize(
     if out_dir is not None:
         result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
     return result
-
-
-def _change(recipe: Recipe, changes: Mapping[str, Any], out_format: str) -> Recipe:
-    if changes:
-        recipe = Recipe.from_dict({**recipe.to_dict(), **changes})
-    if out_format in ("gptq", "gptq_v2"):
-        # The format stores float16 scales, and version 1 cannot store a zero-point of 0.
-        recipe = replace(recipe, scale_dtype="float16")
-        if out_format == "gptq":
-            recipe = replace(recipe, min_zero_point=1)
-    return recipe
