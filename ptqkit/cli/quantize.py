@@ -501,7 +501,7 @@ def _quantize(args: argparse.Namespace, recipe: Recipe) -> tuple[Any, dict[str, 
         on_error=args.on_error,
         progress=_progress(args),
         out_dir=args.out,
-        format=args.format,
+        checkpoint_format=args.format,
         overwrite=args.overwrite,
         stored_dtype=facts["stored_dtype"] if args.dtype == "auto" else None,
     )

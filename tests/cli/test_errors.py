@@ -33,7 +33,7 @@ QUANTIZE = {
     "override value": (["--override", "*=bits:9"], 2, "bits must be"),
     "damping": (["--damping", "-1"], 2, "damping must be"),
     "format": (["--format", "compressed-tensors"], 3, "symmetric=True"),
-    "gptq bits": (["--format", "gptq", "--bits", "5"], 3, "holds 2, 3, 4 or 8 bits, not 5"),
+    "gptq bits": (["--format", "gptq", "--bits", "5"], 3, "no 5-bit layout"),
     "recipe of rtn": (["--method", "rtn", "--recipe", "quality"], 2, "is for --method gptq"),
     "order of rtn": (["--method", "rtn", "--order", "act"], 2, "--order has no meaning"),
     "start token": (["--start-token", "x"], 2, "--start-token x"),

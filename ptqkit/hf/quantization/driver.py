@@ -12,13 +12,13 @@ from torch import nn
 
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
 from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, stored_as
 from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.quantization.inspection import inspect_model
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
-from ptqkit.hf.quantization.preflight import FORMATS
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
 from ptqkit.nn.activations import ActivationQuantizer
@@ -67,7 +67,7 @@ class QuantizationResult:
     def save(
         self,
         directory: str | os.PathLike[str],
-        format: str = "auto",
+        checkpoint_format: str = "auto",
         *,
         dtype: str | torch.dtype | None = None,
         **options: Any,
@@ -77,7 +77,7 @@ class QuantizationResult:
         Parameters
         ----------
         directory : path
-        format : str
+        checkpoint_format : str
         dtype : str or torch.dtype, optional
             Type of the float values in the files; ``stored_dtype`` by default. The model computes
             in its own afterwards, but values that are not exact in this one are rounded.
@@ -91,7 +91,12 @@ class QuantizationResult:
         written = as_dtype(dtype or self.stored_dtype or dtype_of(self.model))
         with stored_as(self.model, written):
             self.checkpoint = save_checkpoint(
-                self.model, self.matrices, self.recipe, directory, format=format, **options
+                self.model,
+                self.matrices,
+                self.recipe,
+                directory,
+                checkpoint_format=checkpoint_format,
+                **options,
             )
         return self.checkpoint
 
@@ -116,7 +121,7 @@ def quantize(
     on_error: str = "raise",
     progress: bool | Progress | None = None,
     out_dir: str | os.PathLike[str] | None = None,
-    format: str = "auto",
+    checkpoint_format: str = "auto",
     overwrite: bool = False,
     stored_dtype: str | torch.dtype | None = None,
     **changes: Any,
@@ -158,7 +163,7 @@ def quantize(
         "leave_float" leaves a layer that fails in float and marks its row in the report.
     progress : bool or callable, optional
         See :func:`ptqkit.hf.progress.make_progress`.
-    out_dir, format, overwrite : optional
+    out_dir, checkpoint_format, overwrite : optional
         Also write a checkpoint there; checked before anything runs.
     stored_dtype : str or torch.dtype, optional
         Type in which the model was stored, if it was widened to compute (float16 as float32 on a
@@ -183,7 +188,7 @@ def quantize(
     for name, value, allowed in (
         ("schedule", schedule, SCHEDULES),
         ("on_error", on_error, ("raise", "leave_float")),
-        ("format", format, FORMATS),
+        ("checkpoint_format", checkpoint_format, ("auto", *FORMATS)),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
@@ -193,7 +198,10 @@ def quantize(
     check_names(changes, "recipe", (f.name for f in fields(Recipe)))
     recipe = replace(as_recipe(recipe), **changes)
     written = _written_dtype(model, recipe, stored_dtype)
-    recipe = _for_files(recipe, format, dtype_of(model), written)
+    if checkpoint_format != "auto":
+        recipe = FORMATS[checkpoint_format].adapt(recipe)
+    if written != dtype_of(model):
+        recipe = recipe.with_scale_dtype(dtype_name(written))
     options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
     found = inspect_model(
         model,
@@ -202,7 +210,7 @@ def quantize(
         tokenizer,
         blocks=blocks,
         share_inputs=share_inputs,
-        out_format=format,
+        checkpoint_format=checkpoint_format,
         out_dir=out_dir,
         overwrite=overwrite,
         samples=samples,
@@ -230,7 +238,7 @@ def quantize(
     )
     result.stored_dtype = dtype_name(written)
     if out_dir is not None:
-        result.save(out_dir, format=format, overwrite=overwrite)
+        result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
     return result
 
 
@@ -245,15 +253,3 @@ def _written_dtype(
     inexact = recipe.equalization or recipe.activations or recipe.bias_correction
     narrower = stored.itemsize < own.itemsize
     return stored if narrower and not inexact else own
-
-
-def _for_files(recipe: Recipe, out_format: str, own: torch.dtype, written: torch.dtype) -> Recipe:
-    """Give the recipe the scales and zero-points that the files can hold."""
-    if out_format in ("gptq", "gptq_v2"):
-        # The format stores float16 scales, and version 1 cannot store a zero-point of 0.
-        recipe = replace(recipe, scale_dtype="float16")
-        if out_format == "gptq":
-            recipe = replace(recipe, min_zero_point=1)
-    elif written != own and recipe.scale_dtype is None:
-        recipe = replace(recipe, scale_dtype=dtype_name(written))
-    return recipe

@@ -52,7 +52,7 @@ def inspect_model(
     *,
     blocks: tuple[str, ...] | None,
     share_inputs: bool,
-    out_format: str,
+    checkpoint_format: str,
     out_dir: str | os.PathLike[str] | None,
     overwrite: bool,
     **windows: Any,
@@ -77,7 +77,7 @@ def inspect_model(
     except UnsupportedModuleError as error:
         problems.add(str(error), UnsupportedModuleError)
     # Data that is there but unusable is one problem, not one more for every layer.
-    check_model(problems, model, structure, recipe, calibration is not None, out_format)
+    check_model(problems, model, structure, recipe, calibration is not None, checkpoint_format)
     if out_dir is not None:
         check_output(problems, model, structure.targets, out_dir, overwrite)
     problems.raise_if_any()

@@ -14,15 +14,17 @@ from torch import nn
 
 from ptqkit.errors import CalibrationError, PreflightError, Problem, UnsupportedModuleError
 from ptqkit.hf.checkpoint.biases import plan_biases
+from ptqkit.hf.checkpoint.formats import FORMATS
+from ptqkit.hf.checkpoint.inputs import measure_flat_inputs
+from ptqkit.hf.checkpoint.spec import describe_targets
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions
 from ptqkit.hf.models.probe import Probe
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.nn.activations import installed_quantizer
+from ptqkit.nn.linear import is_linear
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["FORMATS", "Problems", "check_model", "check_output", "check_probe", "check_tokens"]
-
-FORMATS = ("auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit")
+__all__ = ["Problems", "check_model", "check_output", "check_probe", "check_tokens"]
 
 
 class Problems:
@@ -47,7 +49,7 @@ def check_model(
     structure: Structure,
     recipe: Recipe,
     calibrated: bool,
-    out_format: str,
+    checkpoint_format: str,
 ) -> None:
     """Check what the model and the recipe show by themselves: shapes, patterns, weights, format."""
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
@@ -74,10 +76,10 @@ def check_model(
         return
     for target in structure.targets.values():
         _check_target(problems, target, calibrated)
-        for text in _format_conflicts(target, out_format):
-            problems.add(f"{target.name}: the format {out_format!r} {text}")
+    for text in _format_conflicts(model, structure.targets, checkpoint_format):
+        problems.add(f"checkpoint_format={checkpoint_format!r}: {text}")
     gaining = [n for n, t in structure.targets.items() if t.options.bias_correction]
-    if gaining and out_format not in ("auto", "ptqkit"):
+    if gaining and checkpoint_format != "auto" and FORMATS[checkpoint_format].foreign:
         for text in plan_biases(model, gaining).problems():
             problems.add(text)
 
@@ -106,31 +108,25 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
             problems.add(f"{target.name}: {bad} of its {rows}x{columns} weights are not finite")
 
 
-def _format_conflicts(target: Target, out_format: str) -> list[str]:
-    """Return why a checkpoint format cannot hold a layer quantized with these options."""
-    o = target.options
-    if out_format in ("auto", "ptqkit"):
+def _format_conflicts(
+    model: nn.Module, targets: Mapping[str, Target], checkpoint_format: str
+) -> list[str]:
+    """Ask a checkpoint format why it could not hold the layers once they are quantized."""
+    if checkpoint_format == "auto" or not targets:
         return []
+    chosen = FORMATS[checkpoint_format]
+    recipes = {name: target.options.activations for name, target in targets.items()}
+    dynamic = [name for name, a in recipes.items() if a is not None and a.dynamic]
+    flat_inputs = measure_flat_inputs(model, dynamic) if chosen.foreign else {}
+    specs = describe_targets(targets, flat_inputs)
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     found = []
-    if target.view.transposed:
-        found.append("cannot hold transformers' Conv1D; use 'ptqkit'")
-    if o.bits == "ternary":
-        found.append("has no ternary codes; use 'ptqkit'")
-    permuted = o.order == "act" and not o.static_groups and o.group_size is not None
-    if out_format == "compressed-tensors":
-        # With quantized activations the library reads asymmetric weights as they are meant.
-        if not o.symmetric and o.bits != "ternary" and o.activations is None:
-            found.append("loads exactly only with symmetric=True")
-        if o.activations is not None and o.activations.outlier_threshold is not None:
-            found.append("cannot leave outlier columns in float; use 'ptqkit'")
-        if permuted and o.method == "gptq":
-            found.append("has no g_idx; use static_groups=True with order='act'")
-        return found
-    if o.bits != "ternary" and o.bits not in (2, 3, 4, 8):
-        found.append(f"holds 2, 3, 4 or 8 bits, not {o.bits}")
-    if o.activations is not None:
-        found.append("has no place for quantized activations; use 'compressed-tensors' or 'ptqkit'")
-    return found
+    for spec in specs:
+        # A group size that does not divide is refused already, whatever the format.
+        odd = spec.group_size is not None and spec.in_features % spec.group_size
+        found += chosen.problems(replace(spec, group_size=None) if odd else spec)
+        found += chosen.forecast(spec)
+    return found + chosen.joint_problems(specs, linears)
 
 
 def check_tokens(problems: Problems, model: nn.Module, calibration: CalibrationSet) -> None:

@@ -252,7 +252,7 @@ def test_ranges_by_torch_equal_the_core():
 )
 def test_what_a_format_cannot_hold_is_found_before_the_run(name, parts, out_format, message):
     with pytest.raises(PreflightError, match=message):
-        run(M.build(name), parts, format=out_format)
+        run(M.build(name), parts, checkpoint_format=out_format)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mistral"])
@@ -329,10 +329,10 @@ def test_a_model_that_gives_nan_is_not_equalized():
 
 def test_compressed_tensors_with_activations_before_and_after_the_run(tmp_path):
     with pytest.raises(PreflightError, match="cannot leave outlier columns in float"):
-        run(M.build(), "llm.int8", format="compressed-tensors")
+        run(M.build(), "llm.int8", checkpoint_format="compressed-tensors")
     model = M.build()
     parts = [RTN(bits=4, group_size=16), ActivationQuantization()]
-    run(model, parts, format="compressed-tensors", out_dir=tmp_path / "q")
+    run(model, parts, checkpoint_format="compressed-tensors", out_dir=tmp_path / "q")
     loaded = ptqkit.load(tmp_path / "q")
     with torch.no_grad():
         expected, found = (m(input_ids=M.tokens()).logits for m in (model, loaded))
