@@ -67,6 +67,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--range",
+        dest="grid_range",
         default="fixed",
         choices=("fixed", "calibrated", "search"),
         help="of the probabilities: [0, 1]; their smallest and largest; or the best of a few",
@@ -219,7 +220,7 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         data,
         bits=args.bits,
         corrections=args.correction,
-        range=args.range,
+        grid_range=args.grid_range,
         progress=None if args.quiet else lambda name: print(name, file=sys.stderr, flush=True),
         window=window or min(max_positions(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT),
         max_tokens=args.max_tokens,
@@ -250,7 +251,7 @@ def _save(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any) -> st
     from ptqkit.hf import SoftmaxCalibration, save_softmax
     from ptqkit.hf.softmax.table import VARIANTS
 
-    study = SoftmaxCalibration(model, data, bits=args.bits[0], range=args.range)
+    study = SoftmaxCalibration(model, data, bits=args.bits[0], grid_range=args.grid_range)
     # What the table measured, without the guard of quantize_softmax.
     quantizers = study.quantizers(*VARIANTS[args.correction[0]])
     return str(save_softmax(model, quantizers, args.out, tokenizer=tokenizer))

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
-from ptqkit.diffusion.checks import check_inputs, check_positive, home
+from ptqkit.diffusion.checks import check_inputs, check_positive, device_and_dtype
 from ptqkit.nn.forward import calibration_mode
 
 __all__ = ["ClassConditionalUNet", "load_unet", "sample", "starting_noise"]
@@ -121,7 +121,7 @@ def sample(
     check_positive(batch_size, "batch_size")
     if guidance != 1 and no_class is None:
         raise ValueError("guidance other than 1 needs no_class, the embedding of no class")
-    device, dtype = home(unet)
+    device, dtype = device_and_dtype(unet)
     done = []
     with calibration_mode(unet):
         for part in torch.arange(len(noise)).split(batch_size):
@@ -155,7 +155,7 @@ def _predict(
     guidance: float,
     no_class: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Output of the UNet, guided where asked for."""
+    """Output of the UNet, guided if asked for."""
     if guidance == 1 or no_class is None:
         return unet(latents, step, context).sample
     other = no_class.to(context).expand_as(context)

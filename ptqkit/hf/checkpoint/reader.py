@@ -158,7 +158,7 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
             "the files are not complete, or the model class is another one"
         )
     # Corrections of the softmax, which no checkpoint format holds.
-    from ptqkit.nn.softmax.file import load_softmax
+    from ptqkit.hf.softmax.driver import load_softmax
 
     load_softmax(model, folder)
     if cache:

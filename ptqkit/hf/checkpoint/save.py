@@ -22,9 +22,9 @@ from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
 from ptqkit.hf.checkpoint.formats import choose_format
 from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
 from ptqkit.hf.checkpoint.spec import LayerSpec, describe_layers
+from ptqkit.hf.softmax.files import write_installed
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.linear import is_linear
-from ptqkit.nn.softmax.file import write_installed
 
 __all__ = ["CheckpointInfo", "save_checkpoint"]
 

@@ -21,27 +21,31 @@ from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
 from ptqkit.hf.evaluation.likelihood import perplexity
+from ptqkit.hf.models.attention import (
+    attention_hooks,
+    find_attention,
+    installed_attention,
+    measure_ranges,
+)
 from ptqkit.hf.models.dtypes import dtype_of
 from ptqkit.hf.models.structure import find_blocks
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
-from ptqkit.hf.softmax.driver import refuse_installed
+from ptqkit.hf.softmax.driver import describe
 from ptqkit.nn.activations import (
     ActivationQuantizer,
     install_quantizer,
     installed_quantizer,
     remove_quantizers,
 )
-from ptqkit.nn.attention import attention_hooks, find_attention
 from ptqkit.nn.attention_quantizer import (
     ATTENTION_KINDS,
     AttentionQuantizer,
     AttentionRanges,
-    measure_ranges,
 )
 from ptqkit.nn.forward import calibration_mode, forward, hooks
 from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
-from ptqkit.nn.softmax.report import describe
+from ptqkit.nn.softmax.study import refuse_installed
 from ptqkit.nn.statistics import range_accumulator
 from ptqkit.recipe.options import ActivationQuantization
 
@@ -181,7 +185,7 @@ class _Bench:
         self.attention: dict[str, AttentionRanges] = {}
         self.blocks = [name for names in find_blocks(model).values() for name in names]
         if any(kind in ATTENTION_KINDS for kind in kinds):
-            refuse_installed(model)
+            refuse_installed(installed_attention(model))
             find_attention(model)
             self.attention = measure_ranges(model, data)
         if "weights" in kinds or "inputs" in kinds:

@@ -17,12 +17,14 @@ import ptqkit
 from ptqkit.arrays.softmax import SoftmaxGrid, softmax_grid
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import prepare_calibration
-from ptqkit.hf.softmax.driver import SoftmaxCalibration, quantize_softmax
+from ptqkit.hf.models.attention import attention_hooks, find_attention, installed_attention
+from ptqkit.hf.softmax.driver import SoftmaxCalibration, load_softmax, quantize_softmax
+from ptqkit.hf.softmax.files import save_softmax
 from ptqkit.hf.softmax.table import softmax_table
-from ptqkit.nn.attention import attention_hooks, find_attention, installed_attention
 from ptqkit.nn.attention_quantizer import AttentionQuantizer
-from ptqkit.nn.softmax.file import SOFTMAX_FILE, load_softmax, save_softmax
-from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer, length_edges
+from ptqkit.nn.softmax.file import SOFTMAX_FILE
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
+from ptqkit.nn.softmax.statistics import length_edges
 
 VARIANTS = [
     (None, "tensor"),
@@ -208,16 +210,17 @@ def allowed_probabilities(model, batches):
         def __init__(self):
             self.kept = []
 
-        def softmax(self, p, allowed):
-            full = torch.ones_like(p).bool() if allowed is None else allowed.expand_as(p)
-            self.kept.append((p, full & self.rows[:, None, :, None]))
+        def softmax(self, p, call):
+            full = torch.ones_like(p).bool()
+            if call.counted is not None:
+                full &= call.counted
+            self.kept.append((p, full))
             return p
 
     hooks = {name: Keep() for name in find_attention(model)}
-    with attention_hooks(model, hooks):
+    with attention_hooks(model, hooks) as facts:
         for batch in batches:
-            for hook in hooks.values():
-                hook.rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            facts.rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             logits(model, batch)
     return {name: hook.kept for name, hook in hooks.items()}
 
@@ -529,7 +532,7 @@ def test_masks_of_the_callers_own_are_masks(name, lowest):
 
 
 def test_calibrated_range():
-    model, found = study("bert", range="calibrated", batches=[{"input_ids": tokens(6)}])
+    model, found = study("bert", grid_range="calibrated", batches=[{"input_ids": tokens(6)}])
     kept = allowed_probabilities(model, [{"input_ids": tokens(6)}])
     for name, statistics in found.statistics.items():
         top = max(float(p.max()) for p, _ in kept[name])
@@ -543,7 +546,7 @@ def test_range_search_takes_the_best_of_its_ranges(correction):
     model = build("llama")
     data = prepare_calibration(padded_batches())
     fixed, found = (
-        SoftmaxCalibration(model, data, bits=3, range=range) for range in ("fixed", "search")
+        SoftmaxCalibration(model, data, bits=3, grid_range=span) for span in ("fixed", "search")
     )
     reports = [s.compare(s.quantizers(correction), guard=False) for s in (fixed, found)]
     pairs = list(zip(reports[0].layers, reports[1].layers, strict=True))
@@ -562,7 +565,7 @@ def test_no_calibration_where_none_is_needed():
     with pytest.raises(CalibrationError, match="calibration is missing"):
         quantize_softmax(model, correction="bias")
     with pytest.raises(CalibrationError, match="calibration is missing"):
-        quantize_softmax(model, correction="row_sum", range="calibrated")
+        quantize_softmax(model, correction="row_sum", grid_range="calibrated")
 
 
 @pytest.mark.parametrize(
@@ -573,7 +576,7 @@ def test_no_calibration_where_none_is_needed():
         ({"bits": True}, "bits"),
         ({"correction": "beta"}, "correction must be one of"),
         ({"granularity": "step"}, "granularity must be one of"),
-        ({"range": "auto"}, "range must be one of"),
+        ({"grid_range": "auto"}, "grid_range must be one of"),
         ({"layers": ["*.mlp"]}, "matches no attention module"),
         ({"layers": []}, "layers is empty"),
         ({"samples": 0}, "samples"),
@@ -633,7 +636,7 @@ def test_saved_and_loaded(tmp_path, correction, granularity):
         assert (found.grid, found.correction) == (given.grid, given.correction)
         assert (found.longest, found.edges) == (given.longest, given.edges)
         assert np.array_equal(found.bias, given.bias)
-    assert ptqkit.nn.remove_attention(loaded) == 2
+    assert ptqkit.hf.remove_attention(loaded) == 2
     result.remove()
     assert torch.equal(logits(loaded), logits(model))
     # Beside a model that is there: the one file anew.
@@ -694,7 +697,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     model = build()
     quantize_softmax(model, bits=4, correction="row_sum").save(tmp_path / "m")
     before = (tmp_path / "m" / SOFTMAX_FILE).read_text(encoding="utf-8")
-    ptqkit.nn.remove_attention(model)
+    ptqkit.hf.remove_attention(model)
     result = quantize_softmax(model, bits=3, correction="row_sum")
 
     def fail(*_):
@@ -742,7 +745,7 @@ def edited(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v, x: v.update(format="x"), "is no ptqkit-softmax file"),
+        (lambda v, x: v.update(format="x"), "is not a ptqkit-softmax file"),
         (lambda v, x: v.update(version=2), "version 2; this ptqkit reads 1"),
         (lambda v, x: v.update(layers={}), "names no layers"),
         (lambda v, x: v["layers"].update(a=3), "layer a: it must be an object"),

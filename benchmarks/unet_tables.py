@@ -18,13 +18,15 @@ import numpy as np
 from torch import nn
 
 from ptqkit.arrays.metrics import sqnr
-from ptqkit.diffusion.attention import attention_hooks, find_attention
+from ptqkit.diffusion.attention import attention_hooks, find_attention, installed_attention
 from ptqkit.diffusion.calibration import CalibrationLatents, draw_calibration, run_calibration
 from ptqkit.diffusion.checks import check_positive
 from ptqkit.diffusion.sampling import ClassConditionalUNet, sample
-from ptqkit.diffusion.softmax import SoftmaxCalibration, refuse_installed
+from ptqkit.diffusion.softmax import SoftmaxCalibration
 from ptqkit.diffusion.weights import quantize_weights
 from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer, AttentionRanges
+from ptqkit.nn.softmax.compare import softmax_hooks
+from ptqkit.nn.softmax.study import refuse_installed
 
 __all__ = ["Experiment", "granularity_table", "row_sum_figure", "sensitivity_table", "total_table"]
 
@@ -82,7 +84,7 @@ class Experiment:
 
     def _draw(self, seed: int) -> CalibrationLatents:
         count = max(10, -(-self.latents // self.steps))
-        refuse_installed(self.model.unet)
+        refuse_installed(installed_attention(self.model.unet))
         return draw_calibration(
             self.model.unet,
             self.model.scheduler,
@@ -98,7 +100,7 @@ class Experiment:
     def reference(self) -> np.ndarray:
         """Samples of the float model."""
         # What is computed now is kept: hooks on the model at this moment would stay in it.
-        refuse_installed(self.model.unet)
+        refuse_installed(installed_attention(self.model.unet))
         self.progress("float samples")
         return self.run()
 
@@ -129,17 +131,17 @@ class Experiment:
         target = self.model.unet if unet is None else unet
         return SoftmaxCalibration(target, self.calibration, bits=bits, **options)
 
-    def final(self, unet: nn.Module | None = None, hooks: Any = None, clock: Any = None) -> float:
+    def final(self, unet: nn.Module | None = None, hooks: Any = None) -> float:
         """SQNR of final samples of a UNet, with hooks on its attention, in dB."""
         reference = self.reference
         target = self.model.unet if unet is None else unet
-        with attention_hooks(target, hooks, clock) if hooks else contextlib.nullcontext():
+        with attention_hooks(target, hooks) if hooks else contextlib.nullcontext():
             return float(sqnr(reference, self.run(target), per="sample"))
 
 
 def variant_hooks(study: SoftmaxCalibration, variant: str) -> dict[str, Any]:
     """Hooks that quantize the softmax, with the correction of that name."""
-    return study.hooks(study.quantizers(*VARIANTS[variant]))
+    return softmax_hooks(study.quantizers(*VARIANTS[variant]))
 
 
 def sensitivity_table(experiment: Experiment, bits: Sequence[int] = (8,)) -> list[dict[str, Any]]:
@@ -149,7 +151,7 @@ def sensitivity_table(experiment: Experiment, bits: Sequence[int] = (8,)) -> lis
     softmax output on [0, 1]; all per tensor.
     """
     unet = experiment.model.unet
-    ranges = {name: AttentionRanges() for name in find_attention(unet)}
+    ranges = {name: AttentionRanges(name) for name in find_attention(unet)}
     run_calibration(unet, experiment.calibration, ranges)
     dtype = next(unet.parameters()).dtype
     rows = []
@@ -158,7 +160,7 @@ def sensitivity_table(experiment: Experiment, bits: Sequence[int] = (8,)) -> lis
         for kind in ATTENTION_KINDS:
             experiment.progress(f"{kind}, {width} bits")
             if kind == "softmax":
-                hooks: Any = study.hooks(study.quantizers(None))
+                hooks: Any = softmax_hooks(study.quantizers(None))
             else:
                 hooks = {
                     name: AttentionQuantizer({kind: seen.quantizer(kind, width, dtype)})
@@ -182,18 +184,18 @@ def granularity_table(
     plain = run_calibration(unet, held_out).numpy()
     rows = []
     for width, span in itertools.product(bits, ranges):
-        study = experiment.study(width, range=span)
+        study = experiment.study(width, grid_range=span)
         for variant in VARIANTS:
             experiment.progress(f"correction {variant}, {width} bits, range {span}")
             hooks = variant_hooks(study, variant)
-            seen = run_calibration(unet, study.calibration, hooks, study.clock).numpy()
-            unseen = run_calibration(unet, held_out, hooks, study.clock).numpy()
+            seen = run_calibration(unet, experiment.calibration, hooks).numpy()
+            unseen = run_calibration(unet, held_out, hooks).numpy()
             row = {
                 "bits": width,
                 "range": span,
                 "correction": variant,
-                "sqnr_db": experiment.final(hooks=hooks, clock=study.clock),
-                "calibration_db": float(sqnr(study.outputs.numpy(), seen, per="sample")),
+                "sqnr_db": experiment.final(hooks=hooks),
+                "calibration_db": float(sqnr(study.outputs, seen, per="sample")),
                 "held_out_db": float(sqnr(plain, unseen, per="sample")),
             }
             rows.append(row)
@@ -218,7 +220,7 @@ def total_table(
         endings = {"none": "", correction: " + correction", "row sum": " + row sum"}
         for variant, ending in endings.items():
             experiment.progress(full + ending)
-            result = experiment.final(unet, variant_hooks(study, variant), study.clock)
+            result = experiment.final(unet, variant_hooks(study, variant))
             rows.append({"model": full + ending, "sqnr_db": result})
     return rows
 
@@ -234,16 +236,16 @@ def row_sum_figure(experiment: Experiment, bits: int = 8) -> dict[str, Any]:
     points = []
     for name, statistics in study.statistics.items():
         experiment.progress(f"only {name}")
-        hooks = study.hooks({name: quantizers[name]})
-        seen = run_calibration(study.unet, study.calibration, hooks).numpy()
+        hooks = softmax_hooks({name: quantizers[name]})
+        seen = run_calibration(experiment.model.unet, experiment.calibration, hooks).numpy()
         points.append(
             {
                 "layer": name,
-                "cross": study.modules[name].cross,
+                "cross": study.modules[name].kind == "cross",
                 "keys": statistics.longest,
                 "zero_fraction": float(statistics.bias.zero_fraction),
                 "mean_row_sum": float(statistics.bias.mean_row_sum),
-                "sqnr_db": float(sqnr(study.outputs.numpy(), seen, per="sample")),
+                "sqnr_db": float(sqnr(study.outputs, seen, per="sample")),
             }
         )
     sums = np.array([p["mean_row_sum"] for p in points])
@@ -256,7 +258,7 @@ def row_sum_figure(experiment: Experiment, bits: int = 8) -> dict[str, Any]:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of two rows of numbers; NaN where one of them is constant."""
+    """Pearson's correlation of two rows of numbers; NaN if one of them is constant."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
