@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
 from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.nn.linear import LinearView
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.options import check_names
 from ptqkit.recipe.recipe import Recipe
@@ -79,8 +81,8 @@ class QuantizationResult:
         directory : path
         checkpoint_format : str
         dtype : str or torch.dtype, optional
-            Type of the float values in the files; ``stored_dtype`` by default. The model computes
-            in its own afterwards, but values that are not exact in this one are rounded.
+            Type of the float values in the files; ``stored_dtype`` by default. The model has its
+            own again afterwards, but float values that are not exact in this one are rounded.
         **options
             Of :func:`~ptqkit.hf.checkpoint.save.save_checkpoint`.
         """
@@ -89,7 +91,7 @@ class QuantizationResult:
         if self.activations:
             options.setdefault("activations", self.activations)
         written = as_dtype(dtype or self.stored_dtype or dtype_of(self.model))
-        with stored_as(self.model, written):
+        with self._converted(written):
             self.checkpoint = save_checkpoint(
                 self.model,
                 self.matrices,
@@ -99,6 +101,19 @@ class QuantizationResult:
                 **options,
             )
         return self.checkpoint
+
+    @contextlib.contextmanager
+    def _converted(self, dtype: torch.dtype) -> Iterator[None]:
+        """Convert the model for its files; quantized weights are exact again on leaving."""
+        if dtype == dtype_of(self.model):
+            yield
+            return
+        try:
+            with stored_as(self.model, dtype):
+                yield
+        finally:
+            for name, matrix in self.matrices.items():
+                LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
 
 
 def quantize(

@@ -239,7 +239,7 @@ def test_ranges_by_torch_equal_the_core():
             "llama",
             [RTN(**PER_TENSOR), ActivationQuantization()],
             "gptq",
-            "no place for quantized activations",
+            "has no quantized activations",
         ),
         ("llama", [RTN(bits=4, group_size=8), BiasCorrection()], "compressed-tensors", "symmetric"),
         (
@@ -328,7 +328,7 @@ def test_a_model_that_gives_nan_is_not_equalized():
 
 
 def test_compressed_tensors_with_activations_before_and_after_the_run(tmp_path):
-    with pytest.raises(PreflightError, match="cannot leave outlier columns in float"):
+    with pytest.raises(PreflightError, match="cannot leave outlier columns of activations"):
         run(M.build(), "llm.int8", checkpoint_format="compressed-tensors")
     model = M.build()
     parts = [RTN(bits=4, group_size=16), ActivationQuantization()]

@@ -612,6 +612,48 @@ def test_save_and_load(tmp_path):
         run(recipe="quality", symmetric=True, out_dir=tmp_path / "w3")
 
 
+def widened():
+    """A model whose values are float16, in float32."""
+    model = build()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    return model
+
+
+def test_a_widened_model_is_saved_in_the_type_of_its_files(tmp_path):
+    result = run(widened(), "quality", symmetric=True, stored_dtype="float16")
+    assert result.stored_dtype == "float16" and result.recipe.scale_dtype == "float16"
+    assert next(result.model.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        expected = result.model(tokens()).logits
+        info = result.save(tmp_path / "w3")
+        assert torch.equal(result.model(tokens()).logits, expected)
+    assert result.checkpoint is info
+    config = json.loads((tmp_path / "w3" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "w3", dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, expected)
+    wide = result.save(tmp_path / "wide", dtype="float32")
+    assert wide.bytes > info.bytes
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "parts", [["AWE", "RTN"], ["RTN", "BiasCorrection"], ["RTN", "ActivationQuantization"]]
+)
+def test_values_that_the_files_type_cannot_hold_keep_the_models(parts):
+    result = run(widened(), parts, group_size=16, stored_dtype="float16")
+    assert result.stored_dtype == "float32" and result.recipe.scale_dtype is None
+
+
+def test_the_type_of_the_files_is_that_of_the_model_by_default():
+    assert run(widened()).stored_dtype == "float32"
+    assert run(build().bfloat16(), stored_dtype="float32").stored_dtype == "bfloat16"
+    with pytest.raises(ValueError, match="dtype must be a floating-point type"):
+        run(stored_dtype="int8")
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data lies beside the repository only")
 def test_a_trained_model():
     path = SHARED / "stories260k"
