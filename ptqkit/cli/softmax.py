@@ -8,19 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.common import (
-    DEMO,
-    UsageError,
-    add_common,
-    add_model_options,
-    check_json,
-    check_text,
-    load_model,
-    quiet_transformers,
-    read_text,
-    say,
-    write_json,
-)
+from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.options import add_common, add_model_options, check_text
+from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.demo import DEMO
+from ptqkit.errors import UsageError
 
 __all__ = ["add_parser", "calibration_of"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ptqkit.hf.checkpoint.formats import TRITS_PER_BYTE, native_row_bytes
+from ptqkit.arrays.packing import TRITS_PER_BYTE, native_row_bytes
 from ptqkit.nn.activations import ActivationQuantizer, quantize_input
 from ptqkit.recipe.options import ActivationQuantization
 

@@ -18,8 +18,8 @@ from helpers.cli_calls import SMALL, model_of, quantize
 
 import ptqkit
 from ptqkit.cli import main
-from ptqkit.cli.common import SCHEMA, compute_dtype
-from ptqkit.cli.quantize_options import parse_override
+from ptqkit.cli.output import SCHEMA
+from ptqkit.cli.quantize import parse_override
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -221,13 +221,6 @@ def test_override_syntax(text, expected):
 def test_override_mistakes(text):
     with pytest.raises(argparse.ArgumentTypeError):
         parse_override(text)
-
-
-def test_arithmetic_follows_the_stored_dtype():
-    assert compute_dtype("auto", "float16", "cpu") == "float32"
-    assert compute_dtype("auto", "float16", "cuda") == "float16"
-    assert compute_dtype("auto", "bfloat16", "cpu") == "bfloat16"
-    assert compute_dtype("float16", "float32", "cpu") == "float16"
 
 
 def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch, capsys):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 
 pytest.importorskip("torch")
 from ptqkit import AWE, GPTQ, RTN, ActivationQuantization, BiasCorrection, Equalize, SmoothQuant
-from ptqkit.cli.quantize_options import GPTQ_RECIPES, RTN_RECIPES
+from ptqkit.cli.quantize import _recipe, add_parser
 from ptqkit.recipe import Equalization, as_recipe
 from ptqkit.recipe.presets import PRESETS
 from ptqkit.recipe.recipe import Recipe
@@ -65,8 +66,13 @@ def test_names_of_equalization():
 
 
 def test_the_command_line_has_every_preset():
-    by_method = {m: [n for n in PRESETS if Recipe.preset(n).method == m] for m in ("gptq", "rtn")}
-    assert by_method == {"gptq": list(GPTQ_RECIPES), "rtn": list(RTN_RECIPES)}
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    for name in PRESETS:
+        args = parser.parse_args(["quantize", "model", "--out", "x", "--recipe", name])
+        assert _recipe(args) == Recipe.preset(name)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["quantize", "model", "--out", "x", "--recipe", "none"])
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,11 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as _auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ptqkit.hf.checkpoint.config import layer_options
+from ptqkit.hf.checkpoint.native import METHOD, layer_options
 from ptqkit.nn.activations import install_quantizer
 from ptqkit.nn.qlinear import QLinear
 
 __all__ = ["METHOD", "PtqkitConfig", "PtqkitQuantizer", "register_format"]
-
-METHOD = "ptqkit"
 
 
 class PtqkitConfig(QuantizationConfigMixin):

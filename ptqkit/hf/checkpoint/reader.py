@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.hf.checkpoint.config import layer_options
-from ptqkit.hf.checkpoint.tensors import read_layer
+from ptqkit.hf.checkpoint.base import CheckpointFormat, with_suffix
+from ptqkit.hf.checkpoint.files import INDEX, SINGLE
+from ptqkit.hf.checkpoint.formats import FORMATS, stored_format
+from ptqkit.hf.checkpoint.native import METHOD, layer_options
 
 __all__ = ["load", "read_matrices"]
-
-_COMPRESSED = ("pack-quantized", "int-quantized", "mixed-precision")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -45,15 +44,15 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     """
     from safetensors import safe_open
 
-    if (folder / _INDEX).is_file():
-        names = _read_json(folder / _INDEX)["weight_map"]
+    if (folder / INDEX).is_file():
+        names = _read_json(folder / INDEX)["weight_map"]
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:
             raise FileNotFoundError(f"directory {folder} lacks {', '.join(missing)}")
         return {name: folder / file for name, file in names.items()}
-    single = folder / _SINGLE
+    single = folder / SINGLE
     if not single.is_file():
-        raise FileNotFoundError(f"directory {folder} has neither {_SINGLE} nor {_INDEX}")
+        raise FileNotFoundError(f"directory {folder} has neither {SINGLE} nor {INDEX}")
     with safe_open(single, framework="pt") as file:
         return dict.fromkeys(file.keys(), single)
 
@@ -74,9 +73,6 @@ class _Tensors:
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt").__enter__()
         return self._open[path].get_tensor(name)
-
-    def with_suffix(self, suffix: str) -> list[str]:
-        return [name.removesuffix(suffix) for name in self.files if name.endswith(suffix)]
 
     def close(self) -> None:
         for file in self._open.values():
@@ -103,62 +99,11 @@ def read_matrices(directory: str | os.PathLike[str]) -> dict[str, QuantizedMatri
         raise ValueError(f"{folder} is not a quantized checkpoint: no quantization_config")
     tensors = _Tensors(folder)
     try:
-        format, options = _layer_table(settings, tensors)
-        return {name: read_layer(name, tensors, o, format) for name, o in options.items()}
+        stored = stored_format(settings)
+        layers = stored.layers(settings, tensors.files)
+        return {name: stored.read(name, tensors, options) for name, options in layers.items()}
     finally:
         tensors.close()
-
-
-def _layer_table(
-    settings: dict[str, Any], tensors: _Tensors
-) -> tuple[str, dict[str, dict[str, Any]]]:
-    method = settings.get("quant_method")
-    if method == "ptqkit":
-        return method, layer_options(settings)
-    if method == "compressed-tensors":
-        if settings.get("format") not in _COMPRESSED:
-            raise ValueError(f"compressed-tensors format {settings.get('format')!r} is not read")
-        names = tensors.with_suffix(".weight_scale")
-        schemes = {name: _scheme(name, settings) for name in names}
-        for name, scheme in schemes.items():
-            scheme["packed"] = f"{name}.weight_packed" in tensors.files
-        return method, schemes
-    if method == "gptq":
-        size = settings["group_size"]
-        options = {
-            "bits": settings["bits"],
-            "group_size": None if size == -1 else size,
-            "symmetric": bool(settings.get("sym", False)),
-        }
-        # Files without the key predate version 2.
-        format = settings.get("checkpoint_format", "gptq")
-        if format not in ("gptq", "gptq_v2"):
-            raise ValueError(f"checkpoint_format {format!r} is not read, only gptq and gptq_v2")
-        return format, dict.fromkeys(tensors.with_suffix(".qweight"), options)
-    raise ValueError(
-        f"quant_method {method!r} is not read, only ptqkit, compressed-tensors and gptq"
-    )
-
-
-def _scheme(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    groups = list(settings["config_groups"].values())
-    matches = [g for g in groups if name in g["targets"]]
-    if not matches:
-        matches = [g for g in groups if g["targets"] == ["Linear"]]
-    if len(matches) != 1:
-        raise ValueError(f"{name}: {len(matches)} config_groups match, by name or as 'Linear'")
-    weights = matches[0]["weights"]
-    size = weights.get("group_size")
-    strategy = weights["strategy"]
-    if strategy not in ("tensor", "channel", "group") or weights.get("type", "int") != "int":
-        raise ValueError(f"{name}: weights of type {weights['type']}, {strategy} are not read")
-    per_channel = strategy != "group" or size in (None, -1)
-    return {
-        "bits": weights["num_bits"],
-        "group_size": None if per_channel else size,
-        "symmetric": weights["symmetric"],
-        "per_tensor": strategy == "tensor",
-    }
 
 
 def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: Any) -> Any:
@@ -201,8 +146,9 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     kwargs.setdefault("dtype", "auto")
     model_class = _model_class(config)
     settings = config.get("quantization_config") or {}
-    if settings.get("quant_method") == "gptq":
-        model, info = _load_gptq(folder, model_class, kwargs)
+    known = next((f for f in FORMATS.values() if f.reads(settings)), None)
+    if known is not None and known.float_parts:
+        model, info = _load_float(folder, model_class, known, kwargs)
     else:
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
@@ -225,7 +171,7 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
 def _check_input_grids(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse static grids of activations that are not there or would turn every input into NaN."""
     tensors = _Tensors(folder)
-    options = layer_options(settings) if settings.get("quant_method") == "ptqkit" else {}
+    options = layer_options(settings) if settings.get("quant_method") == METHOD else {}
     expected = []
     for name, option in options.items():
         spec = option["activations"]
@@ -236,7 +182,7 @@ def _check_input_grids(folder: Path, settings: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"{folder} lacks {_some(missing)}: the files are not complete")
     try:
-        for layer in tensors.with_suffix(".input_scale"):
+        for layer in with_suffix(tensors.files, ".input_scale"):
             scale = tensors(f"{layer}.input_scale").float()
             if not bool((scale.isfinite() & (scale > 0)).all()):
                 raise ValueError(
@@ -263,7 +209,9 @@ def _model_class(config: dict[str, Any]) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _load_gptq(folder: Path, model_class: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _load_float(
+    folder: Path, model_class: Any, stored: CheckpointFormat, kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
     """Build the float model from dequantized layers and the remaining tensors."""
     import torch
     from transformers import AutoConfig
@@ -274,7 +222,7 @@ def _load_gptq(folder: Path, model_class: Any, kwargs: dict[str, Any]) -> tuple[
     dtype = kwargs["dtype"] if kwargs["dtype"] != "auto" else config.dtype or "float32"
     dtype = getattr(torch, str(dtype).removeprefix("torch."))
     tensors = _Tensors(folder)
-    packed = {f"{n}.{part}" for n in layers for part in ("qweight", "qzeros", "scales", "g_idx")}
+    packed = {f"{n}.{part}" for n in layers for part in stored.float_parts}
     try:
         state = {name: tensors(name) for name in tensors.files if name not in packed}
     finally:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ptqkit._tables import text_table
 from ptqkit.hf.data.calibration import CalibrationSet
-from ptqkit.hf.evaluation.perplexity import PerplexityResult, perplexity
+from ptqkit.hf.evaluation.likelihood import PerplexityResult, perplexity
 from ptqkit.hf.models.attention import attention_hooks
 from ptqkit.hf.softmax.driver import SoftmaxCalibration, describe
 from ptqkit.nn.softmax.compare import softmax_hooks

@@ -511,9 +511,9 @@ def test_with_quantized_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_weights_are_quantized_under_a_quantized_softmax(name):
-    """One forward pass with coroutines, hooks inside attention: the same as re-forwarding."""
+    """One forward pass with coroutines, hooks inside attention: the same as replay."""
     found = []
-    for schedule in ("one-pass", "re-forward"):
+    for schedule in ("one-pass", "replay"):
         model = build(name)
         quantize_softmax(model, bits=4, correction="row_sum")
         result = ptqkit.quantize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ptqkit.errors import CalibrationError
+from ptqkit._defaults import FORWARD_BATCH_SIZE
+from ptqkit.errors import CalibrationError, UsageError
 from ptqkit.hf.data.calibration import max_positions
 from ptqkit.hf.data.text import start_token_id
+from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
 from ptqkit.nn.forward import calibration_mode
 
 __all__ = ["PerplexityResult", "perplexity"]
 
+# Tokens, if the model has no limit.
 _DEFAULT_WINDOW = 2048
 # Logits turned to float32 at once.
 _CHUNK = 1 << 24
@@ -39,9 +42,10 @@ class PerplexityResult:
     stride : int
         New tokens per window.
     start_token : int or None
-        Id prepended to every window; None where there is none, and then the first token of a
+        Id prepended to every window; None if there is none, and then the first token of a
         text (with ``stride == window``: of every window) is not scored.
     texts : int
+        Texts that were measured.
     """
 
     nll_per_token: float
@@ -60,7 +64,7 @@ class PerplexityResult:
 @dataclass
 class _Window:
     ids: list[int]
-    scored: int  # the last so many targets count
+    scored: int  # only so many targets at the end count
 
 
 def perplexity(
@@ -71,9 +75,10 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     start_token: str | int | None = "auto",
-    batch_size: int = 8,
+    batch_size: int = FORWARD_BATCH_SIZE,
     max_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    windows: int | None = None,
+    progress: bool | Progress | None = False,
 ) -> PerplexityResult:
     """Measure the perplexity per token of a text.
 
@@ -87,12 +92,12 @@ def perplexity(
     model : nn.Module
         A causal language model of transformers.
     tokenizer
-        May be None where ``text`` is tokens.
+        May be None if ``text`` is tokens.
     text : str, list of str, or integer Tensor
         A string is one text; the items of a list, and the rows of a 2-D tensor, are independent
         texts, each starting a window of its own.
     window : int, optional
-        Longest input; by default what the model takes, at most 2048 where it has no limit.
+        Longest input; by default what the model takes, or 2048 if it has no limit.
     stride : int, optional
         By default as many tokens as fit a window: no overlap.
     start_token : {"auto", int, None}
@@ -101,36 +106,48 @@ def perplexity(
         Windows of equal length that run together.
     max_tokens : int, optional
         Use at most so many tokens of text.
-    progress : callable, optional
-        Called with (windows done, windows in all).
+    windows : int, optional
+        Join the texts and measure so many windows at equal distances, each a text of its own, so
+        that few windows speak for all of the text. Excludes ``max_tokens`` and ``stride``.
+    progress : bool or callable, optional
+        An event per batch of windows, with stage "measuring"; see
+        :func:`ptqkit.hf.progress.make_progress`.
 
     Raises
     ------
     CalibrationError
         If the text holds too few tokens to score one.
-    ValueError
-        If window or stride is out of range.
+    UsageError
+        If window, stride, batch_size or windows is out of range.
     """
     limit = max_positions(model)
     window = window if window is not None else (limit or _DEFAULT_WINDOW)
     if limit is not None and window > limit:
-        raise ValueError(f"window {window} is longer than the {limit} positions of the model")
+        raise UsageError(f"window {window} is longer than the {limit} positions of the model")
     start = start_token_id(tokenizer, start_token)
     body = window - (start is not None)
     stride = stride if stride is not None else body
     if window < 2 or not 1 <= stride <= body:
-        raise ValueError(
+        raise UsageError(
             f"stride must be from 1 to {body} for window {window} "
             f"{'with' if start is not None else 'without'} a start token, not {stride}"
         )
+    if windows is not None and (windows < 1 or max_tokens is not None or stride != body):
+        raise UsageError(f"windows={windows} must be at least 1 and excludes max_tokens and stride")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     texts = _token_lists(tokenizer, text, max_tokens)
-    windows = [w for ids in texts for w in _windows(ids, body, stride, start)]
-    total = sum(w.scored for w in windows)
+    if windows is not None:
+        texts = _spread(texts, windows, body)
+    parts = [w for ids in texts for w in _windows(ids, body, stride, start)]
+    total = sum(w.scored for w in parts)
     if total == 0:
         raise CalibrationError("text holds too few tokens: none can be scored")
-    nll = _score(model, windows, batch_size, progress) / total
+    reported = make_progress(progress)
+    try:
+        nll = _score(model, parts, batch_size, reported) / total
+    finally:
+        close_progress(reported)
     value = math.exp(nll) if nll < 700 else math.inf
     return PerplexityResult(nll, value, total, window, stride, start, len(texts))
 
@@ -141,7 +158,7 @@ def _token_lists(tokenizer: Any, text: Any, max_tokens: int | None) -> list[list
     if isinstance(text, torch.Tensor):
         texts = (row.tolist() for row in (text if text.dim() == 2 else text[None]))
     elif tokenizer is None:
-        raise ValueError("tokenizer is needed, since text is not a tensor of tokens")
+        raise UsageError("tokenizer is needed, since text is not a tensor of tokens")
     else:
         documents: Sequence[str] = [text] if isinstance(text, str) else list(text)
         texts = (
@@ -155,6 +172,18 @@ def _token_lists(tokenizer: Any, text: Any, max_tokens: int | None) -> list[list
         if left <= 0:
             break
     return [ids for ids in kept if ids]
+
+
+def _spread(texts: list[list[int]], windows: int, body: int) -> list[list[int]]:
+    """Windows at equal distances from the joined texts."""
+    ids = [token for tokens in texts for token in tokens]
+    count = len(ids) // body
+    if count < windows:
+        raise CalibrationError(
+            f"windows = {windows} of {body} tokens are more than the {len(ids)} tokens of the text"
+        )
+    places = torch.linspace(0, count - 1, windows).round().long().tolist()
+    return [ids[place * body : (place + 1) * body] for place in places]
 
 
 def _windows(ids: list[int], body: int, stride: int, start: int | None) -> Iterator[_Window]:
@@ -177,12 +206,13 @@ def _score(
     model: nn.Module,
     windows: list[_Window],
     batch_size: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> float:
     """Sum of the negative log-likelihoods of all scored tokens, in double."""
     device = next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     total, position = 0.0, 0
+    stage = ProgressStage(progress, "measuring", len(order))
     with calibration_mode(model):
         while position < len(order):
             length = len(windows[order[position]].ids)
@@ -194,8 +224,9 @@ def _score(
                 position += 1
             ids = torch.tensor([w.ids for w in part], dtype=torch.long, device=device)
             total += _batch_nll(model(input_ids=ids).logits, ids, [w.scored for w in part])
-            if progress is not None:
-                progress(position, len(order))
+            for _ in part[1:]:
+                stage.skip()
+            stage.step("windows")
     return total
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from ptqkit.nn.forward import StopForwardError, forward
 
-__all__ = ["Replay"]
+__all__ = ["RecordedBlocks"]
 
 
-class Replay:
+class RecordedBlocks:
     """Runs the model with finished blocks replaced by what they last returned.
 
     Of each stack only the latest finished block's output is kept, one per batch: the blocks before
@@ -36,17 +36,16 @@ class Replay:
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
         """Give every block a forward that replays, records or stops."""
-        own = {n: m.__dict__.get("forward") for n, m in self.modules.items()}
+        own = {n: m.forward for n, m in self.modules.items() if "forward" in m.__dict__}
         try:
             for name, module in self.modules.items():
-                module.forward = self._forward(name, module.forward)  # type: ignore[method-assign]
+                module.__dict__["forward"] = self._forward(name, module.forward)
             yield
         finally:
             for name, module in self.modules.items():
-                if own[name] is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = own[name]  # type: ignore[method-assign]
+                module.__dict__.pop("forward", None)
+                if name in own:
+                    module.__dict__["forward"] = own[name]
 
     def _forward(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         stack = name.rpartition(".")[0]

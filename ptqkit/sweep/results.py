@@ -8,9 +8,10 @@ import math
 from typing import Any
 
 from ptqkit._files import plain, write_atomically
+from ptqkit._tables import text_table
 from ptqkit.sweep.cells import FAILED, MISSING, OK, Cell, write_json
+from ptqkit.sweep.grid import SweepResult
 from ptqkit.sweep.plan import FLOAT
-from ptqkit.sweep.run import SweepResult
 
 __all__ = ["COLUMNS", "degradation", "published_rows", "rows", "table", "to_dict", "write_results"]
 
@@ -46,7 +47,7 @@ _PUBLISHED = ("model", "recipe", "task", "value", "ours", "source")
 
 
 def degradation(quantized: float, original: float) -> float:
-    """``100 (quantized - original) / original``, in percent [IPQS]; NaN where the second is 0."""
+    """``100 (quantized - original) / original``, in percent [IPQS]; NaN if the second is 0."""
     return 100 * (quantized - original) / original if original else math.nan
 
 
@@ -96,7 +97,7 @@ def means(result: SweepResult) -> list[dict[str, Any]]:
 
 
 def published_rows(result: SweepResult) -> list[dict[str, Any]]:
-    """Published figures, each beside ours where model, recipe and task have the same names."""
+    """Published figures, each with ours if model, recipe and task have the same names."""
     ours = {(c.model, c.recipe, c.task): c.value for c in result.cells if c.status == OK}
     return [
         {
@@ -129,7 +130,7 @@ def to_dict(result: SweepResult) -> dict[str, Any]:
 
 
 def write_results(result: SweepResult) -> list[str]:
-    """Write ``results.csv``, ``results.json`` and, where there is anything, ``published.csv``.
+    """Write ``results.csv``, ``results.json`` and, with published figures, ``published.csv``.
 
     Returns
     -------
@@ -185,9 +186,7 @@ def table(result: SweepResult) -> str:
             for r in published_rows(result)
         ]
         title = "published by others, on their models: not measured here"
-        parts.append(
-            _align(title, [["model", "recipe", "task", "value", "ours", "source"], *cells])
-        )
+        parts.append(f"{title}\n{_align([list(_PUBLISHED), *cells])}")
     failed = _failures(found)
     if failed:
         parts.append("\n".join(["failed:", *failed]))
@@ -235,7 +234,7 @@ def _model_table(model: str, found: list[dict[str, Any]], averages: list[dict[st
             )
             line.append("" if math.isnan(mean) else f"{mean:+.2f}")
         lines.append(line)
-    return _align(None, lines)
+    return _align(lines)
 
 
 def _number(row: dict[str, Any] | None, name: str, form: str) -> str:
@@ -255,21 +254,14 @@ def _value(row: dict[str, Any] | None, recipe: str) -> list[str]:
     return [shown, "" if recipe == FLOAT or math.isnan(change) else f"{change:+.2f}"]
 
 
-def _align(title: str | None, lines: list[list[str]]) -> str:
-    """Columns as wide as their longest entry, numbers to the right, a rule below the head."""
-    columns = list(zip(*lines, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    words = [any(c and c[0] not in "+-0123456789" for c in column[1:]) for column in columns]
-    # A cell that failed says so among numbers.
-    words = [
-        k == 0 or (w and not {"failed", "missing"} & set(columns[k])) for k, w in enumerate(words)
-    ]
-    text = [
-        "  ".join(
-            c.ljust(width) if word else c.rjust(width)
-            for c, width, word in zip(line, widths, words, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    text.insert(1, "-" * max(map(len, text)))
-    return "\n".join([title, *text] if title else text)
+def _align(lines: list[list[str]]) -> str:
+    """A table with columns of words to the left and columns of numbers to the right."""
+    header, *rest = lines
+    words = {
+        k
+        for k, (name, *column) in enumerate(zip(*lines, strict=True))
+        # A cell that failed says so among numbers.
+        if any(c and c[0] not in "+-0123456789" for c in column)
+        and not {"failed", "missing"} & {name, *column}
+    }
+    return text_table(header, rest, left={0, *words})

@@ -89,9 +89,10 @@ def test_model_and_seed_stay_as_they_were():
     model.train()
     state = torch.random.get_rng_state()
     seen = []
-    perplexity(model, None, tokens(2), start_token=1, progress=lambda i, n: seen.append((i, n)))
+    perplexity(model, None, tokens(2), start_token=1, progress=seen.append)
     assert model.training and torch.equal(torch.random.get_rng_state(), state)
-    assert model.config.use_cache is True and seen[-1] == (4, 4)
+    assert model.config.use_cache is True and (seen[-1].index, seen[-1].total) == (4, 4)
+    assert seen[-1].stage == "measuring" and seen[-1].seconds_left == 0
 
 
 def test_bad_arguments():
