@@ -45,7 +45,8 @@ def read_items(
     """
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    form, items = "", []
+    form = ""
+    items: list[dict[str, Any]] = []
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
