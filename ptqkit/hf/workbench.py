@@ -84,7 +84,7 @@ class WorkbenchRow:
     ----------
     recipe : str
         Name of the preset or the parts; ``"float"`` for the model itself.
-    bits : int
+    bits : int or "ternary"
     symmetric : bool
     perplexity, excess : float
         ``excess`` is the perplexity above the float model's.
@@ -97,7 +97,7 @@ class WorkbenchRow:
     """
 
     recipe: str
-    bits: int
+    bits: int | str
     symmetric: bool
     perplexity: float
     excess: float
