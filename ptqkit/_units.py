@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them."""
+"""Read and write sizes in bytes as people do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def parse_bytes(value: int | str | None, option: str = ...) -> int | None: ...
 
 
 def parse_bytes(value: int | str | None, option: str = "memory_budget") -> int | None:
-    """Read a size: bytes, or text such as ``"8GiB"``, ``"500MB"``, ``"2G"``.
+    """Return a size in bytes from a number or text such as ``"8GiB"``, ``"500MB"``, ``"2G"``.
 
     Parameters
     ----------
@@ -48,5 +48,5 @@ def parse_bytes(value: int | str | None, option: str = "memory_budget") -> int |
 
 
 def show_bytes(size: int) -> str:
-    """Write a size for a message."""
+    """Return the text of a size in bytes for a message."""
     return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"

@@ -1,4 +1,4 @@
-"""Exceptions of ptqkit; every one of them is also the builtin a caller would expect."""
+"""Exceptions of ptqkit; each is also the builtin exception that a caller expects."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class UnsupportedModuleError(PtqkitError, NotImplementedError):
 
 
 class PreflightError(PtqkitError, ValueError):
-    """Problems found before the first forward pass; ``problems`` lists all of them."""
+    """Problems were found before the first forward pass; ``problems`` lists all of them."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = list(problems)
@@ -51,7 +51,7 @@ class PreflightError(PtqkitError, ValueError):
 
 
 def prefix_error(error: Exception, name: str) -> Exception:
-    """The same error with the layer's name in its message, where it is not there yet."""
+    """Return the error with the layer's name in its message, added if it is not there yet."""
     if name in str(error):
         return error
     if isinstance(error, PtqkitError) or type(error) in (ValueError, TypeError, RuntimeError):

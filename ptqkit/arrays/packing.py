@@ -1,4 +1,4 @@
-"""Codes as dense bit streams, the layout under every checkpoint format, and ptqkit's own rows."""
+"""Pack codes into dense bit streams: the layout below every checkpoint format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pack_rows(codes: np.ndarray, bits: int, *, threads: int = 0) -> np.ndarray:
     """Pack each row of unsigned codes into 32-bit words.
 
     Element i of a row occupies bits ``[i*bits, (i+1)*bits)`` of its stream, least significant
-    first, crossing words where it must (compressed-tensors and GPTQ use this stream).
+    first, and may cross a word boundary (compressed-tensors and GPTQ use this stream).
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def pack_rows(codes: np.ndarray, bits: int, *, threads: int = 0) -> np.ndarray:
 
 
 def unpack_rows(packed: np.ndarray, bits: int, columns: int, *, threads: int = 0) -> np.ndarray:
-    """Inverse of :func:`pack_rows`.
+    """Return the codes of packed rows: the inverse of :func:`pack_rows`.
 
     Returns
     -------

@@ -54,7 +54,7 @@ class CompressedTensorsFormat(CheckpointFormat):
 
     def _limits(self, spec: LayerSpec) -> list[str]:
         found = shared_limits(spec, self.name)
-        if not spec.symmetric and spec.activations is None:
+        if not spec.grid.symmetric and spec.activations is None:
             found.append(
                 "compressed-tensors loads asymmetric grids only with a loader option "
                 "(use symmetric=True)"
@@ -175,22 +175,22 @@ class CompressedTensorsFormat(CheckpointFormat):
 
 def layout(spec: LayerSpec) -> str:
     """Return the layout of a layer: whole bytes, or packed where that is smaller."""
-    if spec.activations is None or (spec.symmetric and int(spec.bits) < 8):
+    if spec.activations is None or (spec.grid.symmetric and int(spec.grid.bits) < 8):
         return "pack-quantized"
     return "int-quantized"
 
 
 def _scheme(spec: LayerSpec, act_order: bool) -> dict[str, Any]:
-    channel = "tensor" if spec.per_tensor else "channel"
+    channel = "tensor" if spec.grid.per_tensor else "channel"
     weights = {
-        "num_bits": int(spec.bits),
+        "num_bits": int(spec.grid.bits),
         "type": "int",
-        "symmetric": spec.symmetric,
-        "strategy": channel if spec.group_size is None else "group",
-        "group_size": spec.group_size,
+        "symmetric": spec.grid.symmetric,
+        "strategy": channel if spec.grid.group_size is None else "group",
+        "group_size": spec.grid.group_size,
         "dynamic": False,
     }
-    if act_order and spec.group_size is not None:
+    if act_order and spec.grid.group_size is not None:
         weights["actorder"] = "weight"
     scheme = {"weights": weights, "input_activations": None, "output_activations": None}
     if spec.activations is not None:
@@ -207,7 +207,7 @@ def _scheme(spec: LayerSpec, act_order: bool) -> dict[str, Any]:
 
 
 def _scale_plan(spec: LayerSpec, matrix: QuantizedMatrix) -> TensorPlan:
-    scales = matrix.scales[0] if spec.per_tensor else matrix.scales
+    scales = matrix.scales[0] if spec.grid.per_tensor else matrix.scales
     return float_plan(f"{spec.name}.weight_scale", scales, spec.weight_dtype)
 
 
@@ -235,7 +235,7 @@ def _int_plans(spec: LayerSpec, matrix: QuantizedMatrix) -> list[TensorPlan]:
         _scale_plan(spec, matrix),
     ]
     if not matrix.symmetric:
-        zeros = matrix.zero_points[0] if spec.per_tensor else matrix.zero_points
+        zeros = matrix.zero_points[0] if spec.grid.per_tensor else matrix.zero_points
         plans.append(
             int_plan(
                 f"{name}.weight_zero_point", torch.int8, zeros.shape, lambda: _signed(zeros, bits)

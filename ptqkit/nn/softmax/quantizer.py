@@ -25,10 +25,9 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.softmax import SoftmaxGrid
-from ptqkit.arrays.softmax_bias import SoftmaxBias
+from ptqkit.arrays.softmax_bias import SoftmaxBias, length_class
 from ptqkit.errors import CalibrationError
 from ptqkit.nn.attention import AttentionHook
-from ptqkit.reference import length_class
 
 __all__ = ["CORRECTIONS", "GRANULARITIES", "SoftmaxQuantizer", "SoftmaxStatistics"]
 
@@ -38,8 +37,9 @@ GRANULARITIES = ("tensor", "head")
 
 def length_edges(longest: int) -> list[int]:
     """Last row length of every class that SoftmaxBias tells apart, up to ``longest``."""
-    classes = [length_class(n) for n in range(1, longest + 1)]
-    return [n for n, c in enumerate(classes, 1) if n == longest or classes[n] != c]
+    lengths = np.arange(1, longest + 1)
+    last = np.flatnonzero(np.diff(length_class(lengths), append=-1))
+    return lengths[last].tolist()
 
 
 class SoftmaxQuantizer:

@@ -295,9 +295,7 @@ def test_qlinear_dequantizes_as_numpy_does(bits):
             rng.uniform(0.01, 1, (6, groups)).astype(np.float32),
             rng.integers(0, top, (6, groups), dtype=np.uint8),
             rng.permutation(np.arange(inputs) // (size or inputs)).astype(np.int32),
-            bits,
-            size,
-            False,
+            ptqkit.WeightGrid(bits, size),
         )
         for permuted in (True, False):
             if not permuted:

@@ -247,7 +247,7 @@ def test_copies_and_files(tmp_path):
 
 
 def grid_quantizer(bits, low, high):
-    """Float64 twin of a per-tensor asymmetric quantizer (NUMERICS 1)."""
+    """Float64 twin of a per-tensor asymmetric quantizer."""
     scale = np.float32((max(high, 0) - min(low, 0)) / (2**bits - 1))
     zero = np.rint(-min(low, 0) / scale)
 

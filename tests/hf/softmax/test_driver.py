@@ -55,7 +55,7 @@ def probabilities(shape, allowed=None, seed=0, spread=3.0):
 
 
 def twin(p, allowed, bits, low, high, correction, bias=None, longest=None, edges=None):
-    """Float64 form of the quantized and corrected softmax (NUMERICS 8), entry by entry."""
+    """Float64 form of the quantized and corrected softmax , entry by entry."""
     scale = float(np.float32((high - low) / (2**bits - 1)))
     zero = round(-low / scale)
     p = p.astype(np.float64)

@@ -8,13 +8,13 @@ __all__ = ["energies", "sqnr"]
 
 
 def energies(reference, quantized):
-    """Energy of the signal and of the error of every row, (rows, 2)."""
+    """Return the energy of the signal and of the error of every row, (rows, 2)."""
     x, y = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (reference, quantized))
     return np.stack([(x * x).sum(axis=1), ((y - x) ** 2).sum(axis=1)], axis=1)
 
 
 def sqnr(reference, quantized, per="sample", channel_axis=-1):
-    """SQNR in dB [SBC, eq. 1].
+    """Return the SQNR in dB [SBC, eq. 1].
 
     per "sample": 10 log10(mean over samples (axis 0) of ||x||^2 / ||y - x||^2), the mean inside the
     logarithm; "tensor": the ratio of the two sums; "channel": the same for each channel.
