@@ -27,6 +27,7 @@ import torch
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.arrays.packing import pack_rows, unpack_rows
 from ptqkit.hf.checkpoint.base import (
+    FLOATS,
     CheckpointFormat,
     Fetch,
     build_matrix,
@@ -117,8 +118,9 @@ class CompressedTensorsFormat(CheckpointFormat):
         layouts = sorted({layout(spec) for spec in specs})
         groups = {}
         for number, (scheme, names) in enumerate(schemes.values()):
-            targets = ["Linear"] if len(schemes) == 1 else names
-            groups[f"group_{number}"] = {"targets": targets, **scheme}
+            # Exact names: other readers match "Linear" against their own classes, so that a
+            # router they build otherwise is taken for quantized, or a quantized head for float.
+            groups[f"group_{number}"] = {"targets": names, **scheme}
         return {
             "quant_method": "compressed-tensors",
             "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
@@ -149,6 +151,17 @@ class CompressedTensorsFormat(CheckpointFormat):
             name: {**_stored_scheme(name, settings), "packed": f"{name}.weight_packed" in names}
             for name in with_suffix(tensors, ".weight_scale")
         }
+
+    def parts(self, options: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, ...]]:
+        """Return the tensors of a layer by the end of the name, with the dtypes each may have."""
+        found: dict[str, tuple[torch.dtype, ...]] = {"weight_scale": FLOATS}
+        if options["packed"]:
+            found |= {"weight_packed": (torch.int32,), "weight_shape": (torch.int64,)}
+        else:
+            found["weight"] = (torch.int8,)
+        if not options["symmetric"]:
+            found["weight_zero_point"] = (torch.int32,) if options["packed"] else (torch.int8,)
+        return found
 
     def read(self, name: str, fetch: Fetch, options: Mapping[str, Any]) -> QuantizedMatrix:
         """Read one layer back."""
@@ -192,18 +205,22 @@ def _scheme(spec: LayerSpec, act_order: bool) -> dict[str, Any]:
     }
     if act_order and spec.grid.group_size is not None:
         weights["actorder"] = "weight"
-    scheme = {"weights": weights, "input_activations": None, "output_activations": None}
+    inputs = None
     if spec.activations is not None:
-        scheme["input_activations"] = {
+        inputs = {
             "num_bits": spec.activations.bits,
             "type": "int",
             "symmetric": spec.activations.symmetric,
             "strategy": spec.activations.granularity,
             "dynamic": spec.activations.dynamic,
         }
-        # Left out, the loader takes every layer with quantized activations for int-quantized.
-        scheme["format"] = layout(spec)
-    return scheme
+    return {
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        # A reader fills a missing one from the top level, which may say "mixed-precision".
+        "format": layout(spec),
+    }
 
 
 def _scale_plan(spec: LayerSpec, matrix: QuantizedMatrix) -> TensorPlan:
