@@ -74,7 +74,9 @@ def test_sweep_file_is_a_plan(place, optional):
     from ptqkit.sweep import read_plan
 
     (text,) = blocks(ROOT / "docs" / "sweep.md", "toml")
-    if optional:  # the lines with one key that are commented out; "windows" needs "window", "tasks" leaves none for piqa
+    if optional:
+        # The lines with one key that are commented out, but for "windows", which needs another one,
+        # and "tasks", which leaves a task without a model.
         one = r"^# (?!windows|tasks)(?=\w+ = (\[.*?\]|\{.*?\}|\S+) *(#.*)?$)"
         text, count = re.subn(one, "", text, flags=re.M)
         assert count > 10
