@@ -9,7 +9,7 @@ import ptqkit._core as _core
 
 __all__ = ["configure", "show_config"]
 
-CPU_LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
+CPU_LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "neon")
 
 
 def configure(environ=os.environ) -> None:
@@ -27,7 +27,7 @@ def configure(environ=os.environ) -> None:
         level = _core.set_cpu_level(environ.get("PTQKIT_CPU", ""))
     except ValueError as error:
         raise ImportError(f"PTQKIT_CPU: {error}") from None
-    blas = environ.get("PTQKIT_BLAS", "") or ("scipy" if level == "base" else "builtin")
+    blas = environ.get("PTQKIT_BLAS", "") or ("scipy" if level in ("base", "neon") else "builtin")
     if blas not in ("scipy", "builtin"):
         raise ImportError(f"PTQKIT_BLAS must be scipy or builtin, not {blas!r}")
     _core.use_builtin_blas()

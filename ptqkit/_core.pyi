@@ -1,45 +1,69 @@
 """The compiled core: positional arguments only, C-contiguous arrays, nothing converted.
 
 Sizes: rows = outputs, n = inputs, groups = n / group_size, tokens = calibration tokens. ``threads``
-lies in [0, 1024], 0 meaning automatic. ``grid`` is (max_code, symmetric, method, steps, candidates,
-scale_type, min_zero, min_shrink, norm). All raise TypeError or ValueError for what does not fit,
-KeyboardInterrupt when interrupted, MemoryError.
+lies in [0, 1024]: 0 means automatic, and the core uses no more than there are processors.
+
+All functions raise TypeError or ValueError if an argument does not fit, KeyboardInterrupt if
+interrupted, and MemoryError. Numbers are int, float or NumPy scalars: objects with ``__index__`` or
+``__float__`` are refused.
+
+The GIL is released during the work. Index arrays (``order``, ``rows``) are copied and checked
+beforehand, ``g_idx`` is copied out at the end if the call succeeds, and NumPy refuses to resize any
+array of a call until it returns. An output that shares memory with another array (unless it is said
+that it may), or an array that another thread writes meanwhile, gives wrong numbers but no crash.
+What no caller may do meanwhile: free the memory below an array (close a mapped file, release a
+foreign buffer, ``__setstate__``), or, in a build of Python without the GIL, set the shape, strides
+or dtype of an array.
 """
+
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-_F32 = NDArray[np.float32]
-_F64 = NDArray[np.float64]
-_U8 = NDArray[np.uint8]
-_I8 = NDArray[np.int8]
-_I16 = NDArray[np.int16]
-_Bool = NDArray[np.bool_]
-_Tokens = _F32 | NDArray[np.float16] | NDArray[np.uint16]  # uint16: the bits of bfloat16
-_SignedGrid = tuple[int, bool, bool]  # bits, symmetric, narrow
-_U32 = NDArray[np.uint32]
-_I64 = NDArray[np.int64]
-_Grid = tuple[int, int, int, int, int, int, int, float, float]
+_F32: TypeAlias = NDArray[np.float32]
+_F64: TypeAlias = NDArray[np.float64]
+_U8: TypeAlias = NDArray[np.uint8]
+_U16: TypeAlias = NDArray[np.uint16]
+_U32: TypeAlias = NDArray[np.uint32]
+_I8: TypeAlias = NDArray[np.int8]
+_I16: TypeAlias = NDArray[np.int16]
+_I32: TypeAlias = NDArray[np.int32]
+_I64: TypeAlias = NDArray[np.int64]
+_Bool: TypeAlias = NDArray[np.bool_]
+_Tokens: TypeAlias = _F32 | NDArray[np.float16] | _U16  # uint16: the bits of bfloat16
+
+# GridSpec: max_code, symmetric, method (0 min-max, 1 MSE, 2 Hessian), steps, candidates,
+# scale_type (0 float32, 1 float16, 2 bfloat16), min_zero, min_shrink, norm
+_Grid: TypeAlias = tuple[int, int, int, int, int, int, int, float, float]
+# SolverOptions: group_size, block_size, static_groups, groups_follow_order, feedback,
+# refine_passes, shift
+_SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, float]
+# group_size, per_tensor, activation_max_code (0: as they are), activation_symmetric,
+# activation_per_tensor
+_EqualizationOptions: TypeAlias = tuple[int, int, int, int, int]
+_SignedGrid: TypeAlias = tuple[int, bool, bool]  # bits, symmetric, narrow
+_SoftmaxGrid: TypeAlias = tuple[float, int, int]  # scale, zero, max_code
 
 def hessian_update(
     S: _F32,  # (n, n), upper triangle added to
-    X: _F32 | NDArray[np.float16] | NDArray[np.uint16],  # (tokens, n), rows may be strided
+    X: _Tokens,  # (tokens, n), rows may be strided
     dtype: int,  # 0 float32, 1 float16, 2 bfloat16 (bits as uint16)
-    rows: _I64 | None,  # (any,), tokens that count
+    rows: _I64 | None,  # (count,), tokens that count
     threads: int,
     /,
 ) -> None: ...  # FloatingPointError: NaN or Inf, S is left as it was
 def hessian_finish(
     S: _F32,  # (n, n), upper triangle read
-    out: _F32,  # (n, n), written: factor * S, symmetric
+    out: _F32,  # (n, n), written: factor * S, symmetric; may be S
     factor: float,
     threads: int,
     /,
 ) -> None: ...
 def channel_ranges(
-    X: _F32 | NDArray[np.float16] | NDArray[np.uint16],  # (tokens, n), rows may be strided
+    X: _Tokens,  # (tokens, n), rows may be strided
     dtype: int,  # 0 float32, 1 float16, 2 bfloat16 (bits as uint16)
-    rows: _I64 | None,  # (any,), tokens that count; at least one
+    rows: _I64 | None,  # (count,), tokens that count; at least one
     minimum: _F32,  # (n,), written
     maximum: _F32,  # (n,), written
     sum: _F64,  # (n,), written
@@ -59,8 +83,7 @@ def equalization_errors(
     X: _F32,  # (tokens, n)
     weights: tuple[_F32, ...],  # (rows, n) each
     scales: _F32,  # (candidates, n), positive
-    # (group_size, per_tensor, activation_max_code, activation_symmetric, activation_per_tensor)
-    options: tuple[int, int, int, int, int],
+    options: _EqualizationOptions,
     grid: _Grid,  # method 0
     minimum: _F32,  # (n,)
     maximum: _F32,  # (n,)
@@ -75,7 +98,7 @@ def symmetric_check(
     /,
 ) -> int: ...  # 0 fine, 1 NaN or Inf, 2 not symmetric
 def finite_check(
-    x: _F32,  # (any, any)
+    x: _F32,  # (rows, n)
     threads: int,
     /,
 ) -> bool: ...
@@ -91,15 +114,14 @@ def gptq(
     W: _F32,  # (rows, n)
     H: _F32,  # (n, n), undamped
     R: _F32,  # (n, n), of factor() with the same order
-    order: _I64,  # (n,), a permutation
-    # (group_size, block, static, runs, feedback, sweeps, damping)
-    options: tuple[int, int, int, int, int, int, float],
+    order: _I64,  # (n,), a permutation; keeps groups together that get their grids on the way
+    options: _SolverOptions,
     grid: _Grid,
     codes: _U8,  # (rows, n), written
     scales: _F32,  # (rows, groups), written
     zeros: _U8,  # (rows, groups), written
-    g_idx: NDArray[np.int32],  # (n,), written
-    history: _F64,  # (sweeps + 1, rows), written
+    g_idx: _I32,  # (n,), written; may share memory with order
+    history: _F64,  # (refine_passes + 1, rows), written
     threads: int,
     /,
 ) -> None: ...  # FloatingPointError: the solve overflowed
@@ -205,22 +227,22 @@ def unpack(
 ) -> None: ...
 def softmax_quantize(
     scores: _F32,  # (batch, heads, q, k)
-    allowed: NDArray[np.bool_] | None,  # (batch or 1, heads or 1, q or 1, k)
+    allowed: _Bool | None,  # (batch or 1, heads or 1, q or 1, k)
     causal: int,
-    grid: tuple[float, int, int],  # (scale, zero, max_code)
+    grid: _SoftmaxGrid,
     correction: int,  # 0 none, 1 table, 2 row sum
     table: _F64,  # (heads or 1, k + 1 or 1), by head and number of allowed keys
-    out: _F32 | _U8 | NDArray[np.uint16],  # as scores, written: values (may be scores), or codes
+    out: _F32 | _U8 | _U16,  # as scores, written: values (may be scores), or codes
     corrections: _F32 | None,  # (batch * heads * q,), written
     threads: int,
     /,
 ) -> tuple[int, int]: ...  # first row that was refused or -1, number of empty rows
 def softmax_statistics(
     P: _F32,  # (batch, heads, q, k)
-    allowed: NDArray[np.bool_] | None,  # (batch or 1, heads or 1, q or 1, k)
-    queries: NDArray[np.bool_] | None,  # (batch, q)
+    allowed: _Bool | None,  # (batch or 1, heads or 1, q or 1, k)
+    queries: _Bool | None,  # (batch, q)
     causal: int,
-    grid: tuple[float, int, int],  # (scale, zero, max_code)
+    grid: _SoftmaxGrid,
     tolerance: float,  # of the sum of a row
     sums: _I64,  # (heads, 240, 4), written
     threads: int,

@@ -19,7 +19,7 @@ import ptqkit
 
 # Distance from a rounding tie, in steps of the grid, within which a float32 solver may put a code
 # on the other side. Measured on all cases of the tests: see tests/test_gptq.py.
-TIE_DISTANCE = {"base": 2e-5, "avx2": 2e-5, "avx512": 2e-5, "avx512_bf16": 2e-5}
+TIE_DISTANCE = {"base": 2e-5, "avx2": 2e-5, "avx512": 2e-5, "avx512_bf16": 2e-5, "neon": 2e-5}
 
 
 def pytest_report_header() -> list[str]:

@@ -4,40 +4,59 @@
 
 #include "args.h"
 
-#define PTQ_BIND(name) PyObject *name(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-PTQ_BIND(bind_hessian_update);
-PTQ_BIND(bind_hessian_finish);
-PTQ_BIND(bind_channel_ranges);
-PTQ_BIND(bind_equalization_errors);
-PTQ_BIND(bind_equalization_scales);
-PTQ_BIND(bind_symmetric_check);
-PTQ_BIND(bind_finite_check);
-PTQ_BIND(bind_factor);
-PTQ_BIND(bind_gptq);
-PTQ_BIND(bind_rtn);
-PTQ_BIND(bind_obq);
-PTQ_BIND(bind_objective);
-PTQ_BIND(bind_codes_on_grid);
-PTQ_BIND(bind_signed_grid);
-PTQ_BIND(bind_activation_range);
-PTQ_BIND(bind_activations_quantize);
-PTQ_BIND(bind_outlier_columns);
-PTQ_BIND(bind_bias_correction);
-PTQ_BIND(bind_int8_matmul);
-PTQ_BIND(bind_pack);
-PTQ_BIND(bind_unpack);
-PTQ_BIND(bind_softmax_quantize);
-PTQ_BIND(bind_softmax_statistics);
-PTQ_BIND(bind_softmax_exp);
-PTQ_BIND(bind_energy);
-PTQ_BIND(bind_energy_columns);
+/* Every function that is bound in a bind_*.c file: its prototype and its row of the method table
+ * come from here. */
+#define PTQ_FUNCTIONS(X)    \
+    X(hessian_update)       \
+    X(hessian_finish)       \
+    X(symmetric_check)      \
+    X(finite_check)         \
+    X(factor)               \
+    X(gptq)                 \
+    X(rtn)                  \
+    X(obq)                  \
+    X(objective)            \
+    X(codes_on_grid)        \
+    X(channel_ranges)       \
+    X(equalization_scales)  \
+    X(equalization_errors)  \
+    X(signed_grid)          \
+    X(activation_range)     \
+    X(activations_quantize) \
+    X(outlier_columns)      \
+    X(bias_correction)      \
+    X(int8_matmul)          \
+    X(pack)                 \
+    X(unpack)               \
+    X(softmax_quantize)     \
+    X(softmax_statistics)   \
+    X(softmax_exp)          \
+    X(energy)               \
+    X(energy_columns)
 
-/* Run a core call with the GIL released. */
-#define PTQ_WITHOUT_GIL(status, call) \
-    do {                              \
-        Py_BEGIN_ALLOW_THREADS        \
-        status = (call);              \
-        Py_END_ALLOW_THREADS          \
+#define PTQ_DECLARE(name)           \
+    extern const char name##_doc[]; \
+    PyObject *bind_##name(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
+PTQ_FUNCTIONS(PTQ_DECLARE)
+#undef PTQ_DECLARE
+
+/* Define function `name` of `count` arguments, whose names are in `arguments`; the body follows and
+ * sees them as args[]. `doc` says in a sentence what it does, then the shapes. */
+#define PTQ_BIND(name, count, arguments, doc)                                        \
+    const char name##_doc[] = #name "($module, " arguments ", /)\n--\n\n" doc;       \
+    static PyObject *name##_call(PyObject *const *args);                             \
+    PyObject *bind_##name(PyObject *self, PyObject *const *args, Py_ssize_t nargs) { \
+        (void)self;                                                                  \
+        return args_call(#name "(" arguments ")", name##_call, args, nargs, count);  \
+    }                                                                                \
+    static PyObject *name##_call(PyObject *const *args)
+
+/* Run a core call with the GIL released. Arguments are evaluated without it, so they may read
+ * PyArray_DATA, which is held (args_call), but no shape, which another thread may set. */
+#define PTQ_WITHOUT_GIL(status, call)           \
+    do {                                        \
+        Py_BEGIN_ALLOW_THREADS status = (call); \
+        Py_END_ALLOW_THREADS                    \
     } while (0)
 
 #endif

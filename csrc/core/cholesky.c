@@ -19,12 +19,12 @@ typedef struct {
     const float *H;
     const double *shift;
     const int64_t *perm;
-    int64_t n, order;   /* order: n padded to whole panels, the padding an identity matrix */
-    int64_t width;      /* columns per block */
-    int64_t j0, j1;     /* current block */
-    float *L;           /* (panels, order, nr) */
-    float *T;           /* (threads + panels per block, width, nr) */
-    float *diagonal;    /* (panels per block strips) triangle of the current block as strips */
+    int64_t n, padded; /* padded: n up to whole panels, the padding an identity matrix */
+    int64_t width;     /* columns per block */
+    int64_t j0, j1;    /* current block */
+    float *L;          /* (panels, padded, nr) */
+    float *T;          /* (threads + panels per block, width, nr) */
+    float *diagonal;   /* (panels per block strips) triangle of the current block as strips */
     float *R;
 } factor;
 
@@ -33,7 +33,7 @@ static inline int64_t source(const factor *f, int64_t i) { return f->perm[f->n -
 
 /* T (columns j0..j1, nr) = -A of panel p. */
 static void load_panel(const factor *f, int64_t p, float *T) {
-    const int64_t nr = f->k->nr;
+    const int64_t nr = f->k->gemm.nr;
     for (int64_t c = f->j0; c < f->j1; c++, T += nr) {
         const float *row = c < f->n ? f->H + source(f, c) * f->n : NULL;
         for (int64_t r = 0; r < nr; r++) {
@@ -50,14 +50,15 @@ static void load_panel(const factor *f, int64_t p, float *T) {
 }
 
 /* T += L[panel p, k0:k1] L[block rows, k0:k1]^T for strips [s0, s1) of the block's columns. */
-static void update_panel(const factor *f, int64_t p, float *T, int64_t c0, int64_t c1, int64_t end) {
-    const int64_t nr = f->k->nr, mr = f->k->mr;
+static void update_panel(const factor *f, int64_t p, float *T, int64_t c0, int64_t c1,
+                         int64_t end) {
+    const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr;
     for (int64_t k0 = 0; k0 < end; k0 += DEPTH) {
         const int64_t depth = ptq_min64(DEPTH, end - k0);
         for (int64_t c = c0; c < c1; c += mr) {
             const int64_t row = f->j0 + c;
-            const float *A = f->L + (row / nr * f->order + k0) * nr + row % nr;
-            f->k->gemm_f32(T + c * nr, A, nr, f->L + (p * f->order + k0) * nr, depth);
+            const float *A = f->L + (row / nr * f->padded + k0) * nr + row % nr;
+            f->k->gemm.f32(T + c * nr, A, nr, f->L + (p * f->padded + k0) * nr, depth);
         }
     }
 }
@@ -71,20 +72,20 @@ static void diagonal_update(void *ctx, int64_t task, int thread) {
     (void)thread;
     const diagonal_job *d = ctx;
     const factor *f = d->f;
-    const int64_t p = task / d->strips, c = task % d->strips * f->k->mr;
-    float *T = f->T + p * f->width * f->k->nr;
-    if (c / f->k->nr > p) return; /* above the diagonal */
-    update_panel(f, f->j0 / f->k->nr + p, T, c, c + f->k->mr, f->j0);
+    const int64_t p = task / d->strips, c = task % d->strips * f->k->gemm.mr;
+    float *T = f->T + p * f->width * f->k->gemm.nr;
+    if (c / f->k->gemm.nr > p) return; /* above the diagonal */
+    update_panel(f, f->j0 / f->k->gemm.nr + p, T, c, c + f->k->gemm.mr, f->j0);
 }
 
 /* Solve one strip (columns c..c+mr of the block) of panel p whose T holds all earlier terms:
  * x_j = (a_j - sum_i x_i L_ji) / L_jj, with -a in T. Rows above the diagonal become 0. */
 static void finish_strip(const factor *f, int64_t p, const float *tri, float *T, int64_t c) {
-    const int64_t nr = f->k->nr, mr = f->k->mr;
-    float N[8 * 48];
+    const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr;
+    float N[PTQ_MAX_TILE];
     /* strip_trisolve returns N = -T / L_jj = x and accumulates with it */
-    f->k->strip_trisolve((int)mr, tri, T + c * nr, N);
-    memcpy(f->L + (p * f->order + f->j0 + c) * nr, N, sizeof(float) * (size_t)(mr * nr));
+    f->k->solve.trisolve((int)mr, tri, T + c * nr, N);
+    memcpy(f->L + (p * f->padded + f->j0 + c) * nr, N, sizeof(float) * (size_t)(mr * nr));
 }
 
 static double pivot_scale(const factor *f, int64_t i) {
@@ -96,9 +97,9 @@ static double pivot_scale(const factor *f, int64_t i) {
 /* Factorize the diagonal tile of the strip at column c of the block, in double; T points at the
  * strip. Returns -1, or the failing column of the strip. */
 static int64_t factor_tile(const factor *f, int64_t c, const float *T, float *tri) {
-    const int64_t lane = c % f->k->nr;
-    const int64_t nr = f->k->nr, mr = f->k->mr;
-    double a[8][8];
+    const int64_t lane = c % f->k->gemm.nr;
+    const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr;
+    double a[PTQ_MAX_MR][PTQ_MAX_MR];
     for (int64_t j = 0; j < mr; j++) {
         for (int64_t i = j; i < mr; i++) {
             double x = -(double)T[j * nr + lane + i];
@@ -119,15 +120,16 @@ static int64_t factor_tile(const factor *f, int64_t c, const float *T, float *tr
 
 /* Factorize the diagonal block, its T already updated. Returns the failing column or -1. */
 static int64_t diagonal_factor(factor *f) {
-    const int64_t nr = f->k->nr, mr = f->k->mr, p0 = f->j0 / nr, count = (f->j1 - f->j0) / nr;
+    const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr, p0 = f->j0 / nr,
+                  count = (f->j1 - f->j0) / nr;
     for (int64_t c = 0; c < f->j1 - f->j0; c += mr) {
         const int64_t own = c / nr;
         float *tri = f->diagonal + c * mr;
         for (int64_t q = own; q < count; q++) {
             float *T = f->T + q * f->width * nr;
             const int64_t row = f->j0 + c;
-            f->k->gemm_f32(T + c * nr, f->L + (row / nr * f->order + f->j0) * nr + row % nr, nr,
-                           f->L + ((p0 + q) * f->order + f->j0) * nr, c);
+            f->k->gemm.f32(T + c * nr, f->L + (row / nr * f->padded + f->j0) * nr + row % nr, nr,
+                           f->L + ((p0 + q) * f->padded + f->j0) * nr, c);
             if (q == own) {
                 memset(tri, 0, sizeof(float) * (size_t)(mr * mr));
                 const int64_t bad = factor_tile(f, c, T + c * nr, tri);
@@ -136,27 +138,30 @@ static int64_t diagonal_factor(factor *f) {
             finish_strip(f, p0 + q, tri, T, c);
         }
         /* exact zeros above the diagonal, and the tile itself as factorized */
-        float *Lp = f->L + ((p0 + own) * f->order + f->j0 + c) * nr;
+        float *Lp = f->L + ((p0 + own) * f->padded + f->j0 + c) * nr;
         for (int64_t j = 0; j < mr; j++) {
             for (int64_t r = 0; r < c % nr; r++) Lp[j * nr + r] = 0.0f;
-            for (int64_t i = 0; i < mr; i++) Lp[j * nr + c % nr + i] = i < j ? 0.0f : tri[j * mr + i];
+            for (int64_t i = 0; i < mr; i++)
+                Lp[j * nr + c % nr + i] = i < j ? 0.0f : tri[j * mr + i];
         }
         for (int64_t q = 0; q < own; q++)
-            memset(f->L + ((p0 + q) * f->order + f->j0 + c) * nr, 0, sizeof(float) * (size_t)(mr * nr));
+            memset(f->L + ((p0 + q) * f->padded + f->j0 + c) * nr, 0,
+                   sizeof(float) * (size_t)(mr * nr));
     }
     return -1;
 }
 
 static void panel_task(void *ctx, int64_t task, int thread) {
     const factor *f = ctx;
-    const int64_t nr = f->k->nr, mr = f->k->mr, p = f->j1 / nr + task, width = f->j1 - f->j0;
+    const int64_t nr = f->k->gemm.nr, mr = f->k->gemm.mr, p = f->j1 / nr + task,
+                  width = f->j1 - f->j0;
     float *T = f->T + thread * f->width * nr;
     load_panel(f, p, T);
     update_panel(f, p, T, 0, width, f->j0);
     for (int64_t c = 0; c < width; c += mr) {
         const int64_t row = f->j0 + c;
-        f->k->gemm_f32(T + c * nr, f->L + (row / nr * f->order + f->j0) * nr + row % nr, nr,
-                       f->L + (p * f->order + f->j0) * nr, c);
+        f->k->gemm.f32(T + c * nr, f->L + (row / nr * f->padded + f->j0) * nr + row % nr, nr,
+                       f->L + (p * f->padded + f->j0) * nr, c);
         finish_strip(f, p, f->diagonal + c * mr, T, c);
     }
 }
@@ -165,22 +170,22 @@ static void panel_task(void *ctx, int64_t task, int thread) {
 static void store_task(void *ctx, int64_t b, int thread) {
     (void)thread;
     const factor *f = ctx;
-    const int64_t nr = f->k->nr, n = f->n;
+    const int64_t nr = f->k->gemm.nr, n = f->n;
     for (int64_t k = b * 64; k < ptq_min64(b * 64 + 64, n); k++) {
         const int64_t i = n - 1 - k;
-        const float *row = f->L + i / nr * f->order * nr + i % nr;
+        const float *row = f->L + i / nr * f->padded * nr + i % nr;
         for (int64_t j = k; j < n; j++) f->R[k * n + j] = row[(n - 1 - j) * nr];
     }
 }
 
 static ptq_status factor_blocks(factor *f, int64_t *info, int threads) {
-    const int64_t nr = f->k->nr;
-    for (f->j0 = 0; f->j0 < f->order; f->j0 = f->j1) {
-        f->j1 = ptq_min64(f->j0 + f->width, f->order);
+    const int64_t nr = f->k->gemm.nr;
+    for (f->j0 = 0; f->j0 < f->padded; f->j0 = f->j1) {
+        f->j1 = ptq_min64(f->j0 + f->width, f->padded);
         const int64_t panels = (f->j1 - f->j0) / nr;
         for (int64_t q = 0; q < panels; q++)
             load_panel(f, f->j0 / nr + q, f->T + q * f->width * nr);
-        diagonal_job job = {f, (f->j1 - f->j0) / f->k->mr};
+        diagonal_job job = {f, (f->j1 - f->j0) / f->k->gemm.mr};
         ptq_status status = PTQ_OK;
         if (f->j0) status = ptq_parallel_for(panels * job.strips, threads, diagonal_update, &job);
         if (status) return status;
@@ -189,13 +194,13 @@ static ptq_status factor_blocks(factor *f, int64_t *info, int threads) {
             *info = bad < f->n ? source(f, bad) : -1;
             return PTQ_NOT_PD;
         }
-        status = ptq_parallel_for((f->order - f->j1) / nr, threads, panel_task, f);
+        status = ptq_parallel_for((f->padded - f->j1) / nr, threads, panel_task, f);
         if (status) return status;
     }
     return ptq_parallel_for(ptq_ceil_div(f->n, 64), threads, store_task, f);
 }
 
-static ptq_status factor_blas(factor *f, int64_t *info) {
+static ptq_status factor_blas(factor *f, ptq_spotrf_fn spotrf, int64_t *info) {
     const int64_t n = f->n;
     float *A = ptq_alloc(n * n, sizeof *A);
     if (!A) return PTQ_NOMEM;
@@ -205,8 +210,8 @@ static ptq_status factor_blas(factor *f, int64_t *info) {
         A[i * n + i] = (float)((double)A[i * n + i] + f->shift[source(f, i)]);
     }
     char uplo = 'U'; /* row-major lower is column-major upper */
-    int order = (int)n, result = 0;
-    ptq_blas_spotrf()(&uplo, &order, A, &order, &result);
+    int size = (int)n, result = 0;
+    spotrf(&uplo, &size, A, &size, &result);
     /* A pivot at the level of rounding is noise here too, see factor_tile. */
     for (int64_t i = 0; i < n && !result; i++) {
         const double root = A[i * n + i];
@@ -225,14 +230,15 @@ ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const doub
     if (n < 1) return PTQ_INVALID;
     const ptq_kernels *k = ptq_kernels_get();
     factor f = {.k = k, .H = H, .shift = shift, .perm = perm, .n = n, .R = R};
-    if (ptq_blas_spotrf() && n <= INT_MAX) return factor_blas(&f, info);
-    threads = ptq_threads_for(threads, (double)n * (double)n * (double)n / 16.0);
-    f.order = ptq_ceil_div(n, k->nr) * k->nr;
-    f.width = ptq_max64(1, 96 / k->nr) * k->nr;
-    const int64_t slots = ptq_thread_count(threads) + f.width / k->nr;
-    f.L = ptq_alloc(f.order * f.order, sizeof(float));
-    f.T = ptq_alloc(slots * f.width * k->nr, sizeof(float));
-    f.diagonal = ptq_alloc(f.width * k->mr, sizeof(float));
+    const ptq_spotrf_fn spotrf = ptq_blas_spotrf();
+    if (spotrf && n <= INT_MAX) return factor_blas(&f, spotrf, info);
+    threads = ptq_threads_for_work(threads, (double)n * (double)n * (double)n / 16.0);
+    f.padded = ptq_ceil_div(n, k->gemm.nr) * k->gemm.nr;
+    f.width = ptq_max64(1, 2 * PTQ_MAX_NR / k->gemm.nr) * k->gemm.nr;
+    const int64_t slots = threads + f.width / k->gemm.nr;
+    f.L = ptq_alloc(f.padded * f.padded, sizeof(float));
+    f.T = ptq_alloc(slots * f.width * k->gemm.nr, sizeof(float));
+    f.diagonal = ptq_alloc(f.width * k->gemm.mr, sizeof(float));
     ptq_status status = PTQ_NOMEM;
     if (f.L && f.T && f.diagonal) status = factor_blocks(&f, info, threads);
     free(f.L);

@@ -16,57 +16,56 @@ enum {
     PANELS = 4,  /* panels per task: R is read from memory once for all of them */
     SWEEP = 128, /* columns per block of a sweep; fixed, because its sums depend on it */
     DEPTH = 256, /* rows of R per GEMM call, so that a chunk stays in the second cache */
-    LANES = 48,
 };
 
 typedef struct {
     const ptq_gptq_args *a;
     const ptq_kernels *k;
-    ptq_strips R, H;         /* H: FULL, for sweeps */
+    ptq_strips R, H; /* H: FULL, for refine_passes */
     ptq_grid_blocks blocks;
-    const float *hdiag;      /* (n) diagonal of H in quantization order, 0 for dead inputs */
-    const int32_t *group;    /* (n) group of the i-th quantized column */
+    const float *hdiag;   /* (n) diagonal of H in quantization order, 0 for dead inputs */
+    const int32_t *group; /* (n) group of the i-th quantized column */
     const int64_t *first, *sweep_first; /* (blocks + 1) first strip of each column block */
     int64_t block_count, sweep_count;
     int64_t panels, per_task;
-    int64_t block_columns;   /* widest block */
-    int64_t workspace;       /* floats per thread */
+    int64_t block_columns; /* widest block */
+    int64_t workspace;     /* floats per thread */
     float *work;
     atomic_int nonfinite;
 } solver;
 
 /* One panel's state inside a task. */
 typedef struct {
-    float *W, *E;     /* (n, nr) in quantization order */
+    float *W, *E;          /* (n, nr) in quantization order */
     float *scales, *zeros; /* (groups, nr) */
-    uint8_t *codes;   /* (n, nr) */
-    float *T;         /* (block columns rounded up, nr) */
-    double objective[LANES], error2[LANES];
+    uint8_t *codes;        /* (n, nr) */
+    float *T;              /* (block columns rounded up, nr) */
+    double objective[PTQ_MAX_NR], error2[PTQ_MAX_NR];
 } panel;
 
 static int dynamic(const ptq_gptq_args *a) { return !a->static_groups; }
 
 /* Where strip s of a block that starts at strip s0 keeps its T: strips are mr columns apart. */
 static float *strip_T(const solver *v, const panel *p, int64_t s, int64_t s0) {
-    return p->T + (s - s0) * v->k->mr * v->k->nr;
+    return p->T + (s - s0) * v->k->gemm.mr * v->k->gemm.nr;
 }
 
 /* T of strips [s0, s1) += M[k0:k1, strip]^T X[k0:k1]. */
 static void accumulate(const solver *v, const ptq_strips *M, const panel *p, const float *X,
                        int64_t s0, int64_t s1, int64_t base, int64_t k0, int64_t k1) {
-    const int64_t nr = v->k->nr, mr = v->k->mr;
+    const int64_t nr = v->k->gemm.nr, mr = v->k->gemm.mr;
     for (int64_t s = s0; s < s1 && k1 > k0; s++)
-        v->k->gemm_f32(strip_T(v, p, s, base), M->data + M->offset[s] + k0 * mr, mr, X + k0 * nr,
+        v->k->gemm.f32(strip_T(v, p, s, base), M->data + M->offset[s] + k0 * mr, mr, X + k0 * nr,
                        k1 - k0);
 }
 
 static ptq_strip_args strip_args(const solver *v, panel *p, const ptq_strips *M, int64_t s,
                                  int64_t s0) {
-    const int64_t nr = v->k->nr, start = M->start[s];
+    const int64_t nr = v->k->gemm.nr, start = M->start[s];
     return (ptq_strip_args){
         .width = M->width[s],
         .feedback = v->a->feedback,
-        .diag = M->data + M->offset[s] + start * v->k->mr,
+        .diag = M->data + M->offset[s] + start * v->k->gemm.mr,
         .W = p->W + start * nr,
         .scales = p->scales,
         .zeros = p->zeros,
@@ -85,25 +84,25 @@ static ptq_strip_args strip_args(const solver *v, panel *p, const ptq_strips *M,
 static void fit_updated(const solver *v, panel *p, int64_t s0, int64_t s1, int64_t base,
                         float *scratch) {
     const ptq_strips *R = &v->R;
-    const int64_t nr = v->k->nr, mr = v->k->mr, start = R->start[s0];
+    const int64_t nr = v->k->gemm.nr, mr = v->k->gemm.mr, start = R->start[s0];
     const int64_t G = v->a->G, g = v->group[start];
     const float *U = p->W + start * nr;
     if (v->a->feedback && start > 0) {
-        float *N = scratch, *V = N + G * nr, *fit = V + G * nr, T[8 * LANES];
+        float *N = scratch, *V = N + G * nr, *fit = V + G * nr, T[PTQ_MAX_TILE];
         for (int64_t s = s0; s < s1; s++) {
             const int64_t at = R->start[s] - start;
             const float *column = R->data + R->offset[s];
             memcpy(T, strip_T(v, p, s, base), sizeof(float) * (size_t)(mr * nr));
-            v->k->gemm_f32(T, column + start * mr, mr, N, at);
-            v->k->strip_trisolve(R->width[s], column + R->start[s] * mr, T, N + at * nr);
+            v->k->gemm.f32(T, column + start * mr, mr, N, at);
+            v->k->solve.trisolve(R->width[s], column + R->start[s] * mr, T, N + at * nr);
         }
         for (int64_t i = 0; i < G * nr; i++) V[i] = U[i] - N[i];
-        ptq_panel_fit(v->k, &v->a->grid, G, V, &v->blocks, start / G, fit, p->scales + g * nr,
-                      p->zeros + g * nr);
+        ptq_grid_fit(v->k, &v->a->grid, G, V, &v->blocks, start / G, fit, p->scales + g * nr,
+                     p->zeros + g * nr);
         return;
     }
-    ptq_panel_fit(v->k, &v->a->grid, G, U, &v->blocks, start / G, scratch, p->scales + g * nr,
-                  p->zeros + g * nr);
+    ptq_grid_fit(v->k, &v->a->grid, G, U, &v->blocks, start / G, scratch, p->scales + g * nr,
+                 p->zeros + g * nr);
 }
 
 /* All that happens inside a block once T holds the sums over earlier blocks. */
@@ -125,16 +124,16 @@ static void solve_block(const solver *v, panel *p, int64_t s0, int64_t s1, float
         if (dynamic(v->a)) done = R->start[from];
         if (v->a->feedback) accumulate(v, R, p, p->E, s, s + 1, s0, done, column);
         const ptq_strip_args args = strip_args(v, p, R, s, s0);
-        v->k->strip_quantize(&args);
+        v->k->solve.quantize(&args);
     }
 }
 
 /* Sums over earlier columns [0, end) for a block of all panels, in chunks of k. */
 static void block_sums(const solver *v, const ptq_strips *M, panel *p, int64_t panels, int64_t s0,
                        int64_t s1, int64_t end) {
-    const int64_t nr = v->k->nr;
+    const int64_t nr = v->k->gemm.nr;
     for (int64_t q = 0; q < panels; q++)
-        memset(p[q].T, 0, sizeof(float) * (size_t)((s1 - s0) * v->k->mr * nr));
+        memset(p[q].T, 0, sizeof(float) * (size_t)((s1 - s0) * v->k->gemm.mr * nr));
     for (int64_t k0 = 0; k0 < end; k0 += DEPTH)
         for (int64_t q = 0; q < panels; q++)
             accumulate(v, M, &p[q], p[q].E, s0, s1, s0, k0, ptq_min64(k0 + DEPTH, end));
@@ -142,34 +141,34 @@ static void block_sums(const solver *v, const ptq_strips *M, panel *p, int64_t p
 
 static void sweep_block(const solver *v, panel *p, int64_t s0, int64_t s1, float *dE) {
     const ptq_strips *H = &v->H;
-    const int64_t nr = v->k->nr, mr = v->k->mr, start = H->start[s0];
+    const int64_t nr = v->k->gemm.nr, mr = v->k->gemm.mr, start = H->start[s0];
     for (int64_t s = s0; s < s1; s++) {
         const int64_t at = H->start[s] - start;
-        v->k->gemm_f32(strip_T(v, p, s, s0), H->data + H->offset[s] + start * mr, mr, dE, at);
+        v->k->gemm.f32(strip_T(v, p, s, s0), H->data + H->offset[s] + start * mr, mr, dE, at);
         ptq_strip_args args = strip_args(v, p, H, s, s0);
         args.hdiag = v->hdiag + H->start[s];
         args.dE = dE + at * nr;
-        v->k->strip_sweep(&args);
+        v->k->solve.sweep(&args);
     }
 }
 
 static void load_task_panel(const solver *v, panel *p, int64_t row, float *scratch) {
     const ptq_gptq_args *a = v->a;
-    const int64_t nr = v->k->nr;
+    const int64_t nr = v->k->gemm.nr;
     float *natural = p->E; /* E is not needed yet */
     ptq_panel_load(v->k, a->W, a->rows, a->n, row, natural);
     for (int64_t j = 0; j < a->n; j++)
         memcpy(p->W + j * nr, natural + a->perm[j] * nr, sizeof(float) * (size_t)nr);
     for (int64_t g = 0; a->static_groups && g < a->n / a->G; g++)
-        ptq_panel_fit(v->k, &a->grid, a->G, natural + g * a->G * nr, &v->blocks, g, scratch,
-                      p->scales + g * nr, p->zeros + g * nr);
+        ptq_grid_fit(v->k, &a->grid, a->G, natural + g * a->G * nr, &v->blocks, g, scratch,
+                     p->scales + g * nr, p->zeros + g * nr);
     memset(p->objective, 0, sizeof p->objective);
     memset(p->error2, 0, sizeof p->error2);
 }
 
 static void store_history(solver *v, const panel *p, int64_t row, int pass) {
     const ptq_gptq_args *a = v->a;
-    for (int64_t r = 0; r < v->k->nr && row + r < a->rows; r++) {
+    for (int64_t r = 0; r < v->k->gemm.nr && row + r < a->rows; r++) {
         if (!isfinite(p->objective[r])) v->nonfinite = 1;
         a->history[pass * a->rows + row + r] = p->objective[r];
     }
@@ -177,7 +176,7 @@ static void store_history(solver *v, const panel *p, int64_t row, int pass) {
 
 static void store_panel(const solver *v, const panel *p, int64_t row) {
     const ptq_gptq_args *a = v->a;
-    const int64_t nr = v->k->nr, present = ptq_min64(nr, a->rows - row), groups = a->n / a->G;
+    const int64_t nr = v->k->gemm.nr, present = ptq_min64(nr, a->rows - row), groups = a->n / a->G;
     enum { BLOCK = 256 }; /* columns whose codes stay in the first cache */
     for (int64_t j0 = 0; j0 < a->n; j0 += BLOCK)
         for (int64_t r = 0; r < present; r++) {
@@ -194,11 +193,12 @@ static void store_panel(const solver *v, const panel *p, int64_t row) {
 
 static int64_t panel_floats(const solver *v) {
     const int64_t n = v->a->n, groups = n / v->a->G;
-    return v->k->nr * (2 * n + 2 * groups + v->block_columns) + ptq_ceil_div(n * v->k->nr, 64) * 16;
+    return v->k->gemm.nr * (2 * n + 2 * groups + v->block_columns) +
+           ptq_ceil_div(n * v->k->gemm.nr, 64) * 16;
 }
 
-static float *carve(const solver *v, panel *p, float *at) {
-    const int64_t nr = v->k->nr, n = v->a->n, groups = n / v->a->G;
+static float *carve_panel(const solver *v, panel *p, float *at) {
+    const int64_t nr = v->k->gemm.nr, n = v->a->n, groups = n / v->a->G;
     p->W = at;
     p->E = p->W + n * nr;
     p->scales = p->E + n * nr;
@@ -214,8 +214,8 @@ static void solve_task(void *ctx, int64_t task, int thread) {
     const int64_t first = task * v->per_task, count = ptq_min64(v->per_task, v->panels - first);
     panel p[PANELS];
     float *at = v->work + thread * v->workspace;
-    for (int64_t q = 0; q < count; q++) at = carve(v, &p[q], at);
-    for (int64_t q = 0; q < count; q++) load_task_panel(v, &p[q], (first + q) * v->k->nr, at);
+    for (int64_t q = 0; q < count; q++) at = carve_panel(v, &p[q], at);
+    for (int64_t q = 0; q < count; q++) load_task_panel(v, &p[q], (first + q) * v->k->gemm.nr, at);
     for (int64_t b = 0; b < v->block_count; b++) {
         if (ptq_should_stop()) return;
         const int64_t s0 = v->first[b], s1 = v->first[b + 1];
@@ -223,11 +223,11 @@ static void solve_task(void *ctx, int64_t task, int thread) {
         for (int64_t q = 0; q < count; q++) solve_block(v, &p[q], s0, s1, at);
     }
     for (int64_t q = 0; q < count; q++) {
-        for (int64_t r = 0; r < v->k->nr; r++) /* ||E R||^2 = e (H + damping) e^T */
-            p[q].objective[r] -= a->damping * p[q].error2[r];
-        store_history(v, &p[q], (first + q) * v->k->nr, 0);
+        for (int64_t r = 0; r < v->k->gemm.nr; r++) /* ||E R||^2 = e (H + damping) e^T */
+            p[q].objective[r] -= a->shift * p[q].error2[r];
+        store_history(v, &p[q], (first + q) * v->k->gemm.nr, 0);
     }
-    for (int pass = 1; pass <= a->sweeps; pass++) {
+    for (int pass = 1; pass <= a->refine_passes; pass++) {
         for (int64_t b = 0; b < v->sweep_count; b++) {
             if (ptq_should_stop()) return;
             const int64_t s0 = v->sweep_first[b], s1 = v->sweep_first[b + 1];
@@ -235,22 +235,22 @@ static void solve_task(void *ctx, int64_t task, int thread) {
             for (int64_t q = 0; q < count; q++) sweep_block(v, &p[q], s0, s1, at);
         }
         for (int64_t q = 0; q < count; q++)
-            store_history(v, &p[q], (first + q) * v->k->nr, pass);
+            store_history(v, &p[q], (first + q) * v->k->gemm.nr, pass);
     }
-    for (int64_t q = 0; q < count; q++) store_panel(v, &p[q], (first + q) * v->k->nr);
+    for (int64_t q = 0; q < count; q++) store_panel(v, &p[q], (first + q) * v->k->gemm.nr);
 }
 
 /* Cut the strips into blocks of whole groups (dynamic grids) of about `block` columns. */
 static int64_t cut_blocks(solver *v, int64_t block, int64_t *first) {
     const ptq_gptq_args *a = v->a;
-    int64_t width = ptq_max64(block, v->k->mr);
+    int64_t width = ptq_max64(block, v->k->gemm.mr);
     if (dynamic(a) && a->G < a->n) width = ptq_max64(1, width / a->G) * a->G;
     int64_t count = 0;
     for (int64_t s = 0; s < v->R.count; s++)
         if (s == 0 || v->R.start[s] / width != v->R.start[s - 1] / width) first[count++] = s;
     first[count] = v->R.count;
     for (int64_t b = 0; b < count; b++)
-        v->block_columns = ptq_max64(v->block_columns, (first[b + 1] - first[b]) * v->k->mr);
+        v->block_columns = ptq_max64(v->block_columns, (first[b + 1] - first[b]) * v->k->gemm.mr);
     return count;
 }
 
@@ -258,18 +258,19 @@ typedef struct {
     int32_t *group;
     int64_t *first, *sweep_first;
     float *hdiag;
-} tables;
+} index_tables;
 
-static ptq_status prepare(solver *v, tables *t, int threads) {
+static ptq_status prepare(solver *v, index_tables *t, int threads) {
     const ptq_gptq_args *a = v->a;
     /* Dynamic groups need strips that end with the group; strips of H must match those of R. */
     const int64_t align = dynamic(a) ? a->G : a->n;
-    ptq_status status = ptq_strips_make(&v->R, a->R, a->n, NULL, a->n, align, PTQ_STRIPS_UPPER,
-                                        threads);
-    if (!status && a->sweeps)
-        status = ptq_strips_make(&v->H, a->H, a->n, a->perm, a->n, align, PTQ_STRIPS_FULL, threads);
+    ptq_status status =
+        ptq_strips_make(v->k, &v->R, a->R, a->n, NULL, a->n, align, PTQ_STRIPS_UPPER, threads);
+    if (!status && a->refine_passes)
+        status = ptq_strips_make(v->k, &v->H, a->H, a->n, a->perm, a->n, align, PTQ_STRIPS_FULL,
+                                 threads);
     if (!status && a->grid.method == PTQ_GRID_HESSIAN)
-        status = ptq_grid_blocks_make(&v->blocks, a->H, a->n, a->G,
+        status = ptq_grid_blocks_make(v->k, &v->blocks, a->H, a->n, a->G,
                                       a->static_groups ? NULL : a->perm, threads);
     if (status) return status;
     t->group = ptq_alloc(a->n, sizeof *t->group);
@@ -278,7 +279,7 @@ static ptq_status prepare(solver *v, tables *t, int threads) {
     t->sweep_first = ptq_alloc(v->R.count + 1, sizeof *t->sweep_first);
     if (!t->group || !t->hdiag || !t->first || !t->sweep_first) return PTQ_NOMEM;
     for (int64_t j = 0; j < a->n; j++) {
-        t->group[j] = (int32_t)((a->runs ? j : a->perm[j]) / a->G);
+        t->group[j] = (int32_t)((a->groups_follow_order ? j : a->perm[j]) / a->G);
         t->hdiag[j] = a->H[a->perm[j] * a->n + a->perm[j]];
         a->g_idx[a->perm[j]] = t->group[j];
     }
@@ -287,20 +288,20 @@ static ptq_status prepare(solver *v, tables *t, int threads) {
     v->first = t->first;
     v->sweep_first = t->sweep_first;
     v->block_count = cut_blocks(v, a->block, t->first);
-    if (a->sweeps) v->sweep_count = cut_blocks(v, SWEEP, t->sweep_first);
+    if (a->refine_passes) v->sweep_count = cut_blocks(v, SWEEP, t->sweep_first);
     return PTQ_OK;
 }
 
 static ptq_status solve(solver *v, int threads) {
     const ptq_gptq_args *a = v->a;
-    const int64_t nr = v->k->nr, team = ptq_thread_count(threads);
+    const int64_t nr = v->k->gemm.nr;
     v->panels = ptq_ceil_div(a->rows, nr);
-    v->per_task = ptq_max64(1, ptq_min64(PANELS, v->panels / (2 * team)));
+    v->per_task = ptq_max64(1, ptq_min64(PANELS, v->panels / (2 * threads)));
     /* scratch: N and V of fit_updated (or dE of a sweep), then the grid search's own */
-    const int64_t fit = 2 * a->G * nr + ptq_panel_fit_work(a->G, &a->grid);
+    const int64_t fit = 2 * a->G * nr + ptq_grid_fit_work(&a->grid);
     const int64_t scratch = ptq_max64(fit, v->block_columns * nr);
     v->workspace = ptq_ceil_div(v->per_task * panel_floats(v) + scratch, 16) * 16;
-    v->work = ptq_alloc(v->workspace * team, sizeof *v->work);
+    v->work = ptq_alloc(v->workspace * threads, sizeof *v->work);
     if (!v->work) return PTQ_NOMEM;
     const ptq_status status =
         ptq_parallel_for(ptq_ceil_div(v->panels, v->per_task), threads, solve_task, v);
@@ -310,7 +311,8 @@ static ptq_status solve(solver *v, int threads) {
 ptq_status ptq_gptq(const ptq_gptq_args *a, int threads) {
     if (a->rows < 1 || a->n < 1 || a->G < 1 || a->n % a->G || a->block < 1) return PTQ_INVALID;
     solver v = {.a = a, .k = ptq_kernels_get()};
-    tables t = {0};
+    index_tables t = {0};
+    threads = ptq_thread_count(threads);
     ptq_status status = prepare(&v, &t, threads);
     if (!status) status = solve(&v, threads);
     ptq_strips_free(&v.R);

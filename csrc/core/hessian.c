@@ -13,6 +13,7 @@ enum {
 typedef struct {
     const ptq_kernels *k;
     float *S;
+    int mr, nr; /* of the kernel that multiplies */
     int64_t n, panels;
     const void *X;
     int64_t ldx;
@@ -33,18 +34,18 @@ static int64_t panel_depth(const update *u) {
 static void pack_task(void *ctx, int64_t panel, int thread) {
     (void)thread;
     update *u = ctx;
-    const int64_t nr = u->k->nr, at = panel * panel_depth(u) * nr;
+    const int64_t nr = u->nr, at = panel * panel_depth(u) * nr;
     if (u->pairs)
-        u->k->pack_pairs(u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
+        u->k->pairs.pack(u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
                          (uint32_t *)u->packed + at);
     else
-        u->k->pack_tokens(u->dtype, u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
+        u->k->tokens.pack(u->dtype, u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
                           (float *)u->packed + at);
 }
 
 /* S tile (mr rows from i, nr columns from j) += C, inside the matrix. */
 static void add_tile(const update *u, const float *C, int64_t i, int64_t j) {
-    const int64_t nr = u->k->nr, height = ptq_min64(u->k->mr, u->n - i);
+    const int64_t nr = u->nr, height = ptq_min64(u->mr, u->n - i);
     const int64_t width = ptq_min64(nr, u->n - j);
     for (int64_t a = 0; a < height; a++) {
         float *s = u->S + (i + a) * u->n + j;
@@ -53,16 +54,15 @@ static void add_tile(const update *u, const float *C, int64_t i, int64_t j) {
 }
 
 static void multiply(const update *u, int64_t ipanel, int64_t jpanel, int64_t k0, int64_t depth) {
-    const int64_t nr = u->k->nr, mr = u->k->mr, full = panel_depth(u);
-    float C[8 * 48];
+    const int64_t nr = u->nr, mr = u->mr, full = panel_depth(u);
+    float C[PTQ_MAX_TILE];
     for (int64_t i = 0; i < nr; i += mr) {
-        if (ipanel * nr + i >= u->n || (ipanel == jpanel && i > nr)) break;
+        if (ipanel * nr + i >= u->n) break;
         memset(C, 0, sizeof(float) * (size_t)(mr * nr));
         const int64_t a = (ipanel * full + k0) * nr + i, b = (jpanel * full + k0) * nr;
         if (u->pairs)
-            u->k->gemm_bf16(C, (uint32_t *)u->packed + a, nr, (uint32_t *)u->packed + b, depth);
-        else
-            u->k->gemm_f32(C, (float *)u->packed + a, nr, (float *)u->packed + b, depth);
+            u->k->pairs.gemm(C, (uint32_t *)u->packed + a, nr, (uint32_t *)u->packed + b, depth);
+        else u->k->gemm.f32(C, (float *)u->packed + a, nr, (float *)u->packed + b, depth);
         add_tile(u, C, ipanel * nr + i, jpanel * nr);
     }
 }
@@ -89,26 +89,26 @@ static void finite_task(void *ctx, int64_t i, int thread) {
     const int64_t size = u->dtype == PTQ_F32 ? 4 : 2, end = ptq_min64((i + 1) * 64, u->count);
     for (int64_t t = i * 64; t < end; t++) {
         const int64_t row = u->rows ? u->rows[t] : t;
-        if (!u->k->all_finite(u->dtype, (const char *)u->X + row * u->ldx * size, u->n)) u->bad = 1;
+        if (!u->k->tokens.all_finite(u->dtype, (const char *)u->X + row * u->ldx * size, u->n))
+            u->bad = 1;
     }
 }
 
-static ptq_status update_blas(float *S, int64_t n, const float *X, int64_t ldx, int64_t tokens) {
+static void update_blas(ptq_ssyrk_fn ssyrk, float *S, int64_t n, const float *X, int64_t ldx,
+                        int64_t tokens) {
     /* Row-major S upper is column-major lower; row-major X is column-major X^T. */
     char uplo = 'L', trans = 'N';
     int in = (int)n, ik = (int)tokens, lda = (int)ldx;
     float one = 1.0f;
-    ptq_blas_ssyrk()(&uplo, &trans, &in, &ik, &one, (float *)(uintptr_t)X, &lda, &one, S, &in);
-    return PTQ_OK;
+    ssyrk(&uplo, &trans, &in, &ik, &one, (float *)(uintptr_t)X, &lda, &one, S, &in);
 }
 
 static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
-    const int64_t nr = u->k->nr, chunk = ptq_min64(CHUNK, tokens);
+    const int64_t nr = u->nr, chunk = ptq_min64(CHUNK, tokens);
     u->panels = ptq_ceil_div(u->n, nr);
-    /* About 384 columns a side for cache, fewer where that would leave threads idle. */
+    /* About 384 columns per side for cache, fewer if that would leave threads idle. */
     u->tile = ptq_max64(1, 384 / nr);
-    while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * ptq_thread_count(threads))
-        u->tile /= 2;
+    while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * threads) u->tile /= 2;
     const int64_t side = ptq_ceil_div(u->panels, u->tile);
     u->packed = ptq_alloc(u->panels * chunk * nr, sizeof(float));
     if (!u->packed) return PTQ_NOMEM;
@@ -125,17 +125,27 @@ static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
 ptq_status ptq_hessian_update(float *S, int64_t n, const void *X, int64_t ldx, ptq_dtype dtype,
                               const int64_t *rows, int64_t tokens, int threads) {
     if (n < 1 || tokens < 0 || ldx < n) return PTQ_INVALID;
-    update u = {.k = ptq_kernels_get(), .S = S, .n = n, .X = X, .ldx = ldx, .dtype = dtype,
-                .rows = rows, .count = tokens};
-    const int scanners = ptq_threads_for(threads, (double)tokens * (double)n);
+    update u = {.k = ptq_kernels_get(),
+                .S = S,
+                .n = n,
+                .X = X,
+                .ldx = ldx,
+                .dtype = dtype,
+                .rows = rows,
+                .count = tokens};
+    u.pairs = dtype == PTQ_BF16 && u.k->pairs.gemm != NULL;
+    u.mr = u.pairs ? u.k->pairs.mr : u.k->gemm.mr;
+    u.nr = u.pairs ? u.k->pairs.nr : u.k->gemm.nr;
+    threads = ptq_thread_count(threads);
+    const int scanners = ptq_worth_threads((double)tokens * (double)n) ? threads : 1;
     ptq_status status = ptq_parallel_for(ptq_ceil_div(tokens, 64), scanners, finite_task, &u);
     if (status) return status;
     if (u.bad) return PTQ_NONFINITE;
-    u.pairs = dtype == PTQ_BF16 && u.k->gemm_bf16 != NULL;
-    if (dtype == PTQ_F32 && !rows && ptq_blas_ssyrk() && n <= INT_MAX && tokens <= INT_MAX &&
-        ldx <= INT_MAX)
-        return update_blas(S, n, X, ldx, tokens);
-    return update_builtin(&u, tokens, threads);
+    const ptq_ssyrk_fn ssyrk = ptq_blas_ssyrk();
+    if (!ssyrk || dtype != PTQ_F32 || rows || n > INT_MAX || tokens > INT_MAX || ldx > INT_MAX)
+        return update_builtin(&u, tokens, threads);
+    update_blas(ssyrk, S, n, X, ldx, tokens);
+    return PTQ_OK;
 }
 
 typedef struct {
@@ -143,14 +153,14 @@ typedef struct {
     float *out;
     int64_t n;
     double factor;
-} finish;
+} finish_args;
 
 enum { BLOCK = 64 };
 
-/* Block row b: scale the upper part and mirror it, block by block so that both sides stay cached. */
+/* Block row b: scale the upper part and mirror it, block by block to keep both sides cached. */
 static void finish_task(void *ctx, int64_t b, int thread) {
     (void)thread;
-    const finish *f = ctx;
+    const finish_args *f = ctx;
     const int64_t n = f->n, i0 = b * BLOCK, i1 = ptq_min64(i0 + BLOCK, n);
     for (int64_t j0 = i0; j0 < n; j0 += BLOCK) {
         const int64_t j1 = ptq_min64(j0 + BLOCK, n);
@@ -163,57 +173,7 @@ static void finish_task(void *ctx, int64_t b, int thread) {
 }
 
 ptq_status ptq_hessian_finish(const float *S, float *out, int64_t n, double factor, int threads) {
-    finish f = {S, out, n, factor};
-    threads = ptq_threads_for(threads, (double)n * (double)n);
+    finish_args f = {S, out, n, factor};
+    threads = ptq_threads_for_work(threads, (double)n * (double)n);
     return ptq_parallel_for(ptq_ceil_div(n, BLOCK), threads, finish_task, &f);
-}
-
-typedef struct {
-    const ptq_kernels *k;
-    const float *H;
-    int64_t n;
-    float tolerance;
-    atomic_int asymmetric, bad;
-} inspection;
-
-static void inspect_task(void *ctx, int64_t b, int thread) {
-    (void)thread;
-    inspection *c = ctx;
-    const int64_t n = c->n, i0 = b * BLOCK, i1 = ptq_min64(i0 + BLOCK, n);
-    if (!c->k->all_finite(PTQ_F32, c->H + i0 * n, (i1 - i0) * n)) c->bad = 1;
-    for (int64_t j0 = i0; j0 < n; j0 += BLOCK)
-        for (int64_t i = i0; i < i1; i++)
-            for (int64_t j = j0; j < ptq_min64(j0 + BLOCK, n); j++) {
-                const float d = c->H[i * n + j] - c->H[j * n + i];
-                if (d > c->tolerance || d < -c->tolerance) c->asymmetric = 1;
-            }
-}
-
-ptq_status ptq_symmetric_check(const float *H, int64_t n, float tolerance, int threads) {
-    inspection c = {ptq_kernels_get(), H, n, tolerance, 0, 0};
-    threads = ptq_threads_for(threads, (double)n * (double)n);
-    const ptq_status status = ptq_parallel_for(ptq_ceil_div(n, BLOCK), threads, inspect_task, &c);
-    if (status) return status;
-    return c.bad ? PTQ_NONFINITE : c.asymmetric ? PTQ_INVALID : PTQ_OK;
-}
-
-typedef struct {
-    const ptq_kernels *k;
-    const float *x;
-    int64_t count;
-    atomic_int bad;
-} scan;
-
-static void scan_task(void *ctx, int64_t b, int thread) {
-    (void)thread;
-    scan *c = ctx;
-    const int64_t from = b << 16;
-    if (!c->k->all_finite(PTQ_F32, c->x + from, ptq_min64(1 << 16, c->count - from))) c->bad = 1;
-}
-
-ptq_status ptq_finite_check(const float *x, int64_t count, int threads) {
-    scan c = {ptq_kernels_get(), x, count, 0};
-    threads = ptq_threads_for(threads, (double)count);
-    const ptq_status status = ptq_parallel_for(ptq_ceil_div(count, 1 << 16), threads, scan_task, &c);
-    return status ? status : c.bad ? PTQ_NONFINITE : PTQ_OK;
 }

@@ -1,4 +1,5 @@
-/* internal.h - helpers shared by the core's own files; not part of its contract. */
+/* internal.h - helpers shared by the core's own files; not part of its contract. `threads` is
+ * resolved here, at least 1: see ptq_parallel_for. */
 #ifndef PTQ_INTERNAL_H
 #define PTQ_INTERNAL_H
 
@@ -35,8 +36,9 @@ typedef enum { PTQ_STRIPS_UPPER, PTQ_STRIPS_HALF_DIAGONAL, PTQ_STRIPS_FULL } ptq
 /* Cut the n columns of M[index, index] (leading dimension ld, index NULL: as it is) into strips.
  * UPPER: entries on and above the diagonal. HALF_DIAGONAL: the same with the diagonal halved, so
  * that 2 * sum_j e_j (strips^T e)_j = e M e^T. FULL: all n rows of every strip. */
-ptq_status ptq_strips_make(ptq_strips *strips, const float *M, int64_t ld, const int64_t *index,
-                           int64_t n, int64_t align, ptq_strips_kind kind, int threads);
+ptq_status ptq_strips_make(const ptq_kernels *k, ptq_strips *strips, const float *M, int64_t ld,
+                           const int64_t *index, int64_t n, int64_t align, ptq_strips_kind kind,
+                           int threads);
 void ptq_strips_free(ptq_strips *strips);
 
 /* The diagonal blocks of H that the Hessian grid of each group reads. */
@@ -46,17 +48,22 @@ typedef struct {
     float *diagonal;   /* (n) diagonal of H in the same order */
 } ptq_grid_blocks;
 
-ptq_status ptq_grid_blocks_make(ptq_grid_blocks *blocks, const float *H, int64_t n, int64_t G,
-                                const int64_t *order, int threads);
+ptq_status ptq_grid_blocks_make(const ptq_kernels *k, ptq_grid_blocks *blocks, const float *H,
+                                int64_t n, int64_t G, const int64_t *perm, int threads);
 void ptq_grid_blocks_free(ptq_grid_blocks *blocks);
 
-/* Floats of scratch that ptq_panel_fit needs. */
-int64_t ptq_panel_fit_work(int64_t G, const ptq_grid *grid);
+/* Floats of scratch that ptq_grid_fit needs. */
+int64_t ptq_grid_fit_work(const ptq_grid *grid);
 /* Fit the grid of group g to U (G, nr): s, z (nr). blocks may be NULL unless the method reads H. */
-void ptq_panel_fit(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
-                   const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z);
+void ptq_grid_fit(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
+                  const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z);
 /* Rows [row, row + nr) of W into a panel (n, nr); missing rows are zero. */
 void ptq_panel_load(const ptq_kernels *k, const float *W, int64_t rows, int64_t n, int64_t row,
                     float *panel);
+
+/* ptq_channel_ranges on given kernels and resolved threads. */
+ptq_status ptq_column_ranges(const ptq_kernels *k, const void *X, int64_t n, int64_t ldx,
+                             ptq_dtype dtype, const int64_t *rows, int64_t tokens, float *low,
+                             float *high, double *sum, int threads);
 
 #endif

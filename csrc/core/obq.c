@@ -67,7 +67,8 @@ ptq_status ptq_obq(const double *W, int64_t rows, int64_t n, const double *inver
                    int threads) {
     if (rows < 1 || n < 1) return PTQ_INVALID;
     elimination o = {W, inverse, scale, zero, n, max_code, codes, NULL};
-    o.work = ptq_alloc((n * n + 2 * n) * ptq_thread_count(threads), sizeof *o.work);
+    threads = ptq_thread_count(threads);
+    o.work = ptq_alloc((n * n + 2 * n) * threads, sizeof *o.work);
     const ptq_status status = o.work ? ptq_parallel_for(rows, threads, row_task, &o) : PTQ_NOMEM;
     free(o.work);
     return status;

@@ -10,8 +10,6 @@ typedef struct {
     int bits;
 } stream;
 
-_Static_assert(sizeof(uint32_t) == 4, "a packed word has 32 bits");
-
 enum { ROWS = 32 };
 
 static void pack_task(void *ctx, int64_t task, int thread) {
@@ -58,15 +56,23 @@ static void unpack_task(void *ctx, int64_t task, int thread) {
 ptq_status ptq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, uint32_t *words,
                     int threads) {
     if (bits < 1 || bits > 8 || rows < 0 || columns < 0) return PTQ_INVALID;
-    stream s = {.codes = codes, .packed = words, .rows = rows, .columns = columns,
-                .per_row = ptq_ceil_div(columns * bits, 32), .bits = bits};
-    return ptq_parallel_for(ptq_ceil_div(rows, ROWS), threads, pack_task, &s);
+    stream s = {.codes = codes,
+                .packed = words,
+                .rows = rows,
+                .columns = columns,
+                .per_row = ptq_ceil_div(columns * bits, 32),
+                .bits = bits};
+    return ptq_parallel_for(ptq_ceil_div(rows, ROWS), ptq_thread_count(threads), pack_task, &s);
 }
 
 ptq_status ptq_unpack(const uint32_t *words, int64_t rows, int64_t columns, int bits,
                       uint8_t *codes, int threads) {
     if (bits < 1 || bits > 8 || rows < 0 || columns < 0) return PTQ_INVALID;
-    stream s = {.words = words, .out = codes, .rows = rows, .columns = columns,
-                .per_row = ptq_ceil_div(columns * bits, 32), .bits = bits};
-    return ptq_parallel_for(ptq_ceil_div(rows, ROWS), threads, unpack_task, &s);
+    stream s = {.words = words,
+                .out = codes,
+                .rows = rows,
+                .columns = columns,
+                .per_row = ptq_ceil_div(columns * bits, 32),
+                .bits = bits};
+    return ptq_parallel_for(ptq_ceil_div(rows, ROWS), ptq_thread_count(threads), unpack_task, &s);
 }

@@ -3,8 +3,25 @@
  * Letters: W (rows, n) weights, H (n, n) Hessian, G group size, rows = outputs, n = inputs.
  * All matrices are C-contiguous unless a leading dimension is given. Sums over samples and
  * objectives are in double; GEMM accumulators are float32 and always run over k in ascending
- * order, so neither block sizes nor thread counts change a bit of any result.
- * Every function is re-entrant, keeps no state and returns a ptq_status; none prints or aborts.
+ * order, so with the built-in kernels neither block sizes nor thread counts change a bit of any
+ * result. The CPU level may: see ptq_cpu_select.
+ *
+ * SciPy's BLAS, if ptq_blas_set handed it over, replaces the products of ptq_hessian_update and the
+ * factorization of ptq_factor (their prototypes say when), and nothing else. There the order of
+ * summation is that library's: its version, the CPU and the number of threads it takes from its own
+ * settings may change the last bits of the result, `threads` does not reach it, and it cannot be
+ * interrupted. Everything computed from the same H and R afterwards is the same again.
+ *
+ * threads: at most this many work on a call, at most one per processor that the process may use;
+ * 0 = default policy. Every call resolves it once, at its start; so it does with the CPU level and
+ * BLAS, which may be chosen anew while a call runs. Every function is re-entrant and keeps no other
+ * state than these choices. All return a ptq_status unless they only answer a question; none prints
+ * or aborts.
+ *
+ * Citations, here and in the Python sources:
+ * [GPTQ] Frantar et al., arXiv:2210.17323. [QEP] Arai and Ichikawa, arXiv:2504.09629.
+ * [AWEQ] Li et al., arXiv:2311.01305. [SBC] Pandey et al., arXiv:2309.01729.
+ * [IPQS] Ahmadian et al., arXiv:2305.19268. [LLM.int8()] Dettmers et al., arXiv:2208.07339.
  */
 #ifndef PTQ_H
 #define PTQ_H
@@ -14,15 +31,18 @@
 
 typedef enum {
     PTQ_OK = 0,
-    PTQ_NOMEM,       /* an allocation failed */
-    PTQ_NOT_PD,      /* factorization met a non-positive pivot; see info */
-    PTQ_NONFINITE,   /* NaN or Inf in an input, or produced by a hopeless Hessian */
-    PTQ_INTERRUPTED, /* the poll callback asked to stop */
-    PTQ_INVALID,     /* sizes or options the caller should have refused */
-    PTQ_BLAS,        /* an external BLAS/LAPACK call failed */
+    PTQ_NOMEM,         /* an allocation failed */
+    PTQ_NOT_PD,        /* factorization met a non-positive pivot; see info */
+    PTQ_NONFINITE,     /* NaN or Inf in an input, or produced by a numerically singular Hessian */
+    PTQ_INTERRUPTED,   /* the poll callback asked to stop */
+    PTQ_INVALID,       /* sizes or options the caller should have refused */
+    PTQ_BLAS,          /* an external BLAS/LAPACK call failed */
+    PTQ_NOT_SYMMETRIC, /* mirrored entries differ by more than the tolerance */
+    PTQ_ROW_REFUSED,   /* a row breaks the function's condition; see info */
 } ptq_status;
 
-typedef enum { PTQ_F32 = 0, PTQ_F16 = 1, PTQ_BF16 = 2 } ptq_dtype;
+/* PTQ_F64 only for the arguments that name it. */
+typedef enum { PTQ_F32 = 0, PTQ_F16 = 1, PTQ_BF16 = 2, PTQ_F64 = 3 } ptq_dtype;
 typedef enum { PTQ_GRID_MINMAX = 0, PTQ_GRID_MSE = 1, PTQ_GRID_HESSIAN = 2 } ptq_grid_method;
 
 /* Width of the diagonal blocks that stand for H in the Hessian grid of wider groups. */
@@ -49,28 +69,37 @@ typedef void (*ptq_task)(void *ctx, int64_t task, int thread);
 typedef int (*ptq_poll)(void);
 
 void ptq_set_poll(ptq_poll poll);
-/* Threads that a request means: 0 asks for the policy (OpenMP's own); 1 in a forked child. */
+/* Number of threads for a request; 0 = default policy (OpenMP's own), 1 in a forked child. Never
+ * more than there are processors: a runtime that cannot start a team ends the process. */
 int ptq_thread_count(int requested);
-/* The same for a loop of about `work` operations: 1 where waking a team would cost more. */
-int ptq_threads_for(int requested, double work);
+/* The same for a loop of about `work` operations: 1 if it is too small to pay for a thread team. */
+int ptq_threads_for_work(int requested, double work);
+int ptq_worth_threads(double work);
 int ptq_has_openmp(void);
-/* For tasks that may run longer than about 0.1 s: non-zero when the loop should end, whatever the
+/* For tasks that may run longer than about 0.1 s: non-zero if the loop should end, whatever the
  * task has left undone. */
 int ptq_should_stop(void);
-/* Run task(ctx, 0..tasks-1) on at most `threads` threads; PTQ_INTERRUPTED when poll said so. */
+/* Run task(ctx, 0..tasks-1, thread) on at most `threads` threads, a count that ptq_thread_count
+ * gave: it is not resolved again, as scratch memory was sized by it. thread is in [0, threads).
+ * PTQ_INTERRUPTED if poll said so. */
 ptq_status ptq_parallel_for(int64_t tasks, int threads, ptq_task task, void *ctx);
 
 /* ---- hessian.c ------------------------------------------------------------------------- */
-/* S upper triangle += sum over the given rows of x x^T, in float32.
+/* S upper triangle += sum over the given rows of x x^T, in float32; the strict lower triangle is
+ * scratch, tiles on the diagonal write below it too.
  * S (n, n) float32; X tokens of n values at stride ldx elements, of type `dtype`;
  * rows: indices of the tokens that count, or NULL for all `tokens`. bf16 products are exact in
- * float32 and are accumulated without widening where the CPU can. PTQ_NONFINITE leaves S as is. */
+ * float32 and are accumulated without widening if the CPU can. PTQ_NONFINITE leaves S as is.
+ * BLAS: ssyrk for float32 without `rows`, on its own threads. */
 ptq_status ptq_hessian_update(float *S, int64_t n, const void *X, int64_t ldx, ptq_dtype dtype,
                               const int64_t *rows, int64_t tokens, int threads);
 /* out (n, n) full symmetric = factor * S, from S's upper triangle. out may be S. */
 ptq_status ptq_hessian_finish(const float *S, float *out, int64_t n, double factor, int threads);
-/* PTQ_NONFINITE, or PTQ_INVALID where |H_ij - H_ji| > tolerance, else PTQ_OK. */
+
+/* ---- checks.c -------------------------------------------------------------------------- */
+/* PTQ_NONFINITE; else PTQ_NOT_SYMMETRIC if |H_ij - H_ji| > tolerance anywhere in H (n, n). */
 ptq_status ptq_symmetric_check(const float *H, int64_t n, float tolerance, int threads);
+/* PTQ_NONFINITE if a value is NaN or Inf. */
 ptq_status ptq_finite_check(const float *x, int64_t count, int threads);
 
 /* ---- ranges.c -------------------------------------------------------------------------- */
@@ -83,8 +112,8 @@ ptq_status ptq_channel_ranges(const void *X, int64_t n, int64_t ldx, ptq_dtype d
                               double *sum, int threads);
 
 /* ---- equalize.c ------------------------------------------------------------------------ */
-/* scales (n) = rx^alpha / rw^(1 - alpha) within [lowest, highest], 1 where either is 0; alpha = 1/2
- * is [AWEQ] eq. 10. rx, rw (n) extents of the channels of X and of the columns of W. */
+/* scales (n) = rx^alpha / rw^(1 - alpha) within [lowest, highest], 1 if either is 0; alpha = 1/2
+ * is [AWEQ] eq. 10. rx, rw (n) spans of the channels of X and of the columns of W. */
 ptq_status ptq_equalization_scales(const double *rx, const double *rw, int64_t n, double alpha,
                                    double lowest, double highest, float *scales);
 
@@ -96,14 +125,14 @@ typedef struct {
     int64_t layers;
     const float *scales; /* (candidates, n), positive */
     int64_t candidates;
-    int64_t G; /* weights: group size, n for one grid a row */
-    int per_tensor; /* weights: one grid for each whole matrix, G is n */
-    ptq_grid grid;  /* weights: min-max only */
+    int64_t G;        /* weights: group size, n for one grid per row */
+    int per_tensor;   /* weights: one grid for each whole matrix, G is n */
+    ptq_grid grid;    /* weights: min-max only */
     int act_max_code; /* activations: 2^bits - 1, at most 65535; 0 leaves them as they are */
     int act_symmetric;
-    int act_per_tensor;            /* static, from minimum and maximum; else from each token */
+    int act_per_tensor;             /* static, from minimum and maximum; else from each token */
     const float *minimum, *maximum; /* (n) of X over the calibration set; with act_per_tensor */
-    double *errors; /* out (candidates) sum of (Q_a(X / s) Q_w(W s)^T - X W^T)^2 */
+    double *errors;                 /* out (candidates) sum of (Q_a(X / s) Q_w(W s)^T - X W^T)^2 */
 } ptq_equalization_args;
 
 /* Output error of each candidate: products in float32, squares of a tile row's mr tokens summed in
@@ -113,9 +142,10 @@ ptq_status ptq_equalization_errors(const ptq_equalization_args *args, int thread
 /* ---- cholesky.c ------------------------------------------------------------------------ */
 /* R (n, n) upper triangular, float32, with R R^T = P H P^T + diag(shift), where
  * row i of the permuted matrix is row perm[i] of H. shift (n) is in the original order. The strict
- * lower triangle of R is not written. On PTQ_NOT_PD *info is the original index of the pivot. */
-ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const double *shift,
-                      float *R, int64_t *info, int threads);
+ * lower triangle of R is not written. On PTQ_NOT_PD *info is the original index of the pivot.
+ * BLAS: spotrf for any n that an int holds, on its own threads. */
+ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const double *shift, float *R,
+                      int64_t *info, int threads);
 
 /* ---- rtn.c ----------------------------------------------------------------------------- */
 /* Grids and codes by rounding to nearest. H (n, n) is read for PTQ_GRID_HESSIAN only.
@@ -130,22 +160,22 @@ ptq_status ptq_codes_on_grid(const float *W, int64_t rows, int64_t n, const floa
 /* ---- gptq.c ---------------------------------------------------------------------------- */
 typedef struct {
     const float *W;      /* (rows, n), columns of dead inputs already zero */
-    const float *H;      /* (n, n) undamped: Hessian grids, sweeps */
+    const float *H;      /* (n, n) undamped: Hessian grids, refine_passes */
     const float *R;      /* (n, n) from ptq_factor with the same perm */
     const int64_t *perm; /* (n) quantization order */
     int64_t rows, n, G, block;
-    int static_groups;   /* grids from W beforehand, groups in original order */
-    int runs;            /* groups are runs of the order (act-order with g_idx) */
-    int feedback;        /* 0: every column is rounded as it is */
-    int sweeps;          /* coordinate-descent passes after the solve */
-    double damping;      /* absolute value that was added to the diagonal for R */
+    int static_groups;       /* grids from W beforehand, groups in original order */
+    int groups_follow_order; /* groups are runs of perm (act-order with g_idx) */
+    int feedback;            /* 0: every column is rounded as it is */
+    int refine_passes;       /* coordinate-descent passes after the solve */
+    double shift;            /* absolute value that was added to the diagonal for R */
     ptq_grid grid;
-    uint8_t *codes;      /* out (rows, n) original column order */
-    float *scales;       /* out (rows, n / G) */
-    uint8_t *zeros;      /* out (rows, n / G) */
-    int32_t *g_idx;      /* out (n) group of each original column */
-    double *history;     /* out (sweeps + 1, rows) objective under the undamped H; without
-                          * feedback only its differences from row to row mean anything */
+    uint8_t *codes;  /* out (rows, n) original column order */
+    float *scales;   /* out (rows, n / G) */
+    uint8_t *zeros;  /* out (rows, n / G) */
+    int32_t *g_idx;  /* out (n) group of each original column */
+    double *history; /* out (refine_passes + 1, rows) objective under the undamped H; without
+                      * feedback only its differences from row to row mean anything */
 } ptq_gptq_args;
 
 /* GPTQ as Babai's nearest plane (gptq.c), identical in exact arithmetic to [GPTQ] Algorithm 1. */
@@ -161,11 +191,11 @@ ptq_status ptq_objective(const float *E, int64_t rows, int64_t n, const float *H
 typedef struct {
     int bits;      /* 2 to 16 */
     int symmetric; /* zero-point 0 */
-    int narrow;    /* symmetric only: without the smallest code, scale = max|x| / (2^(bits-1) - 1) */
+    int narrow; /* symmetric only: without the smallest code, scale = max|x| / (2^(bits-1) - 1) */
 } ptq_signed_grid;
 
 /* Grid of the range [low, high] and 0, in float32. A range of 0 (or whose scale underflows) gets
- * scale 2^-23 and zero-point 0; the scale is infinite where high - low overflows. */
+ * scale 2^-23 and zero-point 0; the scale is infinite if high - low overflows. */
 ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float high, float *scale,
                                int *zero);
 /* Extremes of 0 and X (tokens, n), of type `dtype`. Columns with a non-zero skip[c] (NULL: none)
@@ -181,18 +211,20 @@ ptq_status ptq_activations_quantize(const void *X, int64_t n, ptq_dtype dtype, c
 /* outliers (n) = 1 for columns with an |x| >= threshold [LLM.int8()]. */
 ptq_status ptq_outlier_columns(const void *X, int64_t n, ptq_dtype dtype, int64_t tokens,
                                float threshold, uint8_t *outliers, int threads);
-/* out (rows) = (W_hat - W) mean, in double [AWEQ, eqs. 11-15]. W, W_hat (rows, n) float, or double
- * where `wide`. */
-ptq_status ptq_bias_correction(const void *W, const void *W_hat, int wide, int64_t rows, int64_t n,
-                               const double *mean, double *out, int threads);
 
-/* ---- int8.c ---------------------------------------------------------------------------- */
+/* ---- bias_correction.c ----------------------------------------------------------------- */
+/* out (rows) = (W_hat - W) mean, in double [AWEQ, eqs. 11-15]. W, W_hat (rows, n) of `dtype`,
+ * PTQ_F32 or PTQ_F64; mean (n). */
+ptq_status ptq_bias_correction(const void *W, const void *W_hat, ptq_dtype dtype, int64_t rows,
+                               int64_t n, const double *mean, double *out, int threads);
+
+/* ---- int8_gemm.c ----------------------------------------------------------------------- */
 /* Most inputs of a product whose sums surely fit int32. */
 #define PTQ_INT8_INPUTS ((INT32_MAX) >> 14)
 typedef struct {
-    const int8_t *x, *w;            /* codes (tokens, n) and (outputs, n) */
-    int64_t tokens, outputs, n;     /* n at most PTQ_INT8_INPUTS */
-    int64_t x_grids, w_grids;       /* tokens or 1, outputs or 1 */
+    const int8_t *x, *w;        /* codes (tokens, n) and (outputs, n) */
+    int64_t tokens, outputs, n; /* n at most PTQ_INT8_INPUTS */
+    int64_t x_grids, w_grids;   /* tokens or 1, outputs or 1 */
     const float *x_scales, *w_scales;
     const int8_t *x_zeros, *w_zeros;
     int64_t columns;                /* columns multiplied in float32, whose codes are their zeros */
@@ -238,20 +270,21 @@ typedef struct {
 
 typedef enum { PTQ_CORRECT_NONE = 0, PTQ_CORRECT_TABLE, PTQ_CORRECT_ROW_SUM } ptq_correction;
 
-/* How the loop over rows went; rows with no allowed key are empty. */
+/* What the loop over rows met; a row without an allowed key is empty. */
 typedef struct {
     int64_t bad;   /* first row that was refused, or -1 */
     int64_t empty; /* number of empty rows */
 } ptq_rows_info;
 
-/* out = softmax over the allowed keys, rounded to the grid, plus the row's correction; 0 elsewhere,
- * all 0 in empty rows. scores (rows, k) float32; -Inf is the same as not allowed.
+/* out = softmax over the allowed keys, rounded to the grid, plus the row's correction [SBC]; 0
+ * elsewhere, all 0 in empty rows. scores (rows, k) float32; -Inf is the same as not allowed.
  * Correction: none; table (heads or 1, lengths or 1) by head and number of allowed keys; row sum:
  * (1 - sum of the rounded row) / (number of allowed keys).
- * out: float32 values (may be scores), or with `codes` uint8 (uint16 where max_code > 255): zero
- * where not allowed. corrections (rows) or NULL: what was, or is to be, added.
- * PTQ_NONFINITE: NaN or Inf at an allowed key of row info->bad. PTQ_INVALID with info->bad >= 0:
- * codes cannot say which keys a -Inf among the scores leaves out of the correction. */
+ * out: float32 values (may be scores), or with `codes` uint8 (uint16 if max_code > 255), the
+ * grid's zero at keys that are not allowed. corrections (rows) or NULL: what was, or is to be,
+ * added. PTQ_NONFINITE: NaN or Inf at an allowed key of some row. PTQ_ROW_REFUSED: codes cannot say
+ * which keys a -Inf among the scores leaves out of the correction. info->bad is the first such row.
+ */
 typedef struct {
     ptq_attention attention;
     ptq_softmax_grid grid;
@@ -272,30 +305,35 @@ int ptq_length_class(int64_t length);
 /* sums (heads, PTQ_LENGTH_CLASSES, 4) = rows, allowed entries, sum of code - zero and entries
  * whose code is zero, by the number of allowed keys of the row. All are integers: no order of
  * summation changes them. P (rows, k) float32 probabilities.
- * PTQ_INVALID with info->bad >= 0: the row holds a negative value or NaN, or the sum over its
- * allowed entries is further from 1 than the tolerance. */
+ * PTQ_ROW_REFUSED: row info->bad holds a negative value or NaN, or the sum over its allowed entries
+ * is further from 1 than the tolerance. */
 ptq_status ptq_softmax_statistics(const ptq_attention *attention, const float *P,
                                   const ptq_softmax_grid *grid, double tolerance, int64_t *sums,
                                   ptq_rows_info *info, int threads);
 /* out (n) = exp(x), x <= 0: the softmax's own, for tests. */
 ptq_status ptq_softmax_exp(const float *x, int64_t n, float *out, int threads);
 
-/* ---- sqnr.c ---------------------------------------------------------------------------- */
-/* out (rows, 2): sum of x^2 and of (y - x)^2 of every row, in double. x, y (rows, n), float64 where
- * `wide`, else float32. NaN and Inf arrive in out. */
-ptq_status ptq_energy(const void *x, const void *y, int wide, int64_t rows, int64_t n, double *out,
-                      int threads);
+/* ---- energy.c -------------------------------------------------------------------------- */
+/* out (rows, 2): sum of x^2 and of (y - x)^2 of every row, in double. x, y (rows, n) of `dtype`,
+ * PTQ_F32 or PTQ_F64. NaN and Inf propagate to out. */
+ptq_status ptq_energy(const void *x, const void *y, ptq_dtype dtype, int64_t rows, int64_t n,
+                      double *out, int threads);
 /* The same of every column: out (2, n). */
-ptq_status ptq_energy_columns(const void *x, const void *y, int wide, int64_t rows, int64_t n,
-                              double *out, int threads);
+ptq_status ptq_energy_columns(const void *x, const void *y, ptq_dtype dtype, int64_t rows,
+                              int64_t n, double *out, int threads);
 
 /* ---- cpu.c, blas.c --------------------------------------------------------------------- */
-/* Choose the kernel level once: NULL or "" means the best this CPU runs. PTQ_INVALID when the
- * name is unknown or the CPU cannot run it. */
-ptq_status ptq_cpu_select(const char *level);
+/* Choose the kernels: the name of a level ("base", "avx2", "avx512", "neon"), with an underscore
+ * and a name for each of its features that is wanted ("avx512_bf16"); NULL or "" means the best
+ * level with all features that this CPU has. PTQ_INVALID if the name is unknown or the CPU cannot
+ * run it. Levels differ in the order of float32 sums and in fused multiply-adds, so in last bits,
+ * which may flip a code that lies on a rounding tie; sums of integers and of doubles are the same
+ * on all. */
+ptq_status ptq_cpu_select(const char *name);
+/* Name of the kernels in use. */
 const char *ptq_cpu_level(void);
-/* 1 where the CPU can run the named level. */
-int ptq_cpu_supports(const char *level);
+/* 1 if the CPU can run what the name says. */
+int ptq_cpu_supports(const char *name);
 
 typedef void (*ptq_ssyrk_fn)(char *, char *, int *, int *, float *, float *, int *, float *,
                              float *, int *);

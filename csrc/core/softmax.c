@@ -6,11 +6,11 @@
 
 enum {
     TASK = 1 << 15,      /* entries of a task, about: enough to be worth one */
-    LONG_TASK = 1 << 18, /* where there are many: memory is read in long streams */
-    MANY_TASKS = 16,     /* tasks a thread, so that both end together */
+    LONG_TASK = 1 << 18, /* if there are many: memory is read in long streams */
+    MANY_TASKS = 16,     /* tasks per thread, so that all end together */
 };
 
-/* Bytes of output beyond which it cannot stay in the caches for who reads it next. */
+/* Outputs of more bytes than this bypass the caches. */
 static const int64_t STREAM = (int64_t)1 << 25;
 
 static int64_t rows_of_a_task(int64_t rows, int64_t k, int threads) {
@@ -18,7 +18,7 @@ static int64_t rows_of_a_task(int64_t rows, int64_t k, int threads) {
     return ptq_max64(ptq_max64(1, TASK / k), ptq_min64(share, LONG_TASK / k));
 }
 
-/* First row that was refused; the smallest of all, so that threads do not change the answer. */
+/* Keep the first row that was refused, in the order of rows: threads do not change the answer. */
 static void refuse(atomic_llong *bad, int64_t row) {
     long long seen = atomic_load(bad);
     while ((seen < 0 || row < seen) && !atomic_compare_exchange_weak(bad, &seen, row)) continue;
@@ -37,10 +37,10 @@ static int64_t attention_rows(const ptq_attention *a) { return a->batch * a->hea
 typedef struct {
     int64_t batch, head, query, prefix;
     const uint8_t *allowed;
-} place;
+} row_view;
 
-static place find(const ptq_attention *a, int64_t row) {
-    place p = {row / a->q / a->heads, row / a->q % a->heads, row % a->q, a->k, a->allowed};
+static row_view locate_row(const ptq_attention *a, int64_t row) {
+    row_view p = {row / a->q / a->heads, row / a->q % a->heads, row % a->q, a->k, a->allowed};
     if (a->causal) p.prefix = ptq_min64(a->k, ptq_max64(0, a->k - a->q + 1 + p.query));
     if (p.allowed) {
         const int64_t b = a->allowed_batch > 1 ? p.batch : 0;
@@ -55,9 +55,9 @@ typedef struct {
     const ptq_softmax_args *args;
     int64_t rows, block, padded;
     int stream;
-    float *scratch; /* two padded rows a thread */
+    float *scratch; /* two padded rows per thread */
     atomic_llong bad, empty;
-    atomic_int kind; /* 1: some row is not finite */
+    atomic_int nonfinite; /* some row was refused for that */
 } quantization;
 
 static int has_nan(const float *x, int64_t n) {
@@ -90,49 +90,49 @@ static void empty_row(quantization *s, int64_t row) {
     atomic_fetch_add(&s->empty, 1);
 }
 
-/* Returns 0, or 1 for a row that is not finite, 2 for a -Inf that codes cannot mark. */
-static int quantize_row(quantization *s, int64_t row, float *e, float *masked) {
+/* PTQ_NONFINITE, or PTQ_ROW_REFUSED for a -Inf that codes cannot mark. */
+static ptq_status quantize_row(quantization *s, int64_t row, float *e, float *masked) {
     const ptq_softmax_args *a = s->args;
-    const place p = find(&a->attention, row);
+    const row_view p = locate_row(&a->attention, row);
     const int64_t n = p.prefix;
     const float *x = a->scores + row * a->attention.k;
     const float *next = row + 1 < s->rows ? x + a->attention.k : x;
     int64_t allowed = n;
     if (p.allowed) {
-        allowed = s->k->softmax_mask(n, x, p.allowed, -INFINITY, masked);
+        allowed = s->k->softmax.mask(n, x, p.allowed, -INFINITY, masked);
         x = masked;
     }
     float low, high;
-    s->k->softmax_range(n, x, &low, &high);
-    if (!(high > -INFINITY)) { /* NaN beside nothing but -Inf is seen here only */
-        if (has_nan(x, n)) return 1;
+    s->k->softmax.range(n, x, &low, &high);
+    if (!(high > -INFINITY)) { /* NaN among nothing but -Inf is seen here only */
+        if (has_nan(x, n)) return PTQ_NONFINITE;
         empty_row(s, row);
-        return 0;
+        return PTQ_OK;
     }
     if (!(low > -INFINITY)) {
         int64_t seen = 0;
         for (int64_t i = 0; i < n; i++) seen += x[i] != -INFINITY;
-        if (seen < allowed && a->codes && a->correction) return 2;
+        if (seen < allowed && a->codes && a->correction) return PTQ_ROW_REFUSED;
         allowed = seen;
     }
-    const double sum = s->k->softmax_exp(n, x, high, next, e);
-    if (!(sum < INFINITY)) return 1;
+    const double sum = s->k->softmax.exp(n, x, high, next, e);
+    if (!(sum < INFINITY)) return PTQ_NONFINITE;
     const float factor = (float)(1.0 / (sum * (double)a->grid.scale));
     const float top = (float)(a->grid.max_code - a->grid.zero);
     const int by_row = a->correction == PTQ_CORRECT_ROW_SUM;
-    const int64_t code = by_row ? s->k->softmax_code_sum(n, e, factor, top) : 0;
+    const int64_t code = by_row ? s->k->softmax.code_sum(n, e, factor, top) : 0;
     const float shift = correction_of(a, p.head, allowed, code);
     if (a->corrections) a->corrections[row] = shift;
-    const int wide = a->grid.max_code > 255;
-    char *out = (char *)a->out + row * a->attention.k * (!a->codes ? 4 : wide ? 2 : 1);
+    const int code_bytes = a->grid.max_code > 255 ? 2 : 1;
+    char *out = (char *)a->out + row * a->attention.k * (a->codes ? code_bytes : 4);
     const float *holes = low > -INFINITY ? NULL : x;
     if (a->codes) {
-        s->k->softmax_codes(n, e, factor, top, a->grid.zero, wide, out);
+        s->k->softmax.codes(n, e, factor, top, a->grid.zero, code_bytes, out);
         clear(a, row, n);
     } else
-        s->k->softmax_values(n, a->attention.k, e, factor, top, holes, a->grid.scale, shift,
+        s->k->softmax.values(n, a->attention.k, e, factor, top, holes, a->grid.scale, shift,
                              s->stream, (float *)out);
-    return 0;
+    return PTQ_OK;
 }
 
 static void quantize_task(void *ctx, int64_t task, int thread) {
@@ -140,12 +140,12 @@ static void quantize_task(void *ctx, int64_t task, int thread) {
     float *e = s->scratch + 2 * thread * s->padded, *masked = e + s->padded;
     const int64_t end = ptq_min64((task + 1) * s->block, s->rows);
     for (int64_t row = task * s->block; row < end; row++) {
-        const int kind = quantize_row(s, row, e, masked);
-        if (!kind) continue;
-        if (kind == 1) atomic_store(&s->kind, 1);
+        const ptq_status status = quantize_row(s, row, e, masked);
+        if (!status) continue;
+        if (status == PTQ_NONFINITE) s->nonfinite = 1;
         refuse(&s->bad, row);
     }
-    if (s->stream) PTQ_STREAMED();
+    if (s->stream) PTQ_STORE_FENCE();
 }
 
 ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *info, int threads) {
@@ -161,16 +161,15 @@ ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *inf
         return PTQ_INVALID;
     quantization s = {.k = ptq_kernels_get(), .args = args, .rows = attention_rows(a), .bad = -1};
     s.padded = ptq_ceil_div(a->k, PTQ_ROW_LANES) * PTQ_ROW_LANES;
-    threads = ptq_thread_count(ptq_threads_for(threads, 8.0 * (double)s.rows * (double)a->k));
+    threads = ptq_threads_for_work(threads, 8.0 * (double)s.rows * (double)a->k);
     s.block = rows_of_a_task(s.rows, a->k, threads);
     s.stream = args->out != (const void *)args->scores && s.rows * a->k > STREAM / 4;
     s.scratch = ptq_alloc(2 * threads * s.padded, sizeof(float));
     if (!s.scratch) return PTQ_NOMEM;
-    ptq_status status =
-        ptq_parallel_for(ptq_ceil_div(s.rows, s.block), threads, quantize_task, &s);
+    ptq_status status = ptq_parallel_for(ptq_ceil_div(s.rows, s.block), threads, quantize_task, &s);
     free(s.scratch);
     *info = (ptq_rows_info){s.bad, s.empty};
-    if (!status && s.bad >= 0) status = s.kind ? PTQ_NONFINITE : PTQ_INVALID;
+    if (!status && s.bad >= 0) status = s.nonfinite ? PTQ_NONFINITE : PTQ_ROW_REFUSED;
     return status;
 }
 
@@ -188,20 +187,20 @@ typedef struct {
     const ptq_softmax_grid *grid;
     double tolerance;
     int64_t rows, block;
-    float *scratch; /* a row a thread, where there is a mask */
-    int64_t *sums;  /* (heads, classes, 4) a thread */
+    float *scratch; /* a row per thread, if there is a mask */
+    int64_t *sums;  /* (heads, classes, 4) per thread */
     atomic_llong bad, empty;
 } statistics;
 
 static void statistics_row(statistics *s, int64_t row, float *masked, int64_t *sums) {
     const ptq_attention *a = s->attention;
-    const place p = find(a, row);
+    const row_view p = locate_row(a, row);
     if (a->queries && !a->queries[p.batch * a->q + p.query]) return;
     const float *x = s->P + row * a->k;
     const float *next = row + 1 < s->rows ? x + a->k : x;
     int64_t allowed = p.prefix;
     if (p.allowed) {
-        allowed = s->k->softmax_mask(p.prefix, x, p.allowed, 0.0f, masked);
+        allowed = s->k->softmax.mask(p.prefix, x, p.allowed, 0.0f, masked);
         x = masked;
     }
     if (allowed == 0) {
@@ -209,7 +208,7 @@ static void statistics_row(statistics *s, int64_t row, float *masked, int64_t *s
         return;
     }
     ptq_row_statistics r;
-    s->k->softmax_statistics(p.prefix, x, next, s->grid, &r);
+    s->k->softmax.statistics(p.prefix, x, next, s->grid, &r);
     if (r.low < 0 || !(fabs(r.sum - 1.0) <= s->tolerance)) {
         refuse(&s->bad, row);
         return;
@@ -226,8 +225,7 @@ static void statistics_task(void *ctx, int64_t task, int thread) {
     const int64_t end = ptq_min64((task + 1) * s->block, s->rows);
     float *masked = s->scratch + (s->attention->allowed ? thread * s->attention->k : 0);
     int64_t *sums = s->sums + thread * s->attention->heads * PTQ_LENGTH_CLASSES * 4;
-    for (int64_t row = task * s->block; row < end; row++)
-        statistics_row(s, row, masked, sums);
+    for (int64_t row = task * s->block; row < end; row++) statistics_row(s, row, masked, sums);
 }
 
 ptq_status ptq_softmax_statistics(const ptq_attention *attention, const float *P,
@@ -239,7 +237,7 @@ ptq_status ptq_softmax_statistics(const ptq_attention *attention, const float *P
         return PTQ_INVALID;
     const int64_t rows = attention_rows(attention), k = attention->k;
     statistics s = {ptq_kernels_get(), attention, P, grid, tolerance, rows, 0, NULL, NULL, -1, 0};
-    threads = ptq_thread_count(ptq_threads_for(threads, 2.0 * (double)rows * (double)k));
+    threads = ptq_threads_for_work(threads, 2.0 * (double)rows * (double)k);
     s.block = rows_of_a_task(rows, k, threads);
     const int64_t size = attention->heads * PTQ_LENGTH_CLASSES * 4;
     s.scratch = ptq_alloc(attention->allowed ? threads * k : 0, sizeof(float));
@@ -249,7 +247,7 @@ ptq_status ptq_softmax_statistics(const ptq_attention *attention, const float *P
         memset(s.sums, 0, (size_t)(threads * size) * sizeof(int64_t));
         status = ptq_parallel_for(ptq_ceil_div(rows, s.block), threads, statistics_task, &s);
     }
-    if (!status && s.bad >= 0) status = PTQ_INVALID;
+    if (!status && s.bad >= 0) status = PTQ_ROW_REFUSED;
     *info = (ptq_rows_info){s.bad, s.empty};
     if (!status) {
         memcpy(sums, s.sums, (size_t)size * sizeof(int64_t));
@@ -275,13 +273,13 @@ static void exp_task(void *ctx, int64_t task, int thread) {
     const int64_t end = ptq_min64((task + 1) * TASK, s->n);
     for (int64_t i = task * TASK; i < end; i += 1024) {
         const int64_t count = ptq_min64(1024, end - i);
-        s->k->softmax_exp(count, s->x + i, 0.0f, s->x + i, e);
+        s->k->softmax.exp(count, s->x + i, 0.0f, s->x + i, e);
         memcpy(s->out + i, e, (size_t)count * sizeof(float));
     }
 }
 
 ptq_status ptq_softmax_exp(const float *x, int64_t n, float *out, int threads) {
     exponential s = {ptq_kernels_get(), x, out, n};
-    return ptq_parallel_for(ptq_ceil_div(n, TASK), ptq_threads_for(threads, (double)n), exp_task,
-                            &s);
+    threads = ptq_threads_for_work(threads, (double)n);
+    return ptq_parallel_for(ptq_ceil_div(n, TASK), threads, exp_task, &s);
 }

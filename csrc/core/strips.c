@@ -9,12 +9,12 @@ typedef struct {
     ptq_strips_kind kind;
     int mr;
     float *scratch; /* (threads, ROWS, n), with an index only */
-} packing;
+} strip_packing;
 
 enum { ROWS = 16 }; /* rows per task: what a strip receives from them is contiguous */
 
 /* Row k of strip s, from the permuted row. */
-static void pack_row(const packing *p, int64_t s, int64_t k, const float *row) {
+static void pack_row(const strip_packing *p, int64_t s, int64_t k, const float *row) {
     const int64_t start = p->strips->start[s], mr = p->mr;
     const int width = p->strips->width[s];
     float *out = p->strips->data + p->strips->offset[s] + k * mr;
@@ -26,7 +26,7 @@ static void pack_row(const packing *p, int64_t s, int64_t k, const float *row) {
 }
 
 static void pack_rows(void *ctx, int64_t task, int thread) {
-    const packing *p = ctx;
+    const strip_packing *p = ctx;
     const int64_t first = task * ROWS, end = ptq_min64(first + ROWS, p->n);
     const float *rows[ROWS];
     for (int64_t k = first; k < end; k++) {
@@ -62,9 +62,10 @@ static int64_t lay_out(ptq_strips *s, int64_t n, int64_t align, int mr, ptq_stri
     return offset;
 }
 
-ptq_status ptq_strips_make(ptq_strips *s, const float *M, int64_t ld, const int64_t *index,
-                           int64_t n, int64_t align, ptq_strips_kind kind, int threads) {
-    const int mr = ptq_kernels_get()->mr;
+ptq_status ptq_strips_make(const ptq_kernels *kernels, ptq_strips *s, const float *M, int64_t ld,
+                           const int64_t *index, int64_t n, int64_t align, ptq_strips_kind kind,
+                           int threads) {
+    const int mr = kernels->gemm.mr;
     memset(s, 0, sizeof *s);
     const int64_t floats = lay_out(s, n, align, mr, kind, 0);
     s->start = ptq_alloc(s->count, sizeof *s->start);
@@ -76,9 +77,9 @@ ptq_status ptq_strips_make(ptq_strips *s, const float *M, int64_t ld, const int6
         return PTQ_NOMEM;
     }
     lay_out(s, n, align, mr, kind, 1);
-    packing p = {s, M, ld, n, index, kind, mr, NULL};
-    threads = ptq_threads_for(threads, (double)n * (double)n);
-    if (index) p.scratch = ptq_alloc(ptq_thread_count(threads) * ROWS * n, sizeof *p.scratch);
+    strip_packing p = {s, M, ld, n, index, kind, mr, NULL};
+    if (!ptq_worth_threads((double)n * (double)n)) threads = 1;
+    if (index) p.scratch = ptq_alloc(threads * ROWS * n, sizeof *p.scratch);
     ptq_status status = index && !p.scratch ? PTQ_NOMEM : PTQ_OK;
     if (!status) status = ptq_parallel_for(ptq_ceil_div(n, ROWS), threads, pack_rows, &p);
     free(p.scratch);

@@ -2,6 +2,9 @@
  *
  * A panel holds nr rows of W as (columns, nr): lane r of column j at [j * nr + r]. A strip holds
  * mr columns of the other operand as (k, mr). All lanes are independent of each other.
+ *
+ * A level (level_*.c) fills the whole table. A feature (feature_*.c) is something that CPUs of a
+ * level may have on top of it: it replaces groups of that level's table when the table is selected.
  */
 #ifndef PTQ_KERNELS_H
 #define PTQ_KERNELS_H
@@ -10,6 +13,48 @@
 #include <stdint.h>
 
 #include "../core/ptq.h"
+
+/* Largest tiles of any level or feature, asserted where they are set: sizes of arrays on stacks. */
+#define PTQ_MAX_MR 8
+#define PTQ_MAX_NR 48
+#define PTQ_MAX_TILE (PTQ_MAX_MR * PTQ_MAX_NR)
+/* The tile sides of every int8 kernel divide this. */
+#define PTQ_INT8_BLOCK 64
+
+/* Tokens that `ranges.add` takes at once. */
+#define PTQ_RANGE_ROWS 8
+
+/* Floats of a row of exponentials that are written at a time. */
+#define PTQ_ROW_LANES 32
+
+/* Fence after non-temporal stores. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PTQ_STORE_FENCE() __builtin_ia32_sfence()
+#else
+#define PTQ_STORE_FENCE() ((void)0)
+#endif
+
+/* float32 products. nr is also the width of the panels of `solve` and `grid`, mr of their strips.
+ */
+typedef struct {
+    int mr, nr;
+    /* C (mr, nr) += sum over k < K of A[k * sa + i] * B[k * nr + r], k ascending. */
+    void (*f32)(float *C, const float *A, ptrdiff_t sa, const float *B, ptrdiff_t K);
+    /* sum (nr) += sum over a few columns (a strip's) of A * B. */
+    void (*dot)(int64_t columns, const float *A, const float *B, double *sum);
+} ptq_gemm_kernels;
+
+/* Products of pairs of bf16 tokens packed in 32 bits, low half first; gemm is NULL if unsupported.
+ */
+typedef struct {
+    int mr, nr;
+    /* As gemm.f32; both products of a pair are exact in float32. */
+    void (*gemm)(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *B, ptrdiff_t K);
+    /* Columns [c, c + nr) of `count` tokens into (ceil(count / 2), nr) words; absent columns and an
+     * absent last token are zero. */
+    void (*pack)(const uint16_t *X, int64_t ldx, const int64_t *rows, int64_t first, int64_t count,
+                 int64_t c, int64_t columns, uint32_t *out);
+} ptq_pairs_kernels;
 
 /* What quantizing a strip of columns reads and writes; per-column arrays start at the strip. */
 typedef struct {
@@ -21,27 +66,74 @@ typedef struct {
     const float *zeros;   /* (groups, nr) */
     const int32_t *group; /* (width) */
     int max_code;
-    float *T;             /* (mr, nr) in: sum over earlier strips of E_k R_kj */
-    float *E;             /* (width, nr) sweep: in and out; else out */
-    float *dE;            /* (width, nr) sweep only: out, change of E */
-    const float *hdiag;   /* (width) sweep only: undamped diagonal of H, 0 for dead inputs */
-    uint8_t *codes;       /* (width, nr) out */
-    double *objective;    /* (nr) accumulated */
-    double *error2;       /* (nr) solve only: sum of E^2, accumulated */
+    float *T;           /* (mr, nr) in: sum over earlier strips of E_k R_kj */
+    float *E;           /* (width, nr) sweep: in and out; else out */
+    float *dE;          /* (width, nr) sweep only: out, change of E */
+    const float *hdiag; /* (width) sweep only: undamped diagonal of H, 0 for dead inputs */
+    uint8_t *codes;     /* (width, nr) out */
+    double *objective;  /* (nr) accumulated */
+    double *error2;     /* (nr) solve only: sum of E^2, accumulated */
 } ptq_strip_args;
 
-/* Rows that `ranges` takes at once. */
-#define PTQ_RANGE_ROWS 8
+typedef struct {
+    /* Round the columns of a strip in turn, feeding each error to the later ones. */
+    void (*quantize)(const ptq_strip_args *args);
+    /* One coordinate-descent step per column of a strip. */
+    void (*sweep)(const ptq_strip_args *args);
+    /* X (width, nr) = (T + in-strip terms) / R_jj: column j of X R = T for one strip. The caller
+     * keeps -X in N, so that the GEMM kernel can accumulate it. */
+    void (*trisolve)(int width, const float *diag, float *T, float *N);
+} ptq_solve_kernels;
 
-/* Floats of a row of exponentials that are written at a time. */
-#define PTQ_ROW_LANES 32
+/* Grids of a panel U (G, nr), one per lane. */
+typedef struct {
+    /* Round columns to nearest on their grid. */
+    void (*quantize)(int64_t columns, const float *W, const float *scale, const float *zero,
+                     int max_code, uint8_t *codes);
+    /* Extremes of each lane and 0. */
+    void (*range)(int64_t G, const float *U, float *low, float *high);
+    /* Grid over the range times shrink. */
+    void (*from_range)(const ptq_grid *grid, const float *low, const float *high,
+                       const float *shrink, float *scale, float *zero);
+    /* error (nr) += sum_j weight_j d_j^2 (weight NULL: |d_j|^norm). */
+    void (*error)(const ptq_grid *grid, int64_t G, const float *U, const float *scale,
+                  const float *zero, const float *weight, float *error);
+    /* D (G, nr) = rounding error. */
+    void (*residual)(const ptq_grid *grid, int64_t G, const float *U, const float *scale,
+                     const float *zero, float *D);
+    /* best (nr): for each lane the first i of the smallest errors[i * nr + lane]. */
+    void (*best)(const float *errors, int steps, int *best);
+} ptq_grid_kernels;
 
-/* Orders stores past the caches before what other threads are told next. */
-#if defined(__x86_64__) && defined(__GNUC__)
-#define PTQ_STREAMED() __builtin_ia32_sfence()
-#else
-#define PTQ_STREAMED() ((void)0)
-#endif
+/* Tokens of a 16- or 32-bit dtype as floats. */
+typedef struct {
+    /* Columns [c, c + gemm.nr) of `count` tokens into (count, nr); absent columns are zero. */
+    void (*pack)(ptq_dtype dtype, const void *X, int64_t ldx, const int64_t *rows, int64_t first,
+                 int64_t count, int64_t c, int64_t columns, float *out);
+    /* 1 if all `count` values are finite. */
+    int (*all_finite)(ptq_dtype dtype, const void *x, int64_t count);
+    /* n values, 0 if skip (may be NULL) is non-zero. */
+    void (*widen)(ptq_dtype dtype, const void *x, const uint8_t *skip, int64_t n, float *out);
+} ptq_tokens_kernels;
+
+typedef struct {
+    /* low, high, sum (columns) of PTQ_RANGE_ROWS tokens, which are added up in float32 first;
+     * `ahead` holds the token that follows each of them in memory. ahead NULL: of one token. In
+     * float16 Inf and NaN count as 65536 and more, or as Inf and NaN. */
+    void (*add)(ptq_dtype dtype, const void *const *rows, const void *const *ahead, int64_t columns,
+                float *low, float *high, double *sum);
+} ptq_ranges_kernels;
+
+/* n values of one token. */
+typedef struct {
+    /* Extremes of the values and 0. */
+    void (*range)(const float *x, int64_t n, float *low, float *high);
+    /* Codes clamp(round(x / scale + zero), low, high) as integers of 1 or 2 bytes. */
+    void (*codes)(const float *x, int64_t n, float scale, float zero, int low, int high,
+                  int code_bytes, void *codes);
+    /* any[i] |= |x[i]| >= threshold */
+    void (*outliers)(const float *x, int64_t n, float threshold, uint8_t *any);
+} ptq_activations_kernels;
 
 /* What one row of probabilities adds to the statistics of softmax quantization. */
 typedef struct {
@@ -51,88 +143,60 @@ typedef struct {
     int64_t zeros; /* codes equal to zero */
 } ptq_row_statistics;
 
+/* Rows of attention of n keys. e (n, padded with zeros to a multiple of PTQ_ROW_LANES) holds
+ * exponentials, factor is 1 / (their sum * the grid's scale), and a probability in steps of the
+ * grid is round(min(e * factor, top)) with top = max_code - zero, the most steps above 0. */
+typedef struct {
+    /* Smallest and largest value; NaN may be overlooked. */
+    void (*range)(int64_t n, const float *x, float *low, float *high);
+    /* e = exp(x - shift), for shift no less than any x, and its sum: float sums of at most 17
+     * terms, then double. The first n values of next, any address, are fetched meanwhile. */
+    double (*exp)(int64_t n, const float *x, float shift, const float *next, float *e);
+    /* Sum of the steps. */
+    int64_t (*code_sum)(int64_t n, const float *e, float factor, float top);
+    /* out = scale * steps + shift, but 0 if x (which may be NULL) is -Inf, and 0 in [n, width).
+     * stream: with non-temporal stores; PTQ_STORE_FENCE() must follow. out may be x. */
+    void (*values)(int64_t n, int64_t width, const float *e, float factor, float top,
+                   const float *x, float scale, float shift, int stream, float *out);
+    /* out = steps + zero as unsigned integers of 1 or 2 bytes. */
+    void (*codes)(int64_t n, const float *e, float factor, float top, int zero, int code_bytes,
+                  void *out);
+    /* out = allowed ? x : absent; returns how many are allowed. */
+    int64_t (*mask)(int64_t n, const float *x, const uint8_t *allowed, float absent, float *out);
+    /* next: the row after this one, any address, fetched ahead. */
+    void (*statistics)(int64_t n, const float *p, const float *next, const ptq_softmax_grid *grid,
+                       ptq_row_statistics *out);
+} ptq_softmax_kernels;
+
+/* out (2) += sums of x^2 and (y - x)^2; signal, noise (n) += the same per column of one row. */
+typedef struct {
+    void (*f32)(int64_t n, const void *x, const void *y, double *out);
+    void (*f64)(int64_t n, const void *x, const void *y, double *out);
+    void (*columns_f32)(int64_t n, const void *x, const void *y, double *signal, double *noise);
+    void (*columns_f64)(int64_t n, const void *x, const void *y, double *signal, double *noise);
+} ptq_energy_kernels;
+
+typedef struct {
+    int tokens, outputs; /* sides of the tile of `dots` */
+    /* n codes as int16; returns their sum. */
+    int32_t (*widen)(const int8_t *codes, int64_t n, int16_t *out);
+    /* C (tokens, outputs) += sum over n of A (tokens rows) * B (outputs rows), in int32. */
+    void (*dots)(const int16_t *A, const int16_t *B, int64_t stride, int64_t n, int32_t *C,
+                 int64_t ldc);
+} ptq_int8_kernels;
+
 typedef struct {
     const char *name;
-    int mr, nr;
-    /* C (mr, nr) += sum over k < K of A[k * sa + i] * B[k * nr + r], k ascending. */
-    void (*gemm_f32)(float *C, const float *A, ptrdiff_t sa, const float *B, ptrdiff_t K);
-    /* The same over pairs of bf16 packed in 32 bits (low half first); NULL where unsupported. */
-    void (*gemm_bf16)(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *B, ptrdiff_t K);
-    /* Round the columns of a strip in turn, feeding each error to the later ones. */
-    void (*strip_quantize)(const ptq_strip_args *args);
-    /* One coordinate-descent step per column of a strip. */
-    void (*strip_sweep)(const ptq_strip_args *args);
-    /* X (width, nr) = (T + in-strip terms) / R_jj: column j of X R = T for one strip. The caller
-     * keeps -X in N, so that the GEMM kernel can accumulate it. */
-    void (*strip_trisolve)(int width, const float *diag, float *T, float *N);
-    /* Round columns to nearest on their grid. */
-    void (*quantize)(int64_t columns, const float *W, const float *scale, const float *zero,
-                     int max_code, uint8_t *codes);
-    /* Grid fitting over a panel U (G, nr). */
-    void (*fit_minmax)(const ptq_grid *grid, int64_t G, const float *U, float *low, float *high);
-    void (*fit_make)(const ptq_grid *grid, const float *low, const float *high, const float *shrink,
-                     float *scale, float *zero);
-    /* error (nr) += sum_j weight_j d_j^2 (weight NULL: |d_j|^norm). */
-    void (*fit_error)(const ptq_grid *grid, int64_t G, const float *U, const float *scale,
-                      const float *zero, const float *weight, float *error);
-    /* D (G, nr) = rounding error. */
-    void (*fit_residual)(const ptq_grid *grid, int64_t G, const float *U, const float *scale,
-                         const float *zero, float *D);
-    /* best (nr): for each lane the first i of the smallest errors[i * nr + lane]. */
-    void (*fit_best)(const float *errors, int steps, int *best);
-    /* sum (nr) += sum over a few columns (a strip's) of A * B. */
-    void (*dot)(int64_t columns, const float *A, const float *B, double *sum);
-    /* Columns [c, c + nr) of `count` tokens into (count, nr) floats; absent columns are zero. */
-    void (*pack_tokens)(ptq_dtype dtype, const void *X, int64_t ldx, const int64_t *rows,
-                        int64_t first, int64_t count, int64_t c, int64_t columns, float *out);
-    /* The same for bf16 pairs of tokens: (ceil(count / 2), nr) words. */
-    void (*pack_pairs)(const uint16_t *X, int64_t ldx, const int64_t *rows, int64_t first,
-                       int64_t count, int64_t c, int64_t columns, uint32_t *out);
-    /* 1 when all `count` values are finite. */
-    int (*all_finite)(ptq_dtype dtype, const void *x, int64_t count);
-    /* n values as floats, 0 where skip (may be NULL) is non-zero. */
-    void (*row_widen)(ptq_dtype dtype, const void *x, const uint8_t *skip, int64_t n, float *out);
-    /* Extremes of n values and 0. */
-    void (*row_range)(const float *x, int64_t n, float *low, float *high);
-    /* n codes clamp(round(x / scale + zero), low, high): int16 where wide, else int8. */
-    void (*row_codes)(const float *x, int64_t n, float scale, float zero, int low, int high,
-                      int wide, void *codes);
-    /* any[i] |= |x[i]| >= threshold */
-    void (*row_reach)(const float *x, int64_t n, float threshold, uint8_t *any);
-    /* n codes as int16; returns their sum. */
-    int32_t (*int8_widen)(const int8_t *codes, int64_t n, int16_t *out);
-    /* C (4, 2) += sum over n of A (4 rows) * B (2 rows), in int32. */
-    void (*int16_dots)(const int16_t *A, const int16_t *B, int64_t stride, int64_t n, int32_t *C,
-                       int64_t ldc);
-    /* low, high, sum (columns) of PTQ_RANGE_ROWS rows, which are added up in float32 first; `ahead`
-     * holds the row that follows each of them in memory. ahead NULL: of one row. In float16 Inf and NaN count as
-     * 65536 and more, or as Inf and NaN. */
-    void (*ranges)(ptq_dtype dtype, const void *const *rows, const void *const *ahead,
-                   int64_t columns, float *low, float *high, double *sum);
-    /* Rows of attention (softmax.inc). */
-    /* Smallest and largest value; NaN may be overlooked. */
-    void (*softmax_range)(int64_t n, const float *x, float *low, float *high);
-    /* e = exp(x - shift), for shift no less than any x, and its sum; e is filled up with zeros to a
-     * multiple of PTQ_ROW_LANES. Float sums of 17 terms at most, then double. The first n values
-     * of next, any address, are fetched meanwhile. */
-    double (*softmax_exp)(int64_t n, const float *x, float shift, const float *next, float *e);
-    /* steps = round(min(e * factor, top)): their sum; scale * steps + shift, but 0 where x (NULL:
-     * nowhere) is -Inf; steps + zero as uint8, or uint16 where wide. */
-    int64_t (*softmax_code_sum)(int64_t n, const float *e, float factor, float top);
-    /* [n, width) of out become 0. stream: past the caches; PTQ_STREAMED() must follow. */
-    void (*softmax_values)(int64_t n, int64_t width, const float *e, float factor, float top,
-                           const float *x, float scale, float shift, int stream, float *out);
-    void (*softmax_codes)(int64_t n, const float *e, float factor, float top, int zero, int wide,
-                      void *out);
-    /* out = allowed ? x : absent; returns how many are allowed. */
-    int64_t (*softmax_mask)(int64_t n, const float *x, const uint8_t *allowed, float absent,
-                        float *out);
-    /* next: the row after this one, any address, fetched ahead. */
-    void (*softmax_statistics)(int64_t n, const float *p, const float *next,
-                               const ptq_softmax_grid *grid, ptq_row_statistics *out);
-    /* For float32 and float64: out (2) += sums of x^2 and (y - x)^2; the same per column. */
-    void (*energy[2])(int64_t n, const void *x, const void *y, double *out);
-    void (*energy_row[2])(int64_t n, const void *x, const void *y, double *signal, double *noise);
+    ptq_gemm_kernels gemm;
+    ptq_pairs_kernels pairs;
+    ptq_solve_kernels solve;
+    ptq_grid_kernels grid;
+    ptq_tokens_kernels tokens;
+    ptq_ranges_kernels ranges;
+    ptq_activations_kernels activations;
+    ptq_softmax_kernels softmax;
+    ptq_energy_kernels energy;
+    ptq_int8_kernels int8;
 } ptq_kernels;
 
 extern const ptq_kernels ptq_kernels_base;
@@ -140,10 +204,15 @@ extern const ptq_kernels ptq_kernels_base;
 #define PTQ_X86 1
 extern const ptq_kernels ptq_kernels_avx2;
 extern const ptq_kernels ptq_kernels_avx512;
-extern const ptq_kernels ptq_kernels_avx512_bf16;
+/* Features: put their groups over those of a copy of the level's table. */
+void ptq_add_avx512_bf16(ptq_kernels *avx512);
+#endif
+#if defined(__aarch64__) && defined(__GNUC__)
+#define PTQ_ARM64 1
+extern const ptq_kernels ptq_kernels_neon;
 #endif
 
-/* The level chosen by ptq_cpu_select. */
+/* The table chosen by ptq_cpu_select. An entry point of the core asks once and passes it down. */
 const ptq_kernels *ptq_kernels_get(void);
 
 #endif

@@ -1,4 +1,4 @@
-/* x86 with AVX2 and FMA: 4 x 24 register tile (12 accumulators of 16 registers). */
+/* level_avx2.c - x86 with AVX2 and FMA: 4 x 24 register tile (12 accumulators of 16 registers). */
 #include "kernels.h"
 
 #ifdef PTQ_X86
@@ -12,8 +12,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#define LEVEL(name) name##_avx2
-#define LEVEL_NAME "avx2"
+#define TABLE ptq_kernels_avx2
+#define TABLE_NAME "avx2"
 #define MR 4
 #define NR 24
 #define VL 8
@@ -27,7 +27,7 @@ typedef __m256 vf;
 #define vf_min(a, b) _mm256_min_ps(a, b)
 #define vf_max(a, b) _mm256_max_ps(a, b)
 #define vf_load_f16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
-#define vf_load_bf16(p) \
+#define vf_load_bf16(p)  \
     _mm256_castsi256_ps( \
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 /* sum (VL doubles) += x */
@@ -38,8 +38,6 @@ static inline void vf_widen_add(double *sum, vf x) {
     _mm256_storeu_pd(sum + 4, _mm256_add_pd(_mm256_loadu_pd(sum + 4), b));
 }
 #include "kernels.inc"
-
-const ptq_kernels ptq_kernels_avx2 = LEVEL_TABLE(LEVEL_NAME, NULL, NULL);
 #ifdef __clang__
 #pragma clang attribute pop
 #else

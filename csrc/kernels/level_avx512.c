@@ -1,5 +1,4 @@
-/* x86 with AVX-512: 8 x 48 register tile (24 accumulators of 32 registers), and the same tile
- * over bf16 pairs where the CPU has AVX512_BF16. */
+/* level_avx512.c - x86 with AVX-512: 8 x 48 register tile (24 accumulators of 32 registers). */
 #include "kernels.h"
 
 #ifdef PTQ_X86
@@ -8,15 +7,15 @@
 #include <string.h>
 
 #ifdef __clang__
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif
-#define LEVEL(name) name##_avx512
-#define LEVEL_NAME "avx512"
+#define TABLE ptq_kernels_avx512
+#define TABLE_NAME "avx512"
 #define MR 8
 #define NR 48
 #define VL 16
@@ -30,7 +29,7 @@ typedef __m512 vf;
 #define vf_min(a, b) _mm512_min_ps(a, b)
 #define vf_max(a, b) _mm512_max_ps(a, b)
 #define vf_load_f16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
-#define vf_load_bf16(p) \
+#define vf_load_bf16(p)  \
     _mm512_castsi512_ps( \
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 /* sum (VL doubles) += x */
@@ -41,44 +40,6 @@ static inline void vf_widen_add(double *sum, vf x) {
     _mm512_storeu_pd(sum + 8, _mm512_add_pd(_mm512_loadu_pd(sum + 8), b));
 }
 #include "kernels.inc"
-
-const ptq_kernels ptq_kernels_avx512 = LEVEL_TABLE(LEVEL_NAME, NULL, NULL);
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#endif
-
-static inline __m512bh as_bf16(__m512i x) {
-    __m512bh y;
-    memcpy(&y, &x, sizeof y);
-    return y;
-}
-
-static void gemm_bf16_avx512(float *restrict C, const uint32_t *restrict A, ptrdiff_t sa,
-                             const uint32_t *restrict B, ptrdiff_t K) {
-    __m512 acc[MR][NR / VL];
-    for (int i = 0; i < MR; i++)
-        for (int v = 0; v < NR / VL; v++) acc[i][v] = _mm512_loadu_ps(C + i * NR + v * VL);
-    for (ptrdiff_t k = 0; k < K; k++, A += sa, B += NR) {
-        __m512bh b[NR / VL];
-        for (int v = 0; v < NR / VL; v++) b[v] = as_bf16(_mm512_loadu_si512(B + v * VL));
-#pragma GCC unroll 8
-        for (int i = 0; i < MR; i++) {
-            __m512bh a = as_bf16(_mm512_set1_epi32((int)A[i]));
-            for (int v = 0; v < NR / VL; v++) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], a, b[v]);
-        }
-    }
-    for (int i = 0; i < MR; i++)
-        for (int v = 0; v < NR / VL; v++) _mm512_storeu_ps(C + i * NR + v * VL, acc[i][v]);
-}
-
-const ptq_kernels ptq_kernels_avx512_bf16 =
-    LEVEL_TABLE("avx512_bf16", gemm_bf16_avx512, pack_pairs_avx512);
 #ifdef __clang__
 #pragma clang attribute pop
 #else

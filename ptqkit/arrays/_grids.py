@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptqkit.arrays._inputs import check_count, check_number, label
 from ptqkit.arrays.matrix import parse_bits
 
-__all__ = ["check_scales", "grid_spec", "group_width", "outputs"]
+__all__ = ["GridSpec", "check_scales", "grid_spec", "group_width", "outputs"]
 
 METHODS = {"minmax": 0, "mse": 1, "hessian": 2}
 SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 LARGEST_SCALE = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}
+
+
+class GridSpec(NamedTuple):
+    """How the core fits a weight grid: the tuple ``grid`` of its functions."""
+
+    max_code: int  # 2^bits - 1, or 2 for ternary
+    symmetric: int  # 1: the zero-point is (max_code + 1) / 2
+    method: int  # of METHODS
+    steps: int  # shrink factors from 1 to min_shrink
+    candidates: int  # of these, how many the full Hessian compares
+    scale_type: int  # of SCALE_TYPES
+    min_zero: int  # smallest zero-point
+    min_shrink: float
+    norm: float  # exponent of the MSE search
 
 
 def _choice(value: Any, name: str, choices) -> None:
@@ -21,8 +35,8 @@ def _choice(value: Any, name: str, choices) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search) -> tuple:
-    """Return the tuple the core takes (ptq_grid)."""
+def grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search) -> GridSpec:
+    """Return the checked options of a grid."""
     max_code = parse_bits(bits)
     _choice(grid, "grid", METHODS)
     _choice(scale_dtype, "scale_dtype", SCALE_TYPES)
@@ -33,7 +47,7 @@ def grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search) -> tup
         raise ValueError(f"grid_min_shrink must lie in (0, 1], not {smallest}")
     if not 0 < norm < 100:
         raise ValueError(f"grid_norm must lie in (0, 100), not {norm}")
-    return (
+    return GridSpec(
         max_code,
         int(bool(symmetric)),
         METHODS[grid],

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._grids import group_width
+from ptqkit.arrays._grids import grid_spec, group_width
 from ptqkit.arrays._inputs import F32, as_matrix, check_count, check_number, check_threads, label
-from ptqkit.arrays.matrix import parse_bits
 from ptqkit.arrays.ranges import ChannelRanges, batch_ranges, span_of
 
 __all__ = [
@@ -246,8 +245,8 @@ def search_equalization(
     n = W[0].shape[1]
     X = _inputs(X, n, name, threads)
     _check_ranges(ranges, n, name)
-    max_code = parse_bits(bits)
     symmetric = bool(symmetric) or bits == "ternary"
+    spec = grid_spec(bits, symmetric, "minmax", "float32", 0, search=(1, 1.0, 2.0, 1))
     if per_tensor and group_size is not None:
         raise ValueError(f"{label(name)}per_tensor excludes group_size (got {group_size})")
     size = group_width(group_size, n, name)
@@ -260,7 +259,6 @@ def search_equalization(
     tried = [equalization_scales(rx, rw, a, channel_of=channel_of) for a in grid[1:]]
     scales = np.stack([np.ones(n, np.float32), *tried])
     errors = np.empty(len(grid), np.float64)
-    spec = (max_code, int(symmetric), 0, 1, 1, 0, 0, 1.0, 2.0)  # ptq_grid: min-max, float32 scales
     options = (size, int(bool(per_tensor)), levels, int(bool(activation_symmetric)), int(static))
     limits = (ranges.minimum, ranges.maximum)
     _core.equalization_errors(X, tuple(W), scales, options, spec, *limits, errors, threads)

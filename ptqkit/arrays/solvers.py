@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._grids import check_scales, grid_spec, group_width, outputs
+from ptqkit.arrays._grids import GridSpec, check_scales, grid_spec, group_width, outputs
 from ptqkit.arrays._inputs import as_matrix, check_count, check_threads, label
 from ptqkit.arrays.factorization import Factorization, as_hessian, factorize
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -109,7 +109,7 @@ def _check_per_tensor(group_size: int | None, grid: str, name: str | None) -> No
         )
 
 
-def _rtn_per_tensor(W: np.ndarray, spec: tuple, threads: int):
+def _rtn_per_tensor(W: np.ndarray, spec: GridSpec, threads: int):
     """Codes, scales and zero-points on the grid of the range of all of W."""
     rows = len(W)
     scale, zero = np.empty((1, 1), np.float32), np.empty((1, 1), np.uint8)
@@ -117,7 +117,7 @@ def _rtn_per_tensor(W: np.ndarray, spec: tuple, threads: int):
     _core.rtn(ends, 2, spec, None, np.empty((1, 2), np.uint8), scale, zero, 1)
     scales, zeros = np.repeat(scale, rows, axis=0), np.repeat(zero, rows, axis=0)
     codes = np.empty(W.shape, np.uint8)
-    _core.codes_on_grid(W, scales[:, 0], zeros[:, 0], spec[0], codes, threads)
+    _core.codes_on_grid(W, scales[:, 0], zeros[:, 0], spec.max_code, codes, threads)
     return codes, scales, zeros
 
 
@@ -251,7 +251,15 @@ def gptq(
     # No feedback has reached the weights when a channel's only grid is fitted: it is static.
     static = bool(static_groups) or size == W.shape[1]
     runs = F.order_name == "act" and not static
-    switches = (size, block_size, int(static), int(runs), int(bool(feedback)), refine_passes)
+    switches = SolverOptions(
+        group_size=size,
+        block_size=block_size,
+        static_groups=int(static),
+        groups_follow_order=int(runs),
+        feedback=int(bool(feedback)),
+        refine_passes=refine_passes,
+        shift=F.damping_value,
+    )
     codes, scales, zeros, g_idx, history = _solve(W, F, switches, spec, threads, name)
     check_scales(scales, scale_dtype, name)
     q = QuantizedMatrix(
@@ -273,15 +281,29 @@ def gptq(
     return q
 
 
-def _solve(W, F: Factorization, switches: tuple, spec: tuple, threads: int, name: str | None):
+class SolverOptions(NamedTuple):
+    """Options of one solve: the tuple ``options`` of the core's ``gptq``."""
+
+    group_size: int
+    block_size: int
+    static_groups: int  # 1: grids from W beforehand, groups in original order
+    groups_follow_order: int  # 1: groups are runs of the order (act-order with g_idx)
+    feedback: int
+    refine_passes: int
+    shift: float  # what was added to the diagonal for R
+
+
+def _solve(
+    W, F: Factorization, options: SolverOptions, spec: GridSpec, threads: int, name: str | None
+):
     """Run the core's solver; returns codes, scales, zero-points, g_idx, history."""
     rows, n = W.shape
-    codes, scales, zeros = outputs(rows, n, n // switches[0])
+    codes, scales, zeros = outputs(rows, n, n // options.group_size)
     g_idx = np.empty(n, np.int32)
-    history = np.empty((switches[-1] + 1, rows), np.float64)
+    history = np.empty((options.refine_passes + 1, rows), np.float64)
     arrays = (codes, scales, zeros, g_idx, history)
     try:
-        _core.gptq(W, F.matrix, F.R, F.order, (*switches, F.damping_value), spec, *arrays, threads)
+        _core.gptq(W, F.matrix, F.R, F.order, options, spec, *arrays, threads)
     except FloatingPointError:
         raise NotPositiveDefiniteError(
             f"{label(name)}the solve overflowed: the Hessian is too close to singular at damping "

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from pathlib import Path
+
 import numpy as np
 import pytest
 from helpers.softmax_core_calls import SOFTMAX_OPTIONAL, SOFTMAX_OUTPUTS, softmax_calls
@@ -134,10 +138,37 @@ def _fails(name, arguments, errors=BAD):
         getattr(_core, name)(*arguments)
 
 
+FUNCTIONS = sorted(n for n in dir(_core) if not n.startswith("_"))
+SWITCHES = {"use_scipy_blas", "use_builtin_blas", "set_cpu_level", "cpu_supports", "config"}
+
+
+def _stub():
+    """Names of the positional-only parameters of every function in the stub."""
+    stub = Path(_core.__file__).with_name("_core.pyi").read_text(encoding="utf-8")
+    functions = [node for node in ast.parse(stub).body if isinstance(node, ast.FunctionDef)]
+    for node in functions:
+        others = node.args.args, node.args.vararg, node.args.kwonlyargs, node.args.kwarg
+        assert not any(others), f"{node.name}: all parameters are positional-only"
+    return {node.name: [a.arg for a in node.args.posonlyargs] for node in functions}
+
+
 def test_every_function_is_covered():
-    names = {n for n in dir(_core) if not n.startswith("_")}
-    switches = {"use_scipy_blas", "use_builtin_blas", "set_cpu_level", "cpu_supports", "config"}
-    assert names - switches == set(NAMES)
+    assert set(FUNCTIONS) - SWITCHES == set(NAMES)
+    assert set(FUNCTIONS) == set(_stub())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_text_signatures_are_those_of_the_stub(name):
+    function = getattr(_core, name)
+    parameters = inspect.signature(function).parameters
+    assert all(p.kind is p.POSITIONAL_ONLY for p in parameters.values())
+    assert list(parameters) == _stub()[name]
+    if name in NAMES:
+        assert len(parameters) == len(_calls()[name])
+    summary = function.__doc__.split("\n\n")[0]
+    assert summary[0].isupper() and summary.endswith("."), summary
+    for parameter in parameters:  # numbers of the usual meaning need no word
+        assert parameter in function.__doc__ or parameter in ("threads", "causal"), parameter
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -437,3 +468,133 @@ def test_cpu_levels():
         with pytest.raises(TypeError):
             _core.cpu_supports(junk)
     assert _core.config()[0] == level
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value", "error", "message"),
+    [
+        ("pack", 1, 9, ValueError, r"^bits must lie in \[1, 8\], not 9$"),
+        ("pack", 3, 2**80, ValueError, r"^threads must lie in \[0, 1024\], not 12089"),
+        ("pack", 3, "2", TypeError, "^threads must be an integer, not str$"),
+        ("hessian_finish", 2, "2", TypeError, "^factor must be a number, not str$"),
+        ("hessian_finish", 0, [[1.0]], TypeError, "^S must be a NumPy array, not list$"),
+        ("hessian_finish", 0, np.eye(8), TypeError, "^S must have dtype .*32, not float64: con"),
+        ("hessian_finish", 0, _f32(8, 16)[:, ::2], ValueError, r"^S must be C-cont.*array\(S"),
+        ("hessian_update", 1, np.ones((5, 8)), TypeError, "^X must have dtype float32, not"),
+        ("hessian_update", 1, _f32(5, 7), ValueError, "^S has size 8 along axis 0, .* need 7$"),
+        ("hessian_update", 3, np.array([0, 5]), IndexError, r"^rows\[1\] is 5, but X has 5 tokens"),
+        ("factor", 1, np.zeros(8, int), ValueError, r"^order must be a perm.*order\[1\] is 0"),
+        ("rtn", 1, 3, ValueError, "^group_size 3 must divide the 8 inputs$"),
+        ("rtn", 2, 15, TypeError, r"^grid must be the tuple \(max_code, .*, norm\), not int$"),
+        ("rtn", 2, GRID[:3], TypeError, "^grid must be the tuple .*, not one of 3 items$"),
+        ("rtn", 2, (*GRID[:8], 101.0), ValueError, r"^grid\.norm .* in \(0, 100\], not 101\.0$"),
+        ("rtn", 2, (3, *GRID[1:6], 4, *GRID[7:]), ValueError, "min_zero 4 must not exceed .* 3$"),
+        ("gptq", 4, (*OPTIONS[:5], -1, 0.01), ValueError, r"^options\.refine_passes .* in \[0, 1000\]"),
+        ("equalization_errors", 1, (_f32(3, 8), 1), TypeError, r"^weights\[1\] must be a NumPy"),
+        ("int8_matmul", 4, _f32(2), ValueError, "^w_zeros has size 1 along axis 0"),
+    ],
+)  # fmt: skip
+def test_messages_name_the_argument(name, at, value, error, message):
+    arguments = _calls()[name]
+    arguments[at] = value
+    with pytest.raises(error, match=message):
+        getattr(_core, name)(*arguments)
+    with pytest.raises(TypeError, match=rf"^{name}\(.*threads\) takes {len(arguments)} arguments"):
+        getattr(_core, name)(*arguments, 1)
+
+
+class _Number:
+    """Runs code of the caller's when it is converted."""
+
+    def __index__(self):
+        raise AssertionError("converted")
+
+    __float__ = __int__ = __bool__ = __index__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_are_numbers(name):
+    for at, valid in enumerate(_calls()[name]):
+        arguments = _calls()[name]
+        if isinstance(valid, (int, float)):
+            arguments[at] = np.int64(valid) if isinstance(valid, int) else np.float32(valid)
+            getattr(_core, name)(*arguments)
+            arguments[at] = _Number()
+        elif isinstance(valid, tuple):
+            arguments[at] = (*valid[:-1], _Number())
+        else:
+            continue
+        with pytest.raises(TypeError, match="must be"):
+            getattr(_core, name)(*arguments)
+
+
+def test_order_and_g_idx_may_share_memory():
+    rng = np.random.default_rng(0)
+    order = np.array([6, 4, 7, 5, 1, 0, 3, 2])
+    A = rng.normal(size=(8, 8)).astype(np.float32)
+    W, H = rng.normal(size=(3, 8)).astype(np.float32), A @ A.T + np.eye(8, dtype=np.float32)
+    R = np.zeros((8, 8), np.float32)
+    assert _core.factor(H, order, np.zeros(8), R, 1) == -1
+    found = []
+    for options in (OPTIONS, (4, 128, 0, 1, 1, 3, 0.01), (4, 128, 1, 0, 1, 3, 0.01)):
+        for shared in (False, True):
+            given = order.copy()
+            g_idx = given.view(np.int32)[:8] if shared else np.zeros(8, np.int32)
+            arguments = _calls()["gptq"]
+            arguments[:5], arguments[9] = [W, H, R, given, options], g_idx
+            arguments[10] = np.zeros((options[5] + 1, 3))
+            _core.gptq(*arguments)
+            found.append([arguments[at].copy() for at in OUTPUTS["gptq"]])
+            if shared:
+                assert sorted(g_idx) == [0] * 4 + [1] * 4
+                assert not np.array_equal(given, order)
+        for apart, together in zip(*found[-2:], strict=True):
+            np.testing.assert_array_equal(apart, together)
+
+
+def test_the_order_must_keep_groups_together_that_get_grids_on_the_way():
+    arguments = _calls()["gptq"]
+    arguments[3] = np.array([6, 4, 7, 1, 5, 0, 3, 2])
+    _fails("gptq", arguments, ValueError)
+    for options in ((4, 128, 0, 1, 1, 0, 0.01), (4, 128, 1, 0, 1, 0, 0.01)):
+        arguments[4] = options
+        _core.gptq(*arguments)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OUTPUTS[n]])
+def test_arrays_that_share_all_their_memory_do_not_crash(name):
+    arguments = _calls()[name]
+    arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+    memory = np.zeros(max(a.nbytes for a in arrays), np.uint8)
+    for at, valid in enumerate(arguments):
+        if isinstance(valid, np.ndarray):
+            arguments[at] = memory[: valid.nbytes].view(valid.dtype).reshape(valid.shape)
+    for last in reversed(arrays):  # one of them starts with what it should hold
+        memory[: last.nbytes] = last.reshape(-1).view(np.uint8)
+        try:
+            getattr(_core, name)(*arguments)
+        except (ValueError, IndexError, ArithmeticError):
+            pass
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if isinstance(_calls()[n][-1], int)])
+def test_arrays_are_not_resized_during_a_call(name):
+    tried = []
+
+    class Threads(int):
+        def __repr__(self):  # runs within the call, for its message
+            for a in arrays:
+                tried.append(a)
+                with pytest.raises(ValueError, match="cannot resize"):
+                    a.resize(1000, refcheck=False)
+            return "too many"
+
+    arguments = [a.copy() if isinstance(a, np.ndarray) else a for a in _calls()[name]]
+    arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+    for items in (a for a in arguments if isinstance(a, tuple)):
+        arrays += [a for a in items if isinstance(a, np.ndarray)]
+    with pytest.raises(ValueError, match="^threads must lie in .* not too many$"):
+        getattr(_core, name)(*arguments[:-1], Threads(2000))
+    assert len(tried) == len(arrays) > 0
+    for a in arrays:
+        a.resize(1000, refcheck=False)

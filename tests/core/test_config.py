@@ -73,3 +73,73 @@ def test_the_public_names_exist():
 
     with pytest.raises(AttributeError, match="attribute nothing"):
         ptqkit.nothing  # noqa: B018
+
+
+FAILED_IMPORT = """
+import importlib.util, sys
+import numpy as np
+names = ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath")
+kept = {name: sys.modules[name] for name in names if name in sys.modules}
+sys.modules.update(dict.fromkeys(names))
+spec = importlib.util.find_spec("ptqkit")
+package = importlib.util.module_from_spec(spec)  # without running it
+sys.modules["ptqkit"] = package
+try:
+    import ptqkit._core
+    raise SystemExit("no error")
+except ImportError as error:
+    assert "once per process" not in str(error), error
+for name in names:
+    del sys.modules[name]
+sys.modules.update(kept)
+import ptqkit._core as _core
+assert _core.finite_check(np.ones((2, 2), np.float32), 1)
+del sys.modules["ptqkit._core"], package._core
+try:
+    import ptqkit._core as again
+except ImportError as error:
+    assert "once per process" in str(error), error
+"""
+
+
+def test_an_import_that_failed_can_be_tried_again(script):
+    script(FAILED_IMPORT)
+
+
+OTHER_BLAS = """
+import ctypes, sys, types
+from ptqkit import _core
+capsule = ctypes.pythonapi.PyCapsule_New
+capsule.restype = ctypes.py_object
+capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+S = "__pyx_t_5scipy_6linalg_11cython_blas_s *"
+ssyrk = f"void (char *, char *, INT, INT, {S}, {S}, INT, {S}, {S}, INT)"
+spotrf = "void (char *, INT, __pyx_t_5scipy_6linalg_13cython_lapack_s *, INT, INT)"
+names = []
+def offer(name, **routines):
+    module = sys.modules[f"scipy.linalg.{name}"] = types.ModuleType(name)
+    module.__pyx_capi__ = {}
+    for routine, signature in routines.items():
+        names.append(signature.encode())  # a capsule borrows its name
+        module.__pyx_capi__[routine] = capsule(1, names[-1], None)
+    return module
+_core.use_builtin_blas()
+for integer, fits in (("int64_t *", False), ("long *", False), ("int *", True)):
+    offer("cython_blas", ssyrk=ssyrk.replace("INT", integer))
+    offer("cython_lapack", spotrf=spotrf.replace("INT", integer))
+    assert _core.use_scipy_blas() is fits, integer
+    assert (_core.config()[1] == "scipy") is fits
+    _core.use_builtin_blas()
+offer("cython_lapack")
+assert not _core.use_scipy_blas()
+offer("cython_lapack").__pyx_capi__["spotrf"] = 5
+assert not _core.use_scipy_blas()
+del sys.modules["scipy.linalg.cython_lapack"].__pyx_capi__
+assert not _core.use_scipy_blas()
+sys.modules["scipy.linalg.cython_lapack"] = None
+assert not _core.use_scipy_blas() and _core.config()[1] == "builtin"
+"""
+
+
+def test_routines_of_another_signature_are_not_taken(script):
+    script(OTHER_BLAS)

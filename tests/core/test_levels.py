@@ -11,7 +11,7 @@ from helpers.core_cases import EPS, assert_codes, assert_grid, layer, max_code, 
 import ptqkit
 import ptqkit.reference as reference
 
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["base", "avx2", "avx512", "avx512_bf16", "neon"]
 BLAS = ["builtin", "scipy"]
 SHAPES = [(30, 48, 16), (49, 97, None), (20, 132, 12)]
 

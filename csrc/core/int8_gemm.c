@@ -1,12 +1,10 @@
-/* int8.c - X W^T from int8 codes: int32 sums of tiles widened to int16, then the scales. */
+/* int8_gemm.c - X W^T from int8 codes: int32 sums of tiles widened to int16, then the scales. */
 #include "internal.h"
 
 enum {
-    TOKENS = 64,   /* of a task: its codes are read once per OUTPUTS */
-    OUTPUTS = 128, /* of a task */
-    DEPTH = 1024,  /* inputs widened at a time, so that a task stays in the second cache */
-    TILE_X = 4,    /* int16_dots */
-    TILE_W = 2,
+    TOKENS = PTQ_INT8_BLOCK,      /* of a task: its codes are read once per OUTPUTS */
+    OUTPUTS = 2 * PTQ_INT8_BLOCK, /* of a task */
+    DEPTH = 1024, /* inputs widened at a time, so that a task stays in the second cache */
 };
 
 typedef struct {
@@ -27,7 +25,7 @@ typedef struct {
 static void widen_rows(const ptq_kernels *k, const int8_t *codes, int64_t n, int64_t count,
                        int64_t padded, int64_t k0, int64_t depth, int16_t *out, int32_t *sum) {
     for (int64_t r = 0; r < count; r++)
-        sum[r] += k->int8_widen(codes + r * n + k0, depth, out + r * DEPTH);
+        sum[r] += k->int8.widen(codes + r * n + k0, depth, out + r * DEPTH);
     for (int64_t r = count; r < padded; r++)
         memset(out + r * DEPTH, 0, sizeof(int16_t) * (size_t)depth);
 }
@@ -59,9 +57,11 @@ static void product_task(void *ctx, int64_t task, int thread) {
     const ptq_int8_args *a = p->a;
     scratch *s = (scratch *)(void *)(p->work + (size_t)thread * p->workspace);
     const int64_t t = task / p->blocks * TOKENS, o = task % p->blocks * OUTPUTS;
-    const int64_t height = ptq_min64(TOKENS, a->tokens - t), width = ptq_min64(OUTPUTS, a->outputs - o);
-    const int64_t tall = ptq_ceil_div(height, TILE_X) * TILE_X;
-    const int64_t broad = ptq_ceil_div(width, TILE_W) * TILE_W;
+    const int64_t height = ptq_min64(TOKENS, a->tokens - t),
+                  width = ptq_min64(OUTPUTS, a->outputs - o);
+    const int64_t tile_x = p->k->int8.tokens, tile_w = p->k->int8.outputs;
+    const int64_t tall = ptq_ceil_div(height, tile_x) * tile_x;
+    const int64_t broad = ptq_ceil_div(width, tile_w) * tile_w;
     memset(s->C, 0, sizeof s->C);
     memset(s->xsum, 0, sizeof s->xsum);
     memset(s->wsum, 0, sizeof s->wsum);
@@ -70,10 +70,10 @@ static void product_task(void *ctx, int64_t task, int thread) {
         const int64_t depth = ptq_min64(DEPTH, a->n - k0);
         widen_rows(p->k, a->x + t * a->n, a->n, height, tall, k0, depth, s->x, s->xsum);
         widen_rows(p->k, a->w + o * a->n, a->n, width, broad, k0, depth, s->w, s->wsum);
-        for (int64_t i = 0; i < tall; i += TILE_X)
-            for (int64_t j = 0; j < broad; j += TILE_W)
-                p->k->int16_dots(s->x + i * DEPTH, s->w + j * DEPTH, DEPTH, depth,
-                                 s->C + i * OUTPUTS + j, OUTPUTS);
+        for (int64_t i = 0; i < tall; i += tile_x)
+            for (int64_t j = 0; j < broad; j += tile_w)
+                p->k->int8.dots(s->x + i * DEPTH, s->w + j * DEPTH, DEPTH, depth,
+                                s->C + i * OUTPUTS + j, OUTPUTS);
     }
     for (int64_t i = 0; i < height; i++) finish_row(a, s, i, t + i, o, width);
 }
@@ -81,10 +81,13 @@ static void product_task(void *ctx, int64_t task, int thread) {
 ptq_status ptq_int8_matmul(const ptq_int8_args *a, int threads) {
     /* 2^14 per product: more of them could leave int32 */
     if (a->tokens < 0 || a->outputs < 0 || a->n < 1 || a->n > PTQ_INT8_INPUTS) return PTQ_INVALID;
-    threads = ptq_threads_for(threads, (double)a->tokens * (double)a->outputs * (double)a->n / 8);
-    product p = {.k = ptq_kernels_get(), .a = a, .blocks = ptq_ceil_div(a->outputs, OUTPUTS),
+    threads =
+        ptq_threads_for_work(threads, (double)a->tokens * (double)a->outputs * (double)a->n / 8);
+    product p = {.k = ptq_kernels_get(),
+                 .a = a,
+                 .blocks = ptq_ceil_div(a->outputs, OUTPUTS),
                  .workspace = (sizeof(scratch) + 63) / 64 * 64};
-    p.work = ptq_alloc(ptq_thread_count(threads), p.workspace);
+    p.work = ptq_alloc(threads, p.workspace);
     if (!p.work) return PTQ_NOMEM;
     const int64_t tasks = ptq_ceil_div(a->tokens, TOKENS) * p.blocks;
     const ptq_status status = ptq_parallel_for(tasks, threads, product_task, &p);

@@ -1,0 +1,448 @@
+/* compare_levels.c - run the core without Python at the base level and at every other level of this
+ * CPU, on fixed pseudo-random inputs, and compare: integers exactly, floats within a stated bound.
+ * See compare_levels.sh. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../core/ptq.h"
+
+static const char *const LEVELS[] = {"avx2", "avx512", "avx512_bf16", "neon"};
+
+enum { ROWS = 53, N = 96, TOKENS = 301, GROUP = 16, THREADS = 2, MAX_OUTPUTS = 96 };
+/* Softmax: (BATCH, HEADS, QUERIES, KEYS). */
+enum { BATCH = 2, HEADS = 3, QUERIES = 37, KEYS = 131, ENTRIES = BATCH * HEADS * QUERIES * KEYS };
+
+static const double EPS = 0x1p-24; /* a float's rounding, relative */
+
+/* Results of one level: values as doubles, and how far another level's may be from them. */
+typedef struct {
+    char name[40];
+    int64_t count;
+    double *value, *bound; /* bound NULL: not at all */
+} output;
+
+typedef struct {
+    int count;
+    output output[MAX_OUTPUTS];
+} results;
+
+static void *must(void *p) {
+    if (!p) {
+        fputs("out of memory\n", stderr);
+        exit(2);
+    }
+    return p;
+}
+
+static void check(ptq_status status, const char *what) {
+    if (!status) return;
+    fprintf(stderr, "%s: status %d\n", what, (int)status);
+    exit(2);
+}
+
+/* A new output; the caller fills its values. */
+static output *add_output(results *r, const char *name, int64_t count, int with_bound) {
+    output *o = &r->output[r->count++];
+    if (r->count > MAX_OUTPUTS) abort();
+    snprintf(o->name, sizeof o->name, "%s", name);
+    o->count = count;
+    o->value = must(calloc((size_t)count, sizeof *o->value));
+    o->bound = with_bound ? must(calloc((size_t)count, sizeof *o->bound)) : NULL;
+    return o;
+}
+
+#define DEFINE_RECORD(type)                                                                \
+    static output *record_##type(results *r, const char *name, const type *x, int64_t n) { \
+        output *o = add_output(r, name, n, 0);                                             \
+        for (int64_t i = 0; i < n; i++) o->value[i] = (double)x[i];                        \
+        return o;                                                                          \
+    }
+DEFINE_RECORD(uint8_t)
+DEFINE_RECORD(int8_t)
+DEFINE_RECORD(int16_t)
+DEFINE_RECORD(int32_t)
+DEFINE_RECORD(int64_t)
+DEFINE_RECORD(float)
+DEFINE_RECORD(double)
+
+/* Allow a distance of `relative` times the value. */
+static void within(output *o, double relative) {
+    o->bound = must(calloc((size_t)o->count, sizeof *o->bound));
+    for (int64_t i = 0; i < o->count; i++) o->bound[i] = relative * fabs(o->value[i]);
+}
+
+/* Inputs, the same in every run. */
+static struct {
+    float X[TOKENS * N], W[ROWS * N], W_hat[ROWS * N], H[N * N], R[N * N], scores[ENTRIES];
+    float P[ENTRIES];
+    uint16_t half[TOKENS * N], bf16[TOKENS * N];
+    uint8_t allowed[ENTRIES];
+    int64_t perm[N];
+} in;
+
+static uint64_t state = 88172645463325252u;
+/* xorshift64*, then the middle of the sum of four: near enough to a normal variable. */
+static float uniform(void) {
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return (float)((state * 2685821657736338717u) >> 40) * 0x1p-24f;
+}
+static float normal(void) { return 1.7f * (uniform() + uniform() + uniform() + uniform() - 2.0f); }
+
+/* float16 bits of x, toward zero; its range is not left. */
+static uint16_t half_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    const int exponent = (int)(u >> 23 & 255) - 112;
+    const uint32_t sign = u >> 16 & 0x8000;
+    if (exponent <= 0) return (uint16_t)sign;
+    return (uint16_t)(sign | (uint32_t)exponent << 10 | (u >> 13 & 0x3ff));
+}
+
+static void make_inputs(void) {
+    for (int i = 0; i < TOKENS * N; i++) {
+        uint32_t u;
+        in.X[i] = normal() * (float)(1 + i % N % 7);
+        memcpy(&u, &in.X[i], sizeof u);
+        in.half[i] = half_bits(in.X[i]);
+        in.bf16[i] = (uint16_t)(u >> 16);
+    }
+    for (int i = 0; i < ROWS * N; i++) in.W[i] = normal();
+    for (int i = 0; i < ROWS * N; i++) in.W_hat[i] = in.W[i] + 0.05f * normal();
+    for (int i = 0; i < N; i++) in.perm[i] = i * 5 % N; /* 5 and 96 have no common divisor */
+    for (int i = 0; i < N * N; i++) {
+        double sum = i % N == i / N ? 3.0 : 0.0;
+        for (int t = 0; t < TOKENS; t++)
+            sum += (double)in.X[t * N + i / N] * (double)in.X[t * N + i % N] / TOKENS;
+        in.H[i] = (float)sum;
+    }
+    for (int i = 0; i < ENTRIES; i++) in.scores[i] = 3.0f * normal();
+    for (int i = 0; i < ENTRIES; i++) in.allowed[i] = uniform() < 0.7f;
+    for (int row = 0; row < ENTRIES; row += KEYS) {
+        double sum = 0.0;
+        for (int i = 0; i < KEYS; i++) sum += exp((double)in.scores[row + i]);
+        for (int i = 0; i < KEYS; i++)
+            in.P[row + i] = (float)(exp((double)in.scores[row + i]) / sum);
+    }
+    double shift[N];
+    int64_t info;
+    for (int i = 0; i < N; i++) shift[i] = 0.1;
+    check(ptq_cpu_select("base"), "base");
+    check(ptq_factor(in.H, N, in.perm, shift, in.R, &info, 1), "factor");
+}
+
+/* Bound: the error of a float32 sum of TOKENS products, of both levels. */
+static void run_hessian(results *r) {
+    static const struct {
+        const char *name;
+        const void *X;
+        ptq_dtype dtype;
+    } kinds[] = {{"hessian f32", in.X, PTQ_F32},
+                 {"hessian f16", in.half, PTQ_F16},
+                 {"hessian bf16", in.bf16, PTQ_BF16}};
+    for (int k = 0; k < 3; k++) {
+        static float S[N * N], H[N * N];
+        memset(S, 0, sizeof S);
+        check(ptq_hessian_update(S, N, kinds[k].X, N, kinds[k].dtype, NULL, TOKENS, THREADS),
+              kinds[k].name);
+        check(ptq_hessian_finish(S, H, N, 2.0 / TOKENS, THREADS), kinds[k].name);
+        output *o = record_float(r, kinds[k].name, H, N * N);
+        within(o, 0.0);
+        for (int i = 0; i < N * N; i++) {
+            double reach = 0.0;
+            for (int t = 0; t < TOKENS; t++)
+                reach += fabs((double)in.X[t * N + i / N] * (double)in.X[t * N + i % N]);
+            o->bound[i] = 2.0 * EPS * (TOKENS + 2) * reach * 2.0 / TOKENS;
+        }
+    }
+}
+
+/* R R^T, which must be near P H P^T + shift at every level: (n + 3) roundings of each. */
+static void run_factor(results *r) {
+    static float R[N * N];
+    double shift[N];
+    int64_t info;
+    for (int i = 0; i < N; i++) shift[i] = 0.01 * i;
+    memset(R, 0, sizeof R);
+    check(ptq_factor(in.H, N, in.perm, shift, R, &info, THREADS), "factor");
+    output *o = add_output(r, "factor", N * N, 1);
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < N; j++) {
+            for (int k = 0; k < N; k++)
+                o->value[i * N + j] += (double)R[i * N + k] * (double)R[j * N + k];
+            const int64_t a = in.perm[i], b = in.perm[j];
+            const double scale =
+                ((double)in.H[a * N + a] + shift[a]) * ((double)in.H[b * N + b] + shift[b]);
+            o->bound[i * N + j] = 2.0 * (N + 3) * EPS * sqrt(scale);
+        }
+}
+
+static ptq_grid weight_grid(int method, int symmetric) {
+    return (ptq_grid){.max_code = 7,
+                      .symmetric = symmetric,
+                      .method = method,
+                      .steps = 30,
+                      .candidates = 4,
+                      .scale_type = PTQ_F32,
+                      .min_shrink = 0.4f,
+                      .norm = 2.4f};
+}
+
+/* Codes are integers, exact; scales follow weights that float32 sums have updated. */
+static void run_gptq(results *r) {
+    static uint8_t codes[ROWS * N], zeros[ROWS * N / GROUP];
+    static float scales[ROWS * N / GROUP];
+    static int32_t g_idx[N];
+    static double history[3 * ROWS];
+    for (int method = PTQ_GRID_MINMAX; method <= PTQ_GRID_HESSIAN; method++)
+        for (int refine_passes = 0; refine_passes <= 2; refine_passes += 2) {
+            char name[40];
+            const ptq_gptq_args a = {.W = in.W,
+                                     .H = in.H,
+                                     .R = in.R,
+                                     .perm = in.perm,
+                                     .rows = ROWS,
+                                     .n = N,
+                                     .G = GROUP,
+                                     .block = 32,
+                                     .static_groups = refine_passes > 0,
+                                     .groups_follow_order = refine_passes == 0,
+                                     .feedback = 1,
+                                     .refine_passes = refine_passes,
+                                     .shift = 0.1,
+                                     .grid = weight_grid(method, 0),
+                                     .codes = codes,
+                                     .scales = scales,
+                                     .zeros = zeros,
+                                     .g_idx = g_idx,
+                                     .history = history};
+            check(ptq_gptq(&a, THREADS), "gptq");
+            snprintf(name, sizeof name, "gptq grid %d refine_passes %d", method, refine_passes);
+            record_uint8_t(r, name, codes, ROWS * N);
+            record_uint8_t(r, "  zeros", zeros, ROWS * N / GROUP);
+            record_int32_t(r, "  groups", g_idx, N);
+            within(record_float(r, "  scales", scales, ROWS * N / GROUP), 1e-4);
+            within(record_double(r, "  objectives", history, (refine_passes + 1) * ROWS), 1e-3);
+        }
+}
+
+/* Nothing here is summed across lanes or fused except under the Hessian, which only ranks. */
+static void run_rtn(results *r) {
+    static uint8_t codes[ROWS * N], zeros[ROWS * N / GROUP];
+    static float scales[ROWS * N / GROUP];
+    for (int method = PTQ_GRID_MINMAX; method <= PTQ_GRID_HESSIAN; method++) {
+        char name[40];
+        const ptq_grid grid = weight_grid(method, method == PTQ_GRID_MSE);
+        check(ptq_rtn(in.W, ROWS, N, GROUP, &grid, in.H, codes, scales, zeros, THREADS), "rtn");
+        snprintf(name, sizeof name, "rtn grid %d", method);
+        record_uint8_t(r, name, codes, ROWS * N);
+        record_float(r, "  scales", scales, ROWS * N / GROUP);
+        record_uint8_t(r, "  zeros", zeros, ROWS * N / GROUP);
+    }
+    float row_scales[ROWS];
+    uint8_t row_zeros[ROWS];
+    for (int i = 0; i < ROWS; i++) row_scales[i] = 0.3f;
+    for (int i = 0; i < ROWS; i++) row_zeros[i] = 7;
+    check(ptq_codes_on_grid(in.W, ROWS, N, row_scales, row_zeros, 15, codes, THREADS), "codes");
+    record_uint8_t(r, "codes on grid", codes, ROWS * N);
+}
+
+/* Bound: n roundings of the sum of absolute products. */
+static void run_objective(results *r) {
+    double out[ROWS];
+    check(ptq_objective(in.W, ROWS, N, in.H, out, THREADS), "objective");
+    output *o = record_double(r, "objective", out, ROWS);
+    within(o, 0.0);
+    for (int i = 0; i < ROWS * N * N; i++) {
+        const int row = i / N / N, j = i / N % N, k = i % N;
+        o->bound[row] +=
+            2.0 * N * EPS *
+            fabs((double)in.W[row * N + j] * (double)in.H[j * N + k] * (double)in.W[row * N + k]);
+    }
+}
+
+/* Sums run in the same order everywhere. */
+static void run_ranges(results *r) {
+    const void *X[] = {in.X, in.half, in.bf16};
+    for (int dtype = PTQ_F32; dtype <= PTQ_BF16; dtype++) {
+        float low[N], high[N];
+        double sum[N];
+        check(ptq_channel_ranges(X[dtype], N, N, (ptq_dtype)dtype, NULL, TOKENS, low, high, sum,
+                                 THREADS),
+              "ranges");
+        record_float(r, "ranges: low", low, N);
+        record_float(r, "ranges: high", high, N);
+        record_double(r, "ranges: sum", sum, N);
+    }
+}
+
+static void run_activations(results *r) {
+    static int8_t x[TOKENS * N], w[ROWS * N];
+    static int16_t wide[TOKENS * N], zeros[TOKENS], w_zeros[ROWS];
+    static int8_t x_zeros[TOKENS], w_zeros8[ROWS];
+    static float scales[TOKENS], w_scales[ROWS], y[TOKENS * ROWS];
+    const ptq_signed_grid grid = {.bits = 8}, wide_grid = {.bits = 12, .symmetric = 1};
+    uint8_t outliers[N];
+    check(ptq_activations_quantize(in.half, N, PTQ_F16, NULL, TOKENS, &wide_grid, 1, wide, scales,
+                                   zeros, THREADS),
+          "activations");
+    record_int16_t(r, "12-bit activations", wide, TOKENS * N);
+    check(ptq_activations_quantize(in.X, N, PTQ_F32, NULL, TOKENS, &grid, 1, x, scales, zeros,
+                                   THREADS),
+          "activations");
+    record_int8_t(r, "8-bit activations", x, TOKENS * N);
+    record_float(r, "  scales", scales, TOKENS);
+    check(ptq_outlier_columns(in.X, N, PTQ_F32, TOKENS, 15.0f, outliers, THREADS), "outliers");
+    record_uint8_t(r, "outlier columns", outliers, N);
+    check(ptq_activations_quantize(in.W, N, PTQ_F32, NULL, ROWS, &grid, 1, w, w_scales, w_zeros,
+                                   THREADS),
+          "weights");
+    for (int i = 0; i < TOKENS; i++) x_zeros[i] = (int8_t)zeros[i];
+    for (int i = 0; i < ROWS; i++) w_zeros8[i] = (int8_t)w_zeros[i];
+    const ptq_int8_args a = {.x = x,
+                             .w = w,
+                             .tokens = TOKENS,
+                             .outputs = ROWS,
+                             .n = N,
+                             .x_grids = TOKENS,
+                             .w_grids = ROWS,
+                             .x_scales = scales,
+                             .w_scales = w_scales,
+                             .x_zeros = x_zeros,
+                             .w_zeros = w_zeros8,
+                             .y = y};
+    check(ptq_int8_matmul(&a, THREADS), "int8");
+    record_float(r, "int8 product", y, TOKENS * ROWS);
+}
+
+/* Codes are exact; the exponential is good to 2 ulp, fused or not. Statistics are exact. */
+static void run_softmax(results *r) {
+    static float out[ENTRIES], e[ENTRIES], shifted[ENTRIES];
+    static uint8_t codes[ENTRIES];
+    static int64_t sums[HEADS * PTQ_LENGTH_CLASSES * 4];
+    const double none = 0.0;
+    const ptq_attention attention = {.batch = BATCH, .heads = HEADS, .q = QUERIES, .k = KEYS};
+    ptq_softmax_args a = {.attention = attention,
+                          .grid = {1.0f / 255, 0, 255},
+                          .table = &none,
+                          .table_heads = 1,
+                          .table_lengths = 1,
+                          .scores = in.scores};
+    ptq_rows_info info;
+    for (int i = 0; i < ENTRIES; i++) shifted[i] = -2.0f * fabsf(in.scores[i]);
+    check(ptq_softmax_exp(shifted, ENTRIES, e, THREADS), "exp");
+    within(record_float(r, "exponential", e, ENTRIES), 8 * EPS);
+    a.codes = 1;
+    a.out = codes;
+    check(ptq_softmax_quantize(&a, &info, THREADS), "softmax codes");
+    record_uint8_t(r, "softmax codes", codes, ENTRIES);
+    a.codes = 0;
+    a.out = out;
+    a.correction = PTQ_CORRECT_ROW_SUM;
+    a.attention.causal = 1;
+    a.attention.allowed = in.allowed;
+    a.attention.allowed_batch = BATCH;
+    a.attention.allowed_heads = HEADS;
+    a.attention.allowed_q = QUERIES;
+    check(ptq_softmax_quantize(&a, &info, THREADS), "softmax values");
+    record_float(r, "softmax values", out, ENTRIES);
+    check(ptq_softmax_statistics(&attention, in.P, &a.grid, 1e-3, sums, &info, THREADS),
+          "softmax statistics");
+    record_int64_t(r, "softmax statistics", sums, HEADS * PTQ_LENGTH_CLASSES * 4);
+}
+
+static void run_energy(results *r) {
+    double rows[2 * ROWS], columns[2 * N];
+    check(ptq_energy(in.W, in.W_hat, PTQ_F32, ROWS, N, rows, THREADS), "energy");
+    record_double(r, "energy of rows", rows, 2 * ROWS);
+    check(ptq_energy_columns(in.W, in.W_hat, PTQ_F32, ROWS, N, columns, THREADS), "energy");
+    record_double(r, "energy of columns", columns, 2 * N);
+}
+
+/* Squared differences of float32 products: a thousandth of the error itself. */
+static void run_equalization(results *r) {
+    const float *const W[] = {in.W, in.W_hat};
+    const int64_t rows[] = {ROWS, ROWS - 5};
+    static float scales[2 * N];
+    double errors[2];
+    for (int i = 0; i < N; i++) scales[i] = 1.0f;
+    for (int i = 0; i < N; i++) scales[N + i] = (float)(1 + i % 7);
+    const ptq_equalization_args a = {.X = in.X,
+                                     .tokens = TOKENS,
+                                     .n = N,
+                                     .W = W,
+                                     .rows = rows,
+                                     .layers = 2,
+                                     .scales = scales,
+                                     .candidates = 2,
+                                     .G = N,
+                                     .grid = weight_grid(PTQ_GRID_MINMAX, 0),
+                                     .act_max_code = 255,
+                                     .errors = errors};
+    check(ptq_equalization_errors(&a, THREADS), "equalization");
+    within(record_double(r, "equalization errors", errors, 2), 1e-3);
+}
+
+static results run(const char *level) {
+    results r = {0};
+    check(ptq_cpu_select(level), level);
+    run_hessian(&r);
+    run_factor(&r);
+    run_gptq(&r);
+    run_rtn(&r);
+    run_objective(&r);
+    run_ranges(&r);
+    run_activations(&r);
+    run_softmax(&r);
+    run_energy(&r);
+    run_equalization(&r);
+    return r;
+}
+
+/* Number of outputs of b that are not a's. */
+static int compare(const char *level, const results *a, const results *b) {
+    int bad = 0;
+    for (int i = 0; i < a->count; i++) {
+        const output *x = &a->output[i], *y = &b->output[i];
+        double worst = 0.0;
+        int64_t differing = 0, outside = 0;
+        for (int64_t j = 0; j < x->count; j++) {
+            const double d = fabs(x->value[j] - y->value[j]), bound = x->bound ? x->bound[j] : 0.0;
+            differing += d != 0.0;
+            outside += !(d <= bound);
+            if (bound > 0.0 && d / bound > worst) worst = d / bound;
+        }
+        bad += outside > 0;
+        printf("%s %-24s %6lld values, ", level, x->name, (long long)x->count);
+        if (outside) printf("%lld WRONG\n", (long long)outside);
+        else if (!x->bound) puts("equal");
+        else printf("%lld differ, by %.2g of the bound\n", (long long)differing, worst);
+    }
+    return bad;
+}
+
+static void free_results(results *r) {
+    for (int i = 0; i < r->count; i++) {
+        free(r->output[i].value);
+        free(r->output[i].bound);
+    }
+}
+
+int main(void) {
+    make_inputs();
+    results base = run("base");
+    int compared = 0, bad = 0;
+    for (size_t i = 0; i < sizeof LEVELS / sizeof *LEVELS; i++) {
+        if (!ptq_cpu_supports(LEVELS[i])) continue;
+        results other = run(LEVELS[i]);
+        bad += compare(LEVELS[i], &base, &other);
+        free_results(&other);
+        compared++;
+    }
+    free_results(&base);
+    if (!compared) puts("this CPU has no level besides base");
+    return bad || !compared;
+}
