@@ -25,7 +25,7 @@ def layer(rows: int, n: int, times: int, threads: int) -> None:
     for _ in range(times):
         H = ptqkit.Hessian(n, threads=threads)
         H.update(X)
-        ptqkit.gptq(W, H, bits=4, group_size=64, sweeps=1, threads=threads)
+        ptqkit.gptq(W, H, bits=4, group_size=64, refine_passes=1, threads=threads)
         ptqkit.quantize_activations(X, threads=threads)
 
 
