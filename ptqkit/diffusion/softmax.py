@@ -108,6 +108,7 @@ class SoftmaxCalibration(SoftmaxStudy):
 
     @property
     def outputs(self) -> np.ndarray:
+        """Outputs of the float model, of every calibration latent."""
         return self._unet.float_outputs
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ptqkit.nn.activation_grids import dynamic_grid, fake_quantize, limits, static_grid
+from ptqkit.nn.linear import is_linear
 from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = [
@@ -210,9 +211,7 @@ def install_quantizer(linear: nn.Module, quantizer: ActivationQuantizer) -> None
     ValueError
         If it has a quantizer already.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    if not isinstance(linear, (nn.Linear, Conv1D)):
+    if not is_linear(linear):
         raise TypeError(f"linear must be nn.Linear or Conv1D, not {type(linear).__name__}")
     if not isinstance(quantizer, ActivationQuantizer):
         raise TypeError(f"quantizer must be an ActivationQuantizer, not {type(quantizer).__name__}")

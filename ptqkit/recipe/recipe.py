@@ -24,7 +24,7 @@ _CHOICES = {
 
 
 def match_pattern(pattern: str, name: str) -> bool:
-    """Return whether a layer name matches a glob (``*.mlp.*``) or a regex (``re:.*\\.q_proj``)."""
+    r"""Return whether a layer name matches a glob (``*.mlp.*``) or a regex (``re:.*\.q_proj``)."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)

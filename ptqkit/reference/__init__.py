@@ -16,6 +16,8 @@ Papers cited in brackets, here, in :mod:`ptqkit.arrays` and in :mod:`ptqkit.reci
 - [SmoothQuant] Xiao et al. 2022, SmoothQuant, arXiv 2211.10438.
 """
 
+from __future__ import annotations
+
 from ptqkit.reference.activations import bias_correction as bias_correction
 from ptqkit.reference.activations import code_limits as code_limits
 from ptqkit.reference.activations import dequantize_activations as dequantize_activations

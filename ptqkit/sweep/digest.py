@@ -57,7 +57,7 @@ def cell_inputs(
 
 
 def text_digest(source: TextSource) -> dict[str, Any]:
-    """What a text is, wherever its file lies."""
+    """Return what a text is, wherever its file lies."""
     return {
         "digest": _demo_text() if source.path == DEMO else file_digest(source.path),
         "documents": source.documents and list(source.documents),

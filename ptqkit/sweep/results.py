@@ -97,7 +97,7 @@ def means(result: SweepResult) -> list[dict[str, Any]]:
 
 
 def published_rows(result: SweepResult) -> list[dict[str, Any]]:
-    """Published figures, each with ours if model, recipe and task have the same names."""
+    """Return published figures, each with ours if model, recipe and task have the same names."""
     ours = {(c.model, c.recipe, c.task): c.value for c in result.cells if c.status == OK}
     return [
         {
@@ -196,7 +196,7 @@ def table(result: SweepResult) -> str:
 
 
 def _failures(found: list[dict[str, Any]]) -> list[str]:
-    """A line per recipe and reason, with the tasks that it holds for."""
+    """Return a line per recipe and reason, with the tasks that it holds for."""
     tasks: dict[tuple[str, str], list[str]] = {}
     for row in found:
         if row["status"] == FAILED:
@@ -257,7 +257,7 @@ def _value(row: dict[str, Any] | None, recipe: str) -> list[str]:
 
 
 def _align(lines: list[list[str]]) -> str:
-    """A table with columns of words to the left and columns of numbers to the right."""
+    """Return a table with columns of words to the left and columns of numbers to the right."""
     header, *rest = lines
     words = {
         k

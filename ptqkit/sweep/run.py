@@ -224,7 +224,7 @@ class _Run:
                 self._finish(i, cell)
 
     def _attempt(self, places: list[int], work: Callable[[], Any]) -> Any:
-        """Result of some work; None if it failed, and then its cells say why."""
+        """Return the result of some work; None if it failed, and then its cells say why."""
         try:
             return work()
         except Exception as error:

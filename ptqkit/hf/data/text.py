@@ -49,6 +49,7 @@ class CachedTokenizer:
         self._tokens: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, text: str, **options: Any) -> Any:
+        """Return the tokens of a text, found once."""
         key = (text, *sorted(options.items()))
         if key not in self._tokens:
             self._tokens[key] = self.tokenizer(text, **options)

@@ -139,7 +139,7 @@ class Report:
         return [layer for layer in self.layers if layer.status.startswith("failed")]
 
     def totals(self) -> dict[str, Any]:
-        """Sums over the quantized layers; ``bits_per_weight`` is weighted by size."""
+        """Return sums over the quantized layers; ``bits_per_weight`` is weighted by size."""
         rows = self.quantized
         weights = [r.shape[0] * r.shape[1] for r in rows]
         total = sum(weights)

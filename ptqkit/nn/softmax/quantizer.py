@@ -159,7 +159,7 @@ class SoftmaxQuantizer:
             )
 
     def _offset(self, steps: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """What every allowed entry of a row gains, float32, broadcastable to ``steps``."""
+        """Return what every allowed entry of a row gains, float32, broadcastable to ``steps``."""
         count = row_lengths(allowed, steps)
         if self.correction == "row_sum":
             # A sum of whole numbers in double is exact: no order of addition shows.
@@ -199,7 +199,7 @@ class SoftmaxQuantizer:
 
 
 def row_lengths(allowed: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
-    """Allowed keys of every row, float32 (..., q, 1) and at least 1."""
+    """Return the allowed keys of every row, float32 (..., q, 1) and at least 1."""
     if allowed is None:
         return torch.full((1, 1), float(p.shape[-1]), device=p.device)
     count = allowed.expand(*allowed.shape[:-1], p.shape[-1]).sum(-1, keepdim=True)
