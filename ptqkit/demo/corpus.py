@@ -114,7 +114,7 @@ def text(
     Returns
     -------
     str
-        Line ends are ``"\\n"``.
+        Line ends are ``"\n"``.
 
     Raises
     ------
