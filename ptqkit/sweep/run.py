@@ -65,7 +65,7 @@ def run_sweep(
     Returns
     -------
     SweepResult
-        Nothing is written but the cells; see :mod:`ptqkit.sweep.table`.
+        Nothing is written but the cells; see :mod:`ptqkit.sweep.results`.
 
     Raises
     ------
