@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 
 import ptqkit._core as _core
 
@@ -12,7 +13,7 @@ __all__ = ["configure", "show_config"]
 CPU_LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "neon")
 
 
-def configure(environ=os.environ) -> None:
+def configure(environ: Mapping[str, str] = os.environ) -> None:
     """Apply ``PTQKIT_CPU`` and ``PTQKIT_BLAS``.
 
     By default the built-in kernels factorize and multiply on x86 with AVX2 or more (measured

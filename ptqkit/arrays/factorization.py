@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +116,7 @@ def check_damping(damping: float, max_damping: float) -> None:
         )
 
 
-def _attempts(damping: float, max_damping: float):
+def _attempts(damping: float, max_damping: float) -> Iterator[float]:
     """Yield the dampings to try: the requested one, then ten times more, up to the largest."""
     yield damping
     step = damping if damping > 0 else 1e-4

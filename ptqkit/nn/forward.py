@@ -77,7 +77,7 @@ def forward(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
     device = next(model.parameters()).device
     inputs = {k: v.to(device) for k, v in batch.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs.setdefault("use_cache", False)  # type: ignore[arg-type]
+        inputs.setdefault("use_cache", False)
     model(**inputs)
 
 

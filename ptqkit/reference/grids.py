@@ -25,8 +25,8 @@ def round_to_dtype(x: np.ndarray, dtype: str) -> np.ndarray:
         rounded = x32.astype(np.float16).astype(np.float64)
     elif dtype == "bfloat16":
         bits = x32.view(np.uint32).astype(np.uint64)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # nearest, ties to even
-        rounded = bits.astype(np.uint32).view(np.float32).astype(np.float64)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # ties to even
+        rounded = nearest.astype(np.uint32).view(np.float32).astype(np.float64)
     else:
         rounded = x32.astype(np.float64)
     return np.maximum(rounded, SMALLEST[dtype])

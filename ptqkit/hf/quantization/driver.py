@@ -264,7 +264,7 @@ def _written_dtype(
     own = dtype_of(model)
     if stored is None:
         return own
-    stored = as_dtype(stored)
+    held = as_dtype(stored)
     inexact = recipe.equalization or recipe.activations or recipe.bias_correction
-    narrower = stored.itemsize < own.itemsize
-    return stored if narrower and not inexact else own
+    narrower = held.itemsize < own.itemsize
+    return held if narrower and not inexact else own

@@ -141,7 +141,7 @@ def check_tokens(problems: Problems, model: nn.Module, calibration: CalibrationS
             CalibrationError,
         )
     try:
-        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        vocabulary = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
         return
     low = min(int(b["input_ids"].min()) for b in calibration.batches)
