@@ -38,7 +38,18 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
         folder = MODEL_DIR if args.model == DEMO else model_folder(args.model)
     # A checkpoint that is damaged or of an unknown kind is data that cannot be used.
     with no_bars(), prefixed():
-        return workbench.load_model(folder, args.dtype, device)
+        model, tokenizer, facts = workbench.load_model(folder, args.dtype, device)
+    if getattr(model.config, "quantization_config", None) is not None:
+        _first_forward(model)
+    return model, tokenizer, facts
+
+
+def _first_forward(model: Any) -> None:
+    """Run one token: compressed-tensors decompresses a model, with a bar, when it first runs."""
+    import torch
+
+    with no_bars(), torch.no_grad():
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
 
 def read_text(option: str, name: str | None, tokenizer: Any, split: str = "test") -> Any:

@@ -123,7 +123,7 @@ def _introduction(settings: dict[str, Any]) -> list[str]:
 def _round_trip(bench: Workbench, where: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Write a symmetric 4-bit checkpoint, load it with transformers alone, use it."""
     quantized = bench.quantize("quality", bits=4, group_size=GROUP_SIZE, symmetric=True)
-    ids = bench.cached_tokenizer(text("test"), add_special_tokens=False, verbose=False)
+    ids = bench.tokenizer(text("test"), add_special_tokens=False, verbose=False)
     probe = torch.tensor([ids["input_ids"][: WINDOW - 1]])
     expected = _logits(quantized.model, probe)
     info = quantized.save(where)

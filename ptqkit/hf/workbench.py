@@ -26,7 +26,7 @@ from ptqkit.hf.models.loading import (
     stored_dtype,
 )
 from ptqkit.hf.quantization.driver import QuantizationResult, quantize
-from ptqkit.recipe import Recipe, as_recipe
+from ptqkit.recipe import as_recipe
 
 __all__ = ["Workbench", "WorkbenchRow", "load_model"]
 
@@ -84,7 +84,7 @@ class WorkbenchRow:
     ----------
     recipe : str
         Name of the preset or the parts; ``"float"`` for the model itself.
-    bits : int
+    bits : int or "ternary"
     symmetric : bool
     perplexity, excess : float
         ``excess`` is the perplexity above the float model's.
@@ -97,7 +97,7 @@ class WorkbenchRow:
     """
 
     recipe: str
-    bits: int
+    bits: int | str
     symmetric: bool
     perplexity: float
     excess: float
@@ -263,7 +263,7 @@ class Workbench:
         chosen = replace(as_recipe(recipe), **changes)
         if chosen.scale_dtype is None and self.stored_dtype == "float16":
             chosen = replace(chosen, scale_dtype="float16")
-        batches = self.calibration.batches if _needs_data(chosen) else None
+        batches = self.calibration.batches if chosen.needs_calibration() else None
         return quantize(
             copy.deepcopy(self.model),
             chosen,
@@ -284,9 +284,3 @@ def _name(recipe: Any) -> str:
     if isinstance(recipe, str):
         return recipe
     return " + ".join(map(repr, recipe)) if isinstance(recipe, (list, tuple)) else repr(recipe)
-
-
-def _needs_data(recipe: Recipe) -> bool:
-    """Whether more than rounding weights is to be done; without, no text is run for nothing."""
-    rounds = recipe.method == "rtn" and recipe.grid != "hessian" and not recipe.overrides
-    return not rounds or bool(recipe.activations or recipe.equalization or recipe.bias_correction)

@@ -104,8 +104,10 @@ class CellStore:
             return None
         if values.get("status") != OK or not isinstance(values.get("value"), (int, float)):
             return None
-        known = {k: math.nan if v is None else v for k, v in values.items() if k in _FIELDS}
-        return replace(cell, **known, reused=True)
+        known: dict[str, Any] = {
+            k: math.nan if v is None else v for k, v in values.items() if k in _FIELDS
+        }
+        return replace(cell, **{**known, "reused": True})
 
     def keep(self, cell: Cell, environment: dict[str, Any]) -> None:
         """Keep a cell, all at once or not at all."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,19 +63,18 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    # Python 3.10 has no tomllib.
+    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
     try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        try:
-            import tomli as tomllib
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "a sweep file needs tomli on Python 3.10; install it with: pip install tomli",
-                name="tomli",
-            ) from error
+        toml = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a sweep file needs tomli on Python 3.10; install it with: pip install tomli",
+            name="tomli",
+        ) from error
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PreflightError([f"{path.name} is not valid TOML: {error}"]) from None
 
 
@@ -254,10 +255,10 @@ class _PlanReader:
         return RecipePlan(name, value, _resolve(reader, value), chosen)
 
     def _published(self, reader: Reader) -> Published:
-        words = [reader.take(key, str) for key in ("model", "recipe", "task")]
+        model, recipe, task = (reader.take(key, str) for key in ("model", "recipe", "task"))
         value, source = reader.take("value", float), reader.take("source", str)
         reader.done()
-        return Published(*words, value, source)
+        return Published(model, recipe, task, value, source)
 
 
 def _without_channel(options: dict[str, Any]) -> dict[str, Any]:

@@ -138,7 +138,9 @@ def write_results(result: SweepResult) -> list[str]:
         Paths of the files.
     """
     result.out.mkdir(parents=True, exist_ok=True)
-    tables = {"results.csv": (COLUMNS, rows(result))}
+    tables: dict[str, tuple[tuple[str, ...], list[dict[str, Any]]]] = {
+        "results.csv": (COLUMNS, rows(result))
+    }
     if result.plan.published:
         tables["published.csv"] = (_PUBLISHED, published_rows(result))
     for name, (columns, values) in tables.items():

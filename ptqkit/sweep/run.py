@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ class _Run:
             mine = [i for i in todo if self.cells[i].model == model.name]
             if not mine:
                 continue
-            bench = self._attempt(mine, lambda m=model: open_bench(m, self.device, self.threads))
+            bench = self._attempt(mine, partial(open_bench, model, self.device, self.threads))
             if bench is None:
                 continue
             for recipe in recipes_of(self.plan, model):
@@ -190,8 +191,7 @@ class _Run:
         """Quantize once and measure every task; a recipe under two names is quantized once."""
         for i in [i for i in places if self.cells[i].key in self._done]:
             cell, done = self.cells[i], self._done[self.cells[i].key]
-            named = {"model": cell.model, "recipe": cell.recipe, "task": cell.task}
-            self._finish(i, replace(done, **named))
+            self._finish(i, replace(done, model=cell.model, recipe=cell.recipe, task=cell.task))
             places = [p for p in places if p != i]
         if not places:
             return
@@ -215,7 +215,7 @@ class _Run:
             task = self.plan.task(cell.task)
             started = time.perf_counter()
             found = self._attempt(
-                [i], lambda t=task: measure(quantized.model, bench.cached_tokenizer, t)
+                [i], partial(measure, quantized.model, bench.cached_tokenizer, task)
             )
             if found is not None:
                 seconds = time.perf_counter() - started

@@ -18,7 +18,7 @@ from helpers.cli_calls import SMALL, model_of, quantize
 
 import ptqkit
 from ptqkit.cli import main
-from ptqkit.cli.output import SCHEMA
+from ptqkit.cli.output import SCHEMA, quiet_transformers
 from ptqkit.cli.quantize import parse_override
 
 torch = pytest.importorskip("torch")
@@ -63,6 +63,23 @@ def test_symmetric_checkpoint_loads_in_stock_transformers(folder, tmp_path, caps
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.equal(logits(model), logits(fake_quantized(folder, out)))
+    capsys.readouterr()
+    assert main(["eval", str(out), "--text", str(folder / "test.txt"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""  # no progress bar of another package
+
+
+def test_bars_of_other_packages_are_as_before(folder):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    make, found = vars(tqdm)["__init__"], []
+    before = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    with quiet_transformers():
+        assert not logging.is_progress_bar_enabled() and are_progress_bars_disabled()
+        found.append(vars(tqdm)["__init__"])
+    assert found == [make]
+    assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == before
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])

@@ -182,7 +182,7 @@ ITEM = '{"context": "a", "choices": ["b", "c"], "gold": 1}\n'
     [
         ("", "holds no item"),
         ("{\n", "line 1 is not JSON"),
-        ("[1]\n", "line 1 is no object"),
+        ("[1]\n", "line 1 is not an object"),
         ('{"context": "a"}\n', "line 1 has none of the forms"),
         (ITEM + '{"context": "a", "continuation": "b"}\n', "line 2 has the fields"),
         (ITEM.replace('["b", "c"]', '["b"]'), "choices must be a list of at least two"),

@@ -76,7 +76,7 @@ def padding_mask(
 def max_positions(model: nn.Module) -> int | None:
     """Longest sequence a model takes according to its configuration; None if there is no limit."""
     config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
+    if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:

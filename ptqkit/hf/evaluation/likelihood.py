@@ -216,7 +216,7 @@ def _score(
     with calibration_mode(model):
         while position < len(order):
             length = len(windows[order[position]].ids)
-            part = []
+            part: list[_Window] = []
             while position < len(order) and len(part) < batch_size:
                 if len(windows[order[position]].ids) != length:
                     break

@@ -84,6 +84,26 @@ def test_text_tokens_and_limits():
     assert text.to_dict()["perplexity"] == text.perplexity
 
 
+def test_windows_at_equal_distances_are_texts_of_their_own():
+    model, tokenizer = build(), WordTokenizer()
+    words = numbers(95)
+    found = perplexity(model, tokenizer, [words[:100], words[100:]], window=11, windows=3)
+    ids = [tokenizer(part)["input_ids"] for part in (words[:100], words[100:])]
+    joined = torch.tensor([*ids[0], *ids[1]])
+    body = 10
+    last = len(joined) // body - 1
+    places = [0, round(last / 2), last]
+    rows = torch.stack([joined[p * body : (p + 1) * body] for p in places])
+    expected = perplexity(model, tokenizer, rows, window=11)
+    assert (found.texts, found.tokens) == (3, 30)
+    assert found.perplexity == expected.perplexity
+    with pytest.raises(CalibrationError, match="windows = 99 of 10 tokens are more than"):
+        perplexity(model, tokenizer, words, window=11, windows=99)
+    for options in ({"windows": 0}, {"windows": 2, "max_tokens": 9}, {"windows": 2, "stride": 4}):
+        with pytest.raises(ValueError, match="must be at least 1 and excludes"):
+            perplexity(model, tokenizer, words, window=11, **options)
+
+
 def test_model_and_seed_stay_as_they_were():
     model = build()
     model.train()
