@@ -43,7 +43,8 @@ class ClassConditionalUNet:
 
     def noise(self, count: int, seed: int = 0) -> torch.Tensor:
         """Return starting noise for ``count`` samples of this UNet; see :func:`starting_noise`."""
-        config: Any = self.unet.config
+        unet: Any = self.unet
+        config = unet.config
         return starting_noise(count, (config.in_channels, *(2 * [config.sample_size])), seed=seed)
 
 
@@ -137,12 +138,12 @@ def sample(
     return torch.cat(done)
 
 
-def ddim_schedule(scheduler: Any, steps: int) -> DDIMScheduler:
+def ddim_schedule(scheduler: Any, steps: int) -> Any:
     """Return a DDIM schedule of its own with these steps set."""
     total = int(scheduler.config.num_train_timesteps)
     if check_positive(steps, "steps") > total:
         raise ValueError(f"steps must be at most {total}, those of training, not {steps}")
-    schedule = DDIMScheduler.from_config(scheduler.config)
+    schedule: Any = DDIMScheduler.from_config(scheduler.config)
     schedule.set_timesteps(steps)
     return schedule
 

@@ -49,6 +49,7 @@ class _UNet:
     granularities: tuple[str, ...] = GRANULARITIES
     # Rows are long, and nothing makes one probability 1 as the first row of a text does.
     ends = SearchEnds((1.0,), tuple(2.0 ** (-k / 2) for k in range(12)))
+    by_total = True
 
     def __init__(self, model: nn.Module, calibration: CalibrationLatents) -> None:
         if not isinstance(calibration, CalibrationLatents):
@@ -73,7 +74,7 @@ class _UNet:
 
 
 class SoftmaxCalibration(SoftmaxStudy):
-    """What one pass over calibration latents tells about the softmax of a UNet.
+    """Statistics of the softmax of a UNet, from one pass over calibration latents.
 
     Parameters
     ----------
@@ -124,7 +125,7 @@ class UNetSoftmaxQuantization(SoftmaxQuantization):
     steps: tuple[int, ...] = ()
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the corrections beside the weights; see :func:`save_softmax`."""
+        """Write the corrections next to the weights; see :func:`save_softmax`."""
         return save_softmax(self.model, self.quantizers, self.steps, directory)
 
 

@@ -274,7 +274,7 @@ def test_guard_takes_out_corrections_that_hurt_the_output_together(model, study,
     quantizers = study.quantizers("bias", "head")
     quantizers[SELF] = SoftmaxQuantizer(quantizers[SELF].grid, "bias", 0.1)
     below, whole = OutputSQNR.below, "output of the model"
-    monkeypatch.setattr(OutputSQNR, "below", lambda a, b: a.name == whole and below(a, b))
+    monkeypatch.setattr(OutputSQNR, "below", lambda a, b, how: a.name == whole and below(a, b, how))
     report = study.compare(quantizers)
     assert all(q.correction is None for q in quantizers.values())
     assert all("left out" in row.notes and row.correction is None for row in report.layers)
@@ -292,7 +292,9 @@ def test_one_exact_sample_decides_nothing():
     exact, other = OutputSQNR("output"), OutputSQNR("output")
     exact.update(x, x + np.array([[0.0], [0.5]], np.float32))
     other.update(x, x + np.full((2, 1), 0.1, np.float32))
-    assert np.isinf(exact.decibel) and exact.below(other) and not other.below(exact)
+    assert np.isinf(exact.decibel)
+    for by_total in (True, False):
+        assert exact.below(other, by_total) and not other.below(exact, by_total)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

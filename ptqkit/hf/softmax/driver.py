@@ -50,6 +50,7 @@ class _LanguageModel:
     granularities: tuple[str, ...] = GRANULARITIES
     # Shorter ranges were never better, at 4 to 8 bits.
     ends = SearchEnds((1.0, 0.8, 0.6))
+    by_total = False
     steps: tuple[int, ...] = ()
 
     def __init__(self, model: nn.Module, calibration: CalibrationSet) -> None:
@@ -93,7 +94,7 @@ def describe(calibration: CalibrationSet) -> dict[str, Any]:
 
 
 class SoftmaxCalibration(SoftmaxStudy):
-    """What one pass over calibration data tells about the softmax of a language model.
+    """Statistics of the softmax of a language model, from one pass over calibration data.
 
     Parameters
     ----------
@@ -123,7 +124,7 @@ class SoftmaxQuantization(_SoftmaxQuantization):
     attention: ClassVar[AttentionAccess] = attention
 
     def save(self, directory: str | os.PathLike[str], **options: Any) -> Path:
-        """Write the corrections beside a model; see :func:`ptqkit.hf.save_softmax`."""
+        """Write the corrections into the folder of a model; see :func:`ptqkit.hf.save_softmax`."""
         return save_softmax(self.model, self.quantizers, directory, **options)
 
 

@@ -167,21 +167,21 @@ def softmax_table(
     if unknown:
         raise ValueError(f"corrections must be some of {', '.join(VARIANTS)}, not {unknown[0]!r}")
     chosen = list(dict.fromkeys(["none", *corrections]))
-    tell = progress or (lambda name: None)
+    report_next = progress or (lambda name: None)
 
     def score() -> PerplexityResult:
         return perplexity(model, tokenizer, text, **windows)
 
-    tell("float softmax")
+    report_next("float softmax")
     first = score()
     table = SoftmaxTable(first, describe(calibration))
     table.rows.append(SoftmaxTableRow(None, "none", first.perplexity))
     for width in bits:
-        tell(f"SM{width}: calibration")
+        report_next(f"SM{width}: calibration")
         study = SoftmaxCalibration(model, calibration, bits=width, grid_range=grid_range)
         plain = math.nan
         for name in chosen:
-            tell(f"SM{width} {name}")
+            report_next(f"SM{width} {name}")
             quantizers = study.quantizers(*VARIANTS[name])
             report = study.compare(quantizers, guard)
             with attention_hooks(model, softmax_hooks(quantizers)):

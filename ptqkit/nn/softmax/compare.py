@@ -52,9 +52,9 @@ class OutputSQNR:
         """Decibels of the sums over all samples."""
         return float(self._total.decibel)
 
-    def below(self, other: OutputSQNR) -> bool:
-        """Whether this output is worse."""
-        if self._samples.infinite or other._samples.infinite:
+    def below(self, other: OutputSQNR, by_total: bool) -> bool:
+        """Whether this output is worse, by the sums over all samples or as in eq. 1."""
+        if by_total or self._samples.infinite or other._samples.infinite:
             return self.total < other.total
         return self.decibel < other.decibel
 

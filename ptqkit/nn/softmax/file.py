@@ -1,4 +1,4 @@
-"""The quantized softmax as a file beside the weights.
+"""The quantized softmax as a file next to the weights.
 
 No public checkpoint format has a place for it. ``ptqkit_softmax.json`` holds::
 

@@ -26,7 +26,7 @@ class SoftmaxLayerReport:
     zero_point : int
     correction : str or None
     bias : float
-        Mean over heads of beta; NaN where the correction is no constant.
+        Mean over heads of beta; NaN unless the correction is "bias".
     zero_fraction : float
         Share of the allowed probabilities that round to zero.
     mean_row_sum : float
@@ -64,7 +64,7 @@ class SoftmaxReport:
     calibration : dict
         Source, samples, sequence length, tokens, start token.
     output_db, output_corrected_db : float
-        Signal to error of the model's output (logits, where it has them) with all layers
+        Signal to error of the model's output (logits if it has them) with all layers
         quantized, without and with corrections, on the calibration set; mean of the ratios of the
         samples.
     notes : str

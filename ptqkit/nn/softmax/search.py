@@ -63,7 +63,7 @@ class RangeSearch:
     ends : mapping of str to sequence of float
         Ends of the ranges to try, by module.
     steps : tuple of int
-        Time steps that are told apart; see :class:`SoftmaxStatistics`.
+        Time steps to distinguish; see :class:`SoftmaxStatistics`.
     run : callable
         Runs the calibration set with hooks.
 

@@ -33,7 +33,7 @@ def as_calibration_error(what: str) -> Iterator[None]:
 
 
 def length_edges(longest: int) -> list[int]:
-    """Return the last row length of every class that SoftmaxBias tells apart, to ``longest``."""
+    """Return the last row length of every class of SoftmaxBias, up to ``longest``."""
     starts = np.unique(_class_start(np.arange(LENGTH_CLASSES)))
     return [*(int(s) - 1 for s in starts if 1 < s <= longest), longest]
 
@@ -50,7 +50,7 @@ class SoftmaxStatistics(AttentionHook):
     heads : int
     grid : SoftmaxGrid
     steps : tuple of int
-        Time steps that are told apart; empty if the model has none. All samples of a batch are
+        Time steps to distinguish; empty if the model has none. All samples of a batch are
         at one time step.
 
     Attributes

@@ -68,8 +68,11 @@ class SoftmaxBackend(Protocol):
         Those that the kind of model can have.
     ends : SearchEnds
         Ranges that ``grid_range="search"`` tries.
+    by_total : bool
+        Whether the guard compares squared errors of all samples together, and not the mean of
+        ratios of the samples.
     steps : tuple of int
-        Time steps of the calibration data that are told apart; empty if there are none.
+        Time steps of the calibration data, to be distinguished; empty if there are none.
     """
 
     model: nn.Module
@@ -77,6 +80,7 @@ class SoftmaxBackend(Protocol):
     corrections: tuple[str | None, ...]
     granularities: tuple[str, ...]
     ends: SearchEnds
+    by_total: bool
     steps: tuple[int, ...]
 
     def run(self, hooks: Mapping[str, AttentionHook]) -> None:
@@ -92,7 +96,7 @@ class SoftmaxBackend(Protocol):
 
 
 class SoftmaxStudy:
-    """What one pass over calibration data tells about the softmax of a model.
+    """Statistics of the softmax of a model, from one pass over calibration data.
 
     Any number of corrections can be made from it, at one bit width.
 
@@ -185,7 +189,7 @@ class SoftmaxStudy:
         report = SoftmaxReport(calibration=self.backend.describe())
         for name, hook in hooks.items():
             row = softmax_row(self.statistics[name], quantizers[name], hook)
-            if guard and hook.sqnr[1].below(hook.sqnr[0]):
+            if guard and hook.sqnr[1].below(hook.sqnr[0], self.backend.by_total):
                 _leave_out(quantizers, row)
             report.layers.append(row)
         without, corrected = OutputSQNR("output of the model"), OutputSQNR("output of the model")
@@ -194,7 +198,7 @@ class SoftmaxStudy:
             for meter, output in zip((without, corrected), outputs, strict=True):
                 meter.update(reference, output)
         report.output_db, report.output_corrected_db = without.decibel, corrected.decibel
-        if guard and corrected.below(without):
+        if guard and corrected.below(without, self.backend.by_total):
             report.notes = f"corrections left out: {report.output_corrected_db:.2f} dB with them"
             report.output_corrected_db = report.output_db
             for row in report.layers:
