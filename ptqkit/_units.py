@@ -22,7 +22,7 @@ def parse_bytes(value: int | str | None, option: str = ...) -> int | None: ...
 
 
 def parse_bytes(value: int | str | None, option: str = "memory_budget") -> int | None:
-    """Read a size: bytes, or text such as ``"8GiB"``, ``"500MB"``, ``"2G"``.
+    """Return a size in bytes from a number or text such as ``"8GiB"``, ``"500MB"``, ``"2G"``.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Codes as dense bit streams, the layout under every checkpoint format, and ptqkit's own rows."""
+"""Pack codes into dense bit streams: the layout below every checkpoint format."""
 
 from __future__ import annotations
 

@@ -71,7 +71,9 @@ class CheckpointFormat(ABC):
 
     def forecast(self, spec: LayerSpec) -> list[str]:
         """Return the problems that the data will have, as far as a recipe tells them."""
-        return [f"{spec.name}: {reason}" for reason in self._scale_problems(spec, spec.scale_dtype)]
+        return [
+            f"{spec.name}: {reason}" for reason in self._scale_problems(spec, spec.grid.scale_dtype)
+        ]
 
     def _scale_problems(self, spec: LayerSpec, held: str) -> list[str]:
         stored = self.scale_dtype(spec)
@@ -93,7 +95,7 @@ class CheckpointFormat(ABC):
             found.append("scales are not finite")
         if not representable(matrix.scales, self.scale_dtype(spec)):
             found += self._scale_problems(spec, "")
-        if matrix.symmetric and not (matrix.zero_points == (matrix.max_code + 1) // 2).all():
+        if matrix.symmetric and not (matrix.zero_points == matrix.grid.middle).all():
             found.append("marked symmetric, but a zero-point is not the middle of the grid")
         return [
             f"{spec.name}: {reason}"
@@ -181,12 +183,12 @@ class CheckpointFormat(ABC):
 def shared_limits(spec: LayerSpec, format_name: str) -> list[str]:
     """Return the limits that the formats of others have in common."""
     found = []
-    if spec.bits == "ternary":
+    if spec.grid.bits == "ternary":
         found.append(f"{format_name} has no ternary type (use 'ptqkit')")
     if spec.kind == "conv1d":
         found.append(f"{format_name} loaders take nn.Linear only, not Conv1D (use 'ptqkit')")
-    if spec.group_size is not None and spec.in_features % spec.group_size:
-        found.append(f"group_size {spec.group_size} does not divide {spec.in_features} inputs")
+    if spec.grid.group_size is not None and spec.in_features % spec.grid.group_size:
+        found.append(f"group_size {spec.grid.group_size} does not divide {spec.in_features} inputs")
     return found
 
 
@@ -243,7 +245,7 @@ def input_plans(
 
 def middle_zeros(bits: int | str, shape: tuple[int, ...]) -> np.ndarray:
     """Zero-points of a symmetric grid, which no file stores."""
-    return np.full(shape, 1 if bits == "ternary" else 1 << (int(bits) - 1), dtype=np.uint8)
+    return np.full(shape, WeightGrid(bits, None).middle, dtype=np.uint8)
 
 
 def build_matrix(
@@ -263,10 +265,10 @@ def build_matrix(
         zero_points=zeros,
         g_idx=g_idx.astype(np.int32),
         grid=WeightGrid(
-            bits=options["bits"],
-            group_size=group_size,
-            symmetric=options["symmetric"],
-            per_tensor=options.get("per_tensor", False),
-            scale_dtype=str(scales.dtype).removeprefix("torch."),
+            options["bits"],
+            group_size,
+            options["symmetric"],
+            options.get("per_tensor", False),
+            str(scales.dtype).removeprefix("torch."),
         ),
     )

@@ -27,6 +27,7 @@ import torch
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.arrays.packing import pack_rows, unpack_rows
 from ptqkit.hf.checkpoint.base import (
+    FLOATS,
     CheckpointFormat,
     Fetch,
     build_matrix,
@@ -54,7 +55,7 @@ class CompressedTensorsFormat(CheckpointFormat):
 
     def _limits(self, spec: LayerSpec) -> list[str]:
         found = shared_limits(spec, self.name)
-        if not spec.symmetric and spec.activations is None:
+        if not spec.grid.symmetric and spec.activations is None:
             found.append(
                 "compressed-tensors loads asymmetric grids only with a loader option "
                 "(use symmetric=True)"
@@ -117,8 +118,9 @@ class CompressedTensorsFormat(CheckpointFormat):
         layouts = sorted({layout(spec) for spec in specs})
         groups = {}
         for number, (scheme, names) in enumerate(schemes.values()):
-            targets = ["Linear"] if len(schemes) == 1 else names
-            groups[f"group_{number}"] = {"targets": targets, **scheme}
+            # Exact names: other readers match "Linear" against their own classes, so that a
+            # router they build otherwise is taken for quantized, or a quantized head for float.
+            groups[f"group_{number}"] = {"targets": names, **scheme}
         return {
             "quant_method": "compressed-tensors",
             "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
@@ -150,6 +152,17 @@ class CompressedTensorsFormat(CheckpointFormat):
             for name in with_suffix(tensors, ".weight_scale")
         }
 
+    def parts(self, options: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, ...]]:
+        """Return the tensors of a layer by the end of the name, with the dtypes each may have."""
+        found: dict[str, tuple[torch.dtype, ...]] = {"weight_scale": FLOATS}
+        if options["packed"]:
+            found |= {"weight_packed": (torch.int32,), "weight_shape": (torch.int64,)}
+        else:
+            found["weight"] = (torch.int8,)
+        if not options["symmetric"]:
+            found["weight_zero_point"] = (torch.int32,) if options["packed"] else (torch.int8,)
+        return found
+
     def read(self, name: str, fetch: Fetch, options: Mapping[str, Any]) -> QuantizedMatrix:
         """Read one layer back."""
         bits, scales = options["bits"], fetch(f"{name}.weight_scale")
@@ -175,39 +188,43 @@ class CompressedTensorsFormat(CheckpointFormat):
 
 def layout(spec: LayerSpec) -> str:
     """Return the layout of a layer: whole bytes, or packed where that is smaller."""
-    if spec.activations is None or (spec.symmetric and int(spec.bits) < 8):
+    if spec.activations is None or (spec.grid.symmetric and int(spec.grid.bits) < 8):
         return "pack-quantized"
     return "int-quantized"
 
 
 def _scheme(spec: LayerSpec, act_order: bool) -> dict[str, Any]:
-    channel = "tensor" if spec.per_tensor else "channel"
+    channel = "tensor" if spec.grid.per_tensor else "channel"
     weights = {
-        "num_bits": int(spec.bits),
+        "num_bits": int(spec.grid.bits),
         "type": "int",
-        "symmetric": spec.symmetric,
-        "strategy": channel if spec.group_size is None else "group",
-        "group_size": spec.group_size,
+        "symmetric": spec.grid.symmetric,
+        "strategy": channel if spec.grid.group_size is None else "group",
+        "group_size": spec.grid.group_size,
         "dynamic": False,
     }
-    if act_order and spec.group_size is not None:
+    if act_order and spec.grid.group_size is not None:
         weights["actorder"] = "weight"
-    scheme = {"weights": weights, "input_activations": None, "output_activations": None}
+    inputs = None
     if spec.activations is not None:
-        scheme["input_activations"] = {
+        inputs = {
             "num_bits": spec.activations.bits,
             "type": "int",
             "symmetric": spec.activations.symmetric,
             "strategy": spec.activations.granularity,
             "dynamic": spec.activations.dynamic,
         }
-        # Left out, the loader takes every layer with quantized activations for int-quantized.
-        scheme["format"] = layout(spec)
-    return scheme
+    return {
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        # A reader fills a missing one from the top level, which may say "mixed-precision".
+        "format": layout(spec),
+    }
 
 
 def _scale_plan(spec: LayerSpec, matrix: QuantizedMatrix) -> TensorPlan:
-    scales = matrix.scales[0] if spec.per_tensor else matrix.scales
+    scales = matrix.scales[0] if spec.grid.per_tensor else matrix.scales
     return float_plan(f"{spec.name}.weight_scale", scales, spec.weight_dtype)
 
 
@@ -235,7 +252,7 @@ def _int_plans(spec: LayerSpec, matrix: QuantizedMatrix) -> list[TensorPlan]:
         _scale_plan(spec, matrix),
     ]
     if not matrix.symmetric:
-        zeros = matrix.zero_points[0] if spec.per_tensor else matrix.zero_points
+        zeros = matrix.zero_points[0] if spec.grid.per_tensor else matrix.zero_points
         plans.append(
             int_plan(
                 f"{name}.weight_zero_point", torch.int8, zeros.shape, lambda: _signed(zeros, bits)

@@ -71,20 +71,20 @@ class GptqFormat(CheckpointFormat):
                 "the GPTQ format has no quantized activations (use 'compressed-tensors' or "
                 "'ptqkit')"
             )
-        if spec.bits == "ternary":
+        if spec.grid.bits == "ternary":
             return found
-        if spec.bits not in _BITS:
-            found.append(f"the GPTQ format has no {spec.bits}-bit layout, only {_BITS}")
+        if spec.grid.bits not in _BITS:
+            found.append(f"the GPTQ format has no {spec.grid.bits}-bit layout, only {_BITS}")
             return found
         for side, size in (("in", spec.in_features), ("out", spec.out_features)):
-            if size * int(spec.bits) % 32:
-                found.append(f"{side}_features {size} times {spec.bits} bits: not whole words")
+            if size * int(spec.grid.bits) % 32:
+                found.append(f"{side}_features {size} times {spec.grid.bits} bits: not whole words")
         return found
 
     def joint_problems(self, specs: Sequence[LayerSpec], linears: Sequence[str]) -> list[str]:
         """Return the reasons why the format cannot carry these layers in one model."""
         found = []
-        kinds = {(spec.bits, spec.group_size) for spec in specs}
+        kinds = {(spec.grid.bits, spec.grid.group_size) for spec in specs}
         if len(kinds) > 1:
             listed = ", ".join(f"{b} bit group {g}" for b, g in sorted(kinds, key=str))
             found.append(f"the GPTQ format takes one bits and group_size for all layers: {listed}")
@@ -120,10 +120,10 @@ class GptqFormat(CheckpointFormat):
         first = specs[0]
         return {
             "quant_method": "gptq",
-            "bits": first.bits,
-            "group_size": -1 if first.group_size is None else first.group_size,
+            "bits": first.grid.bits,
+            "group_size": -1 if first.grid.group_size is None else first.grid.group_size,
             "desc_act": any(spec.permuted for spec in specs),
-            "sym": all(spec.symmetric for spec in specs),
+            "sym": all(spec.grid.symmetric for spec in specs),
             "checkpoint_format": self.name,
             "damp_percent": 0.01,
             "true_sequential": True,

@@ -42,6 +42,7 @@ tensors are those of the float model, under its own names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -82,7 +83,7 @@ class NativeFormat(CheckpointFormat):
 
     def scale_dtype(self, spec: LayerSpec) -> str:
         """Return the dtype in which the scales of the layer are stored."""
-        return spec.scale_dtype
+        return spec.grid.scale_dtype
 
     def config(
         self,
@@ -166,9 +167,9 @@ class NativeFormat(CheckpointFormat):
 
 
 def _native_values(spec: LayerSpec) -> dict[str, Any]:
-    values = {key: getattr(spec, key) for key in (*_SHARED, "per_tensor")}
+    values = {**asdict(spec.grid), "permuted": spec.permuted, "kind": spec.kind}
     values["activations"] = None if spec.activations is None else spec.activations.to_dict()
-    return values
+    return {key: values[key] for key in (*_SHARED, *_OPTIONAL)}
 
 
 def layer_options(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

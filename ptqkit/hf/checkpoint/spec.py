@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.arrays.matrix import QuantizedMatrix, WeightGrid
 from ptqkit.hf.models.structure import Target
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.linear import is_conv1d
@@ -27,19 +27,15 @@ class LayerSpec:
     ----------
     name : str
     out_features, in_features : int
-    bits : int or "ternary"
-    group_size : int or None
-    symmetric : bool
+    grid : WeightGrid
     kind : str
         "linear" (nn.Linear), "conv1d" (GPT-2's Conv1D), or the class name of anything else.
-    weight_dtype, scale_dtype : str
+    weight_dtype : str
         "float32", "float16", "bfloat16" (or another torch name, which no format carries).
     permuted : bool
         Groups are not runs of consecutive inputs (act-order without static groups).
     tied : bool
         The weight is shared with another module, such as the embeddings.
-    per_tensor : bool
-        One scale for the whole matrix.
     activations : ActivationQuantization or None
         How the inputs are quantized.
     flat_input : bool or None
@@ -49,15 +45,11 @@ class LayerSpec:
     name: str
     out_features: int
     in_features: int
-    bits: int | str
-    group_size: int | None
-    symmetric: bool
+    grid: WeightGrid
     kind: str = "linear"
     weight_dtype: str = "float32"
-    scale_dtype: str = "float32"
     permuted: bool = False
     tied: bool = False
-    per_tensor: bool = False
     activations: ActivationQuantization | None = None
     flat_input: bool | None = False
 
@@ -104,15 +96,11 @@ def describe_layers(
             LayerSpec(
                 name,
                 *q.shape,
-                bits=q.bits,
-                group_size=q.group_size,
-                symmetric=q.symmetric,
+                grid=q.grid,
                 kind=kind,
                 weight_dtype=dtype,
-                scale_dtype=q.scale_dtype,
                 permuted=not _natural_groups(q),
                 tied=f"{name}.weight" in tied,
-                per_tensor=q.per_tensor,
                 activations=None if quantizer is None else quantizer.spec,
                 flat_input=flat_inputs.get(name),
             )
@@ -146,14 +134,16 @@ def describe_targets(
                 name,
                 out,
                 inputs,
-                bits=options.bits,
-                group_size=options.group_size,
-                symmetric=options.symmetric or options.bits == "ternary",
+                grid=WeightGrid(
+                    options.bits,
+                    options.group_size,
+                    options.symmetric or options.bits == "ternary",
+                    options.per_tensor,
+                    options.scale_dtype or ("float32" if dtype == "float64" else dtype),
+                ),
                 kind=_kind(target.module),
                 weight_dtype=dtype,
-                scale_dtype=options.scale_dtype or ("float32" if dtype == "float64" else dtype),
                 permuted=act_order and grouped and not options.static_groups,
-                per_tensor=options.per_tensor,
                 activations=options.activations,
                 flat_input=(flat_inputs or {}).get(name),
             )

@@ -123,8 +123,10 @@ def _format_conflicts(
     found = []
     for spec in specs:
         # A group size that does not divide is refused already, whatever the format.
-        odd = spec.group_size is not None and spec.in_features % spec.group_size
-        found += chosen.problems(replace(spec, group_size=None) if odd else spec)
+        size = spec.grid.group_size
+        if size is not None and spec.in_features % size:
+            spec = replace(spec, grid=replace(spec.grid, group_size=None))
+        found += chosen.problems(spec)
         found += chosen.forecast(spec)
     return found + chosen.joint_problems(specs, linears)
 

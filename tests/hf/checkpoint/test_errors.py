@@ -15,6 +15,7 @@ import transformers
 from helpers.checkpoint_models import assert_same_matrices, build, fake_quantize, logits
 
 from ptqkit import _files
+from ptqkit.arrays.matrix import WeightGrid
 from ptqkit.hf.checkpoint import compressed_tensors, files
 from ptqkit.hf.checkpoint.formats import format_problems
 from ptqkit.hf.checkpoint.reader import load, read_matrices
@@ -151,11 +152,11 @@ def test_tied_layers_are_refused(tmp_path):
 
 
 def test_problems_are_known_from_the_recipe_alone():
-    spec = LayerSpec("a.0.b", 64, 48, 4, 32, True)
+    spec = LayerSpec("a.0.b", 64, 48, WeightGrid(4, 32, True))
     assert format_problems([spec], "ptqkit") == []
     [problem] = format_problems([spec], "compressed-tensors")
     assert problem == "a.0.b: group_size 32 does not divide 48 inputs"
-    odd = LayerSpec("a.0.b", 63, 60, 3, None, False)
+    odd = LayerSpec("a.0.b", 63, 60, WeightGrid(3, None, False))
     problems = format_problems([odd], "gptq")
     assert len(problems) == 2 and all("not whole words" in p for p in problems)
 

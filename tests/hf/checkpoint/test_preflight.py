@@ -117,7 +117,7 @@ def test_the_recipe_tells_what_saving_will_say(name, kind, dtype):
                 bits,
                 group_size,
                 symmetric,
-                early.scale_dtype,
+                early.grid.scale_dtype,
                 recipe.min_zero_point,
             )
             layers = {NAME: matrix}

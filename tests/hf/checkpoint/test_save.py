@@ -153,6 +153,7 @@ def test_mixed_precision_and_skipped_layers(kind, tmp_path):
         groups = settings["config_groups"].values()
         assert sorted(g["weights"]["num_bits"] for g in groups) == [4, 8]
         assert {t for g in groups for t in g["targets"]} == set(layers)
+        assert all(g["format"] == "pack-quantized" for g in groups)
         assert (
             "lm_head" in settings["ignore"]
             and "model.layers.0.self_attn.q_proj" in settings["ignore"]
@@ -176,14 +177,15 @@ def test_every_width_loads_in_stock_transformers(tmp_path):
     assert_same_matrices(read_matrices(tmp_path / "out"), layers)
 
 
-def test_one_scheme_is_written_for_all_linears(tmp_path):
+def test_one_scheme_names_every_layer(tmp_path):
     model = build("llama")
     layers = fake_quantize(model, bits=4, group_size=32, symmetric=True)
     recipe = {"order": "act", "bits": 4}
     save_checkpoint(model, layers, recipe, tmp_path / "out")
     settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     [group] = settings["config_groups"].values()
-    assert group["targets"] == ["Linear"] and settings["ignore"] == ["lm_head"]
+    assert group["targets"] == list(layers) and settings["ignore"] == ["lm_head"]
+    assert group["format"] == settings["format"] == "pack-quantized"
     assert group["weights"]["actorder"] == "weight"
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
     assert json.loads((tmp_path / "out/ptqkit_recipe.json").read_text()) == recipe

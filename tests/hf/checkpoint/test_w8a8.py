@@ -19,6 +19,7 @@ from helpers.checkpoint_models import (
 from helpers.data import SHARED
 from safetensors.torch import load_file, save_file
 
+from ptqkit.arrays.matrix import WeightGrid
 from ptqkit.hf.checkpoint.formats import format_problems
 from ptqkit.hf.checkpoint.inputs import measure_flat_inputs
 from ptqkit.hf.checkpoint.reader import load, read_matrices
@@ -331,12 +332,14 @@ def test_gptq_files_have_no_quantized_inputs(format, tmp_path):
 
 
 def test_specs_alone_tell_the_problems():
-    spec = LayerSpec("a.0.b", 64, 64, 8, None, False)
+    spec = LayerSpec("a.0.b", 64, 64, WeightGrid(8, None, False))
     assert "asymmetric" in format_problems([spec], "compressed-tensors")[0]
     for activations in (ActivationQuantization(8), ActivationQuantization(8, "tensor")):
-        spec = LayerSpec("a.0.b", 64, 64, 8, None, False, activations=activations)
+        spec = LayerSpec("a.0.b", 64, 64, WeightGrid(8, None, False), activations=activations)
         assert format_problems([spec], "compressed-tensors") == []
-        flat = LayerSpec("a.0.b", 64, 64, 8, None, True, activations=activations, flat_input=True)
+        flat = LayerSpec(
+            "a.0.b", 64, 64, WeightGrid(8, None, True), activations=activations, flat_input=True
+        )
         assert bool(format_problems([flat], "compressed-tensors")) == activations.dynamic
         assert format_problems([flat], "ptqkit") == []
 
