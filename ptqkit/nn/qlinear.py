@@ -119,6 +119,7 @@ class QLinear(nn.Module):
         self.kind, self.dtype = kind, dtype
         self.per_tensor, self.activations = per_tensor, activations
         self.groups = 1 if group_size is None else -(-in_features // group_size)
+        self._scale_dtype = SCALE_DTYPES[scale_dtype]
         self.cache = False
         self._cached: torch.Tensor | None = None
         codes = torch.zeros(out_features * native_row_bytes(in_features, bits), dtype=torch.uint8)
@@ -159,6 +160,18 @@ class QLinear(nn.Module):
             return None
         zero_point = None if self.input_zero_point is None else self.input_zero_point.item()
         return ActivationQuantizer(self.activations, self.input_scale, zero_point)
+
+    def check(self) -> None:
+        """Raise ValueError if a loaded tensor cannot be what was saved; the message names it."""
+        scales = self.scales
+        if scales.dtype != self._scale_dtype:
+            raise ValueError(f"scales must be {self._scale_dtype}, not {scales.dtype}")
+        if not bool((scales.isfinite() & (scales > 0)).all()):
+            raise ValueError("scales must be positive and finite")
+        g_idx = self.g_idx
+        if g_idx is not None and not bool(((g_idx >= 0) & (g_idx < self.groups)).all()):
+            raise ValueError(f"g_idx must lie in [0, {self.groups})")
+        self.input_quantizer()
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLinear:
         self._cached = None

@@ -18,6 +18,7 @@ from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["CheckpointFormat", "Fetch"]
 
+FLOATS = tuple(SCALE_DTYPES.values())
 # Returns the tensor of a given name.
 Fetch = Callable[[str], torch.Tensor]
 
@@ -167,6 +168,16 @@ class CheckpointFormat(ABC):
         """
 
     @abstractmethod
+    def parts(self, options: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, ...]]:
+        """Return the tensors of a layer by the end of the name, with the dtypes each may have.
+
+        Parameters
+        ----------
+        options : mapping
+            What :meth:`layers` says of this layer.
+        """
+
+    @abstractmethod
     def read(self, name: str, fetch: Fetch, options: Mapping[str, Any]) -> QuantizedMatrix:
         """Read one layer back.
 
@@ -190,6 +201,15 @@ def shared_limits(spec: LayerSpec, format_name: str) -> list[str]:
     if spec.grid.group_size is not None and spec.in_features % spec.grid.group_size:
         found.append(f"group_size {spec.grid.group_size} does not divide {spec.in_features} inputs")
     return found
+
+
+def static_parts(spec: Any) -> dict[str, tuple[torch.dtype, ...]]:
+    """Return the tensors of a static grid of inputs as :meth:`CheckpointFormat.parts` does."""
+    if spec is None or spec.dynamic:
+        return {}
+    width = torch.int8 if spec.bits <= 8 else torch.int16
+    zero: dict[str, tuple[torch.dtype, ...]] = {"input_zero_point": (width,)}
+    return {"input_scale": (torch.float32,)} | ({} if spec.symmetric else zero)
 
 
 def representable(scales: np.ndarray, dtype: str) -> bool:

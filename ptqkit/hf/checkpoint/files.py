@@ -20,7 +20,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 __all__ = ["TensorPlan", "write_tensors"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_CODES = {
+DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -60,7 +60,7 @@ class TensorPlan:
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> TensorPlan:
         """Plan for a tensor that exists already."""
-        if tensor.dtype not in _CODES:
+        if tensor.dtype not in DTYPE_CODES:
             raise ValueError(f"{name}: dtype {tensor.dtype} has no safetensors code")
         if tensor.device.type == "meta":
             raise ValueError(f"{name}: on the meta device, there is no data to save")
@@ -74,7 +74,7 @@ def _write_file(path: Path, plans: Sequence[TensorPlan]) -> None:
     start = 0
     for plan in ordered:
         header[plan.name] = {
-            "dtype": _CODES[plan.dtype],
+            "dtype": DTYPE_CODES[plan.dtype],
             "shape": list(plan.shape),
             "data_offsets": [start, start + plan.nbytes],
         }

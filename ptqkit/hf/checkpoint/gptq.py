@@ -22,6 +22,7 @@ import torch
 
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.base import (
+    FLOATS,
     CheckpointFormat,
     Fetch,
     build_matrix,
@@ -173,6 +174,11 @@ class GptqFormat(CheckpointFormat):
             "symmetric": bool(settings.get("sym", False)),
         }
         return dict.fromkeys(with_suffix(tensors, ".qweight"), options)
+
+    def parts(self, options: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, ...]]:
+        """Return the tensors of a layer by the end of the name, with the dtypes each may have."""
+        whole = (torch.int32,)
+        return {"qweight": whole, "qzeros": whole, "scales": FLOATS, "g_idx": whole}
 
     def read(self, name: str, fetch: Fetch, options: Mapping[str, Any]) -> QuantizedMatrix:
         """Read one layer back."""

@@ -59,10 +59,12 @@ from ptqkit.hf.checkpoint.base import (
     input_plans,
     int_plan,
     middle_zeros,
+    static_parts,
 )
 from ptqkit.hf.checkpoint.files import TensorPlan
 from ptqkit.hf.checkpoint.spec import LayerSpec
 from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.nn.qlinear import SCALE_DTYPES
 from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["FORMAT_VERSION", "METHOD", "NativeFormat", "layer_options"]
@@ -148,6 +150,18 @@ class NativeFormat(CheckpointFormat):
     ) -> dict[str, dict[str, Any]]:
         """Return what a reader must know of every quantized layer, by module name."""
         return layer_options(settings)
+
+    def parts(self, options: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, ...]]:
+        """Return the tensors of a layer by the end of the name, with the dtypes each may have."""
+        found: dict[str, tuple[torch.dtype, ...]] = {
+            "weight": (torch.uint8,),
+            "scales": (SCALE_DTYPES[options["scale_dtype"]],),
+        }
+        if not options["symmetric"]:
+            found["zero_points"] = (torch.uint8,)
+        if options["permuted"]:
+            found["g_idx"] = (torch.int32,)
+        return found | static_parts(options["activations"])
 
     def read(self, name: str, fetch: Fetch, options: Mapping[str, Any]) -> QuantizedMatrix:
         """Read one layer back."""

@@ -84,7 +84,7 @@ class PtqkitQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QLinear):
                 try:
-                    module.input_quantizer()
+                    module.check()
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}; the checkpoint is damaged") from None
         return model
