@@ -12,7 +12,7 @@ from torch import nn
 from ptqkit.hf.models.inputs import short_batch
 from ptqkit.nn.forward import calibration_mode, forward, hooks, tensor_key, thread_state
 
-__all__ = ["Probe", "probe"]
+__all__ = ["Probe", "probe_model"]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Probe:
     blocks: list[str] = field(default_factory=list)
 
 
-def probe(
+def probe_model(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     batch: Mapping[str, torch.Tensor],

@@ -10,7 +10,7 @@ from torch import nn
 
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
-from ptqkit.hf.models.probe import Probe, probe
+from ptqkit.hf.models.probe import Probe, probe_model
 from ptqkit.hf.models.structure import Structure, find_structure
 from ptqkit.hf.quantization.preflight import (
     Problems,
@@ -83,7 +83,7 @@ def inspect_model(
     problems.raise_if_any()
     if data is None:
         return Inspection(structure)
-    shown = probe(
+    shown = probe_model(
         model,
         {name: target.module for name, target in structure.targets.items()},
         data.batches[0],

@@ -14,7 +14,7 @@ import ptqkit
 from ptqkit import RTN, ActivationQuantization, BiasCorrection
 from ptqkit.errors import CalibrationError, PreflightError
 from ptqkit.hf import quantize
-from ptqkit.hf.models.probe import probe
+from ptqkit.hf.models.probe import probe_model
 from ptqkit.hf.models.structure import find_structure
 from ptqkit.nn import remove_quantizers
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer, installed_quantizer
@@ -38,7 +38,7 @@ def by_hand(model, parts, batches):
     structure = find_structure(model, recipe)
     modules = {n: t.module for n, t in structure.targets.items()}
     blocks = {b: model.get_submodule(b) for b in structure.blocks}
-    for group in probe(model, modules, batches[0], blocks).groups:
+    for group in probe_model(model, modules, batches[0], blocks).groups:
         ranges = None
         for batch in batches:
             seen = []
