@@ -13,6 +13,7 @@ from torch import nn
 
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.errors import UsageError
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
@@ -206,7 +207,7 @@ def quantize(
         ("checkpoint_format", checkpoint_format, ("auto", *FORMATS)),
     ):
         if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
+            raise UsageError(f"{name} must be one of {allowed}, not {value!r}")
     budget = parse_bytes(memory_budget)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

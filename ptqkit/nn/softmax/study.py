@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from ptqkit.arrays.softmax import softmax_grid
-from ptqkit.errors import CalibrationError
+from ptqkit.errors import CalibrationError, UsageError
 from ptqkit.nn.attention import AttentionHook, AttentionModule
 from ptqkit.nn.attention_quantizer import AttentionRanges
 from ptqkit.nn.softmax.compare import OutputSQNR, SoftmaxComparison, softmax_hooks
@@ -298,9 +298,9 @@ def check_heads(
 
 
 def refuse_installed(installed: Mapping[str, AttentionHook]) -> None:
-    """Raise ValueError if a model has hooks, which may change its probabilities."""
+    """Raise UsageError if a model has hooks, which may change its probabilities."""
     if installed:
-        raise ValueError(
+        raise UsageError(
             "the attention of the model has hooks already (a quantized softmax?): remove them "
             "first with .remove() or remove_attention(model)"
         )
