@@ -1,4 +1,4 @@
-"""The module that stands in for a quantized linear layer: packed codes, a weight on demand."""
+"""Stand in for a quantized linear layer: packed codes, and a weight on demand."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def unpack_codes(packed: torch.Tensor, bits: int | str, columns: int) -> torch.T
 
 
 class QLinear(nn.Module):
-    """A linear layer whose weight is kept as packed codes.
+    """Compute a linear layer whose weight is kept as packed codes.
 
     The weight is dequantized in float32, rounded to :attr:`dtype` and used by the same operation
     as the layer it replaces (``F.linear``, or ``addmm`` for GPT-2's ``Conv1D``), so the output
@@ -190,12 +190,12 @@ class QLinear(nn.Module):
         return self
 
     def codes(self) -> torch.Tensor:
-        """Unpacked codes, uint8 (out, in), original column order."""
+        """Return the unpacked codes, uint8 (out, in), original column order."""
         packed = self.weight.view(self.out_features, -1)
         return unpack_codes(packed, self.bits, self.in_features)
 
     def zeros(self) -> torch.Tensor:
-        """Zero-points, uint8 (out, groups)."""
+        """Return the zero-points, uint8 (out, groups)."""
         if self.zero_points is None:
             middle = 1 if self.bits == "ternary" else 1 << (int(self.bits) - 1)
             shape = (self.out_features, self.groups)
@@ -204,7 +204,7 @@ class QLinear(nn.Module):
         return unpack_codes(packed, self.bits, self.groups)
 
     def dequantize(self) -> torch.Tensor:
-        """Weight of shape (out, in), ``scale * (code - zero_point)`` rounded once to ``dtype``."""
+        """Return ``scale * (code - zero_point)``, (out, in), rounded once to ``dtype``."""
         steps = self.codes().to(torch.float32)
         zeros, scales = self.zeros().to(torch.float32), self.scales.to(torch.float32)
         if self.g_idx is None and steps.shape[1] % self.groups == 0:
@@ -239,7 +239,7 @@ class QLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """Shape and grid, for ``print(model)``."""
+        """Return shape and grid, for ``print(model)``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}, "

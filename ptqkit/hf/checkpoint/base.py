@@ -1,4 +1,4 @@
-"""What a checkpoint format is: its limits, its configuration, its tensors and its reader."""
+"""Define what a checkpoint format is: its limits, its configuration, its tensors and its reader."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Fetch = Callable[[str], torch.Tensor]
 
 
 class CheckpointFormat(ABC):
-    """One way to store quantized layers; each format is one object of a class in a file of its own.
+    """Store quantized layers in one way; each format is one object of a class in a file of its own.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class CheckpointFormat(ABC):
         return [f"{spec.name}: {reason}" for reason in found + self._limits(spec)]
 
     def _limits(self, spec: LayerSpec) -> list[str]:
-        """Reasons of this format alone, without the layer's name."""
+        """Return the reasons of this format alone, without the layer's name."""
         return []
 
     def joint_problems(self, specs: Sequence[LayerSpec], linears: Sequence[str]) -> list[str]:
@@ -106,7 +106,7 @@ class CheckpointFormat(ABC):
     def _data_limits(
         self, spec: LayerSpec, matrix: QuantizedMatrix, quantizer: ActivationQuantizer | None
     ) -> list[str]:
-        """Reasons of this format alone, without the layer's name."""
+        """Return the reasons of this format alone, without the layer's name."""
         return []
 
     @abstractmethod
@@ -264,7 +264,7 @@ def input_plans(
 
 
 def middle_zeros(bits: int | str, shape: tuple[int, ...]) -> np.ndarray:
-    """Zero-points of a symmetric grid, which no file stores."""
+    """Return the zero-points of a symmetric grid, which no file stores."""
     return np.full(shape, WeightGrid(bits, None).middle, dtype=np.uint8)
 
 

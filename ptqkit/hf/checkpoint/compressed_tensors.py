@@ -1,4 +1,4 @@
-"""The compressed-tensors format, which stock transformers and vLLM load.
+"""Define the compressed-tensors format, which stock transformers and vLLM load.
 
 The layout of a layer ``P`` is ``pack-quantized``, codes in a dense bit stream, or
 ``int-quantized``, one int8 per code, for layers with quantized activations whose weights have
@@ -187,7 +187,7 @@ class CompressedTensorsFormat(CheckpointFormat):
 
 
 def layout(spec: LayerSpec) -> str:
-    """Return the layout of a layer: whole bytes, or packed where that is smaller."""
+    """Return the layout of a layer: whole bytes, or packed if that is smaller."""
     if spec.activations is None or (spec.grid.symmetric and int(spec.grid.bits) < 8):
         return "pack-quantized"
     return "int-quantized"

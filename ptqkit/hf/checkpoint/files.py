@@ -36,7 +36,7 @@ DTYPE_CODES = {
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to be written: everything the header needs, and how to make it when its turn comes.
+    """Describe a tensor to be written: what the header needs, and how to make the data later.
 
     Attributes
     ----------
@@ -54,12 +54,12 @@ class TensorPlan:
 
     @property
     def nbytes(self) -> int:
-        """Size of the data."""
+        """Return the size of the data in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> TensorPlan:
-        """Plan for a tensor that exists already."""
+        """Return the plan for a tensor that exists already."""
         if tensor.dtype not in DTYPE_CODES:
             raise ValueError(f"{name}: dtype {tensor.dtype} has no safetensors code")
         if tensor.device.type == "meta":

@@ -1,4 +1,4 @@
-"""The list of checkpoint formats, and the choice among them."""
+"""List the checkpoint formats, and choose among them."""
 
 from __future__ import annotations
 

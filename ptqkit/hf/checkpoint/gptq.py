@@ -1,4 +1,4 @@
-"""The GPTQ format, for other tools that read it.
+"""Define the GPTQ format, for other tools that read it.
 
 For a layer ``P`` with weight (out, in), ``b`` bits and groups of inputs:
 
@@ -202,7 +202,7 @@ def _split_block(name: str) -> tuple[str, str] | None:
 
 
 def block_pattern(specs: Sequence[LayerSpec], linears: Sequence[str]) -> list[list[str]] | None:
-    """Return ``modules_in_block_to_quantize``: None where every linear of a block is quantized.
+    """Return ``modules_in_block_to_quantize``: None if every linear of a block is quantized.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Checks of quantized activations against the model that is saved with them."""
+"""Check quantized activations against the model that is saved with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ptqkit's own checkpoint format: everything that a quantized layer can be.
+"""Define ptqkit's own checkpoint format: everything that a quantized layer can be.
 
 FORMAT of ``quant_method: "ptqkit"``, versions 1 and 2
 ------------------------------------------------------
@@ -26,15 +26,15 @@ For a layer ``P`` with weight (out, in) and ``g = ceil(in / group_size)`` groups
                                                Ternary: ``ceil(in/5)`` bytes, code i is digit i % 5
                                                (least significant first) of byte i // 5 in base 3
 ``P.scales``       scale_dtype (out, g)
-``P.zero_points``  uint8 (out * rowbytes(g))   packed like the codes; absent where ``symmetric``,
+``P.zero_points``  uint8 (out * rowbytes(g))   packed like the codes; absent if ``symmetric``,
                                                whose zero-point is 2**(bits-1) (ternary: 1)
-``P.g_idx``        int32 (in)                  group of each input; only where ``permuted``, else
+``P.g_idx``        int32 (in)                  group of each input; only if ``permuted``, else
                                                input i is in group i // group_size
 ``P.bias``         as in the float model
 =================  ==========================  ====================================================
 
 The weight is ``scale * (code - zero_point)`` in float32, rounded once to the model's dtype. A layer
-whose inputs have a static grid holds it as ``P.input_scale``, float32 (1), and where it is
+whose inputs have a static grid holds it as ``P.input_scale``, float32 (1), and if it is
 asymmetric ``P.input_zero_point``, signed, int8 (1), or int16 for more than 8 bits. All other
 tensors are those of the float model, under its own names.
 """

@@ -24,7 +24,7 @@ __all__ = ["METHOD", "PtqkitConfig", "PtqkitQuantizer", "register_format"]
 
 
 class PtqkitConfig(QuantizationConfigMixin):
-    """Which modules are quantized, and how; ``defaults`` and ``layers`` as on disk.
+    """Hold which modules are quantized, and how; ``defaults`` and ``layers`` as on disk.
 
     Raises
     ------
@@ -48,7 +48,7 @@ class PtqkitConfig(QuantizationConfigMixin):
         layer_options(vars(self))
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """Every option of every quantized module."""
+        """Return every option of every quantized module."""
         return layer_options(vars(self))
 
 
@@ -63,7 +63,7 @@ class PtqkitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Integer codes have no gradient."""
+        """Return False: integer codes have no gradient."""
         return False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

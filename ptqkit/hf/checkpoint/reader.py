@@ -67,7 +67,7 @@ def _check_directory(directory: str | os.PathLike[str]) -> tuple[Path, dict[str,
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
-    """File of every tensor.
+    """Return the file of every tensor.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def _open_weights(path: Path) -> Any:
 
 
 class _Tensors:
-    """Tensors by name, each shard opened once."""
+    """Fetch tensors by name; each shard is opened once."""
 
     def __init__(self, folder: Path) -> None:
         self.files = _weight_map(folder)

@@ -34,7 +34,7 @@ SMALL_FILES = 16 << 20
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What was written, and why in this form.
+    """Describe what was written, and why in this form.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ def save_checkpoint(
 ) -> CheckpointInfo:
     """Write ``model`` with the weights of ``layers`` replaced by their packed codes.
 
-    Everything is written under a temporary name beside ``directory`` and renamed at the end; on
+    Everything is written under a temporary name next to ``directory`` and renamed at the end; on
     any error nothing is left. Tensors are packed one at a time, so no second copy of the model is
     held. Loading the result gives the fake-quantized model exactly.
 
@@ -192,7 +192,7 @@ def _model_config(
 
 
 def _zero_plans(model: Any, biases: GainedBiases) -> list[TensorPlan]:
-    """Biases that only exist because a setting that another layer needs creates them."""
+    """Plan biases that only exist because a setting that another layer needs creates them."""
     plans = []
     for name, shape in biases.zeros.items():
         dtype = model.get_submodule(name.rpartition(".")[0]).weight.dtype
@@ -242,7 +242,7 @@ def _plan(
 
 
 def _tied_copies(model: Any) -> set[str]:
-    """Names that loading ties to another tensor again, so that one copy is enough."""
+    """Return names that loading ties to another tensor again, so that one copy is enough."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {

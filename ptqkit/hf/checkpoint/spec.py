@@ -1,4 +1,4 @@
-"""Descriptions of layers: what a checkpoint format has to carry, from a recipe or from results."""
+"""Describe what a checkpoint format has to carry per layer, from a recipe or from results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["LayerSpec", "describe_layers", "describe_targets"]
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a checkpoint format has to carry for one layer; no data, so a recipe suffices.
+    """Describe what a checkpoint format has to carry for one layer; no data, so a recipe suffices.
 
     Attributes
     ----------
@@ -167,7 +167,7 @@ def _natural_groups(q: QuantizedMatrix) -> bool:
 
 
 def _tied_names(model: Any) -> set[str]:
-    """Names of parameters that live under more than one name."""
+    """Return the names of parameters that live under more than one name."""
     seen: dict[int, str] = {}
     tied: set[str] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
