@@ -267,9 +267,9 @@ class Stop(Exception):
     pass
 def handler(*_):
     raise Stop("mine")
+W = np.random.default_rng(0).normal(size=(6000, 160)).astype(np.float32)
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.3)
-W = np.random.default_rng(0).normal(size=(6000, 160)).astype(np.float32)
 try:
     ptqkit.obq(W, np.eye(160, dtype=np.float32))
 except Stop as error:
