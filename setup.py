@@ -35,7 +35,7 @@ def extension():
     # Results must not move with CPU level or inlining: no contraction, no fast math. Nothing reads
     # the floating-point traps or errno, which would keep loops from being vectorized.
     flags = "-std=gnu11 -O3 -ffp-contract=off -fno-trapping-math -fno-math-errno"
-    flags += " -fvisibility=hidden -Wall -Wextra -Wconversion"
+    flags += " -pthread -fvisibility=hidden -Wall -Wextra -Wconversion"
     return Extension(
         "ptqkit._core",
         sources=sorted(
@@ -46,7 +46,7 @@ def extension():
         depends=sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inc")),
         include_dirs=[numpy.get_include()],
         extra_compile_args=[*flags.split(), "-Wno-sign-conversion", *openmp, *extra],
-        extra_link_args=[*openmp, *[f for f in extra if f.startswith("-fsanitize")]],
+        extra_link_args=["-pthread", *openmp, *[f for f in extra if f.startswith("-fsanitize")]],
     )
 
 

@@ -1,4 +1,4 @@
-"""Fused softmax against NumPy and PyTorch; bias estimation against the memory read rate."""
+"""Fused softmax against NumPy and PyTorch, in a model's attention too; bias estimation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from common import interleave, medians, parser, save, show, torch_threads
 
 import ptqkit
+from ptqkit.nn.attention import AttentionCall
+from ptqkit.nn.attention_quantizer import AttentionQuantizer
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 
 
 def numpy_softmax(x: np.ndarray, grid: ptqkit.SoftmaxGrid, beta: float, out: np.ndarray) -> None:
@@ -76,6 +79,37 @@ def bias_candidates(P: np.ndarray) -> dict[str, Callable[[], Any]]:
     }
 
 
+def attention_candidates(scores: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """The softmax of one attention module of a causal language model, by its hook and without.
+
+    "separate" is PyTorch's softmax and the quantizer after it, as models on a GPU and models in
+    half precision run; "fused" is what float32 models on the CPU run. Both start from a copy of
+    the masked scores, whose time is the first line.
+    """
+    heads, q, k = scores.shape[1:]
+    allowed = torch.ones(q, k, dtype=torch.bool).tril(k - q)[None, None]
+    masked = torch.from_numpy(scores).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    work, grid, beta = torch.empty_like(masked), ptqkit.softmax_grid(8), np.full(heads, 4e-4)
+    quantizers = {
+        "no correction": SoftmaxQuantizer(grid),
+        "bias per head": SoftmaxQuantizer(grid, "bias", beta, longest=k),
+        "bias, rows longer": SoftmaxQuantizer(grid, "bias", beta, longest=k // 2),
+        "row_sum": SoftmaxQuantizer(grid, "row_sum"),
+    }
+    call = AttentionCall("attention", torch.nn.Module(), allowed=allowed)
+    found: dict[str, Callable[[], Any]] = {
+        "copy of the scores": lambda: work.copy_(masked),
+        "float softmax": lambda: work.copy_(masked).softmax(-1),
+    }
+    for name, quantizer in quantizers.items():
+        hook = AttentionQuantizer({"softmax": quantizer})
+        found[f"{name}, separate"] = lambda hook=hook: hook.softmax(
+            work.copy_(masked).softmax(-1), call
+        )
+        found[f"{name}, fused"] = lambda hook=hook: hook.fused(work.copy_(masked), call)
+    return found
+
+
 def main() -> None:
     p = parser(__doc__.splitlines()[0], repeats=15)
     p.add_argument("--heads", type=int, default=16)
@@ -93,6 +127,15 @@ def main() -> None:
     title = f"softmax, 8 bits, one bias, {shape[1]} x {shape[2]} x {shape[3]}"
     show(title, ["case", "ms", "GB/s in + out", "x best peer"], rows)
 
+    hooked = interleave(attention_candidates(scores), args.repeats)
+    spent = medians(hooked)
+    pairs = {name: spent.get(name.replace("fused", "separate"), t) / t for name, t in spent.items()}
+    show(
+        f"hook of a causal language model, {shape[1]} x {shape[2]} x {shape[3]}",
+        ["case", "ms", "x separate"],
+        [[name, 1e3 * t, pairs[name] if "fused" in name else ""] for name, t in spent.items()],
+    )
+
     P = torch.softmax(torch.from_numpy(np.tile(scores, (2, 1, 1, 1))), -1).numpy()
     reads = interleave(bias_candidates(P), args.repeats)
     times = medians(reads)
@@ -108,6 +151,7 @@ def main() -> None:
     )
     results = {
         "softmax": {"seconds": seconds, "median": wall, "speedup": best / wall["ptqkit"]},
+        "attention": {"seconds": hooked, "median": spent},
         "bias": {
             "seconds": reads,
             "median": times,

@@ -6,16 +6,12 @@ This is the study behind the `quality` recipe; --device cuda makes it a matter o
 
 from __future__ import annotations
 
-import copy
 import time
 
-import torch
 from common import parser, save, show
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ptqkit
 from ptqkit import demo
-from ptqkit.hf import perplexity
+from ptqkit.hf import Workbench, load_model
 
 GRIDS = ((4, 64), (3, 64), (2, 64), (3, 128), (4, None), (3, None))
 VARIANTS = {
@@ -46,18 +42,16 @@ def main() -> None:
     p.add_argument("--only", action="append", help="variants whose name contains this")
     p.add_argument("--bits", type=int, action="append")
     args = p.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
-    original = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32)
-    original = original.to(args.device).eval()
-    test = demo.text("test", 12 * args.tokens, per_file=30_000)
-    calibration = demo.text("calibration", 400_000, per_file=24_000)
-
-    def score(model):
-        return perplexity(
-            model, tokenizer, test, window=512, max_tokens=args.tokens, batch_size=16
-        ).perplexity
-
-    base = score(original)
+    model, tokenizer, _ = load_model(demo.MODEL_DIR, "float32", args.device)
+    bench = Workbench(
+        model,
+        tokenizer,
+        calibration=[demo.text("calibration", 400_000, per_file=24_000)],
+        calibration_options={"samples": 64, "batch_size": 4},
+        test=demo.text("test", 12 * args.tokens, per_file=30_000),
+        test_options={"window": 512, "max_tokens": args.tokens, "batch_size": 16},
+    )
+    base = bench.float_result.perplexity
     rows, results = [], {"float": base, "cells": []}
     for bits, group in GRIDS:
         if args.bits and bits not in args.bits:
@@ -68,25 +62,13 @@ def main() -> None:
                 continue
             excess, objective, start = 0.0, 0.0, time.perf_counter()
             for seed in range(args.seeds):
-                model = copy.deepcopy(original)
-                result = ptqkit.quantize(
-                    model,
-                    recipe,
-                    [calibration],
-                    tokenizer=tokenizer,
-                    samples=64,
-                    seed=seed,
-                    bits=bits,
-                    group_size=group,
-                    progress=False,
-                    diagnostics=False,
-                    **changes,
-                )
+                bench.calibrate(seed=seed)
+                result = bench.quantize(recipe, bits=bits, group_size=group, **changes)
                 objective += (
                     sum(r.objective for r in result.report.layers if r.objective == r.objective)
                     / args.seeds
                 )
-                excess += (score(model) - base) / args.seeds
+                excess += (bench.perplexity_of(result.model).perplexity - base) / args.seeds
             reference = excess if name == "reference" else reference
             cut = float("nan") if reference is None else 100 * (1 - excess / reference)
             rows.append([f"{bits} bit, {group or 'channel'}: {name}", excess, cut, objective])

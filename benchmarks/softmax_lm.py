@@ -38,15 +38,17 @@ import ptqkit
 from ptqkit import demo
 from ptqkit.hf import SoftmaxCalibration, prepare_calibration
 from ptqkit.hf.data.calibration import CalibrationSet
-from ptqkit.nn import attention_hooks
-from ptqkit.nn.attention_quantizer import AttentionQuantizer
+from ptqkit.hf.models.attention import attention_hooks
+from ptqkit.hf.softmax.table import VARIANTS
+from ptqkit.nn.softmax.compare import softmax_hooks
 
-CORRECTIONS = {
-    "": (None, "tensor"),
-    " + BC per tensor": ("bias", "tensor"),
-    " + BC per head": ("bias", "head"),
-    " + row sum": ("row_sum", "tensor"),
+LABELS = {
+    "none": "",
+    "bias": " + BC per tensor",
+    "bias/head": " + BC per head",
+    "row_sum": " + row sum",
 }
+"""What the tables call the corrections of ``ptqkit.hf.softmax.table``."""
 CASES = {
     "babyllama105 256": ("babyllama105", 256),
     "stories260k 512": ("stories260k", 512),
@@ -96,7 +98,8 @@ class Case:
         """Loss of every held-out window, dB of the logits on both texts."""
         losses: list[float] = []
         ratios = []
-        with hooked(model, quantizers):
+        hooks = attention_hooks(model, softmax_hooks(quantizers)) if quantizers else None
+        with hooks or contextlib.nullcontext():
             for data, reference in zip(
                 (self.calibration, self.held_out), self.reference, strict=True
             ):
@@ -115,14 +118,6 @@ def run(model: Any, data: CalibrationSet) -> Iterator[tuple[torch.Tensor, torch.
     for batch in data.batches:
         with torch.no_grad():
             yield batch["input_ids"], model(**batch, use_cache=False).logits
-
-
-def hooked(model: Any, quantizers: dict[str, Any] | None) -> Any:
-    """Quantize the softmax meanwhile, where there are quantizers."""
-    if quantizers is None:
-        return contextlib.nullcontext()
-    hooks = {name: AttentionQuantizer({"softmax": q}) for name, q in quantizers.items()}
-    return attention_hooks(model, hooks)
 
 
 def table_row(name: str, found: dict[str, Any], plain: Any, base: Any, full: Any) -> dict[str, Any]:
@@ -151,7 +146,8 @@ def softmax_rows(
         for n in ("zero_fraction", "mean_row_sum")
     )
     plain = None
-    for ending, choice in CORRECTIONS.items():
+    for name, ending in LABELS.items():
+        choice = VARIANTS[name]
         found = case.measure(model, study.quantizers(*choice))
         row = table_row(f"{label}SM{bits}{ending}", found, plain, base, full)
         row |= {"bits": bits, "zero_fraction": float(zero), "mean_row_sum": float(mass)}

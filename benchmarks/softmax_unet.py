@@ -27,10 +27,10 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+import unet_tables as tables
 from common import header, show, torch_threads
 
 from ptqkit import diffusion
-from ptqkit.diffusion import tables
 
 HERE = Path(__file__).resolve().parent
 
@@ -149,7 +149,7 @@ def samples_side_by_side(args: argparse.Namespace, experiment: tables.Experiment
         "row sum": "\nrow sum",
     }.items():
         hooks = tables.variant_hooks(study, variant)
-        with diffusion.attention_hooks(study.unet, hooks, study.clock):
+        with diffusion.attention_hooks(experiment.model.unet, hooks):
             rows[label + ending] = experiment.run()
     draw_samples(args.out / "samples.png", rows, min(experiment.samples, 10))
 

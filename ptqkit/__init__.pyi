@@ -17,6 +17,7 @@ from .arrays.factorization import factorize as factorize
 from .arrays.hessian import Hessian as Hessian
 from .arrays.matmul import int8_matmul as int8_matmul
 from .arrays.matrix import QuantizedMatrix as QuantizedMatrix
+from .arrays.matrix import WeightGrid as WeightGrid
 from .arrays.metrics import SQNR as SQNR
 from .arrays.metrics import sqnr as sqnr
 from .arrays.outliers import outlier_dimensions as outlier_dimensions
@@ -51,6 +52,7 @@ from .recipe import GPTQ as GPTQ
 from .recipe import RTN as RTN
 from .recipe import ActivationQuantization as ActivationQuantization
 from .recipe import BiasCorrection as BiasCorrection
+from .recipe import Equalize as Equalize
 from .recipe import Recipe as Recipe
 from .recipe import SmoothQuant as SmoothQuant
 

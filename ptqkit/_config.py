@@ -1,9 +1,10 @@
-"""What the core runs on: CPU level, BLAS, threads; read once from the environment."""
+"""Choose what the core runs on (CPU level, BLAS) from the environment, and show it."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 
 import ptqkit._core as _core
 
@@ -12,16 +13,17 @@ __all__ = ["configure", "show_config"]
 CPU_LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "neon")
 
 
-def configure(environ=os.environ) -> None:
+def configure(environ: Mapping[str, str] = os.environ) -> None:
     """Apply ``PTQKIT_CPU`` and ``PTQKIT_BLAS``.
 
     By default the built-in kernels factorize and multiply on x86 with AVX2 or more (measured
-    faster than OpenBLAS there, and bitwise the same for any thread count); elsewhere SciPy's BLAS.
+    faster than OpenBLAS there, and bitwise the same for any number of threads); SciPy's BLAS does
+    elsewhere.
 
     Raises
     ------
     ImportError
-        If a variable asks for what is unknown or cannot run here.
+        If a variable names something unknown, or something that cannot run on this machine.
     """
     try:
         level = _core.set_cpu_level(environ.get("PTQKIT_CPU", ""))
@@ -36,12 +38,12 @@ def configure(environ=os.environ) -> None:
 
 
 def show_config() -> dict[str, object]:
-    """Return what the core runs on.
+    """Return the settings in effect.
 
     Returns
     -------
     dict
-        ``version``, ``cpu_level`` (kernels in use), ``cpu_levels`` (that could run here), ``blas``
+        ``version``, ``cpu_level`` (kernels in use), ``cpu_levels`` (that this CPU runs), ``blas``
         ("builtin" or "scipy"), ``threads``, ``openmp``, ``machine``.
     """
     from ptqkit._version import __version__

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and values that JSON can hold."""
+"""Write files that appear complete or not at all, and values that JSON can hold."""
 
 from __future__ import annotations
 

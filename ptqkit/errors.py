@@ -1,13 +1,18 @@
-"""Exceptions of ptqkit; every one of them is also the builtin a caller would expect."""
+"""Exceptions of ptqkit; each is also the builtin exception that a caller expects."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "CalibrationError",
     "NotPositiveDefiniteError",
     "PreflightError",
+    "Problem",
     "PtqkitError",
     "UnsupportedModuleError",
+    "UsageError",
     "prefix_error",
 ]
 
@@ -37,21 +42,56 @@ class CalibrationError(PtqkitError, ValueError):
     """Calibration data is missing, empty, too small or not finite."""
 
 
+class UsageError(PtqkitError, ValueError):
+    """An argument or option is wrong by itself; the message names it."""
+
+
 class UnsupportedModuleError(PtqkitError, NotImplementedError):
     """A module of the model cannot be quantized; the message names it."""
 
 
-class PreflightError(PtqkitError, ValueError):
-    """Problems found before the first forward pass; ``problems`` lists all of them."""
+class Problem(str):
+    """One reason why a run cannot start: a message, and the kind of error that it is.
 
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = list(problems)
+    Attributes
+    ----------
+    kind : type of Exception
+        Such as CalibrationError or UnsupportedModuleError; ValueError if there is nothing closer.
+    """
+
+    kind: type[Exception]
+
+    def __new__(cls, text: str, kind: type[Exception] = ValueError) -> Problem:
+        """Make a problem from its message."""
+        problem = super().__new__(cls, text)
+        problem.kind = kind
+        return problem
+
+
+class PreflightError(PtqkitError, ValueError):
+    """Problems were found before the first forward pass.
+
+    Attributes
+    ----------
+    problems : list of Problem
+        All of them; each is a str with a ``kind``.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = [p if isinstance(p, Problem) else Problem(p) for p in problems]
         lines = "\n".join(f"  - {p}" for p in self.problems)
         super().__init__(f"cannot start, {len(self.problems)} problem(s) found:\n{lines}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)
+
+    def has(self, kind: type[Exception]) -> bool:
+        """Whether a problem is of this kind of error."""
+        return any(issubclass(problem.kind, kind) for problem in self.problems)
+
 
 def prefix_error(error: Exception, name: str) -> Exception:
-    """The same error with the layer's name in its message, where it is not there yet."""
+    """Return the error with the layer's name in its message, added if it is not there yet."""
     if name in str(error):
         return error
     if isinstance(error, PtqkitError) or type(error) in (ValueError, TypeError, RuntimeError):

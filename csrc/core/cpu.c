@@ -27,7 +27,7 @@ static int always(void) { return 1; }
 
 enum { MAX_FEATURES = 1 };
 
-/* What CPUs of a level may have besides; its name follows the level's and an underscore. */
+/* What CPUs of a level may have on top of it; its name follows the level's and an underscore. */
 typedef struct {
     const char *name;
     int (*supported)(void);

@@ -33,18 +33,12 @@ typedef struct {
     int64_t workspace;
 } search;
 
-typedef struct {
-    float scale, zero;
-} affine;
-
 /* The min-max grid of [low, high] and 0. */
-static affine fit_affine(const ptq_grid *grid, float low, float high) {
-    affine p;
-    ptq_minmax_grid(grid, low < 0.0f ? low : 0.0f, high > 0.0f ? high : 0.0f, &p.scale, &p.zero);
-    return p;
+static ptq_affine fit_affine(const ptq_grid *grid, float low, float high) {
+    return ptq_minmax_grid(grid, low < 0.0f ? low : 0.0f, high > 0.0f ? high : 0.0f);
 }
 
-static float quantize_dequantize(float x, affine p, float top) {
+static float quantize_dequantize(float x, ptq_affine p, float top) {
     return p.scale * (ptq_code(x, p.scale, p.zero, top) - p.zero);
 }
 
@@ -73,7 +67,7 @@ static void strip_task(void *ctx, int64_t t, int thread) {
             }
         }
         if (s->scales && top) {
-            const affine p = fit_affine(&grid, low, high);
+            const ptq_affine p = fit_affine(&grid, low, high);
             for (int64_t j = 0; j < n; j++) row[j] = quantize_dequantize(row[j], p, (float)top);
         }
         for (int64_t j = 0; j < n; j++) out[j * mr + i] = row[j];

@@ -21,7 +21,7 @@ enum {
 typedef struct {
     const ptq_gptq_args *a;
     const ptq_kernels *k;
-    ptq_strips R, H; /* H: FULL, for sweeps */
+    ptq_strips R, H; /* H: FULL, for refine_passes */
     ptq_grid_blocks blocks;
     const float *hdiag;   /* (n) diagonal of H in quantization order, 0 for dead inputs */
     const int32_t *group; /* (n) group of the i-th quantized column */
@@ -227,7 +227,7 @@ static void solve_task(void *ctx, int64_t task, int thread) {
             p[q].objective[r] -= a->shift * p[q].error2[r];
         store_history(v, &p[q], (first + q) * v->k->gemm.nr, 0);
     }
-    for (int pass = 1; pass <= a->sweeps; pass++) {
+    for (int pass = 1; pass <= a->refine_passes; pass++) {
         for (int64_t b = 0; b < v->sweep_count; b++) {
             if (ptq_should_stop()) return;
             const int64_t s0 = v->sweep_first[b], s1 = v->sweep_first[b + 1];
@@ -266,7 +266,7 @@ static ptq_status prepare(solver *v, index_tables *t, int threads) {
     const int64_t align = dynamic(a) ? a->G : a->n;
     ptq_status status =
         ptq_strips_make(v->k, &v->R, a->R, a->n, NULL, a->n, align, PTQ_STRIPS_UPPER, threads);
-    if (!status && a->sweeps)
+    if (!status && a->refine_passes)
         status = ptq_strips_make(v->k, &v->H, a->H, a->n, a->perm, a->n, align, PTQ_STRIPS_FULL,
                                  threads);
     if (!status && a->grid.method == PTQ_GRID_HESSIAN)
@@ -288,7 +288,7 @@ static ptq_status prepare(solver *v, index_tables *t, int threads) {
     v->first = t->first;
     v->sweep_first = t->sweep_first;
     v->block_count = cut_blocks(v, a->block, t->first);
-    if (a->sweeps) v->sweep_count = cut_blocks(v, SWEEP, t->sweep_first);
+    if (a->refine_passes) v->sweep_count = cut_blocks(v, SWEEP, t->sweep_first);
     return PTQ_OK;
 }
 

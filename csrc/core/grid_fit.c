@@ -144,7 +144,7 @@ static void fit_search(const ptq_kernels *k, const ptq_grid *grid, int64_t G, co
         k->grid.from_range(grid, c.low, c.high, shrink, scale, zero);
         if (rounds > 1) hessian_error(k, grid, G, U, blocks, g, scale, zero, D, error);
         for (int64_t r = 0; r < nr; r++) {
-            /* the first one is the fallback where every error overflows */
+            /* the first one is the fallback if every error overflows */
             if (i > 0 && !(error[r] < best[r])) continue;
             if (rounds > 1 && error[r] < best[r]) best[r] = error[r];
             s[r] = scale[r];

@@ -106,7 +106,7 @@ static void update_blas(ptq_ssyrk_fn ssyrk, float *S, int64_t n, const float *X,
 static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
     const int64_t nr = u->nr, chunk = ptq_min64(CHUNK, tokens);
     u->panels = ptq_ceil_div(u->n, nr);
-    /* About 384 columns a side for cache, fewer where that would leave threads idle. */
+    /* About 384 columns per side for cache, fewer if that would leave threads idle. */
     u->tile = ptq_max64(1, 384 / nr);
     while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * threads) u->tile /= 2;
     const int64_t side = ptq_ceil_div(u->panels, u->tile);

@@ -160,21 +160,21 @@ ptq_status ptq_codes_on_grid(const float *W, int64_t rows, int64_t n, const floa
 /* ---- gptq.c ---------------------------------------------------------------------------- */
 typedef struct {
     const float *W;      /* (rows, n), columns of dead inputs already zero */
-    const float *H;      /* (n, n) undamped: Hessian grids, sweeps */
+    const float *H;      /* (n, n) undamped: Hessian grids, refine_passes */
     const float *R;      /* (n, n) from ptq_factor with the same perm */
     const int64_t *perm; /* (n) quantization order */
     int64_t rows, n, G, block;
     int static_groups;       /* grids from W beforehand, groups in original order */
     int groups_follow_order; /* groups are runs of perm (act-order with g_idx) */
     int feedback;            /* 0: every column is rounded as it is */
-    int sweeps;              /* coordinate-descent passes after the solve */
+    int refine_passes;       /* coordinate-descent passes after the solve */
     double shift;            /* absolute value that was added to the diagonal for R */
     ptq_grid grid;
     uint8_t *codes;  /* out (rows, n) original column order */
     float *scales;   /* out (rows, n / G) */
     uint8_t *zeros;  /* out (rows, n / G) */
     int32_t *g_idx;  /* out (n) group of each original column */
-    double *history; /* out (sweeps + 1, rows) objective under the undamped H; without
+    double *history; /* out (refine_passes + 1, rows) objective under the undamped H; without
                       * feedback only its differences from row to row mean anything */
 } ptq_gptq_args;
 
@@ -195,7 +195,7 @@ typedef struct {
 } ptq_signed_grid;
 
 /* Grid of the range [low, high] and 0, in float32. A range of 0 (or whose scale underflows) gets
- * scale 2^-23 and zero-point 0; the scale is infinite where high - low overflows. */
+ * scale 2^-23 and zero-point 0; the scale is infinite if high - low overflows. */
 ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float high, float *scale,
                                int *zero);
 /* Extremes of 0 and X (tokens, n), of type `dtype`. Columns with a non-zero skip[c] (NULL: none)

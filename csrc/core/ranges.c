@@ -62,7 +62,7 @@ static void read_tokens(const column_scan *s, const piece *p, int streams) {
     }
 }
 
-/* Whether all that went into the accumulators was finite; where a partial sum overflowed it says
+/* Whether all that went into the accumulators was finite; if a partial sum overflowed it says
  * no as well. In float16 nothing overflows, and some kernels read Inf and NaN as numbers. */
 static int all_finite(const column_scan *s, const piece *p) {
     int odd = 0;

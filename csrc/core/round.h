@@ -70,14 +70,18 @@ static inline float ptq_minmax_scale(float low, float high, float steps, int sym
     return high > low ? (high - low) / steps : empty;
 }
 
+/* x = scale * (code - zero) */
+typedef struct {
+    float scale, zero;
+} ptq_affine;
+
 /* The weights' grid over [low, high], which holds 0. */
-static inline void ptq_minmax_grid(const ptq_grid *grid, float low, float high, float *scale,
-                                   float *zero) {
+static inline ptq_affine ptq_minmax_grid(const ptq_grid *grid, float low, float high) {
     const float top = (float)grid->max_code;
     const float s = ptq_minmax_scale(low, high, top, grid->symmetric, 1.0f);
-    *scale = ptq_round_scale(s, grid->scale_type);
-    *zero = grid->symmetric ? (float)((grid->max_code + 1) / 2)
-                            : ptq_clamp(ptq_rne(-low / *scale), (float)grid->min_zero, top);
+    const float scale = ptq_round_scale(s, grid->scale_type);
+    const float zero = ptq_clamp(ptq_rne(-low / scale), (float)grid->min_zero, top);
+    return (ptq_affine){scale, grid->symmetric ? (float)((grid->max_code + 1) / 2) : zero};
 }
 
 #endif

@@ -6,7 +6,7 @@
 
 enum {
     TASK = 1 << 15,      /* entries of a task, about: enough to be worth one */
-    LONG_TASK = 1 << 18, /* where there are many: memory is read in long streams */
+    LONG_TASK = 1 << 18, /* if there are many: memory is read in long streams */
     MANY_TASKS = 16,     /* tasks per thread, so that all end together */
 };
 
@@ -104,7 +104,7 @@ static ptq_status quantize_row(quantization *s, int64_t row, float *e, float *ma
     }
     float low, high;
     s->k->softmax.range(n, x, &low, &high);
-    if (!(high > -INFINITY)) { /* NaN beside nothing but -Inf is seen here only */
+    if (!(high > -INFINITY)) { /* NaN among nothing but -Inf is seen here only */
         if (has_nan(x, n)) return PTQ_NONFINITE;
         empty_row(s, row);
         return PTQ_OK;

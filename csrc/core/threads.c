@@ -1,14 +1,27 @@
-/* threads.c - the only file that knows of OpenMP. */
+/* threads.c - loops over tasks on several threads; the only file that knows of threads and OpenMP.
+ *
+ * OpenMP says how many threads a call may have (its settings, and what the process may use of the
+ * machine); the loops run on threads of their own. A parallel region of OpenMP ends when the last
+ * thread of its team arrives, with all others spinning: on a busy machine that is a scheduler's
+ * slice per region, and a call on two threads took several times as long as on one. Here nothing
+ * waits for a helper that has not begun: the calling thread starts at once, helpers take tasks from
+ * the same counter when the machine wakes them, and the caller sleeps only while a helper is still
+ * inside a task. Short waits are spun, but no longer than it takes to fall asleep and wake. */
 #include "ptq.h"
 
+#include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <time.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-/* libgomp's workers do not survive fork: a region in the child would wait for them for ever. */
+enum { MOST_HELPERS = 1023, SPINS = 2000 /* a few microseconds */ };
+
+/* Helpers do not survive fork: in the child there is the calling thread alone. */
 static atomic_int forked;
 static _Atomic(ptq_poll) poll_callback;
 
@@ -31,9 +44,10 @@ int ptq_has_openmp(void) {
 int ptq_thread_count(int requested) {
 #ifdef _OPENMP
     if (atomic_load(&forked)) return 1;
-    if (requested > 0) return requested;
-    const int most = omp_get_max_threads(), processors = omp_get_num_procs();
-    return most < processors ? most : processors;
+    const int most = requested > 0 ? requested : omp_get_max_threads();
+    const int processors = omp_get_num_procs();
+    const int count = most < processors ? most : processors;
+    return count > MOST_HELPERS ? MOST_HELPERS + 1 : count > 1 ? count : 1;
 #else
     (void)requested;
     return 1;
@@ -41,8 +55,8 @@ int ptq_thread_count(int requested) {
 }
 
 int ptq_worth_threads(double work) {
-    const double worth_a_team = 3e5; /* some ten microseconds on one core */
-    return work >= worth_a_team;
+    const double worth_helpers = 3e5; /* some ten microseconds on one core */
+    return work >= worth_helpers;
 }
 
 int ptq_threads_for_work(int requested, double work) {
@@ -55,12 +69,17 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-typedef struct {
+typedef struct loop {
     ptq_task task;
     void *ctx;
     int64_t tasks;
     atomic_llong next;
     atomic_int stop;
+    atomic_int inside; /* helpers that have joined and not left */
+    /* under the pool's lock */
+    int threads, joined; /* joined: thread numbers given away */
+    struct loop *following;
+    pthread_cond_t left; /* signalled by the last helper inside */
 } loop;
 
 static _Thread_local loop *running;    /* innermost loop of this thread */
@@ -77,32 +96,124 @@ int ptq_should_stop(void) {
     return atomic_load_explicit(&running->stop, memory_order_relaxed);
 }
 
-static void run_thread(loop *l, int thread) {
-    loop *const outer = running;
-    const int outer_polls = polls;
-    running = l;
-    polls = thread == 0 && !outer; /* a loop inside a task leaves polling to its task */
-    const double start = polls ? now() : 0;
-    if (start - last_poll > 0.5) last_poll = start; /* a fresh call need not poll at once */
+static void run_tasks(loop *l, int thread) {
     while (!ptq_should_stop()) {
         const int64_t i = atomic_fetch_add_explicit(&l->next, 1, memory_order_relaxed);
         if (i >= l->tasks) break;
         l->task(l->ctx, i, thread);
     }
-    running = outer;
-    polls = outer_polls;
+}
+
+/* ---- helpers ----------------------------------------------------------------------------- */
+
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t wanted; /* a loop was put on the list */
+    loop *first;           /* loops that helpers may join */
+    int helpers, idle;     /* threads there are; of these, how many wait for `wanted` */
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wanted = PTHREAD_COND_INITIALIZER};
+
+/* A loop with tasks left and a thread number to give away, or NULL. */
+static loop *joinable(void) {
+    for (loop *l = pool.first; l; l = l->following)
+        if (l->joined < l->threads && atomic_load(&l->next) < l->tasks && !atomic_load(&l->stop))
+            return l;
+    return NULL;
+}
+
+/* Runs for ever; the process ends with its main thread. */
+static void *help(void *unused) {
+    (void)unused;
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        loop *l = joinable();
+        if (!l) {
+            pool.idle++;
+            pthread_cond_wait(&pool.wanted, &pool.lock);
+            pool.idle--;
+            continue;
+        }
+        const int thread = l->joined++;
+        atomic_fetch_add(&l->inside, 1);
+        pthread_mutex_unlock(&pool.lock);
+        running = l;
+        run_tasks(l, thread);
+        running = NULL;
+        pthread_mutex_lock(&pool.lock);
+        if (atomic_fetch_sub(&l->inside, 1) == 1) pthread_cond_signal(&l->left);
+    }
+    return NULL;
+}
+
+/* Have `wanted` helpers, if the system grants them; under the lock. Signals are for others. */
+static void ensure_helpers(int wanted) {
+    if (pool.helpers >= wanted) return;
+    sigset_t all, before;
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes)) return;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (pthread_t helper; pool.helpers < wanted; pool.helpers++)
+        if (pthread_create(&helper, &attributes, help, NULL)) break;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+}
+
+/* Put the loop on the list and wake as many helpers as it can use. */
+static void publish(loop *l) {
+    pthread_mutex_lock(&pool.lock);
+    ensure_helpers(l->threads - 1);
+    l->following = pool.first;
+    pool.first = l;
+    for (int i = 1; i < l->threads && i <= pool.idle; i++) pthread_cond_signal(&pool.wanted);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+/* Take the loop off the list, so that no helper joins any more, and wait until all have left. An
+ * interrupt while a helper is inside a long task stops it. */
+static void withdraw(loop *l) {
+    pthread_mutex_lock(&pool.lock);
+    loop **at = &pool.first;
+    while (*at != l) at = &(*at)->following;
+    *at = l->following;
+    pthread_mutex_unlock(&pool.lock);
+    for (int i = 0; i < SPINS && atomic_load_explicit(&l->inside, memory_order_acquire); i++)
+        continue;
+    pthread_mutex_lock(&pool.lock);
+    while (atomic_load(&l->inside)) {
+        struct timespec limit;
+        clock_gettime(CLOCK_REALTIME, &limit);
+        limit.tv_nsec += 50 * 1000 * 1000;
+        if (limit.tv_nsec >= 1000000000) {
+            limit.tv_nsec -= 1000000000;
+            limit.tv_sec++;
+        }
+        if (pthread_cond_timedwait(&l->left, &pool.lock, &limit) != ETIMEDOUT) continue;
+        pthread_mutex_unlock(&pool.lock); /* the poll may run anything */
+        ptq_should_stop();
+        pthread_mutex_lock(&pool.lock);
+    }
+    pthread_mutex_unlock(&pool.lock);
 }
 
 ptq_status ptq_parallel_for(int64_t tasks, int threads, ptq_task task, void *ctx) {
-    loop l = {.task = task, .ctx = ctx, .tasks = tasks};
-    int team = threads;
-    if (team > tasks) team = tasks > 0 ? (int)tasks : 1;
-#ifdef _OPENMP
-    if (team > 1) {
-#pragma omp parallel num_threads(team)
-        run_thread(&l, omp_get_thread_num());
-    } else
-#endif
-        run_thread(&l, 0);
+    loop l = {.task = task, .ctx = ctx, .tasks = tasks, .joined = 1};
+    l.threads = threads < tasks ? threads : tasks > 0 ? (int)tasks : 1;
+    loop *const outer = running;
+    const int outer_polls = polls;
+    running = &l;
+    polls = !outer; /* a loop inside a task leaves polling to its task */
+    const double start = polls ? now() : 0;
+    if (start - last_poll > 0.5) last_poll = start; /* a fresh call need not poll at once */
+    const int shared = l.threads > 1 && !pthread_cond_init(&l.left, NULL);
+    if (shared) publish(&l);
+    run_tasks(&l, 0);
+    if (shared) {
+        withdraw(&l);
+        pthread_cond_destroy(&l.left);
+    }
+    running = outer;
+    polls = outer_polls;
     return atomic_load(&l.stop) ? PTQ_INTERRUPTED : PTQ_OK;
 }

@@ -4,7 +4,7 @@
  * mr columns of the other operand as (k, mr). All lanes are independent of each other.
  *
  * A level (level_*.c) fills the whole table. A feature (feature_*.c) is something that CPUs of a
- * level may have besides: it replaces groups of that level's table when the table is selected.
+ * level may have on top of it: it replaces groups of that level's table when the table is selected.
  */
 #ifndef PTQ_KERNELS_H
 #define PTQ_KERNELS_H
@@ -112,7 +112,7 @@ typedef struct {
                  int64_t count, int64_t c, int64_t columns, float *out);
     /* 1 if all `count` values are finite. */
     int (*all_finite)(ptq_dtype dtype, const void *x, int64_t count);
-    /* n values, 0 where skip (may be NULL) is non-zero. */
+    /* n values, 0 if skip (may be NULL) is non-zero. */
     void (*widen)(ptq_dtype dtype, const void *x, const uint8_t *skip, int64_t n, float *out);
 } ptq_tokens_kernels;
 
@@ -154,7 +154,7 @@ typedef struct {
     double (*exp)(int64_t n, const float *x, float shift, const float *next, float *e);
     /* Sum of the steps. */
     int64_t (*code_sum)(int64_t n, const float *e, float factor, float top);
-    /* out = scale * steps + shift, but 0 where x (NULL: nowhere) is -Inf, and 0 in [n, width).
+    /* out = scale * steps + shift, but 0 if x (which may be NULL) is -Inf, and 0 in [n, width).
      * stream: with non-temporal stores; PTQ_STORE_FENCE() must follow. out may be x. */
     void (*values)(int64_t n, int64_t width, const float *e, float factor, float top,
                    const float *x, float scale, float shift, int stream, float *out);

@@ -198,7 +198,7 @@ static void run_gptq(results *r) {
     static int32_t g_idx[N];
     static double history[3 * ROWS];
     for (int method = PTQ_GRID_MINMAX; method <= PTQ_GRID_HESSIAN; method++)
-        for (int sweeps = 0; sweeps <= 2; sweeps += 2) {
+        for (int refine_passes = 0; refine_passes <= 2; refine_passes += 2) {
             char name[40];
             const ptq_gptq_args a = {.W = in.W,
                                      .H = in.H,
@@ -208,10 +208,10 @@ static void run_gptq(results *r) {
                                      .n = N,
                                      .G = GROUP,
                                      .block = 32,
-                                     .static_groups = sweeps > 0,
-                                     .groups_follow_order = sweeps == 0,
+                                     .static_groups = refine_passes > 0,
+                                     .groups_follow_order = refine_passes == 0,
                                      .feedback = 1,
-                                     .sweeps = sweeps,
+                                     .refine_passes = refine_passes,
                                      .shift = 0.1,
                                      .grid = weight_grid(method, 0),
                                      .codes = codes,
@@ -220,12 +220,12 @@ static void run_gptq(results *r) {
                                      .g_idx = g_idx,
                                      .history = history};
             check(ptq_gptq(&a, THREADS), "gptq");
-            snprintf(name, sizeof name, "gptq grid %d sweeps %d", method, sweeps);
+            snprintf(name, sizeof name, "gptq grid %d refine_passes %d", method, refine_passes);
             record_uint8_t(r, name, codes, ROWS * N);
             record_uint8_t(r, "  zeros", zeros, ROWS * N / GROUP);
             record_int32_t(r, "  groups", g_idx, N);
             within(record_float(r, "  scales", scales, ROWS * N / GROUP), 1e-4);
-            within(record_double(r, "  objectives", history, (sweeps + 1) * ROWS), 1e-3);
+            within(record_double(r, "  objectives", history, (refine_passes + 1) * ROWS), 1e-3);
         }
 }
 

@@ -1,0 +1,1 @@
+"""Functions on NumPy arrays; papers cited in brackets are listed in :mod:`ptqkit.reference`."""

@@ -1,4 +1,4 @@
-"""Scores and probabilities of attention as the core takes them: checks and shapes."""
+"""Convert scores, probabilities and masks of attention to what the core takes."""
 
 from __future__ import annotations
 
@@ -7,30 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit.arrays._inputs import _from_tensor, _is_tensor
+from ptqkit.arrays._inputs import as_bool, as_float32
 
-__all__ = ["as_allowed", "as_attention", "as_float32", "as_queries"]
-
-
-def as_float32(x: Any, what: str) -> np.ndarray:
-    """Return an aligned, C-contiguous float32 array; halves are widened, doubles rounded.
-
-    Raises
-    ------
-    TypeError
-        If it is not floating point.
-    """
-    bf16 = False
-    if _is_tensor(x):
-        x, bf16 = _from_tensor(x)
-    x = np.asarray(x)
-    if bf16:
-        return (np.ascontiguousarray(x).astype(np.uint32) << 16).view(np.float32)
-    if not np.issubdtype(x.dtype, np.floating):
-        raise TypeError(f"{what} must be floating point, not {x.dtype}")
-    with np.errstate(over="ignore"):  # what overflows is refused as an infinity
-        x = np.asarray(x, np.float32, order="C")  # unlike ascontiguousarray, keeps 0-D
-    return x if x.flags.aligned else x.copy()
+__all__ = ["allowed_entries", "as_allowed", "as_attention", "as_queries"]
 
 
 def as_attention(x: Any, what: str) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -48,18 +27,7 @@ def as_attention(x: Any, what: str) -> tuple[np.ndarray, tuple[int, ...]]:
     return x.reshape(math.prod(x.shape[:-3]), heads, *x.shape[-2:]), x.shape
 
 
-def _as_bool(mask: Any, what: str) -> np.ndarray:
-    if _is_tensor(mask):
-        mask = mask.detach().cpu().numpy()
-    mask = np.asarray(mask)
-    if mask.dtype == bool:
-        return mask
-    if not np.issubdtype(mask.dtype, np.integer):
-        raise TypeError(
-            f"{what} must be boolean or integer (1 = allowed), not {mask.dtype}; a mask that is "
-            "added to the scores is allowed where it is 0: pass mask == 0"
-        )
-    return mask != 0
+ADDED_MASK = "; a mask that is added to the scores allows a key if it is 0: pass mask == 0"
 
 
 def as_allowed(allowed: Any, sizes: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray | None:
@@ -72,11 +40,11 @@ def as_allowed(allowed: Any, sizes: tuple[int, ...], shape: tuple[int, ...]) -> 
     sizes : tuple
         (batch, heads, q, k).
     shape : tuple
-        Of the scores, as the user knows them.
+        Shape of the scores as the user passed them.
     """
     if allowed is None:
         return None
-    allowed = _as_bool(allowed, "allowed")
+    allowed = as_bool(allowed, "allowed", ADDED_MASK)
     batch, _, _, k = sizes
     pairs = zip(allowed.shape, shape, strict=False)
     if allowed.shape == (batch, k) and len(shape) > 2:
@@ -98,7 +66,19 @@ def as_queries(queries: Any, batch: int, q: int) -> np.ndarray | None:
     """Return the rows that count, bool (batch, q), or None for None."""
     if queries is None:
         return None
-    queries = _as_bool(queries, "queries")
+    queries = as_bool(queries, "queries")
     if queries.shape != (batch, q):
         raise ValueError(f"queries must have shape {(batch, q)} (batch, q), not {queries.shape}")
     return np.ascontiguousarray(queries)
+
+
+def allowed_entries(
+    x: np.ndarray, row: int, shape: tuple[int, ...], mask: np.ndarray | None, causal: bool
+) -> tuple[np.ndarray, str]:
+    """Return the allowed entries of a row of (batch, heads, q, k), and its index in ``shape``."""
+    b, h, i = (int(n) for n in np.unravel_index(row, x.shape[:3]))
+    q, k = x.shape[2:]
+    entries = x[b, h, i, : min(k, k - q + i + 1) if causal else k]
+    if mask is not None:
+        entries = entries[np.broadcast_to(mask, x.shape)[b, h, i, : len(entries)]]
+    return entries, ", ".join(str(int(n)) for n in np.unravel_index(row, shape[:-1]))

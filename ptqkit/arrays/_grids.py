@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ptqkit.arrays._inputs import check_count, check_number, label
-from ptqkit.arrays.matrix import parse_bits
+from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid
 
-__all__ = ["GridSpec", "check_scales", "grid_spec", "group_width", "outputs"]
+__all__ = ["GridSpec", "check_scales", "grid_spec", "group_width", "named_grid", "outputs"]
 
-METHODS = {"minmax": 0, "mse": 1, "hessian": 2}
-SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 LARGEST_SCALE = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}
 
 
@@ -21,7 +19,7 @@ class GridSpec(NamedTuple):
 
     max_code: int  # 2^bits - 1, or 2 for ternary
     symmetric: int  # 1: the zero-point is (max_code + 1) / 2
-    method: int  # of METHODS
+    method: int  # of GRID_METHODS
     steps: int  # shrink factors from 1 to min_shrink
     candidates: int  # of these, how many the full Hessian compares
     scale_type: int  # of SCALE_TYPES
@@ -30,53 +28,67 @@ class GridSpec(NamedTuple):
     norm: float  # exponent of the MSE search
 
 
-def _choice(value: Any, name: str, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+def named_grid(
+    bits: int | str,
+    group_size: int | None,
+    symmetric: bool,
+    per_tensor: bool = False,
+    scale_dtype: str = "float32",
+    *,
+    name: str | None = None,
+) -> WeightGrid:
+    """Return the grid, symmetric for ternary; errors start with the layer's name."""
+    try:
+        return WeightGrid(bits, group_size, symmetric or bits == "ternary", per_tensor, scale_dtype)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label(name)}{error}") from None
 
 
-def grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search) -> GridSpec:
-    """Return the checked options of a grid."""
-    max_code = parse_bits(bits)
-    _choice(grid, "grid", METHODS)
-    _choice(scale_dtype, "scale_dtype", SCALE_TYPES)
-    steps, smallest, norm, candidates = search
-    smallest = check_number(smallest, "grid_min_shrink")
+def grid_spec(
+    grid: WeightGrid,
+    method: str = "minmax",
+    min_zero_point: int = 0,
+    steps: int = 1,
+    min_shrink: float = 1.0,
+    norm: float = 2.0,
+    candidates: int = 1,
+) -> GridSpec:
+    """Return the checked options of fitting a grid."""
+    if method not in GRID_METHODS:
+        raise ValueError(f"grid must be one of {', '.join(GRID_METHODS)}, not {method!r}")
+    min_shrink = check_number(min_shrink, "grid_min_shrink")
     norm = check_number(norm, "grid_norm")
-    if not 0 < smallest <= 1:
-        raise ValueError(f"grid_min_shrink must lie in (0, 1], not {smallest}")
+    if not 0 < min_shrink <= 1:
+        raise ValueError(f"grid_min_shrink must lie in (0, 1], not {min_shrink}")
     if not 0 < norm < 100:
         raise ValueError(f"grid_norm must lie in (0, 100), not {norm}")
     return GridSpec(
-        max_code,
-        int(bool(symmetric)),
-        METHODS[grid],
-        check_count(steps, "grid_steps", 1, 256),
-        check_count(candidates, "grid_candidates", 1, 256),
-        SCALE_TYPES[scale_dtype],
-        check_count(min_zero_point, "min_zero_point", 0, max_code),
-        smallest,
-        norm,
+        max_code=grid.max_code,
+        symmetric=int(grid.symmetric),
+        method=GRID_METHODS[method],
+        steps=check_count(steps, "grid_steps", 1, 256),
+        candidates=check_count(candidates, "grid_candidates", 1, 256),
+        scale_type=SCALE_TYPES[grid.scale_dtype],
+        min_zero=check_count(min_zero_point, "min_zero_point", 0, grid.max_code),
+        min_shrink=min_shrink,
+        norm=norm,
     )
 
 
-def group_width(group_size: int | None, n: int, name: str | None) -> int:
-    """Return the inputs per grid, or raise TypeError or ValueError."""
-    if group_size is None:
-        return n
-    if isinstance(group_size, bool) or not isinstance(group_size, (int, np.integer)):
-        raise TypeError(f"group_size must be an integer or None, not {group_size!r}")
-    if group_size < 1 or n % group_size:
+def group_width(grid: WeightGrid, n: int, name: str | None) -> int:
+    """Return the inputs per grid of n inputs, or raise ValueError."""
+    size = n if grid.group_size is None else grid.group_size
+    if n % size:
         divisors = [d for d in (256, 128, 64, 32, 16, 8) if n % d == 0]
         raise ValueError(
-            f"{label(name)}group_size {group_size} does not divide {n} inputs; use None (per "
+            f"{label(name)}group_size {size} does not divide {n} inputs; use None (per "
             f"channel)" + (f" or {', '.join(map(str, divisors))}" if divisors else "")
         )
-    return int(group_size)
+    return size
 
 
 def outputs(rows: int, n: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Empty codes, scales and zero-points for the core to write."""
+    """Return empty codes, scales and zero-points for the core to write."""
     return (
         np.empty((rows, n), np.uint8),
         np.empty((rows, groups), np.float32),
@@ -85,6 +97,6 @@ def outputs(rows: int, n: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def check_scales(scales: np.ndarray, scale_dtype: str, name: str | None) -> None:
-    """Raise ValueError where a scale overflowed its storage type."""
+    """Raise ValueError if a scale overflows its storage type."""
     if not np.all(scales <= LARGEST_SCALE[scale_dtype]):
         raise ValueError(f"{label(name)}a scale does not fit {scale_dtype}: the weights are huge")

@@ -1,19 +1,22 @@
-"""Integer codes of activations: per token or per tensor, outlier columns apart."""
+"""Quantize activations to integer codes per token or per tensor, without outlier columns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import ptqkit._core as _core
 from ptqkit.arrays._inputs import (
     BF16,
+    as_array,
+    as_extreme,
     as_tokens,
     check_count,
     check_number,
     check_threads,
+    widen,
 )
 
 __all__ = [
@@ -37,14 +40,14 @@ class QuantizedActivations:
         columns hold the code of 0.
     scales : ndarray of float32, shape (..., 1), or (1,) for granularity "tensor"
     zero_points : ndarray like ``codes``, shape of ``scales``
-        0 where symmetric.
+        0 if symmetric.
     bits : int
     granularity : {"token", "tensor"}
     symmetric, narrow_range : bool
     outliers : ndarray of bool, shape (channels,), or None
         Columns that are not quantized.
     outlier_values : ndarray of float32, shape (..., number of outliers), or None
-        Those columns, exactly as they were.
+        Those columns, exactly as they were before.
     """
 
     codes: np.ndarray
@@ -59,7 +62,7 @@ class QuantizedActivations:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(..., channels)."""
+        """Shape of the activations, (..., channels)."""
         return self.codes.shape
 
     def dequantize(self, dtype: np.dtype | type = np.float32) -> np.ndarray:
@@ -79,13 +82,13 @@ def activation_grid(
     symmetric: bool = False,
     narrow_range: bool = False,
 ) -> tuple[np.float32, int]:
-    """Return scale and zero-point of the static grid of a tensor whose range is known.
+    """Return scale and zero-point of the static grid of a tensor of known range.
 
     Parameters
     ----------
     minimum, maximum : number or array
-        Range of the tensor; of arrays (one entry per channel) the extremes count. 0 always belongs
-        to the range. A range of 0 gets a scale of 2**-23.
+        Range of the tensor; for arrays (one entry per channel) the extremes are taken. 0 always
+        belongs to the range. A range of 0 gets a scale of 2**-23.
     bits : int from 2 to 16
     symmetric, narrow_range
         As in :func:`quantize_activations`.
@@ -101,52 +104,35 @@ def activation_grid(
     ValueError
         NaN or Inf, a minimum above the maximum, or a range that overflows float32.
     """
-    options = _grid_options(bits, symmetric, narrow_range)
-    low, high = _extreme(minimum, "minimum", np.min), _extreme(maximum, "maximum", np.max)
+    grid = _signed_grid(bits, symmetric, narrow_range)
+    low = as_extreme(minimum, "minimum", np.min)
+    high = as_extreme(maximum, "maximum", np.max)
     if low > high:
         raise ValueError(f"minimum {low:g} lies above maximum {high:g}")
-    return _fit_range(low, high, options)
+    return _fit_range(low, high, grid)
 
 
-def _extreme(value: Any, what: str, reduce) -> np.float32:
-    value = np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
-    if value.dtype == bool or not np.issubdtype(value.dtype, np.number) or value.dtype.kind == "c":
-        raise TypeError(f"{what} must be a number or an array of numbers, not {value.dtype}")
-    if value.size == 0:
-        raise ValueError(f"{what} is empty")
-    with np.errstate(over="ignore"):
-        extreme = np.float32(reduce(value))
-    if not np.isfinite(extreme):
-        raise ValueError(f"{what} must be finite (in float32), but is {reduce(value)}")
-    return extreme
+class SignedGrid(NamedTuple):
+    """Kind of a grid of signed codes: the tuple ``grid`` of the core's functions."""
+
+    bits: int
+    symmetric: bool
+    narrow: bool
 
 
-def _grid_options(bits: Any, symmetric: Any, narrow_range: Any) -> tuple[int, bool, bool]:
+def _signed_grid(bits: Any, symmetric: Any, narrow_range: Any) -> SignedGrid:
     bits = check_count(bits, "bits", 2, 16)
     symmetric, narrow = bool(symmetric), bool(narrow_range)
     if narrow and not symmetric:
         raise ValueError("narrow_range=True needs symmetric=True: it is the symmetric code range")
-    return bits, symmetric, narrow
+    return SignedGrid(bits, symmetric, narrow)
 
 
-def _fit_range(low, high, options: tuple[int, bool, bool]) -> tuple[np.float32, int]:
-    scale, zero = _core.signed_grid(low, high, options)
+def _fit_range(low: Any, high: Any, grid: SignedGrid) -> tuple[np.float32, int]:
+    scale, zero = _core.signed_grid(low, high, grid)
     if not np.isfinite(scale):
         raise ValueError(f"the range from {low:g} to {high:g} overflows float32")
     return np.float32(scale), zero
-
-
-def _tokens(X: Any, what: str = "X") -> tuple[np.ndarray, int, tuple[int, ...]]:
-    """As as_tokens, for a matrix that says itself how many channels it has."""
-    if not hasattr(X, "shape"):
-        try:
-            X = np.asarray(X)
-        except ValueError as error:  # rows of different lengths
-            raise ValueError(f"{what} must be an array: {error}") from None
-    if len(X.shape) == 0 or X.shape[-1] == 0:
-        raise ValueError(f"{what} must have shape (..., channels), but has {tuple(X.shape)}")
-    X, dtype, shape = as_tokens(X, int(X.shape[-1]))
-    return np.ascontiguousarray(X), dtype, shape
 
 
 def _not_finite() -> ValueError:
@@ -154,7 +140,7 @@ def _not_finite() -> ValueError:
 
 
 def outlier_columns(X: Any, threshold: float = 6.0, *, threads: int = 0) -> np.ndarray:
-    """Return the columns in which some |x| reaches the threshold [LLM.int8(), arXiv 2208.07339].
+    """Return the columns in which some |x| reaches the threshold [LLM.int8()].
 
     Parameters
     ----------
@@ -178,7 +164,8 @@ def outlier_columns(X: Any, threshold: float = 6.0, *, threads: int = 0) -> np.n
     if not threshold > 0:
         raise ValueError(f"threshold must be above 0, not {threshold}")
     threads = check_threads(threads)
-    X, dtype, shape = _tokens(X)
+    X, dtype, shape = as_tokens(X)
+    X = np.ascontiguousarray(X)
     outliers = np.empty(shape[-1], bool)
     try:
         _core.outlier_columns(X, dtype, threshold, outliers, threads)
@@ -190,9 +177,7 @@ def outlier_columns(X: Any, threshold: float = 6.0, *, threads: int = 0) -> np.n
 def _outlier_mask(outliers: Any, channels: int) -> np.ndarray | None:
     if outliers is None:
         return None
-    if hasattr(outliers, "detach"):
-        outliers = outliers.detach().cpu().numpy()
-    mask = np.asarray(outliers)
+    mask = as_array(outliers, "outliers")
     if mask.dtype != bool:
         raise TypeError(
             f"outliers must be boolean, one entry per channel, not {mask.dtype}; "
@@ -203,9 +188,10 @@ def _outlier_mask(outliers: Any, channels: int) -> np.ndarray | None:
     return mask.copy()
 
 
-def _given_grid(scale: Any, zero_point: Any, granularity: str, options: tuple[int, bool, bool]):
-    """Check a static grid; returns (scale, zero_point), or None where the data decides."""
-    bits, symmetric, narrow = options
+def _static_grid(
+    scale: Any, zero_point: Any, granularity: str, grid: SignedGrid
+) -> tuple[np.float32, int] | None:
+    """Return the checked (scale, zero_point) of a static grid, or None if the data decides."""
     if scale is None:
         if zero_point is not None:
             raise ValueError("zero_point was given without scale")
@@ -220,13 +206,13 @@ def _given_grid(scale: Any, zero_point: Any, granularity: str, options: tuple[in
     if not (np.isfinite(scale) and scale > 0):
         raise ValueError("scale must be positive and finite (in float32)")
     if zero_point is None:
-        if not symmetric:
-            raise ValueError("an asymmetric static grid needs zero_point beside scale")
+        if not grid.symmetric:
+            raise ValueError("an asymmetric static grid needs zero_point next to scale")
         return scale, 0
-    high = (1 << (bits - 1)) - 1
-    low = -high if narrow else -high - 1
+    high = (1 << (grid.bits - 1)) - 1
+    low = -high if grid.narrow else -high - 1
     zero = check_count(np.asarray(zero_point).reshape(-1)[0], "zero_point", low, high)
-    if symmetric and zero:
+    if grid.symmetric and zero:
         raise ValueError(f"zero_point is {zero}, but symmetric=True means 0")
     return scale, zero
 
@@ -257,12 +243,11 @@ def quantize_activations(
     bits : int from 2 to 16
         Codes are int8, above 8 bits int16.
     granularity : {"token", "tensor"}
-        One grid for each row of X (dynamic), or one for all of it.
+        One grid per row of X (dynamic), or one for all of X.
     symmetric : bool
         Zero-point 0.
     narrow_range : bool
-        Symmetric codes in +-(2**(bits-1) - 1), ``s = max|x| / (2**(bits-1) - 1)`` [Intriguing
-        Properties of Quantization at Scale, arXiv 2305.19268].
+        Symmetric codes in +-(2**(bits-1) - 1), ``s = max|x| / (2**(bits-1) - 1)`` [IPQS].
     scale, zero_point : number, optional
         Static grid of granularity "tensor" (see :func:`activation_grid`); None: from X.
     outliers : array of bool, shape (channels,), optional
@@ -277,7 +262,7 @@ def quantize_activations(
     Raises
     ------
     TypeError, ValueError
-        X is not floating point, has no channels, or holds NaN or Inf; options that contradict.
+        X is not floating point, has no channels, or holds NaN or Inf; contradicting options.
 
     Examples
     --------
@@ -288,40 +273,40 @@ def quantize_activations(
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of token, tensor, not {granularity!r}")
-    options = _grid_options(bits, symmetric, narrow_range)
-    grid = _given_grid(scale, zero_point, granularity, options)
+    grid = _signed_grid(bits, symmetric, narrow_range)
+    static = _static_grid(scale, zero_point, granularity, grid)
     threads = check_threads(threads)
-    X, dtype, shape = _tokens(X)
+    X, dtype, shape = as_tokens(X)
+    X = np.ascontiguousarray(X)
     mask = _outlier_mask(outliers, shape[-1])
-    codes = np.empty(X.shape, np.int8 if options[0] <= 8 else np.int16)
+    codes = np.empty(X.shape, np.int8 if grid.bits <= 8 else np.int16)
     grids = len(X) if granularity == "token" else 1
     scales, zeros = np.empty(grids, np.float32), np.empty(grids, np.int16)
     try:
         if granularity == "tensor":
-            if grid is None:
-                grid = _fit_range(*_core.activation_range(X, dtype, mask, threads), options)
-            scales[0], zeros[0] = grid
+            if static is None:
+                static = _fit_range(*_core.activation_range(X, dtype, mask, threads), grid)
+            scales[0], zeros[0] = static
         per_token = int(granularity == "token")
-        arrays = (codes, scales, zeros)
-        _core.activations_quantize(X, dtype, mask, options, per_token, *arrays, threads)
+        _core.activations_quantize(X, dtype, mask, grid, per_token, codes, scales, zeros, threads)
     except FloatingPointError:
         raise _not_finite() from None
     if not np.isfinite(scales).all():
         raise ValueError("the range of a token overflows float32")
+    values = None
+    if mask is not None:
+        kept = X[:, mask]
+        values = widen(kept) if dtype == BF16 else kept.astype(np.float32)
+        values = values.reshape(*shape[:-1], -1)
     lead = (1,) if granularity == "tensor" else (*shape[:-1], 1)
     return QuantizedActivations(
-        codes.reshape(shape),
-        scales.reshape(lead),
-        zeros.astype(codes.dtype).reshape(lead),
-        *(options[0], granularity, *options[1:]),
-        mask,
-        None if mask is None else _columns(X, dtype, mask).reshape(*shape[:-1], -1),
+        codes=codes.reshape(shape),
+        scales=scales.reshape(lead),
+        zero_points=zeros.astype(codes.dtype).reshape(lead),
+        bits=grid.bits,
+        granularity=granularity,
+        symmetric=grid.symmetric,
+        narrow_range=grid.narrow,
+        outliers=mask,
+        outlier_values=values,
     )
-
-
-def _columns(X: np.ndarray, dtype: int, mask: np.ndarray) -> np.ndarray:
-    """float32 values of some columns; exact."""
-    X = X[:, mask]
-    if dtype == BF16:
-        return (X.astype(np.uint32) << 16).view(np.float32)
-    return X.astype(np.float32)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._grids import grid_spec, group_width
-from ptqkit.arrays._inputs import F32, as_matrix, check_count, check_number, check_threads, label
+from ptqkit.arrays._grids import grid_spec, group_width, named_grid
+from ptqkit.arrays._inputs import (
+    F32,
+    as_array,
+    as_matrix,
+    as_vector,
+    check_count,
+    check_number,
+    check_threads,
+    label,
+)
 from ptqkit.arrays.ranges import ChannelRanges, batch_ranges, span_of
 
 __all__ = [
@@ -44,17 +53,14 @@ def weight_span(W: Any, *, threads: int = 0) -> np.ndarray:
     TypeError, ValueError
         No layer, a wrong dtype or shape, different inputs, NaN or Inf.
     """
-    low, high = None, None
     threads = check_threads(threads)
-    for layer in _weights(W, None, threads):
-        least, most, _ = batch_ranges(layer, F32, None, threads)
-        low = least if low is None else np.minimum(low, least)
-        high = most if high is None else np.maximum(high, most)
-    return span_of(low, high)
+    layers = _weights(W, None, threads)
+    lows, highs, _ = zip(*(batch_ranges(w, F32, None, threads) for w in layers), strict=True)
+    return span_of(np.minimum.reduce(lows), np.maximum.reduce(highs))
 
 
 def _weights(W: Any, name: str | None, threads: int) -> list[np.ndarray]:
-    """A list of finite float32 matrices with the same number of columns."""
+    """Return a list of finite float32 matrices with the same number of columns."""
     if not isinstance(W, (list, tuple)):
         W = [W]
     if not 1 <= len(W) <= MOST_LAYERS:
@@ -74,19 +80,15 @@ def _weights(W: Any, name: str | None, threads: int) -> list[np.ndarray]:
     return found
 
 
-def _extent(x: Any, what: str) -> np.ndarray:
-    x = np.asarray(x)
-    if not np.issubdtype(x.dtype, np.floating):
-        raise TypeError(f"{what} must be floating point, not {x.dtype}")
-    if x.ndim != 1 or x.size == 0:
-        raise ValueError(f"{what} must have shape (in,), but has shape {x.shape}")
-    if not np.all(np.isfinite(x) & (x >= 0)):
-        raise ValueError(f"{what} must be finite and not negative: it is maximum - minimum")
-    return x.astype(np.float64)
+def _span(x: Any, what: str) -> np.ndarray:
+    x = as_vector(x, what)
+    if not np.all(x >= 0):
+        raise ValueError(f"{what} must not be negative: it is maximum - minimum")
+    return x
 
 
 def _tied(channel_of: Any, n: int) -> np.ndarray | None:
-    """Group of each channel, counted from 0."""
+    """Return the group of each channel, counted from 0, int64 (n,), or None for None."""
     if channel_of is None:
         return None
     channel_of = np.asarray(channel_of)
@@ -105,7 +107,7 @@ def _check_alpha(alpha: Any) -> float:
 
 
 def equalization_scales(
-    activation_extent: Any, weight_span: Any, alpha: float = 0.5, *, channel_of: Any = None
+    activation_span: Any, weight_span: Any, alpha: float = 0.5, *, channel_of: Any = None
 ) -> np.ndarray:
     """Return s = rx^alpha / rw^(1 - alpha): X becomes X / s and W becomes W s, X W^T stays.
 
@@ -114,7 +116,7 @@ def equalization_scales(
 
     Parameters
     ----------
-    activation_extent, weight_span : array, shape (in,)
+    activation_span, weight_span : array, shape (in,)
         max - min of every channel of X over the tokens, and of every column of W
         (:attr:`ChannelRanges.span`, :func:`weight_span`).
     alpha : float in [0, 1]
@@ -135,12 +137,9 @@ def equalization_scales(
         Extents that are not floating point, negative or not finite; shapes that differ; alpha
         outside [0, 1].
     """
-    rx, rw = (
-        _extent(activation_extent, "activation_extent"),
-        _extent(weight_span, "weight_span"),
-    )
+    rx, rw = _span(activation_span, "activation_span"), _span(weight_span, "weight_span")
     if rx.shape != rw.shape:
-        raise ValueError(f"activation_extent has {len(rx)} channels, but weight_span has {len(rw)}")
+        raise ValueError(f"activation_span has {len(rx)} channels, but weight_span has {len(rw)}")
     alpha, group = _check_alpha(alpha), _tied(channel_of, len(rx))
     if group is not None:
         rx, rw = _largest(rx, group), _largest(rw, group)
@@ -157,12 +156,12 @@ def _largest(span: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EqualizationSearch:
-    """What :func:`search_equalization` found.
+    """Hold what :func:`search_equalization` found.
 
     Attributes
     ----------
     alpha : float
-        The exponent with the least error; NaN where no equalization is best.
+        The exponent with the least error; NaN if no equalization is best.
     scales : ndarray of float32, shape (in,)
         Its scales (all 1 for NaN).
     alphas : ndarray of float64, shape (candidates,)
@@ -178,8 +177,18 @@ class EqualizationSearch:
 
     @property
     def error(self) -> float:
-        """The least error."""
+        """Least error."""
         return float(self.errors.min())
+
+
+class EqualizationOptions(NamedTuple):
+    """Options of one search: the tuple ``options`` of the core's ``equalization_errors``."""
+
+    group_size: int
+    per_tensor: int
+    activation_max_code: int  # 0: activations stay as they are
+    activation_symmetric: int
+    activation_per_tensor: int
 
 
 def search_equalization(
@@ -209,7 +218,7 @@ def search_equalization(
     weights : array or tensor, shape (out, in), or a sequence of them
         All layers that X feeds.
     X : array or tensor, shape (..., in), floating point
-        Calibration inputs to measure on; a few hundred tokens do.
+        Calibration inputs to measure on; a few hundred tokens suffice.
     ranges : ChannelRanges
         Of the layers' inputs over the whole calibration set.
     bits, group_size, symmetric : int or "ternary", int or None, bool
@@ -245,11 +254,8 @@ def search_equalization(
     n = W[0].shape[1]
     X = _inputs(X, n, name, threads)
     _check_ranges(ranges, n, name)
-    symmetric = bool(symmetric) or bits == "ternary"
-    spec = grid_spec(bits, symmetric, "minmax", "float32", 0, search=(1, 1.0, 2.0, 1))
-    if per_tensor and group_size is not None:
-        raise ValueError(f"{label(name)}per_tensor excludes group_size (got {group_size})")
-    size = group_width(group_size, n, name)
+    weight_grid = named_grid(bits, group_size, symmetric, per_tensor, name=name)
+    size = group_width(weight_grid, n, name)
     levels = _activation_codes(activation_bits, activation_granularity, name)
     static = activation_granularity == "tensor"
     if activation_symmetric is None:
@@ -259,9 +265,15 @@ def search_equalization(
     tried = [equalization_scales(rx, rw, a, channel_of=channel_of) for a in grid[1:]]
     scales = np.stack([np.ones(n, np.float32), *tried])
     errors = np.empty(len(grid), np.float64)
-    options = (size, int(bool(per_tensor)), levels, int(bool(activation_symmetric)), int(static))
-    limits = (ranges.minimum, ranges.maximum)
-    _core.equalization_errors(X, tuple(W), scales, options, spec, *limits, errors, threads)
+    options = EqualizationOptions(
+        group_size=size,
+        per_tensor=int(weight_grid.per_tensor),
+        activation_max_code=levels,
+        activation_symmetric=int(bool(activation_symmetric)),
+        activation_per_tensor=int(static),
+    )
+    spec, low, high = grid_spec(weight_grid), ranges.minimum, ranges.maximum
+    _core.equalization_errors(X, tuple(W), scales, options, spec, low, high, errors, threads)
     best = int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))
     if not np.isfinite(errors[best]):
         raise ValueError(f"{label(name)}the outputs overflow: X or W holds huge values")
@@ -269,11 +281,9 @@ def search_equalization(
 
 
 def _inputs(X: Any, n: int, name: str | None, threads: int) -> np.ndarray:
-    shape = getattr(X, "shape", None) or np.shape(X)
-    if not shape or shape[-1] != n:
-        raise ValueError(f"{label(name)}X must have shape (..., {n}), but has {tuple(shape)}")
-    if not hasattr(X, "reshape"):
-        X = np.asarray(X)
+    X = as_array(X, f"{label(name)}X")
+    if X.ndim == 0 or X.shape[-1] != n:
+        raise ValueError(f"{label(name)}X must have shape (..., {n}), but has {X.shape}")
     return as_matrix(X.reshape(-1, n), "X", name, threads)
 
 
@@ -285,7 +295,7 @@ def _check_ranges(ranges: Any, n: int, name: str | None) -> None:
 
 
 def _activation_codes(bits: int | None, granularity: str, name: str | None) -> int:
-    """Largest activation code, or 0 where activations stay as they are."""
+    """Return the largest activation code, or 0 if activations stay as they are."""
     if granularity not in ("token", "tensor"):
         raise ValueError(
             f"{label(name)}activation_granularity must be 'token' or 'tensor', not {granularity!r}"
@@ -296,6 +306,6 @@ def _activation_codes(bits: int | None, granularity: str, name: str | None) -> i
 
 
 def _alpha_grid(alphas: Sequence[float] | None) -> np.ndarray:
-    """NaN (no equalization), 0.5, then the others as given."""
+    """Return NaN (no equalization), 0.5, then the others as given, float64."""
     others = [_check_alpha(a) for a in (ALPHAS if alphas is None else alphas)]
     return np.array([np.nan, *dict.fromkeys([0.5, *others])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ ORDERS = ("natural", "act", "group-act")
 
 @dataclass(frozen=True)
 class Factorization:
-    """A Hessian, the order of its inputs and the factor R of the damped, permuted matrix.
+    """Hold a Hessian, the order of its inputs and the factor R of the damped, permuted matrix.
 
     Attributes
     ----------
@@ -57,7 +58,7 @@ class Factorization:
 def quantization_order(diagonal: np.ndarray, order: str, group_size: int | None) -> np.ndarray:
     """Return the inputs in the order in which they are quantized.
 
-    "natural": as they are. "act": decreasing H_jj [GPTQ code, act-order]. "group-act": groups by
+    "natural": as they are. "act": decreasing H_jj [GPTQ, code]. "group-act": groups by
     decreasing sum of H_jj, the inputs of a group by decreasing H_jj, so that groups stay whole.
     Ties keep the original order.
     """
@@ -74,7 +75,18 @@ def quantization_order(diagonal: np.ndarray, order: str, group_size: int | None)
     return decreasing.astype(np.int64, copy=False)
 
 
-def as_hessian(H: Any, name: str | None = None, threads: int = 0) -> np.ndarray:
+def check_inputs(matrix: np.ndarray, inputs: int, name: str | None) -> None:
+    """Raise ValueError unless a Hessian has the inputs of a weight matrix."""
+    if len(matrix) != inputs:
+        raise ValueError(
+            f"{label(name)}H has {len(matrix)} inputs, but W has {inputs} (W is (out, in), as in "
+            "torch.nn.Linear)"
+        )
+
+
+def as_hessian(
+    H: Any, name: str | None = None, threads: int = 0, inputs: int | None = None
+) -> np.ndarray:
     """Return a finite, symmetric float32 matrix from a Hessian, a Factorization or an array."""
     if isinstance(H, (Hessian, Factorization)):
         matrix = H.matrix
@@ -88,6 +100,8 @@ def as_hessian(H: Any, name: str | None = None, threads: int = 0) -> np.ndarray:
         raise ValueError(f"{label(name)}H holds NaN or Inf")
     if verdict == 2:
         raise ValueError(f"{label(name)}H must be symmetric: it is the Hessian (2/N) X^T X")
+    if inputs is not None:
+        check_inputs(matrix, inputs, name)
     return matrix
 
 
@@ -102,8 +116,8 @@ def check_damping(damping: float, max_damping: float) -> None:
         )
 
 
-def _attempts(damping: float, max_damping: float):
-    """Dampings to try: the one asked for, then ten times more each time up to the largest."""
+def _attempts(damping: float, max_damping: float) -> Iterator[float]:
+    """Yield the dampings to try: the requested one, then ten times more, up to the largest."""
     yield damping
     step = damping if damping > 0 else 1e-4
     while damping < max_damping:
@@ -132,8 +146,8 @@ def factorize(
     group_size : int or None
         Needed by order "group-act" only.
     damping, max_damping : float
-        Fraction of the mean diagonal (over live inputs) added to the diagonal. Where a pivot is
-        not positive it is raised tenfold, up to ``max_damping``; the result says so.
+        Fraction of the mean diagonal (over live inputs) added to the diagonal. If a pivot is
+        not positive it is raised tenfold, up to ``max_damping``; the result says how often.
     threads : int
         0 means automatic.
     name : str, optional

@@ -1,4 +1,4 @@
-"""The layer Hessian H = (2/N) sum x x^T, accumulated over batches of inputs."""
+"""Accumulate the layer Hessian H = (2/N) sum x x^T over batches of inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import as_mask, as_matrix, as_tokens, check_count, check_threads
+from ptqkit.arrays._inputs import NOT_FINITE, as_batch, as_matrix, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
 __all__ = ["SYMMETRY_TOLERANCE", "Hessian"]
@@ -16,10 +16,10 @@ SYMMETRY_TOLERANCE = 1e-4  # of the largest entry of H
 
 
 class Hessian:
-    """Streaming Hessian of a linear layer, ``H = (2/N) * sum_t x_t x_t^T`` [GPTQ, section 3].
+    """Accumulate the Hessian of a linear layer, ``H = (2/N) * sum_t x_t x_t^T`` [GPTQ, section 3].
 
-    Only one triangle is accumulated, in float32, and bfloat16 inputs are multiplied without being
-    widened where the CPU can (the products are exact in float32).
+    Only one triangle is accumulated, in float32. If the CPU can, bfloat16 inputs are multiplied
+    without being widened (the products are exact in float32).
 
     Parameters
     ----------
@@ -43,11 +43,11 @@ class Hessian:
         self.tokens = 0
         self._sum = np.zeros((self.in_features, self.in_features), np.float32)
         self._matrix: np.ndarray | None = None
-        self._torn = False  # an interrupted update has left part of a batch in the sum
+        self._interrupted = False  # an interrupted update has left part of a batch in the sum
 
     @classmethod
     def from_matrix(cls, matrix: Any, tokens: int, *, threads: int = 0) -> Hessian:
-        """Return the Hessian with the given value, seen over ``tokens`` tokens."""
+        """Return the Hessian with a given value, float32 (n, n), of ``tokens`` tokens."""
         matrix = as_matrix(matrix, "matrix")
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be square, but has shape {matrix.shape}")
@@ -60,7 +60,7 @@ class Hessian:
         return result
 
     def _check_whole(self) -> None:
-        if self._torn:
+        if self._interrupted:
             raise CalibrationError(
                 "an update of the Hessian was interrupted and part of its batch is in the sum; "
                 "accumulate into a new Hessian"
@@ -84,21 +84,15 @@ class Hessian:
             X is not floating point.
         """
         self._check_whole()
-        X, dtype, shape = as_tokens(X, self.in_features)
-        rows = None if mask is None else as_mask(mask, shape[:-1])
-        if rows is not None and len(rows) == len(X):
-            rows = None
+        X, dtype, rows, tokens = as_batch(X, mask, self.in_features)
         try:
             _core.hessian_update(self._sum, X, dtype, rows, self.threads)
         except FloatingPointError:
-            raise ValueError(
-                "X holds NaN or Inf; the batch was not added. Check the calibration data and "
-                "the model's dtype (float16 overflows easily)"
-            ) from None
+            raise ValueError(NOT_FINITE) from None
         except KeyboardInterrupt:
-            self._torn = True
+            self._interrupted = True
             raise
-        self.tokens += len(X) if rows is None else len(rows)
+        self.tokens += tokens
         self._matrix = None
 
     def merge(self, other: Hessian) -> None:
@@ -118,8 +112,12 @@ class Hessian:
         result = Hessian(self.in_features, threads=self.threads)
         result._sum[...] = self._sum
         result.tokens = self.tokens
-        result._torn = self._torn
+        result._interrupted = self._interrupted
         return result
+
+    def finish(self) -> Hessian:
+        """Return the Hessian itself: accumulators on other devices return one."""
+        return self
 
     @property
     def matrix(self) -> np.ndarray:

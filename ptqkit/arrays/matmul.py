@@ -1,4 +1,4 @@
-"""Products of int8 codes, with int32 accumulation."""
+"""Multiply int8 codes, with int32 accumulation."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def _int8_operand(q: Any, what: str) -> QuantizedActivations:
 def int8_matmul(
     qx: QuantizedActivations, qw: QuantizedActivations | QuantizedMatrix, *, threads: int = 0
 ) -> np.ndarray:
-    """Return X W^T from integer codes, accumulated in int32, then ``s_x * s_w`` ("vector-wise").
+    """Return X W^T from integer codes, accumulated in int32, times ``s_x * s_w`` [IPQS].
 
-    Zero-points are taken off with row sums, exactly; the one rounding is that of the result to
+    Zero-points are subtracted exactly, with row sums; the one rounding is that of the result to
     float32. Columns that are outliers on either side are multiplied in float32 and added;
-    LLM.int8() (arXiv 2208.07339) gives both sides the same ``outliers``.
+    [LLM.int8()] gives both sides the same ``outliers``.
 
     Parameters
     ----------
@@ -74,19 +74,23 @@ def int8_matmul(
         raise ValueError(f"{n} inputs: more than {LONGEST_SUM} products can leave int32")
     tokens, lead = x.codes.size // n, x.shape[:-1]
     y = np.empty((tokens, len(w.codes)), np.float32)
-    floats = _float_columns(x, w) or (None, None)
-    _core.int8_matmul(*_arrays(x), *_arrays(w), *floats, y, threads)
+    x_codes, x_scales, x_zeros = _arrays(x)
+    w_codes, w_scales, w_zeros = _arrays(w)
+    X, W = _float_columns(x, w) or (None, None)
+    _core.int8_matmul(x_codes, x_scales, x_zeros, w_codes, w_scales, w_zeros, X, W, y, threads)
     return y.reshape(*lead, len(w.codes))
 
 
-def _arrays(q: QuantizedActivations):
-    """Codes (rows, in), scales and zero-points (rows,) or (1,)."""
+def _arrays(q: QuantizedActivations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes (rows, in), scales and zero-points (rows,) or (1,)."""
     codes = np.ascontiguousarray(q.codes.reshape(-1, q.shape[-1]))
     return codes, q.scales.reshape(-1), q.zero_points.reshape(-1)
 
 
-def _float_columns(x: QuantizedActivations, w: QuantizedActivations):
-    """The factors (tokens, columns) and (columns, out) of the columns that are outliers."""
+def _float_columns(
+    x: QuantizedActivations, w: QuantizedActivations
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the factors (tokens, columns) and (columns, out) of the columns that are outliers."""
     masks = [q.outliers for q in (x, w) if q.outliers is not None]
     if not masks:
         return None
@@ -96,7 +100,7 @@ def _float_columns(x: QuantizedActivations, w: QuantizedActivations):
 
 
 def _dequantized(q: QuantizedActivations, columns: np.ndarray) -> np.ndarray:
-    """Some columns, all outliers among them, as float32 (rows, columns)."""
+    """Return some columns, all outliers among them, as float32 (rows, columns)."""
     outliers = None if q.outliers is None else q.outliers[columns]
     part = replace(q, codes=q.codes[..., columns], outliers=outliers)
     return np.ascontiguousarray(part.dequantize().reshape(-1, int(columns.sum())))

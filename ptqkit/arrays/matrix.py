@@ -1,14 +1,17 @@
-"""The result of every solver: integer codes, their grid, and how they were found."""
+"""Describe weight grids and quantized matrices: the result of every solver."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
-__all__ = ["QuantizedMatrix", "parse_bits"]
+__all__ = ["GRID_METHODS", "SCALE_TYPES", "QuantizedMatrix", "WeightGrid", "parse_bits"]
 
 TERNARY_BITS = float(np.log2(3.0))
+GRID_METHODS = {"minmax": 0, "mse": 1, "hessian": 2}  # ptq_grid_method
+SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # ptq_scale_type
 
 
 def parse_bits(bits: int | str) -> int:
@@ -29,53 +32,102 @@ def parse_bits(bits: int | str) -> int:
 
 
 @dataclass(frozen=True)
+class WeightGrid:
+    """Describe the grids of a weight matrix: what is stored, not how it was found.
+
+    Attributes
+    ----------
+    bits : int from 2 to 8, or "ternary"
+    group_size : int or None
+        Inputs per grid; None: one grid per output channel, or per tensor.
+    symmetric : bool
+        Every zero-point is ``middle``.
+    per_tensor : bool
+        One grid for the whole matrix; excludes ``group_size``.
+    scale_dtype : {"float32", "float16", "bfloat16"}
+        Type that every scale fits exactly.
+    """
+
+    bits: int | str = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    per_tensor: bool = False
+    scale_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        parse_bits(self.bits)
+        size = self.group_size
+        if size is not None:
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+                raise TypeError(f"group_size must be an integer or None, not {size!r}")
+            if size < 1:
+                raise ValueError(f"group_size {size} is below 1; use None for one grid per channel")
+            if self.per_tensor:
+                raise ValueError(
+                    f"per_tensor=True is one grid for all of W: pass group_size=None, not {size}"
+                )
+            object.__setattr__(self, "group_size", int(size))
+        if self.scale_dtype not in SCALE_TYPES:
+            names = ", ".join(SCALE_TYPES)
+            raise ValueError(f"scale_dtype must be one of {names}, not {self.scale_dtype!r}")
+        object.__setattr__(self, "symmetric", bool(self.symmetric))
+        object.__setattr__(self, "per_tensor", bool(self.per_tensor))
+
+    @property
+    def max_code(self) -> int:
+        """Largest code: ``2**bits - 1``, or 2 for ternary."""
+        return parse_bits(self.bits)
+
+    @property
+    def middle(self) -> int:
+        """Zero-point of a symmetric grid: ``2**(bits - 1)``, or 1 for ternary."""
+        return (self.max_code + 1) // 2
+
+
+@dataclass(frozen=True)
 class QuantizedMatrix:
-    """A weight matrix on a uniform grid: ``w = scale * (code - zero_point)``.
+    """Hold a weight matrix on a uniform grid: ``w = scale * (code - zero_point)``.
 
     Attributes
     ----------
     codes : ndarray of uint8, shape (out, in)
-        Unsigned codes in ``[0, max_code]``, original column order. A symmetric grid has the
-        constant zero-point ``(max_code + 1) // 2`` (``2**(bits-1)``; 1 for ternary).
+        Unsigned codes in ``[0, grid.max_code]``, original column order.
     scales : ndarray of float32, shape (out, groups)
-        Exactly representable in ``scale_dtype``.
+        Exactly representable in ``scale_dtype``; all equal if ``per_tensor``, as zero-points are.
     zero_points : ndarray of uint8, shape (out, groups)
     g_idx : ndarray of int32, shape (in,)
         Group of each input. ``i // group_size`` unless act-order ran without static groups.
-    bits : int or "ternary"
-    group_size : int or None
-        None: one grid per output channel.
-    symmetric : bool
-    scale_dtype : {"float32", "float16", "bfloat16"}
+    grid : WeightGrid
     row_objectives : ndarray of float64, shape (refine_passes + 1, out), or None
         Objective of each output row after the solve and after each coordinate-descent sweep.
     damping : float
-        Damping used, as a fraction of the mean diagonal of H (0 where none was needed).
+        Damping used, as a fraction of the mean diagonal of H (0 if none was needed).
     damping_raised : int
         How many times it had to be raised before H could be factorized.
     dead_inputs : int
         Inputs with a zero diagonal in H.
-    per_tensor : bool
-        One grid for the whole matrix: all scales and all zero-points are equal.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     zero_points: np.ndarray
     g_idx: np.ndarray
-    bits: int | str
-    group_size: int | None
-    symmetric: bool
-    scale_dtype: str = "float32"
+    grid: WeightGrid
     row_objectives: np.ndarray | None = None
     damping: float = 0.0
     damping_raised: int = 0
     dead_inputs: int = 0
-    per_tensor: bool = False
+
+    bits = property(attrgetter("grid.bits"), doc='Bits per code, or "ternary".')
+    group_size = property(attrgetter("grid.group_size"), doc="Inputs per grid, or None.")
+    symmetric = property(attrgetter("grid.symmetric"), doc="Whether zero-points are constant.")
+    per_tensor = property(attrgetter("grid.per_tensor"), doc="Whether one grid holds for all.")
+    scale_dtype = property(attrgetter("grid.scale_dtype"), doc="Type that every scale fits.")
+    max_code = property(attrgetter("grid.max_code"), doc="Largest code of the grid.")
 
     @property
     def objective(self) -> float:
-        """tr((W - Q) H (W - Q)^T) with the undamped H; NaN where no H was given."""
+        """tr((W - Q) H (W - Q)^T) with the undamped H; NaN if no H was given."""
         return float("nan") if self.row_objectives is None else float(self.row_objectives[-1].sum())
 
     @property
@@ -87,22 +139,17 @@ class QuantizedMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.codes.shape  # type: ignore[return-value]
-
-    @property
-    def max_code(self) -> int:
-        """Largest code of the grid."""
-        return parse_bits(self.bits)
+        """Shape of the matrix, (out, in)."""
+        return self.codes.shape[0], self.codes.shape[1]
 
     @property
     def permuted_groups(self) -> bool:
-        """True where the groups are not runs of consecutive inputs (act-order with g_idx)."""
+        """Whether the groups are not runs of consecutive inputs (act-order with g_idx)."""
         return bool(np.any(np.diff(self.g_idx) < 0))
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage per weight: codes, scales, zero-points (asymmetric) and g_idx (if permuted)."""
+        """Stored bits per weight: codes, scales, zero-points (asymmetric), g_idx (if permuted)."""
         out, inputs = self.codes.shape
         code_bits = TERNARY_BITS if self.bits == "ternary" else float(self.bits)
         total = code_bits * out * inputs

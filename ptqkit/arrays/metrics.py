@@ -1,4 +1,4 @@
-"""Signal-to-quantization-noise ratio, streaming or at once."""
+"""Measure the signal-to-quantization-noise ratio, streaming or at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._attention import as_float32
-from ptqkit.arrays._inputs import _from_tensor, _is_tensor, check_count, check_threads
+from ptqkit.arrays._inputs import as_pair, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
 __all__ = ["SQNR", "sqnr"]
@@ -17,26 +16,8 @@ __all__ = ["SQNR", "sqnr"]
 PER = ("sample", "tensor", "channel")
 
 
-def _pair(reference: Any, quantized: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 if either is, else as float32; C-contiguous."""
-    found = []
-    for x, what in ((reference, "reference"), (quantized, "quantized")):
-        if _is_tensor(x):
-            bits, bf16 = _from_tensor(x)
-            x = as_float32(x, what) if bf16 else bits
-        x = np.asarray(x)
-        found.append(x if x.dtype == np.float64 else as_float32(x, what))
-    dtype = np.result_type(*found)
-    x, y = (np.require(a, dtype.newbyteorder("="), ["C", "A"]) for a in found)
-    if x.shape != y.shape:
-        raise ValueError(f"reference has shape {x.shape}, but quantized has shape {y.shape}")
-    if x.ndim == 0 or x.size == 0:
-        raise ValueError(f"reference must have at least one element and one axis, not {x.shape}")
-    return x, y
-
-
 class SQNR:
-    """Streaming signal-to-quantization-noise ratio in decibels [SBC, eq. 1], sums in double.
+    """Accumulate a signal-to-quantization-noise ratio in decibels [SBC, eq. 1], sums in double.
 
     Parameters
     ----------
@@ -85,7 +66,11 @@ class SQNR:
         TypeError
             Not floating point.
         """
-        x, y = _pair(reference, quantized)
+        x, y = as_pair(reference, quantized, "reference", "quantized")
+        if x.ndim == 0 or x.size == 0:
+            raise ValueError(
+                f"reference must have at least one element and one axis, not {x.shape}"
+            )
         energy = self._channels(x, y) if self.per == "channel" else self._samples(x, y)
         if not np.isfinite(energy).all():
             raise ValueError(
@@ -106,7 +91,7 @@ class SQNR:
         self.count += len(x)
 
     def _samples(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Energies (samples, 2), or (2,) of all."""
+        """Return the energies of signal and noise, (samples, 2), or (2,) of all."""
         whole = self.per == "tensor"
         shape = (1 if whole else len(x), -1)
         out = np.empty((1 if whole else len(x), 2))
@@ -114,7 +99,7 @@ class SQNR:
         return out[0] if whole else out
 
     def _channels(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Energies (2, channels)."""
+        """Return the energies of signal and noise, (2, channels)."""
         axis = self.channel_axis + (x.ndim if self.channel_axis < 0 else 0)
         if not 0 <= axis < x.ndim:
             raise ValueError(f"channel_axis is {self.channel_axis}, but there are {x.ndim} axes")
@@ -160,9 +145,9 @@ class SQNR:
 
     @property
     def decibel(self) -> float | np.ndarray:
-        """SQNR in dB: a float, or float64 (channels,); +Inf where the error is zero.
+        """SQNR in dB: a float, or float64 (channels,); +Inf if the error is zero.
 
-        A signal of zero with an error that is not is -Inf.
+        A signal of zero with a nonzero error is -Inf.
         """
         self._check_seen()
         if self.per == "sample":
@@ -175,7 +160,7 @@ class SQNR:
 
     @property
     def finite_decibel(self) -> float:
-        """SQNR per sample over the samples whose error is not zero; NaN where there are none."""
+        """SQNR per sample over the samples whose error is not zero; NaN if there are none."""
         if self.per != "sample":
             raise ValueError(f"finite_decibel is of an SQNR per sample, not per {self.per}")
         self._check_seen()
@@ -198,7 +183,7 @@ def sqnr(
     channel_axis: int = -1,
     threads: int = 0,
 ) -> float | np.ndarray:
-    """Signal-to-quantization-noise ratio in dB [SBC, eq. 1]; see :class:`SQNR`.
+    """Return the signal-to-quantization-noise ratio in dB [SBC, eq. 1]; see :class:`SQNR`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Dense bit streams of codes: the layout under every checkpoint format."""
+"""Codes as dense bit streams, the layout under every checkpoint format, and ptqkit's own rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import numpy as np
 import ptqkit._core as _core
 from ptqkit.arrays._inputs import check_count, check_threads
 
-__all__ = ["pack_rows", "unpack_rows"]
+__all__ = ["native_pack", "native_row_bytes", "native_unpack", "pack_rows", "unpack_rows"]
+
+TRITS_PER_BYTE = 5
+_TRIT_WEIGHTS = 3 ** np.arange(TRITS_PER_BYTE)
 
 
 def _check_bits(bits: int) -> int:
@@ -20,7 +23,7 @@ def pack_rows(codes: np.ndarray, bits: int, *, threads: int = 0) -> np.ndarray:
     """Pack each row of unsigned codes into 32-bit words.
 
     Element i of a row occupies bits ``[i*bits, (i+1)*bits)`` of its stream, least significant
-    first, crossing words where it must (compressed-tensors and GPTQ use this stream).
+    first, and may cross a word boundary (compressed-tensors and GPTQ use this stream).
 
     Parameters
     ----------
@@ -44,7 +47,7 @@ def pack_rows(codes: np.ndarray, bits: int, *, threads: int = 0) -> np.ndarray:
 
 
 def unpack_rows(packed: np.ndarray, bits: int, columns: int, *, threads: int = 0) -> np.ndarray:
-    """Inverse of :func:`pack_rows`.
+    """Return the codes of packed rows: the inverse of :func:`pack_rows`.
 
     Returns
     -------
@@ -66,3 +69,69 @@ def unpack_rows(packed: np.ndarray, bits: int, columns: int, *, threads: int = 0
     codes = np.empty((packed.shape[0], columns), np.uint8)
     _core.unpack(codes, bits, packed, check_threads(threads))
     return codes
+
+
+def native_row_bytes(columns: int, bits: int | str) -> int:
+    """Bytes of one packed row of ``columns`` codes in ptqkit's own checkpoint format."""
+    if bits == "ternary":
+        return -(-columns // TRITS_PER_BYTE)
+    return int(bits) * -(-columns // 8)
+
+
+def _pad_columns(codes: np.ndarray, multiple: int) -> np.ndarray:
+    extra = -codes.shape[1] % multiple
+    return np.pad(codes, ((0, 0), (0, extra))) if extra else codes
+
+
+def native_pack(codes: np.ndarray, bits: int | str) -> np.ndarray:
+    """Pack the rows of a matrix of codes as ptqkit's own checkpoint format stores them.
+
+    Rows are padded to whole bytes of five ternary digits, or to whole blocks of eight codes
+    (``bits`` bytes), so that a reader can unpack by strides alone.
+
+    Parameters
+    ----------
+    codes : array of unsigned integers below ``2**bits`` (3 if ternary), shape (rows, columns)
+    bits : int from 1 to 8, or "ternary"
+
+    Returns
+    -------
+    ndarray of uint8, shape (rows, native_row_bytes(columns, bits))
+    """
+    if bits == "ternary":
+        digits = _pad_columns(codes, TRITS_PER_BYTE)
+        digits = digits.reshape(len(codes), digits.shape[1] // TRITS_PER_BYTE, TRITS_PER_BYTE)
+        packed = np.zeros(digits.shape[:2], dtype=np.uint8)
+        for place, weight in enumerate(_TRIT_WEIGHTS):
+            packed += digits[:, :, place] * np.uint8(weight)
+        return packed
+    padded = np.ascontiguousarray(_pad_columns(codes, 8), dtype=np.uint8)
+    words = pack_rows(padded, int(bits)).astype("<u4", copy=False)
+    stream = np.ascontiguousarray(words).view(np.uint8)
+    return np.ascontiguousarray(stream[:, : native_row_bytes(codes.shape[1], bits)])
+
+
+def native_unpack(packed: np.ndarray, bits: int | str, columns: int) -> np.ndarray:
+    """Inverse of :func:`native_pack`.
+
+    Returns
+    -------
+    ndarray of uint8, shape (rows, columns)
+
+    Raises
+    ------
+    ValueError
+        If the rows do not have the length that so many codes need.
+    """
+    if packed.shape[1] != native_row_bytes(columns, bits):
+        raise ValueError(
+            f"packed rows of {columns} codes ({bits} bits) have {native_row_bytes(columns, bits)} "
+            f"bytes, not {packed.shape[1]}"
+        )
+    if bits == "ternary":
+        digits = packed[:, :, None] // _TRIT_WEIGHTS.astype(np.uint8) % np.uint8(3)
+        return np.ascontiguousarray(digits.reshape(len(packed), -1)[:, :columns])
+    stream = np.ascontiguousarray(np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4))))
+    words = stream.view("<u4").astype(np.uint32, copy=False)
+    whole = 8 * -(-columns // 8)
+    return np.ascontiguousarray(unpack_rows(words, int(bits), whole)[:, :columns])

@@ -1,4 +1,4 @@
-"""Ranges of a layer's input channels: minimum, maximum and mean over batches of tokens."""
+"""Accumulate minimum, maximum and mean of a layer's input channels over batches of tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import as_mask, as_tokens, check_count, check_threads
+from ptqkit.arrays._inputs import NOT_FINITE, as_batch, as_vector, check_count, check_threads
 from ptqkit.errors import CalibrationError
 
 __all__ = ["ChannelRanges", "batch_ranges", "span_of"]
@@ -18,10 +18,12 @@ def _read_only(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def batch_ranges(X: np.ndarray, dtype: int, rows: np.ndarray | None, threads: int) -> tuple:
-    """Minimum and maximum (float32) and sum (float64) of every column of the given rows.
+def batch_ranges(
+    X: np.ndarray, dtype: int, rows: np.ndarray | None, threads: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return minimum and maximum (float32) and sum (float64) of every column of the given rows.
 
-    Arguments as :func:`ptqkit.arrays._inputs.as_tokens` returns them, at least one row; raises
+    Arguments as :func:`ptqkit.arrays._inputs.as_batch` returns them, at least one row; raises
     FloatingPointError for NaN and Inf.
     """
     low, high = np.empty((2, X.shape[1]), np.float32)
@@ -31,10 +33,10 @@ def batch_ranges(X: np.ndarray, dtype: int, rows: np.ndarray | None, threads: in
 
 
 class ChannelRanges:
-    """Streaming minimum, maximum and mean of every input channel of a linear layer.
+    """Accumulate minimum, maximum and mean of every input channel of a linear layer.
 
-    What equalization and static activation grids are made of [AWEQ, section 3.2]. Nothing is kept
-    of the activations themselves; sums are in float64. An update that fails or is interrupted
+    Equalization and static activation grids are computed from them [AWEQ, section 3.2]. The
+    activations themselves are not kept; sums are in float64. An update that fails or is interrupted
     leaves everything as it was.
 
     Parameters
@@ -63,7 +65,7 @@ class ChannelRanges:
     def from_arrays(
         cls, minimum: Any, maximum: Any, mean: Any, tokens: int, *, threads: int = 0
     ) -> ChannelRanges:
-        """Return the ranges with the given values, seen over ``tokens`` tokens.
+        """Return the ranges with the given values, of ``tokens`` tokens.
 
         Parameters
         ----------
@@ -73,8 +75,11 @@ class ChannelRanges:
             At least 1.
         """
         tokens = check_count(tokens, "tokens", 1, 1 << 62)
-        low, high = _vector(minimum, "minimum", np.float32), _vector(maximum, "maximum", np.float32)
-        middle = _vector(mean, "mean", np.float64)
+        low, high = (
+            as_vector(minimum, "minimum", np.float32),
+            as_vector(maximum, "maximum", np.float32),
+        )
+        middle = as_vector(mean, "mean")
         if not len(low) == len(high) == len(middle):
             raise ValueError(
                 f"minimum, maximum and mean must have one length, not {len(low)}, {len(high)} "
@@ -107,20 +112,13 @@ class ChannelRanges:
         TypeError
             X is not floating point.
         """
-        X, dtype, shape = as_tokens(X, self.channels)
-        rows = None if mask is None else as_mask(mask, shape[:-1])
-        if rows is not None and len(rows) == len(X):
-            rows = None
-        tokens = len(X) if rows is None else len(rows)
+        X, dtype, rows, tokens = as_batch(X, mask, self.channels)
         if tokens == 0:
             return
         try:
             low, high, total = batch_ranges(X, dtype, rows, self.threads)
         except FloatingPointError:
-            raise ValueError(
-                "X holds NaN or Inf; the batch was not added. Check the calibration data and "
-                "the model's dtype (float16 overflows easily)"
-            ) from None
+            raise ValueError(NOT_FINITE) from None
         self._add(low, high, total, tokens)
 
     def _add(self, low: np.ndarray, high: np.ndarray, total: np.ndarray, tokens: int) -> None:
@@ -144,6 +142,10 @@ class ChannelRanges:
         result._seen = self._seen  # never written to, so it can be shared
         return result
 
+    def finish(self) -> ChannelRanges:
+        """Return the ranges themselves: accumulators on other devices return some."""
+        return self
+
     def _state(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         if self._seen is None:
             raise CalibrationError("the ranges have seen no token; call update(X) first")
@@ -158,7 +160,7 @@ class ChannelRanges:
     def minimum(self) -> np.ndarray:
         """Smallest value of each channel, read-only float32 (channels,).
 
-        This and the other values raise CalibrationError while no token has been seen.
+        This and the other values raise CalibrationError if no token has been seen yet.
         """
         return self._state()[0]
 
@@ -175,7 +177,7 @@ class ChannelRanges:
 
     @property
     def span(self) -> np.ndarray:
-        """maximum - minimum, r^X of [AWEQ, eq. 10]; float32 (channels,), never infinite."""
+        """r^X of [AWEQ, eq. 10], maximum - minimum; float32 (channels,), never infinite."""
         low, high = self._state()[:2]
         return span_of(low, high)
 
@@ -190,20 +192,6 @@ class ChannelRanges:
 
 
 def span_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """high - low as float32, at most its largest finite number."""
+    """Return high - low as float32, at most its largest finite number."""
     wide = high.astype(np.float64) - low
     return np.minimum(wide, np.finfo(np.float32).max).astype(np.float32)
-
-
-def _vector(x: Any, what: str, dtype: type) -> np.ndarray:
-    """A finite copy of a 1-D floating-point array."""
-    x = np.asarray(x)
-    if not np.issubdtype(x.dtype, np.floating):
-        raise TypeError(f"{what} must be floating point, not {x.dtype}")
-    if x.ndim != 1 or x.size == 0:
-        raise ValueError(f"{what} must have shape (channels,), but has shape {x.shape}")
-    with np.errstate(over="ignore"):
-        x = x.astype(dtype)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{what} holds NaN or Inf (or values beyond {np.dtype(dtype)})")
-    return x

@@ -1,4 +1,4 @@
-"""Softmax on a grid: the grid itself, and softmax, rounding and correction in one pass."""
+"""Take a softmax, round it to a grid and correct it in one pass."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._attention import as_allowed, as_attention, as_float32
-from ptqkit.arrays._inputs import check_count, check_number, check_threads
+from ptqkit.arrays._attention import allowed_entries, as_allowed, as_attention
+from ptqkit.arrays._inputs import as_float32, check_count, check_number, check_threads
 
 __all__ = ["QuantizedProbabilities", "SoftmaxGrid", "softmax_grid", "softmax_on_grid"]
 
@@ -18,7 +18,7 @@ CORRECTIONS = {None: 0, "bias": 1, "row_length": 1, "row_sum": 2}  # ptq_correct
 
 @dataclass(frozen=True)
 class SoftmaxGrid:
-    """Asymmetric uniform grid of probabilities, one for the tensor: ``y = s * code - c``, c = s z.
+    """Describe an asymmetric grid of probabilities, one per tensor: ``y = s * code - s * z``.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class SoftmaxGrid:
 
     @property
     def max_code(self) -> int:
-        """``2**bits - 1``."""
+        """Largest code, ``2**bits - 1``."""
         return (1 << self.bits) - 1
 
     def offset(self, bias: float = 0.0) -> float:
@@ -54,7 +54,7 @@ class SoftmaxGrid:
         return self.scale * self.zero_point - bias
 
     def quantize(self, P: Any) -> np.ndarray:
-        """Codes of probabilities, ``clamp(round(p * (1 / s)) + z)``, ties to even, in float32.
+        """Return the codes ``clamp(round(p * (1 / s)) + z)``, ties to even, in float32.
 
         Returns
         -------
@@ -88,12 +88,12 @@ def softmax_grid(bits: int = 8, minimum: float = 0.0, maximum: float = 1.0) -> S
     bits : int
         2 to 16.
     minimum, maximum : float
-        The fixed range of a softmax, [0, 1], or the range seen in calibration.
+        Fixed range of a softmax, [0, 1], or the range seen in calibration.
 
     Raises
     ------
     ValueError
-        Not finite, or nothing but 0 in the range.
+        If they are not finite, or the range holds 0 only.
     """
     bits = check_count(bits, "bits", 2, 16)
     low = min(check_number(minimum, "minimum"), 0.0)
@@ -109,14 +109,14 @@ def softmax_grid(bits: int = 8, minimum: float = 0.0, maximum: float = 1.0) -> S
 
 @dataclass(frozen=True)
 class QuantizedProbabilities:
-    """Codes of a softmax and the offset of every row: ``y = s * code - offset`` where allowed.
+    """Hold codes of a softmax and the offset of each row: ``y = s * code - offset`` if allowed.
 
     Attributes
     ----------
     codes : ndarray of uint8 (uint16 above 8 bits), shape (..., q, k)
-        The zero-point where a key is not allowed; there the value is 0 and not ``s z - offset``.
+        The zero-point if a key is not allowed; its value is 0 and not ``s z - offset``.
     corrections : ndarray of float32, shape (..., q)
-        What every row's allowed entries gain.
+        Value added to each row's allowed entries.
     grid : SoftmaxGrid
     empty_rows : int
         Rows without an allowed key: all 0, correction 0.
@@ -129,11 +129,11 @@ class QuantizedProbabilities:
 
     @property
     def offsets(self) -> np.ndarray:
-        """``c' = s * z - correction`` of every row, float64 (..., q)."""
+        """Offset ``c' = s * z - correction`` of each row, float64 (..., q)."""
         return self.grid.scale * self.grid.zero_point - self.corrections.astype(np.float64)
 
     def dequantize(self, allowed: Any = None, causal: bool = False) -> np.ndarray:
-        """Return float32 values: bit for bit what the call with the same mask and no codes gives.
+        """Return float32 values, the same bits as the call with this mask and ``codes=False``.
 
         Parameters
         ----------
@@ -152,7 +152,7 @@ class QuantizedProbabilities:
 
 
 def _bias_table(correction: str | None, bias: Any, heads: int, k: int) -> np.ndarray:
-    """The table of the core: (heads or 1, k + 1 or 1)."""
+    """Return the table of the core, float64 (heads or 1, k + 1 or 1)."""
     if correction not in CORRECTIONS:
         raise ValueError(
             f"correction must be None, 'bias', 'row_length' or 'row_sum', not {correction!r}"
@@ -214,13 +214,13 @@ def softmax_on_grid(
     codes: bool = False,
     threads: int = 0,
 ) -> np.ndarray | QuantizedProbabilities:
-    """Softmax over the last axis, rounded to a grid and corrected, without storing the softmax.
+    """Return a softmax over the last axis, rounded to a grid and corrected, in one pass.
 
-    Keys that are not allowed, and scores of -Inf, get exactly 0 and no correction, and what their
-    scores are changes no bit of the result. A row without an allowed key is all 0. A row depends on
-    its own scores only, so that fewer rows or a longer cache of keys change nothing. Exponentials
-    are good to 1.2 ulp, sums are in double; a code can differ from exact arithmetic where the exact
-    value lies within about 1e-6 of itself from a tie.
+    Keys that are not allowed, and scores of -Inf, get exactly 0 and no correction; their scores do
+    not affect the result. A row without an allowed key is all 0. A row depends on its own scores
+    only, so that fewer rows or a longer cache of keys change nothing. Exponentials are accurate to
+    1.2 ulp, sums are in double; a code can differ from exact arithmetic only if the exact value is
+    within a relative distance of about 1e-6 from a tie.
 
     Parameters
     ----------
@@ -237,12 +237,12 @@ def softmax_on_grid(
     allowed : array or tensor of bool or int, optional
         Keys, (batch, k); or entries, with the axes of ``scores``, each full or 1.
     causal : bool
-        Query i sees the keys up to ``i + k - q`` only, besides ``allowed``.
+        Query i sees the keys up to ``i + k - q`` only, and of these the ``allowed`` ones.
     out : ndarray, optional
-        Where to write; float32 (or the type of the codes), C-contiguous. May be ``scores``.
+        Array to write to; float32 (or the type of the codes), C-contiguous. May be ``scores``.
         Undefined after an error.
     codes : bool
-        Return codes and row corrections in place of values.
+        Return codes and row corrections instead of values.
     threads : int
         0 means automatic. The result does not depend on it.
 
@@ -287,19 +287,14 @@ def softmax_on_grid(
 def _raise_row(
     x: np.ndarray, bad: int, shape: tuple[int, ...], mask: np.ndarray | None, causal: bool
 ) -> None:
-    """Say what was wrong with a row of scores that the core refused (and left as it was)."""
-    b, h, i = (int(n) for n in np.unravel_index(bad, x.shape[:3]))
-    q, k = x.shape[2:]
-    row = x[b, h, i, : min(k, k - q + i + 1) if causal else k]
-    if mask is not None:
-        row = row[np.broadcast_to(mask, x.shape)[b, h, i, : len(row)]]
-    where = ", ".join(str(int(n)) for n in np.unravel_index(bad, shape[:-1]))
+    """Raise ValueError with the reason why the core refused a row of scores."""
+    row, where = allowed_entries(x, bad, shape, mask, causal)
     if np.isnan(row).any() or (row == np.inf).any():
         raise ValueError(
             f"scores[{where}] holds NaN or +Inf at an allowed key; check the model's dtype "
             "(float16 overflows easily)"
         )
     raise ValueError(
-        f"scores[{where}] is -Inf at an allowed key, which codes cannot leave out of the "
+        f"scores[{where}] is -Inf at an allowed key, which codes cannot exclude from the "
         "correction; pass the mask as allowed= or causal=True, or take codes=False"
     )

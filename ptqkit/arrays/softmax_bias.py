@@ -1,19 +1,19 @@
-"""The bias that rounding gives a softmax, estimated from probabilities in one pass."""
+"""Estimate the bias that rounding gives a softmax from probabilities, in one pass."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 import ptqkit._core as _core
-import ptqkit.reference as reference
-from ptqkit.arrays._attention import as_allowed, as_attention, as_queries
+from ptqkit.arrays._attention import allowed_entries, as_allowed, as_attention, as_queries
 from ptqkit.arrays._inputs import check_count, check_threads
 from ptqkit.arrays.softmax import SoftmaxGrid
 from ptqkit.errors import CalibrationError
 
-__all__ = ["HALF_SUM_TOLERANCE", "SUM_TOLERANCE", "SoftmaxBias"]
+__all__ = ["HALF_SUM_TOLERANCE", "SUM_TOLERANCE", "SoftmaxBias", "length_class"]
 
 # How far the sum of a row may be from 1. A float32 softmax is within 1e-5; halves round each entry.
 SUM_TOLERANCE, HALF_SUM_TOLERANCE = 1e-3, 2e-2
@@ -24,19 +24,20 @@ ROWS, ENTRIES, CODES, ZEROS = range(4)
 
 
 class SoftmaxBias:
-    """Bias of a softmax on a grid, ``beta = E[p] - E[q(p)]`` over the allowed entries [SBC, eq. 4].
+    """Accumulate the bias of a softmax on a grid, ``beta = E[p] - E[q(p)]`` [SBC, eq. 4].
 
-    E[p] is the mean of 1 / (allowed keys of the row), E[q(p)] what is measured. Added to every
-    allowed entry, or taken off the grid's offset (``grid.offset(beta)``), beta makes the mean
-    error on the data seen zero. All that is kept are integers, so neither the order of batches nor
-    threads change anything. An update that fails or is interrupted leaves everything as it was.
+    Both are means over the allowed entries: E[p] that of 1 / (allowed keys of the row), E[q(p)] is
+    measured. Added to every allowed entry, or subtracted from the grid's offset
+    (``grid.offset(beta)``), beta makes the mean error on the data seen zero. Only integers are
+    kept, so neither the order of batches nor threads change anything. An update that fails or is
+    interrupted leaves everything as it was.
 
     Parameters
     ----------
     heads : int
     grid : SoftmaxGrid
     steps : int, optional
-        Number of time steps of a diffusion model that are told apart.
+        Number of time steps of a diffusion model that are kept apart.
     threads : int
         0 means automatic. No result depends on it.
 
@@ -82,11 +83,11 @@ class SoftmaxBias:
             not allowed count for nothing, whatever they hold; a row without an allowed key is
             counted in ``empty_rows`` only.
         causal : bool
-            Query i sees the keys up to ``i + k - q`` only, besides ``allowed``.
+            Query i sees the keys up to ``i + k - q`` only, and of these the ``allowed`` ones.
         step : int, optional
-            Time step, from 0; needed where ``steps`` was given.
+            Time step, from 0; needed if ``steps`` was given.
         queries : array or tensor of bool or int, shape (batch, q), optional
-            Rows that count: those of padding must not.
+            Rows that count; those of padding must not.
 
         Raises
         ------
@@ -127,14 +128,17 @@ class SoftmaxBias:
         return check_count(step, "step", 0, self.steps - 1)
 
     @staticmethod
-    def _raise_row(P, bad, shape, mask, causal, tolerance) -> None:
-        """Say what was wrong with a row that the core refused."""
-        b, h, i = (int(n) for n in np.unravel_index(bad, P.shape[:3]))
-        q, k = P.shape[2:]
-        row = P[b, h, i, : min(k, k - q + i + 1) if causal else k]
-        if mask is not None:
-            row = row[np.broadcast_to(mask, P.shape)[b, h, i, : len(row)]]
-        where = f"P[{', '.join(str(int(n)) for n in np.unravel_index(bad, shape[:-1]))}]"
+    def _raise_row(
+        P: np.ndarray,
+        bad: int,
+        shape: tuple[int, ...],
+        mask: np.ndarray | None,
+        causal: bool,
+        tolerance: float,
+    ) -> None:
+        """Raise ValueError with the reason why the core refused a row."""
+        row, at = allowed_entries(P, bad, shape, mask, causal)
+        where = f"P[{at}]"
         if not np.isfinite(row).all():
             raise ValueError(f"{where} holds NaN or Inf; the batch was not added")
         if (row < 0).any():
@@ -164,7 +168,7 @@ class SoftmaxBias:
         return result
 
     def _totals(self, granularity: str, field: int) -> np.ndarray:
-        """Sum of a field over all but the granularity's axes (steps, heads), int64."""
+        """Return the sum of a field over all but the granularity's axes (steps, heads), int64."""
         axes = GRANULARITIES.get(granularity)
         if axes is None:
             raise ValueError(
@@ -178,7 +182,7 @@ class SoftmaxBias:
         return found.sum(axis=axes)
 
     def _seen(self, granularity: str) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and entries, none of them 0."""
+        """Return the numbers of rows and entries, none of them 0."""
         rows, entries = (self._totals(granularity, f) for f in (ROWS, ENTRIES))
         if not np.all(rows):
             missing = "" if rows.ndim == 0 else f" for {granularity} {np.argwhere(rows == 0)[0]}"
@@ -198,7 +202,7 @@ class SoftmaxBias:
         Raises
         ------
         CalibrationError
-            A head or step has seen no row.
+            If a head or step has seen no row.
         """
         rows, entries = self._seen(granularity)
         return (rows - self.grid.scale * self._totals(granularity, CODES)) / entries
@@ -217,7 +221,7 @@ class SoftmaxBias:
         """Return one beta per row length, for ``softmax_on_grid(correction="row_length")``.
 
         Entry n is m / n, for rows of n allowed keys: m is the mean mass that rounding takes from
-        rows of about this length (exact below 16 keys, then 8 classes to the octave), so the mean
+        rows of about this length (exact below 16 keys, then 8 classes per octave), so the mean
         error on the data seen is zero in every class. Between lengths seen m is interpolated over
         log n, beyond them it is that of the nearest; entry 0 is 0.
 
@@ -232,16 +236,17 @@ class SoftmaxBias:
         if granularity not in ("tensor", "head"):
             raise ValueError(f"granularity must be 'tensor' or 'head', not {granularity!r}")
         self._seen(granularity)
-        sums = sum(self._sums.values())
-        tables = np.stack([self._mass(s) for s in sums]) if granularity == "head" else None
-        mass = self._mass(sums.sum(axis=0)) if tables is None else tables
+        sums = functools.reduce(np.add, self._sums.values())
+        if granularity == "head":
+            mass = np.stack([self._mass(s) for s in sums])
+        else:
+            mass = self._mass(sums.sum(axis=0))
         lengths = np.arange(1, keys + 1)
-        classes, where = np.unique([reference.length_class(int(n)) for n in lengths], False, True)
-        beta = mass[..., classes][..., where] / lengths
+        beta = mass[..., length_class(lengths)] / lengths
         return np.concatenate([np.zeros((*beta.shape[:-1], 1)), beta], axis=-1)
 
     def _mass(self, sums: np.ndarray) -> np.ndarray:
-        """Mean missing mass of every class of lengths, from sums (classes, 4)."""
+        """Return the mean missing mass of every class of lengths, from sums (classes, 4)."""
         seen = np.flatnonzero(sums[:, ROWS])
         rows = sums[seen, ROWS]
         middle = np.log(_class_start(np.arange(LENGTH_CLASSES)))
@@ -273,7 +278,24 @@ class SoftmaxBias:
         return f"SoftmaxBias(heads={self.heads}, bits={self.grid.bits}{steps}, rows={self.rows})"
 
 
+def length_class(lengths: np.ndarray) -> np.ndarray:
+    """Return the class of each row length: exact below 16, then 8 classes per octave.
+
+    Parameters
+    ----------
+    lengths : ndarray of int, not negative
+
+    Returns
+    -------
+    ndarray of int64, same shape
+    """
+    lengths = np.asarray(lengths, np.int64)
+    octave = np.frexp(np.maximum(lengths, 1))[1].astype(np.int64) - 1  # floor of log2
+    eighths = lengths >> np.maximum(octave - 3, 0)
+    return np.where(lengths < 16, lengths, 8 * (octave - 3) + eighths)
+
+
 def _class_start(classes: np.ndarray) -> np.ndarray:
-    """Smallest length of each class (1 for class 0, which no row has)."""
+    """Return the smallest length of each class (1 for class 0, which no row has)."""
     octave, eighth = np.divmod(np.maximum(classes - 16, 0), 8)
     return np.where(classes < 16, np.maximum(classes, 1), (8 + eighth) << (octave + 1))

@@ -1,4 +1,4 @@
-"""Quantizing one weight matrix: round to nearest, GPTQ, OBQ."""
+"""Quantize one weight matrix: round to nearest, GPTQ, OBQ."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._grids import GridSpec, check_scales, grid_spec, group_width, outputs
+from ptqkit.arrays._grids import GridSpec, check_scales, grid_spec, group_width, named_grid, outputs
 from ptqkit.arrays._inputs import as_matrix, check_count, check_threads, label
-from ptqkit.arrays.factorization import Factorization, as_hessian, factorize
+from ptqkit.arrays.factorization import Factorization, as_hessian, check_inputs, factorize
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import NotPositiveDefiniteError
 
@@ -73,44 +73,38 @@ def rtn(
         For a wrong dtype or shape, NaN or Inf, a group that does not divide, bits out of range;
         ``per_tensor`` with groups or with a grid search.
     """
-    symmetric = bool(symmetric) or bits == "ternary"
-    search = (grid_steps, grid_min_shrink, grid_norm, grid_candidates)
-    spec = grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search)
+    result_grid = named_grid(bits, group_size, symmetric, per_tensor, scale_dtype, name=name)
+    spec = grid_spec(
+        result_grid, grid, min_zero_point, grid_steps, grid_min_shrink, grid_norm, grid_candidates
+    )
+    if per_tensor and grid != "minmax":
+        raise ValueError(
+            f"{label(name)}per_tensor=True needs grid='minmax': a search shrinks each group's range"
+        )
     threads = check_threads(threads)
     W = as_matrix(W, "W", name, threads)
     rows, n = W.shape
-    per_tensor = bool(per_tensor)
-    if per_tensor:
-        _check_per_tensor(group_size, grid, name)
-    size = group_width(group_size, n, name)
-    matrix = None if H is None else _matching(as_hessian(H, name, threads), n, name)
+    size = group_width(result_grid, n, name)
+    matrix = None if H is None else as_hessian(H, name, threads, inputs=n)
     if grid == "hessian" and matrix is None:
         raise ValueError(f"{label(name)}grid='hessian' needs H")
-    arrays = _rtn_per_tensor(W, spec, threads) if per_tensor else outputs(rows, n, n // size)
-    if not per_tensor:
-        _core.rtn(W, size, spec, matrix, *arrays, threads)
-    check_scales(arrays[1], scale_dtype, name)
+    if per_tensor:
+        codes, scales, zeros = _rtn_per_tensor(W, spec, threads)
+    else:
+        codes, scales, zeros = outputs(rows, n, n // size)
+        _core.rtn(W, size, spec, matrix, codes, scales, zeros, threads)
+    check_scales(scales, scale_dtype, name)
     g_idx = (np.arange(n) // size).astype(np.int32)
-    options = {"scale_dtype": scale_dtype, "per_tensor": per_tensor}
-    q = QuantizedMatrix(*arrays, g_idx, bits, group_size, symmetric, **options)
+    q = QuantizedMatrix(codes, scales, zeros, g_idx, result_grid)
     if matrix is None:
         return q
     return replace(q, row_objectives=_objective(W, q, matrix, threads)[None])
 
 
-def _check_per_tensor(group_size: int | None, grid: str, name: str | None) -> None:
-    if group_size is not None:
-        raise ValueError(
-            f"{label(name)}per_tensor=True is one grid for all of W: pass group_size=None"
-        )
-    if grid != "minmax":
-        raise ValueError(
-            f"{label(name)}per_tensor=True needs grid='minmax': a search shrinks each group's range"
-        )
-
-
-def _rtn_per_tensor(W: np.ndarray, spec: GridSpec, threads: int):
-    """Codes, scales and zero-points on the grid of the range of all of W."""
+def _rtn_per_tensor(
+    W: np.ndarray, spec: GridSpec, threads: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes, scales and zero-points on the grid of the range of all of W."""
     rows = len(W)
     scale, zero = np.empty((1, 1), np.float32), np.empty((1, 1), np.uint8)
     ends = np.array([[W.min(), W.max()]])  # a row with the range of W, so with its grid
@@ -121,16 +115,7 @@ def _rtn_per_tensor(W: np.ndarray, spec: GridSpec, threads: int):
     return codes, scales, zeros
 
 
-def _matching(matrix: np.ndarray, n: int, name: str | None) -> np.ndarray:
-    if len(matrix) != n:
-        raise ValueError(
-            f"{label(name)}H has {len(matrix)} inputs, but W has {n} (W is (out, in), as in "
-            "torch.nn.Linear)"
-        )
-    return matrix
-
-
-def _objective(W, q: QuantizedMatrix, matrix, threads: int) -> np.ndarray:
+def _objective(W: np.ndarray, q: QuantizedMatrix, matrix: np.ndarray, threads: int) -> np.ndarray:
     out = np.empty(len(W), np.float64)
     _core.objective(W - q.dequantize(), matrix, out, threads)
     return out
@@ -151,7 +136,7 @@ def objective(W: Any, W_hat: Any, H: Any, *, threads: int = 0) -> np.ndarray:
     """
     threads = check_threads(threads)
     W = as_matrix(W, "W", None, threads)
-    matrix = _matching(as_hessian(H, None, threads), W.shape[1], None)
+    matrix = as_hessian(H, None, threads, inputs=W.shape[1])
     E = W
     if not (np.isscalar(W_hat) and W_hat == 0):
         W_hat = as_matrix(W_hat, "W_hat", None, threads)
@@ -187,7 +172,7 @@ def gptq(
     threads: int = 0,
     name: str | None = None,
 ) -> QuantizedMatrix:
-    """Quantize a weight matrix with GPTQ [Frantar et al. 2022, Algorithm 1].
+    """Quantize a weight matrix with GPTQ [GPTQ, Algorithm 1].
 
     By default the published form: natural order, min-max grids fitted to the updated weights when
     their group is reached. ``order="group-act", grid="hessian", refine_passes=1`` gave the best
@@ -201,7 +186,7 @@ def gptq(
     bits, group_size, symmetric, grid, scale_dtype, min_zero_point, threads, name
         As in :func:`rtn`; ternary is published with groups of 8.
     order : {"natural", "act", "group-act"}
-        Columns as they are; by decreasing H_jj (act-order: with groups, ``g_idx`` is permuted
+        As stored; by decreasing H_jj (act-order: with groups, ``g_idx`` is permuted
         unless ``static_groups``); or groups by importance and columns inside them by H_jj
         (groups stay whole).
     static_groups : bool
@@ -211,7 +196,7 @@ def gptq(
     damping, max_damping : float
         See :func:`ptqkit.factorize`.
     feedback : bool
-        False rounds every column as it is: with natural order and min-max grids this is RTN.
+        False: every column is rounded as it is; with natural order and min-max grids this is RTN.
     block_size : int
         Columns per block of the solver. Changes its speed only.
 
@@ -227,54 +212,58 @@ def gptq(
     TypeError, ValueError
         As in :func:`rtn`.
     """
-    symmetric = bool(symmetric) or bits == "ternary"
-    search = (grid_steps, grid_min_shrink, grid_norm, grid_candidates)
-    spec = grid_spec(bits, symmetric, grid, scale_dtype, min_zero_point, search)
+    result_grid = named_grid(bits, group_size, symmetric, False, scale_dtype, name=name)
+    spec = grid_spec(
+        result_grid, grid, min_zero_point, grid_steps, grid_min_shrink, grid_norm, grid_candidates
+    )
     threads = check_threads(threads)
     check_count(refine_passes, "refine_passes", 0, 1000)
     check_count(block_size, "block_size", 1, 1 << 20)
     W = as_matrix(W, "W", name, threads)
-    size = group_width(group_size, W.shape[1], name)
+    size = group_width(result_grid, W.shape[1], name)
     F = H
     if not isinstance(F, Factorization):
-        options = {"damping": damping, "max_damping": max_damping, "threads": threads}
-        F = factorize(H, order=order, group_size=group_size, name=name, **options)
+        F = factorize(
+            H,
+            order=order,
+            group_size=group_size,
+            damping=damping,
+            max_damping=max_damping,
+            threads=threads,
+            name=name,
+        )
     elif order not in ("natural", F.order_name):
         raise ValueError(
             f"{label(name)}order={order!r}, but the Factorization was made with {F.order_name!r}"
         )
-    _matching(F.matrix, W.shape[1], name)
+    check_inputs(F.matrix, W.shape[1], name)
     if F.order_name == "group-act" and F.group_size != group_size:
         raise ValueError(f"{label(name)}the Factorization was ordered for another group_size")
     if F.dead.any():
         W = np.where(F.dead, np.float32(0), W)
     # No feedback has reached the weights when a channel's only grid is fitted: it is static.
     static = bool(static_groups) or size == W.shape[1]
-    runs = F.order_name == "act" and not static
-    switches = SolverOptions(
+    options = SolverOptions(
         group_size=size,
         block_size=block_size,
         static_groups=int(static),
-        groups_follow_order=int(runs),
+        groups_follow_order=int(F.order_name == "act" and not static),
         feedback=int(bool(feedback)),
         refine_passes=refine_passes,
         shift=F.damping_value,
     )
-    codes, scales, zeros, g_idx, history = _solve(W, F, switches, spec, threads, name)
+    codes, scales, zeros, g_idx, history = _solve(W, F, options, spec, threads, name)
     check_scales(scales, scale_dtype, name)
     q = QuantizedMatrix(
         codes,
         scales,
         zeros,
         g_idx,
-        bits,
-        group_size,
-        symmetric,
-        scale_dtype,
-        history,
-        F.damping,
-        F.damping_raised,
-        int(F.dead.sum()),
+        result_grid,
+        row_objectives=history,
+        damping=F.damping,
+        damping_raised=F.damping_raised,
+        dead_inputs=int(F.dead.sum()),
     )
     if not feedback:  # the solver tracks differences only
         history += _objective(W, q, F.matrix, threads) - history[-1]
@@ -294,16 +283,22 @@ class SolverOptions(NamedTuple):
 
 
 def _solve(
-    W, F: Factorization, options: SolverOptions, spec: GridSpec, threads: int, name: str | None
-):
-    """Run the core's solver; returns codes, scales, zero-points, g_idx, history."""
+    W: np.ndarray,
+    F: Factorization,
+    options: SolverOptions,
+    spec: GridSpec,
+    threads: int,
+    name: str | None,
+) -> tuple[np.ndarray, ...]:
+    """Run the core's solver; return codes, scales, zero-points, g_idx and history."""
     rows, n = W.shape
     codes, scales, zeros = outputs(rows, n, n // options.group_size)
     g_idx = np.empty(n, np.int32)
     history = np.empty((options.refine_passes + 1, rows), np.float64)
-    arrays = (codes, scales, zeros, g_idx, history)
     try:
-        _core.gptq(W, F.matrix, F.R, F.order, options, spec, *arrays, threads)
+        _core.gptq(
+            W, F.matrix, F.R, F.order, options, spec, codes, scales, zeros, g_idx, history, threads
+        )
     except FloatingPointError:
         raise NotPositiveDefiniteError(
             f"{label(name)}the solve overflowed: the Hessian is too close to singular at damping "
@@ -311,7 +306,7 @@ def _solve(
             -1,
             F.damping,
         ) from None
-    return arrays
+    return codes, scales, zeros, g_idx, history
 
 
 def obq(
@@ -328,10 +323,10 @@ def obq(
     threads: int = 0,
     name: str | None = None,
 ) -> QuantizedMatrix:
-    """Quantize with Optimal Brain Quantization, the slow reference that GPTQ approximates.
+    """Quantize with Optimal Brain Quantization [OBQ], the slow reference that GPTQ approximates.
 
     Per row, the column whose rounding costs least is quantized next and the others compensate
-    ([GPTQ] equations 2 and 3). In double, O(in^3) per row: for layers of a few hundred inputs.
+    [GPTQ, equations 2 and 3]. In double, O(in^3) per row: for a few hundred inputs.
 
     Parameters
     ----------
@@ -345,7 +340,7 @@ def obq(
     threads = check_threads(threads)
     W = as_matrix(W, "W", name, threads)
     F = factorize(H, damping=damping, max_damping=damping, threads=threads, name=name)
-    _matching(F.matrix, W.shape[1], name)
+    check_inputs(F.matrix, W.shape[1], name)
     if F.dead.any():
         W = np.where(F.dead, np.float32(0), W)
     grids = rtn(
@@ -365,7 +360,7 @@ def obq(
     codes = np.empty(W.shape, np.uint8)
     scale = np.take(grids.scales.astype(np.float64), grids.g_idx, axis=1)  # C order, unlike [:, g]
     zero = np.take(grids.zero_points.astype(np.float64), grids.g_idx, axis=1)
-    inverse = np.linalg.inv(damped)
+    inverse: np.ndarray = np.linalg.inv(damped)
     _core.obq(W.astype(np.float64), inverse, scale, zero, grids.max_code, codes, threads)
     q = replace(grids, codes=codes, damping=F.damping, dead_inputs=int(F.dead.sum()))
     return replace(q, row_objectives=_objective(W, q, F.matrix, threads)[None])

@@ -208,8 +208,10 @@ class ActivationStatistics:
 
     @property
     def kurtosis(self) -> float:
-        """Excess kurtosis over the channels of a token, mean over tokens; 0 for a normal
-        distribution. Tokens whose values are all equal have none and are left out; NaN if none has.
+        """Excess kurtosis over the channels of a token, mean over tokens.
+
+        It is 0 for a normal distribution. Tokens whose values are all equal have none and are left
+        out; NaN if no token has one.
         """
         sums = self._state().sums
         return float(sums[_KURTOSIS] / sums[_VARIED]) if sums[_VARIED] else math.nan

@@ -1,4 +1,4 @@
-"""Errors of earlier layers, corrected in the weights of later ones before these are quantized."""
+"""Correct errors of earlier layers in the weights of a later one before it is quantized."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["propagate_error"]
 def propagate_error(
     W: Any, H: Any, G: Any, alpha: float, damping: float = 0.01, *, name: str | None = None
 ) -> np.ndarray:
-    """Return the weights to quantize instead of W where a layer's inputs carry errors already.
+    """Return the weights to quantize instead of W if a layer's inputs already carry errors.
 
     With x a layer's inputs in the float model and x~ those in the model quantized so far, W x is
-    the output wanted, and what the layer can give is W* x~. The least-squares W* is
-    ``W G (H + lambda I)^-1``; the result goes the part ``alpha`` of the way there [QEP, section 4],
+    the wanted output, and the layer can give W* x~. The least-squares W* is
+    ``W G (H + lambda I)^-1``; the result goes a fraction ``alpha`` of the way [QEP, section 4],
 
         W + alpha W (G - H) (H + lambda I)^-1,  lambda = damping * mean(diag H over live inputs),
 
@@ -44,7 +44,7 @@ def propagate_error(
     Returns
     -------
     ndarray of float32, shape (out, in)
-        Equal to W where G equals H. Weights of dead inputs (H_jj = 0) stay as they are.
+        Equal to W if G equals H. Weights of dead inputs (H_jj = 0) stay as they are.
 
     Raises
     ------
@@ -76,12 +76,7 @@ def propagate_error(
             f"{damping!r}"
         )
     W = as_matrix(W, "W", name)
-    matrix = as_hessian(H, name)
-    if len(matrix) != W.shape[1]:
-        raise ValueError(
-            f"{label(name)}H has {len(matrix)} inputs, but W has {W.shape[1]} (W is (out, in), as "
-            "in torch.nn.Linear)"
-        )
+    matrix = as_hessian(H, name, inputs=W.shape[1])
     drift = _drift(G, matrix, name)
     if alpha == 0 or not drift.any():
         return W.copy()
@@ -97,7 +92,7 @@ def propagate_error(
 
 
 def _drift(G: Any, matrix: np.ndarray, name: str | None) -> np.ndarray:
-    """G - H in float64; exactly zero in the columns of dead inputs, as sums over x~_j = 0 are."""
+    """Return G - H in float64; exactly 0 in the columns of dead inputs, as sums of x~_j = 0 are."""
     wide = isinstance(G, np.ndarray) and G.dtype == np.float64
     checked = as_matrix(G, "G", name)
     if checked.shape != matrix.shape:
@@ -110,7 +105,7 @@ def _drift(G: Any, matrix: np.ndarray, name: str | None) -> np.ndarray:
 
 
 def _solve(right: np.ndarray, matrix: np.ndarray, damping: float, name: str | None) -> np.ndarray:
-    """right (H + lambda I)^-1 by a Cholesky factorization in float64; ``right`` is overwritten."""
+    """Return right (H + lambda I)^-1 by Cholesky in float64; ``right`` is overwritten."""
     # Imported here: reading the array functions costs no start of scipy.linalg.
     from scipy.linalg import cho_solve
     from scipy.linalg.lapack import dpotrf

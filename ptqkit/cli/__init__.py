@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ptqkit._version import __version__
 from ptqkit.cli import demo, diagnose, evaluate, info, quantize, softmax, sweep
-from ptqkit.cli.common import UsageError, one_line
+from ptqkit.cli.output import one_line
 from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
-from ptqkit.sweep.run import CellsFailed
+from ptqkit.sweep.grid import CellsFailed
 
 __all__ = ["build_parser", "main"]
 
@@ -30,7 +31,7 @@ _EPILOG = """\
 exit codes:
   0    done
   1    failed for a reason of its own (a full disk, a bug); --debug shows where
-  2    a wrong argument, a missing file, data that cannot be used
+  2    a wrong argument, a missing file or package, data that cannot be used
   3    the checks before the run found problems: all of them are listed, nothing was computed
   4    a Hessian could not be factorized: raise --damping or give more calibration text; of
        sweep: some cells failed
@@ -44,10 +45,19 @@ environment:
 """
 
 
+# Faults of files and environment; any other error that is not raised on purpose is a bug.
+_OUTSIDE = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    ModuleNotFoundError,
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    from ptqkit._version import __version__
-
     parser = argparse.ArgumentParser(
         prog="ptqkit",
         description=_DESCRIPTION,
@@ -62,26 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def exit_code(error: BaseException) -> int:
-    """Exit code for an exception."""
+    """Return the exit code for an exception."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, PreflightError):
         return 3
     if isinstance(error, (NotPositiveDefiniteError, CellsFailed)):
         return 4
-    bad_input = (
-        PtqkitError,
-        UsageError,
-        ValueError,
-        TypeError,
-        FileNotFoundError,
-        FileExistsError,
-        IsADirectoryError,
-        NotADirectoryError,
-        PermissionError,
-        ImportError,
-    )
-    return 2 if isinstance(error, bad_input) else 1
+    return 2 if isinstance(error, (PtqkitError, *_OUTSIDE)) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,15 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.common import (
-    UsageError,
-    add_common,
-    check_json,
-    quiet_transformers,
-    say,
-    write_json,
-)
-from ptqkit.errors import PreflightError
+from ptqkit.cli.options import add_common
+from ptqkit.cli.output import check_json, no_bars, quiet_transformers, say, write_json
+from ptqkit.errors import PreflightError, UsageError
 
 __all__ = ["add_parser"]
 
@@ -77,9 +71,10 @@ def run(args: argparse.Namespace) -> None:
         from ptqkit.demo.run import run_demo
 
         folder = _folder(args)
-        result = run_demo(
-            folder, quick=args.quick, picture=args.picture, tell=lambda line: say(args, line)
-        )
+        with no_bars():
+            result = run_demo(
+                folder, quick=args.quick, picture=args.picture, log=lambda line: say(args, line)
+            )
     if args.quiet and args.json != "-":
         print(folder)
     elif sys.stdout.isatty() and args.json != "-":

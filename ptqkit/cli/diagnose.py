@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptqkit.cli.common import (
-    DEMO,
-    UsageError,
+from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.options import (
+    add_batch_size,
     add_common,
     add_model_options,
-    check_json,
+    check_positive,
     check_text,
-    load_model,
-    quiet_transformers,
-    read_text,
-    say,
-    write_json,
 )
+from ptqkit.cli.output import check_json, progress_of, quiet_transformers, say, write_json
+from ptqkit.demo import DEMO
+from ptqkit.errors import UsageError
 
 __all__ = ["add_parser"]
 
@@ -68,7 +65,7 @@ def _sensitivity(args: argparse.Namespace, model: Any, tokenizer: Any, source: A
         samples=args.samples,
         sequence_length=args.sequence_length,
         batch_size=args.batch_size,
-        progress=_progress(args.quiet),
+        progress=progress_of(args, pause=10.0),
         **windows,
     )
 
@@ -115,22 +112,10 @@ def add_parser(commands: Any) -> None:
     data.add_argument("--calibration", metavar="FILE", help="text; 'demo' has its own")
     data.add_argument("--samples", type=int, default=8, metavar="N", help="windows (8)")
     data.add_argument("--sequence-length", type=int, default=256, metavar="N", help="tokens (256)")
-    data.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at once (4)")
+    add_batch_size(data)
     add_model_options(parser)
     add_common(parser)
     parser.set_defaults(run=run)
-
-
-def _progress(quiet: bool) -> Callable[[int, int], None] | None:
-    if quiet:
-        return None
-
-    def tell(done: int, total: int) -> None:
-        if sys.stderr.isatty() or done == total or done % 20 == 0:
-            end = "\n" if done == total or not sys.stderr.isatty() else "\r"
-            print(f"case {done}/{total}", end=end, file=sys.stderr, flush=True)
-
-    return tell
 
 
 def _check(args: argparse.Namespace) -> list[str]:
@@ -149,10 +134,9 @@ def _check(args: argparse.Namespace) -> list[str]:
             )
     if not 2 <= args.bits <= 16:
         raise UsageError(f"--bits must be from 2 to 16, not {args.bits}")
-    for option in ("samples", "sequence_length", "batch_size", "max_tokens"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UsageError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+    if args.bits > 8 and "weights" in args.kinds:
+        raise UsageError(f"--bits {args.bits}: weights take at most 8; leave them out of --kinds")
+    check_positive(args, "samples", "sequence_length", "batch_size", "max_tokens")
     for option in ("text", "calibration"):
         if getattr(args, option) is not None:
             check_text(f"--{option}", getattr(args, option))
@@ -168,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
     with quiet_transformers():
         model, tokenizer, facts = load_model(args)
         values.update(facts)
-        source = _source(args, tokenizer)
+        source = read_text("--calibration", args.calibration, tokenizer, "calibration")
         for name in asked:
             started = time.perf_counter()
             result = _DIAGNOSTICS[name].run(args, model, tokenizer, source)
@@ -180,11 +164,3 @@ def run(args: argparse.Namespace) -> None:
                 result.draw(args.picture)
                 say(args, f"\npicture {args.picture}")
     write_json(args, values)
-
-
-def _source(args: argparse.Namespace, tokenizer: Any) -> Any:
-    if args.calibration is not None:
-        return read_text("--calibration", args.calibration, tokenizer)
-    from ptqkit.demo import text
-
-    return [text("calibration")]

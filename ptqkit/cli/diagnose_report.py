@@ -11,17 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.common import (
-    DEMO,
-    UsageError,
-    check_json,
-    check_text,
-    load_model,
-    quiet_transformers,
-    read_text,
-    say,
-    write_json,
-)
+from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.options import check_text
+from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.demo import DEMO
+from ptqkit.errors import UsageError
 
 __all__ = ["add_options", "run"]
 
@@ -78,7 +72,7 @@ def _is_file(model: str) -> bool:
 
 
 def _report(args: argparse.Namespace, model: str) -> Any:
-    """The report of a model, of a saved report, or of channel maxima."""
+    """Return the report of a model, of a saved report, or of channel maxima."""
     from ptqkit.hf import DiagnosisReport, diagnose, read_activation_maxima
 
     if model.endswith(".safetensors"):
@@ -88,7 +82,7 @@ def _report(args: argparse.Namespace, model: str) -> Any:
     loaded, tokenizer, _ = load_model(argparse.Namespace(**{**vars(args), "model": model}))
     return diagnose(
         loaded,
-        _source(args, tokenizer),
+        read_text("--calibration", args.calibration, tokenizer, "calibration"),
         tokenizer=tokenizer,
         samples=args.samples,
         sequence_length=args.sequence_length,
@@ -101,14 +95,6 @@ def _report(args: argparse.Namespace, model: str) -> Any:
         sensitivity=not args.fast,
         name=Path(model).name or model,
     )
-
-
-def _source(args: argparse.Namespace, tokenizer: Any) -> Any:
-    if args.calibration is not None:
-        return read_text("--calibration", args.calibration, tokenizer)
-    from ptqkit.demo import text
-
-    return [text("calibration")]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.common import (
-    DEMO,
-    UsageError,
+from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.options import (
+    LONGEST_WINDOW,
+    add_batch_size,
     add_common,
     add_model_options,
-    check_json,
+    check_positive,
     check_text,
-    load_model,
-    quiet_transformers,
-    read_text,
-    say,
-    write_json,
+    parse_start_token,
 )
+from ptqkit.cli.output import check_json, progress_of, quiet_transformers, say, write_json
+from ptqkit.demo import DEMO
+from ptqkit.errors import UsageError
 
 __all__ = ["add_parser"]
-
-_LONGEST_DEFAULT = 2048
 
 _DESCRIPTION = """\
 Measure the perplexity per token of a causal language model on a text.
@@ -36,7 +31,7 @@ MODEL is a folder (a float model, or a checkpoint in the compressed-tensors, GPT
 format), 'demo' for the embedded model, or a name on the Hugging Face Hub.
 
 A number means nothing without its conventions, so they are printed with it. The text is cut into
-windows that advance by --stride tokens; the start token, where the tokenizer has one, stands
+windows that advance by --stride tokens; the start token, if the tokenizer has one, stands
 before every window and is not scored; with a stride below the window each token is scored once,
 by the first window that holds it. Perplexities compare only between models with one tokenizer.
 """
@@ -70,7 +65,7 @@ def add_parser(commands: Any) -> None:
         "--window",
         type=int,
         metavar="N",
-        help=f"longest input; default: what the model takes, at most {_LONGEST_DEFAULT}",
+        help=f"longest input; default: what the model takes, at most {LONGEST_WINDOW}",
     )
     group.add_argument(
         "--stride", type=int, metavar="N", help="new tokens per window; default: no overlap"
@@ -83,52 +78,19 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens only")
     add_model_options(parser)
-    parser.add_argument(
-        "--batch-size", type=int, default=4, metavar="N", help="windows at once (4)"
-    )
+    add_batch_size(parser)
     add_common(parser)
     parser.set_defaults(run=run)
-
-
-def parse_start_token(value: str) -> str | int | None:
-    """Turn ``--start-token`` into what the library takes."""
-    if value == "none":
-        return None
-    if value == "auto" or value.isdecimal():
-        return value if value == "auto" else int(value)
-    raise UsageError(f"--start-token {value}: give a token id, 'auto' or 'none'")
 
 
 def _check(args: argparse.Namespace) -> None:
     check_json(args)
     parse_start_token(args.start_token)
-    for option in ("window", "stride", "max_tokens", "batch_size"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UsageError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+    check_positive(args, "window", "stride", "max_tokens", "batch_size")
     if args.text is not None:
         check_text("--text", args.text)
     elif args.model != DEMO:
         raise UsageError("--text FILE is needed (only the model 'demo' brings a text of its own)")
-
-
-def _progress(quiet: bool) -> Callable[[int, int], None] | None:
-    """A counter that rewrites its line on a terminal and prints a few lines elsewhere."""
-    if quiet:
-        return None
-    started, shown, terminal = time.perf_counter(), [0.0], sys.stderr.isatty()
-
-    def tell(done: int, total: int) -> None:
-        now = time.perf_counter()
-        if done < total and now - shown[0] < (0.2 if terminal else 10.0):
-            return
-        shown[0] = now
-        left = (now - started) * (total - done) / done
-        line = f"window {done}/{total}, {left:.0f} s left"
-        end = "" if terminal and done < total else "\n"
-        print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
-
-    return tell
 
 
 def run(args: argparse.Namespace) -> None:
@@ -162,19 +124,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from ptqkit.hf import perplexity
     from ptqkit.hf.data.calibration import max_positions
 
-    text = _text(args, tokenizer)
-    limit = max_positions(model) or _LONGEST_DEFAULT
+    text = read_text("--text", args.text, tokenizer)
+    limit = max_positions(model) or LONGEST_WINDOW
     started = time.perf_counter()
     result = perplexity(
         model,
         tokenizer,
         text,
-        window=args.window or min(limit, _LONGEST_DEFAULT),
+        window=args.window or min(limit, LONGEST_WINDOW),
         stride=args.stride,
         start_token=parse_start_token(args.start_token),
         batch_size=args.batch_size,
         max_tokens=args.max_tokens,
-        progress=_progress(args.quiet),
+        progress=progress_of(args, pause=10.0),
     )
     start = result.start_token
     named = start is not None and tokenizer is not None
@@ -190,16 +152,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _text(args: argparse.Namespace, tokenizer: Any) -> Any:
-    if args.text is not None:
-        return read_text("--text", args.text, tokenizer)
-    from ptqkit.demo import text
-
-    return [text("test")]
-
-
 def _quantization(folder: str) -> str:
     """Name the method of a checkpoint as its configuration file does."""
-    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    settings = config.get("quantization_config")
+    from ptqkit.hf.models.loading import read_config
+
+    settings = read_config(Path(folder)).get("quantization_config")
     return str(settings.get("quant_method", "quantized")) if settings else "float"

@@ -8,19 +8,21 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from ptqkit.cli.common import add_common, check_json, say, write_json
+from ptqkit._config import show_config
+from ptqkit.cli.options import add_common
+from ptqkit.cli.output import check_json, say, write_json
 
 __all__ = ["ENVIRONMENT", "add_parser", "collect"]
 
 ENVIRONMENT = {
-    "PTQKIT_CPU": "kernels to use: base, avx2, avx512 or avx512_bf16 (default: the best there is)",
-    "PTQKIT_BLAS": "builtin or scipy, for the factorization (default: by what is faster here)",
-    "PTQKIT_OPENMP": "when building: 0 leaves OpenMP out, 1 insists on it",
+    "PTQKIT_CPU": "kernels to use: base, avx2, avx512 or avx512_bf16 (default: the CPU's best)",
+    "PTQKIT_BLAS": "code that factorizes: builtin or scipy (default: the faster one)",
+    "PTQKIT_OPENMP": "when building: 0 leaves OpenMP out, 1 requires it",
     "PTQKIT_CFLAGS": "when building: further flags of the C compiler",
     "PTQKIT_DEBUG": "1 makes the command line show tracebacks",
-    "OMP_NUM_THREADS": "threads of the core where threads=0, and of PyTorch",
+    "OMP_NUM_THREADS": "threads of the core if threads=0, and of PyTorch",
 }
-"""Variables that ptqkit reads, and what for."""
+"""Variables that ptqkit reads, and what they do."""
 
 _PACKAGES = {
     "numpy": "",
@@ -72,8 +74,6 @@ def _version(package: str) -> str | None:
 
 def collect() -> dict[str, Any]:
     """Return ``config``, ``python``, ``system``, ``packages`` and ``environment`` as a dict."""
-    from ptqkit._config import show_config
-
     return {
         "config": show_config(),
         "python": platform.python_version(),

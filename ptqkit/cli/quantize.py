@@ -10,27 +10,337 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.common import (
-    DEMO,
-    UsageError,
-    check_json,
+from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH
+from ptqkit._units import parse_bytes
+from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.options import (
+    add_batch_size,
+    add_common,
+    add_model_options,
+    add_threads,
     check_text,
-    load_model,
-    quiet_transformers,
-    read_text,
-    say,
-    write_json,
+    parse_start_token,
+    prefixed,
 )
-from ptqkit.cli.evaluate import parse_start_token
-from ptqkit.cli.quantize_options import GPTQ_RECIPES, add_options
-from ptqkit.errors import PreflightError
+from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.demo import DEMO
+from ptqkit.errors import PreflightError, UsageError
+from ptqkit.recipe.options import ActivationQuantization
+from ptqkit.recipe.parts import Equalize
+from ptqkit.recipe.presets import PRESETS
+from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "parse_override"]
+
+_DESCRIPTION = """\
+Quantize the linear layers of a transformers model and write a checkpoint.
+
+MODEL is a folder, 'demo' for the embedded model, or a name on the Hugging Face Hub. The weights
+are quantized layer by layer while calibration text runs through the model once, so that every
+layer is fitted to the inputs that the already quantized layers before it give.
+
+Recipes:
+  quality      (default) GPTQ: groups and their columns by decreasing activation power, grids
+               searched under the Hessian, one coordinate-descent pass
+  reference    GPTQ as published: natural order, min-max grids
+  rtn          rounding to nearest; needs no text
+  aweq         W8A8: activation-weight equalization by the closed form, one scale per tensor, bias
+               correction
+  smoothquant  W8A8: SmoothQuant with alpha 0.5, one scale per tensor
+  vector-wise  W8A8: scales per output and per token; needs no text
+  llm.int8     the same, input columns with outliers left float; needs no text
+  zeroquant    W8A8: groups of 128 weights, scales per token; needs no text
+Other options change single settings of the recipe. Activations are quantized in simulation: exact
+grids, float arithmetic.
+
+Formats:
+  compressed-tensors  symmetric grids, and W8A8; stock transformers loads it exactly
+  ptqkit              everything; load it with ptqkit.load(DIR), or import ptqkit.hf first
+  gptq, gptq_v2       for other tools that read the GPTQ format
+  auto                (default) compressed-tensors if it fits exactly, otherwise ptqkit
+"""
+
+_EPILOG = """\
+examples:
+  ptqkit quantize demo --out demo-w4
+  ptqkit quantize ./model --bits 4 --symmetric --calibration train.txt --out model-w4
+  ptqkit quantize ./model --bits 3 --group-size 64 --calibration train.jsonl.gz \\
+      --override '*.down_proj=bits:4,group_size:32' --override '*.0.*=skip' --out model-w3
+  ptqkit quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
+  ptqkit quantize ./model --recipe aweq --alpha search --equalize awe --calibration train.txt \\
+      --out model-w8a8
+  ptqkit quantize ./model --bits 4 --equalize awe --activations 8:token \\
+      --calibration train.txt --out model-w4a8
+"""
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the parser."""
-    add_options(commands).set_defaults(run=run)
+    """Add the command with all its options."""
+    parser = commands.add_parser(
+        "quantize",
+        help="quantize a model and write a checkpoint",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
+    group = parser.add_argument_group("what to do")
+    group.add_argument("--method", choices=("gptq", "rtn"), help="default: gptq, or the recipe's")
+    group.add_argument(
+        "--bits", type=_bits, metavar="B", help="2 to 8, or 'ternary' (default: 4, or the recipe's)"
+    )
+    group.add_argument(
+        "--group-size",
+        type=_group_size,
+        metavar="G",
+        help="inputs that share a scale; 'channel': one scale per output; 'tensor': one for the "
+        "whole matrix (with rtn) (default: 128, or the recipe's)",
+    )
+    group.add_argument(
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
+        help="no zero-points: needed for compressed-tensors (default: off, or the recipe's)",
+    )
+    group.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        type=parse_override,
+        metavar="PATTERN=...",
+        help="other settings for the layers that match a glob ('*.mlp.*') or a regular expression "
+        "('re:...'): 'PATTERN=bits:8,group_size:64' or 'PATTERN=skip'; repeatable, the last match "
+        "wins",
+    )
+    group.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="also quantize linears outside the repeated blocks, such as an untied lm_head",
+    )
+    _add_recipe(parser)
+    _add_activations(parser)
+    _add_data(parser)
+    _add_run(parser)
+    add_model_options(parser)
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    group.add_argument(
+        "--format",
+        default="auto",
+        choices=("auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit"),
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("recipe (default: as the recipe has it)")
+    group.add_argument(
+        "--recipe", choices=tuple(PRESETS), metavar="NAME", help="one of those above"
+    )
+    group.add_argument(
+        "--order", choices=("natural", "act", "group-act"), help="order of the columns"
+    )
+    group.add_argument(
+        "--static-groups",
+        action=argparse.BooleanOptionalAction,
+        help="with order 'act': grids fixed beforehand on consecutive inputs; without, g_idx",
+    )
+    group.add_argument("--grid", choices=("minmax", "mse", "hessian"), help="how ranges are chosen")
+    group.add_argument("--refine-passes", type=int, metavar="N", help="coordinate-descent passes")
+    group.add_argument(
+        "--damping", type=float, metavar="X", help="share of the mean diagonal (0.01)"
+    )
+    group.add_argument(
+        "--max-damping", type=float, metavar="X", help="how far it may be raised (1)"
+    )
+    group.add_argument(
+        "--error-propagation",
+        type=float,
+        metavar="ALPHA",
+        help="0 to 1: correct each weight by this share for the errors of the layers before it "
+        "(0.5 is a good value); the float model runs along, with twice the activations (0: off)",
+    )
+    group.add_argument(
+        "--scale-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="dtype that holds the scales; default: that of the stored model",
+    )
+
+
+def _add_activations(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("activations (default: as the recipe has it)")
+    group.add_argument(
+        "--equalize",
+        choices=("awe", "smoothquant", "none"),
+        help="fold per-channel scales between activations and weights first",
+    )
+    group.add_argument(
+        "--alpha",
+        type=_alpha,
+        metavar="X",
+        help="share of the activations, 0 to 1, or 'search' for the least output error (default: "
+        "search with awe, 0.5 with smoothquant; 0.5 is the closed form of AWEQ)",
+    )
+    group.add_argument(
+        "--activations",
+        type=_activations,
+        metavar="SPEC",
+        help="quantize the layers' inputs: BITS:token (dynamic), BITS:tensor (static, asymmetric), "
+        "BITS:tensor:symmetric, or none",
+    )
+    group.add_argument(
+        "--outlier-threshold",
+        type=float,
+        metavar="X",
+        help="with BITS:token: columns with a value this large stay float (LLM.int8() has 6)",
+    )
+    group.add_argument(
+        "--bias-correction",
+        action=argparse.BooleanOptionalAction,
+        help="take the mean error of the quantized weights out of the bias",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help=".txt or .jsonl, either as .gz too; .npy with token ids (samples, tokens); or "
+        "'name:config:split' of the package datasets. 'demo' has its own",
+    )
+    group.add_argument(
+        "--samples", type=int, default=SAMPLES, metavar="N", help=f"windows ({SAMPLES})"
+    )
+    group.add_argument(
+        "--sequence-length",
+        type=int,
+        default=SEQUENCE_LENGTH,
+        metavar="N",
+        help=f"tokens per window, capped by what the model takes ({SEQUENCE_LENGTH})",
+    )
+    add_batch_size(group)
+    group.add_argument("--seed", type=int, default=0, help="of the choice of windows (0)")
+    group.add_argument(
+        "--start-token", default="auto", metavar="ID", help="before every window: id, auto, none"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("resources")
+    group.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="in addition to the model, such as 4GiB; decides the schedule (default: the free "
+        "memory)",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("auto", "one-pass", "replay"),
+        default="auto",
+        help="results are equal; auto takes one pass if memory and model allow it",
+    )
+    add_threads(group)
+    group.add_argument(
+        "--on-error",
+        choices=("raise", "leave_float"),
+        default="raise",
+        help="leave_float: leave a layer that fails in float, and mark it in the report",
+    )
+
+
+def _bits(text: str) -> int | str:
+    if text == "ternary":
+        return text
+    if not text.isdecimal() or not 2 <= int(text) <= 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 2 to 8 nor 'ternary'")
+    return int(text)
+
+
+def _group_size(text: str) -> int | str:
+    if text in ("channel", "none", "-1"):
+        return "channel"
+    if text == "tensor":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a positive number nor 'channel' nor 'tensor'"
+        )
+    return int(text)
+
+
+def _alpha(text: str) -> float | str:
+    if text == "search":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor 'search'")
+    return value
+
+
+def _activations(text: str) -> dict[str, Any]:
+    """Parse BITS:GRANULARITY[:symmetric|:asymmetric]; empty for 'none'."""
+    if text == "none":
+        return {}
+    bits, _, rest = text.partition(":")
+    granularity, _, symmetry = rest.partition(":")
+    if (
+        not bits.isdecimal()
+        or not 2 <= int(bits) <= 16
+        or granularity not in ("token", "tensor")
+        or symmetry not in ("", "symmetric", "asymmetric")
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be BITS:token or BITS:tensor with 2 to 16 bits, with ':symmetric' or "
+            "':asymmetric' behind it if wanted, or none"
+        )
+    spec: dict[str, Any] = {"bits": int(bits), "granularity": granularity}
+    if symmetry:
+        spec["symmetric"] = symmetry == "symmetric"
+    return spec
+
+
+def parse_override(text: str) -> tuple[str, dict[str, Any] | str]:
+    """Parse ``PATTERN=skip`` or ``PATTERN=name:value,name:value``.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If the text has another form. Names and ranges are checked by the recipe.
+    """
+    pattern, _, changes = text.rpartition("=")
+    if not pattern or not changes:
+        raise argparse.ArgumentTypeError(f"{text!r} must be PATTERN=skip or PATTERN=bits:8,...")
+    if changes == "skip":
+        return pattern, "skip"
+    found: dict[str, Any] = {}
+    for part in changes.split(","):
+        name, colon, value = part.partition(":")
+        if not colon or not name.strip() or not value.strip():
+            raise argparse.ArgumentTypeError(f"{part!r} in {text!r} must be name:value")
+        name = name.strip().replace("-", "_")
+        found[name] = _value(value.strip())
+    if found.get("group_size") == "channel":
+        found["group_size"] = None
+    return pattern, found
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 _PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction")
@@ -44,58 +354,51 @@ _OF_GPTQ = (
 )
 
 
-def _recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe that the options describe, in the form of ``Recipe.from_dict``."""
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """Build the recipe that the options describe."""
     preset = args.recipe or ("rtn" if args.method == "rtn" else "quality")
-    method = "gptq" if preset in GPTQ_RECIPES else "rtn"
+    method = Recipe.preset(preset).method
     if args.method not in (None, method):
         raise UsageError(f"--recipe {preset} is for --method {method}")
-    args.method = method
+    given = {n: getattr(args, n) for n in (*_PLAIN, *_OF_GPTQ) if getattr(args, n) is not None}
     for name in _OF_GPTQ:
-        if method == "rtn" and getattr(args, name) is not None:
+        if method == "rtn" and name in given:
             raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method rtn")
-    changes: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in (*_PLAIN, *_OF_GPTQ)
-        if getattr(args, name) is not None
-    }
-    if args.group_size == "channel":
-        changes["group_size"] = None
-        changes["per_tensor"] = False
-    elif args.group_size == "tensor":
-        changes["group_size"] = None
-        changes["per_tensor"] = True
-    elif args.group_size is not None:
-        changes["per_tensor"] = False
-    changes.update(_other_parts(args))
-    overrides, include = dict(args.override), tuple(args.include)
-    return {"preset": preset, "overrides": overrides, "include": include, **changes}
+    if "group_size" in given:
+        given["per_tensor"] = args.group_size == "tensor"
+        if not isinstance(args.group_size, int):
+            given["group_size"] = None
+    with prefixed():
+        given |= _other_parts(args)
+        overrides, include = dict(args.override), tuple(args.include)
+        return Recipe.preset(preset, overrides=overrides, include=include, **given)
 
 
 def _other_parts(args: argparse.Namespace) -> dict[str, Any]:
-    """Equalization and activations."""
+    """Build equalization and activations, if they are asked for."""
     changes: dict[str, Any] = {}
     if args.equalize is not None:
-        changes["equalization"] = None
-        if args.equalize != "none":
-            alpha = "search" if args.equalize == "awe" else 0.5
-            alpha = alpha if args.alpha is None else args.alpha
-            changes["equalization"] = {"method": args.equalize, "alpha": alpha}
+        off = args.equalize == "none"
+        changes["equalization"] = None if off else Equalize(args.equalize, args.alpha)
     elif args.alpha is not None:
         raise UsageError("--alpha needs --equalize awe or smoothquant")
-    if args.activations is not None:
-        changes["activations"] = args.activations or None
-    if args.outlier_threshold is not None:
-        if not args.activations:
-            raise UsageError("--outlier-threshold needs --activations 8:token")
-        args.activations["outlier_threshold"] = args.outlier_threshold
+    if args.activations:
+        changes["activations"] = ActivationQuantization(
+            **args.activations, outlier_threshold=args.outlier_threshold
+        )
+    elif args.outlier_threshold is not None:
+        raise UsageError("--outlier-threshold needs --activations 8:token")
+    elif args.activations is not None:
+        changes["activations"] = None
     return changes
 
 
-def _check(args: argparse.Namespace, recipe: dict[str, Any]) -> None:
-    """Everything that can be known before PyTorch is imported."""
+def _check(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuse everything that can be known to be wrong before PyTorch is imported."""
     check_json(args)
     parse_start_token(args.start_token)
+    with prefixed("--"):
+        parse_bytes(args.memory_budget)
     out = Path(args.out)
     if out.exists() and not args.overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise PreflightError([f"--out {args.out} exists already; give --overwrite or another name"])
@@ -104,60 +407,30 @@ def _check(args: argparse.Namespace, recipe: dict[str, Any]) -> None:
         raise PreflightError([f"--out {args.out} cannot be created in {parent}"])
     if args.calibration is not None:
         check_text("--calibration", args.calibration)
-    elif args.model != DEMO and _needs_text(args, recipe):
+    elif args.model != DEMO and recipe.needs_calibration():
         raise UsageError(
-            f"--calibration FILE is needed for {_needs_text(args, recipe)}: some hundred kilobytes "
-            "of text like what the model will be used on (--method rtn alone does without, at a "
-            "loss of quality)"
+            f"--calibration FILE is needed for {recipe.needs_calibration()}: some hundred "
+            "kilobytes of text like what the model will be used on (--method rtn alone works "
+            "without, at a loss of quality)"
         )
 
 
-def _needs_text(args: argparse.Namespace, recipe: dict[str, Any]) -> str:
-    """What in the recipe needs calibration text; empty where nothing does."""
-    activations = recipe.get("activations") or {}
-    static, preset = args.recipe in ("aweq", "smoothquant"), f"--recipe {args.recipe}"
-    found = {
-        "--method gptq": args.method == "gptq",
-        preset: (static and not {"equalization", "activations"} <= recipe.keys())
-        or (args.recipe == "aweq" and "bias_correction" not in recipe),
-        "--grid hessian": args.grid == "hessian",
-        "--equalize": bool(recipe.get("equalization")),
-        "static --activations": activations.get("granularity") == "tensor",
-        "--bias-correction": bool(args.bias_correction),
-    }
-    return next((what for what, needed in found.items() if needed), "")
-
-
-def _calibration(args: argparse.Namespace, tokenizer: Any, needed: bool) -> Any:
-    """Texts or tokens for the driver; None where there are none and none are needed."""
-    if args.calibration is None:
-        if args.model != DEMO or not needed:
-            return None
-        from ptqkit.demo import text
-
-        return [text("calibration")]
-    if ":" in args.calibration and not os.path.exists(args.calibration):
-        return args.calibration
-    return read_text("--calibration", args.calibration, tokenizer)
+def _calibration(args: argparse.Namespace, tokenizer: Any, recipe: Recipe) -> Any:
+    """Return texts or tokens for the driver; None if there are none and none are needed."""
+    name = args.calibration
+    if name is None:
+        needed = args.model == DEMO and recipe.needs_calibration()
+        return read_text("--calibration", None, tokenizer, "calibration") if needed else None
+    if ":" in name and not os.path.exists(name):
+        return name
+    return read_text("--calibration", name, tokenizer)
 
 
 def _progress(args: argparse.Namespace) -> bool | Callable[[Any], None]:
-    """A bar on a terminal, a line per layer elsewhere."""
-    if args.quiet:
-        return False
-    if sys.stderr.isatty():
-        return True
-
-    def tell(event: Any) -> None:
-        stage = "" if event.stage == "quantizing" else f"{event.stage} "
-        print(
-            f"{stage}[{event.index}/{event.total}] {event.name}  loss {event.loss:.4g}  "
-            f"{event.seconds_left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    return tell
+    """Return a bar on a terminal, a line per layer elsewhere."""
+    if args.quiet or sys.stderr.isatty():
+        return not args.quiet
+    return lambda event: print(event, file=sys.stderr, flush=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -166,12 +439,8 @@ def run(args: argparse.Namespace) -> None:
     _check(args, recipe)
     started = time.perf_counter()
     with quiet_transformers():
-        from ptqkit import Recipe
-
-        checked = Recipe.from_dict(recipe)
-        needs_text = bool(_needs_text(args, recipe) or recipe["overrides"])
-        result, info, facts = _work(args, checked, needs_text)
-    seconds = time.perf_counter() - started
+        result, facts = _quantize(args, recipe)
+    seconds, info = time.perf_counter() - started, result.checkpoint
     load = _load_lines(result.model, info, facts)
     if args.quiet and args.json != "-":
         print(info.directory)
@@ -209,28 +478,17 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _work(
-    args: argparse.Namespace, recipe: Any, needs_text: bool
-) -> tuple[Any, Any, dict[str, str]]:
-    """Load, quantize and write; returns the result, the checkpoint's description, the facts."""
-    from dataclasses import replace
-
+def _quantize(args: argparse.Namespace, recipe: Recipe) -> tuple[Any, dict[str, str]]:
+    """Load, quantize and write; returns the result and what is known about the model."""
     from ptqkit.hf import quantize
 
     model, tokenizer, facts = load_model(args)
     if getattr(model.config, "quantization_config", None) is not None:
         raise PreflightError([f"MODEL {args.model} is quantized already; give the float model"])
-    widened = facts["stored_dtype"] == "float16" and facts["dtype"] == "float32"
-    # Folded scales, corrected biases and activation grids are no float16 values.
-    exact = recipe.equalization is None and recipe.activations is None
-    widened = widened and args.dtype == "auto" and exact and not recipe.bias_correction
-    if widened and recipe.scale_dtype is None:
-        recipe = replace(recipe, scale_dtype="float16")
-    check_place(args, model, recipe)
     result = quantize(
         model,
         recipe,
-        _calibration(args, tokenizer, needs_text),
+        _calibration(args, tokenizer, recipe),
         tokenizer=tokenizer,
         samples=args.samples,
         sequence_length=args.sequence_length,
@@ -242,24 +500,12 @@ def _work(
         threads=args.threads,
         on_error=args.on_error,
         progress=_progress(args),
-        format=args.format,
+        out_dir=args.out,
+        checkpoint_format=args.format,
+        overwrite=args.overwrite,
+        stored_dtype=facts["stored_dtype"] if args.dtype == "auto" else None,
     )
-    if widened:
-        # Every value came from float16, and the codes' scales are float16: nothing is lost.
-        model.half()
-    facts["written_dtype"] = str(model.dtype).removeprefix("torch.")
-    return result, result.save(args.out, format=args.format, overwrite=args.overwrite), facts
-
-
-def check_place(args: argparse.Namespace, model: Any, recipe: Any) -> None:
-    """Refuse a place without room for the checkpoint before the work starts."""
-    from ptqkit.hf.models.structure import find_structure
-    from ptqkit.hf.quantization.preflight import Problems, check_output
-
-    problems = Problems()
-    targets = find_structure(model, recipe).targets
-    check_output(problems, model, targets, args.out, args.overwrite)
-    problems.raise_if_any()
+    return result, {**facts, "written_dtype": result.stored_dtype}
 
 
 def _load_lines(model: Any, info: Any, facts: dict[str, str]) -> list[str]:

@@ -8,19 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.common import (
-    DEMO,
-    UsageError,
-    add_common,
-    add_model_options,
-    check_json,
-    check_text,
-    load_model,
-    quiet_transformers,
-    read_text,
-    say,
-    write_json,
-)
+from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.options import add_common, add_model_options, check_text
+from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.demo import DEMO
+from ptqkit.errors import UsageError
 
 __all__ = ["add_parser", "calibration_of"]
 
@@ -75,6 +67,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--range",
+        dest="grid_range",
         default="fixed",
         choices=("fixed", "calibrated", "search"),
         help="of the probabilities: [0, 1]; their smallest and largest; or the best of a few",
@@ -227,7 +220,7 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         data,
         bits=args.bits,
         corrections=args.correction,
-        range=args.range,
+        grid_range=args.grid_range,
         progress=None if args.quiet else lambda name: print(name, file=sys.stderr, flush=True),
         window=window or min(max_positions(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT),
         max_tokens=args.max_tokens,
@@ -258,7 +251,7 @@ def _save(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any) -> st
     from ptqkit.hf import SoftmaxCalibration, save_softmax
     from ptqkit.hf.softmax.table import VARIANTS
 
-    study = SoftmaxCalibration(model, data, bits=args.bits[0], range=args.range)
+    study = SoftmaxCalibration(model, data, bits=args.bits[0], grid_range=args.grid_range)
     # What the table measured, without the guard of quantize_softmax.
     quantizers = study.quantizers(*VARIANTS[args.correction[0]])
     return str(save_softmax(model, quantizers, args.out, tokenizer=tokenizer))

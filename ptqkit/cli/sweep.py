@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.common import (
-    UsageError,
-    add_common,
-    check_json,
-    pick_device,
-    quiet_transformers,
-    say,
-    write_json,
-)
+from ptqkit.cli.inputs import pick_device
+from ptqkit.cli.options import add_common, add_device, add_threads
+from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.errors import UsageError
+from ptqkit.sweep.cells import FAILED, OK
+from ptqkit.sweep.grid import CellsFailed, SweepInterrupted, SweepResult
+from ptqkit.sweep.plan_reader import read_plan
+from ptqkit.sweep.results import table, to_dict, write_results
 
 __all__ = ["add_parser"]
 
@@ -32,7 +31,7 @@ calibration, the model's files, the task and the version of ptqkit, not on names
 runs anew alone, a renamed one not at all. A cell that fails is recorded with its reason and the
 sweep goes on; the next run tries it again.
 
-OUT gets results.csv (a row per cell), results.json, results.png, and published.csv where the file
+OUT gets results.csv (a row per cell), results.json, results.png, and published.csv if the file
 has figures of papers: those have a table of their own and are never among the measured ones.
 Degradation is 100 (quantized - float) / float: above 0 is worse for a perplexity, below 0 is worse
 for an accuracy. An accuracy near chance says nothing, however far it moves in percent.
@@ -101,12 +100,8 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--rerun", action="store_true", help="measure again what is there already")
     group.add_argument("--fail-fast", action="store_true", help="stop at the first cell that fails")
-    group.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if any"
-    )
-    group.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="of the solver (0: auto)"
-    )
+    add_device(group)
+    add_threads(group)
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -119,51 +114,40 @@ def run(args: argparse.Namespace) -> None:
     if args.threads < 0:
         raise UsageError(f"--threads must be at least 0, not {args.threads}")
     with quiet_transformers():
-        from ptqkit.sweep import read_plan, run_sweep
+        from ptqkit.sweep.run import run_sweep
 
         plan = read_plan(args.file)
-        options = {"only": args.only, "rerun": args.rerun, "device": pick_device(args.device)}
+        options = {"only": args.only, "rerun": args.rerun, "device": pick_device(args)}
         if args.list:
             _list(args, run_sweep(plan, args.out, dry=True, **options))
             return
-        from ptqkit.sweep.run import SweepInterrupted
-
         try:
             result = run_sweep(
                 plan,
                 args.out,
                 fail_fast=args.fail_fast,
                 threads=args.threads,
-                tell=None if args.quiet else _tell,
+                log=None if args.quiet else _log,
                 **options,
             )
         except SweepInterrupted as stop:
-            from ptqkit.sweep.table import write_results
-
             write_results(stop.result)
             raise
         _report(args, result)
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _list(args: argparse.Namespace, result: Any) -> None:
+def _list(args: argparse.Namespace, result: SweepResult) -> None:
     """Say what is there and what would run."""
-    from ptqkit.sweep.cells import OK
-    from ptqkit.sweep.table import to_dict
-
     for line in result.skipped:
         say(args, f"skipped: {line}")
     for cell in result.cells:
-        known = (
-            f"there    {cell.value:.4f}"
-            if cell.status == OK
-            else "would run"
-            if (cell.key in result.todo)
-            else "left out"
-        )
+        known = "would run" if cell.key in result.todo else "left out"
+        if cell.status == OK:
+            known = f"there    {cell.value:.4f}"
         say(args, f"{known:<20} {cell.label}")
     say(args, f"{len(result.cells)} cells, {len(result.todo)} to measure")
     if args.quiet and args.json != "-":
@@ -171,15 +155,12 @@ def _list(args: argparse.Namespace, result: Any) -> None:
     write_json(args, {**to_dict(result), "to_measure": sorted(result.todo)})
 
 
-def _report(args: argparse.Namespace, result: Any) -> None:
-    """Write the files, print the table, and fail where cells failed."""
-    from ptqkit.sweep.cells import FAILED, OK
-    from ptqkit.sweep.picture import draw
-    from ptqkit.sweep.run import CellsFailed
-    from ptqkit.sweep.table import table, to_dict, write_results
-
+def _report(args: argparse.Namespace, result: SweepResult) -> None:
+    """Write the files, print the table, and fail if cells failed."""
     written = write_results(result)
     if result.count(OK):
+        from ptqkit.sweep.picture import draw
+
         written.append(draw(result))
     if args.quiet and args.json != "-":
         print(result.out)

@@ -97,7 +97,7 @@ def text(
     per_file: int | None = None,
     root: str | Path | None = None,
 ) -> str:
-    """Join the text of one split, in the order of `files`.
+    r"""Join the text of one split, in the order of `files`.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def text(
     Returns
     -------
     str
-        Line ends are ``"\\n"``.
+        Line ends are ``"\n"``.
 
     Raises
     ------

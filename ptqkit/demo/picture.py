@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-if TYPE_CHECKING:
-    from ptqkit.demo.run import DemoResult
+from ptqkit.demo.result import METHODS, DemoResult
 
 __all__ = ["draw"]
 
@@ -24,8 +22,6 @@ def draw(result: DemoResult, path: str | os.PathLike[str]) -> None:
     result : DemoResult
     path : path
     """
-    from ptqkit.demo.run import METHODS
-
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     bars, sizes = figure.subplots(1, 2)
     widths = sorted({row.bits for row in result.rows if row.recipe != "float"}, reverse=True)

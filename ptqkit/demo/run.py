@@ -11,72 +11,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from ptqkit.demo.workbench import DemoRow, Workbench
+from ptqkit.demo import text
+from ptqkit.demo.result import METHODS, DemoResult, demo_table
+from ptqkit.demo.workbench import WINDOW, demo_workbench
+from ptqkit.hf.workbench import Workbench
 
-__all__ = ["METHODS", "DemoResult", "generate", "run_demo"]
+__all__ = ["generate", "run_demo"]
 
 GROUP_SIZE = 64
-METHODS = {"rtn": "RTN", "reference": "GPTQ, as published", "quality": "GPTQ, quality recipe"}
 PROMPT = 'def read_lines(path):\n    """Return'
-
-
-@dataclass
-class DemoResult:
-    """All rows, how they were measured, and what was written.
-
-    Attributes
-    ----------
-    rows : list of DemoRow
-        The float model first.
-    settings : dict
-        Conventions: tokens, window, stride, start token, calibration, group size, Python.
-    checkpoint : dict
-        Directory, format, bytes, the largest difference between the logits of the model loaded
-        from it and of the one in memory, its perplexity, and the text it wrote.
-    picture : str or None
-    seconds : float
-    """
-
-    rows: list[DemoRow] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-    picture: str | None = None
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return asdict(self)
-
-    def row(self, recipe: str, bits: int) -> DemoRow:
-        """Row of a recipe at a number of bits."""
-        return next(r for r in self.rows if (r.recipe, r.bits) == (recipe, bits))
-
-    def table(self) -> str:
-        """Plain text table."""
-        return "\n".join([_HEADER, "-" * len(_HEADER), *map(_line, self.rows)])
-
-
-_HEADER = (
-    f"{'':<22}{'bits':>5}{'perplexity':>12}{'excess':>9}{'bits/weight':>13}{'MB':>7}"
-    f"{'seconds':>9}{'solving':>9}"
-)
-
-
-def _line(row: DemoRow) -> str:
-    start = f"{METHODS.get(row.recipe, 'float16'):<22}{row.bits:>5}{row.perplexity:>12.3f}"
-    if row.recipe == "float":
-        return f"{start}{'':>9}{row.bits_per_weight:>13.2f}{row.megabytes:>7.2f}"
-    return (
-        f"{start}{row.excess:>9.3f}{row.bits_per_weight:>13.2f}{row.megabytes:>7.2f}"
-        f"{row.seconds:>9.2f}{row.seconds_solve:>9.2f}"
-    )
 
 
 def generate(
@@ -123,7 +72,7 @@ def run_demo(
     *,
     quick: bool = False,
     picture: str | os.PathLike[str] | None = None,
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> DemoResult:
     """Run the whole demo.
 
@@ -134,7 +83,7 @@ def run_demo(
     quick : bool
         3 bits alone, on a fifth of the text.
     picture : path, optional
-    tell : callable, optional
+    log : callable, optional
         Called with each line of the report as soon as it is known.
 
     Returns
@@ -142,22 +91,21 @@ def run_demo(
     DemoResult
     """
     started = time.perf_counter()
-    tell = tell or (lambda line: None)
-    bench = Workbench(4, 6) if quick else Workbench()
+    log = log or (lambda line: None)
+    bench = demo_workbench(4, 6) if quick else demo_workbench()
     result = DemoResult([bench.float_row], {**bench.settings, "group_size": GROUP_SIZE})
-    for line in (*_introduction(result.settings), "", _HEADER, "-" * len(_HEADER)):
-        tell(line)
-    tell(_line(bench.float_row))
+    for line in (*_introduction(result.settings), "", *demo_table(result.rows).splitlines()):
+        log(line)
     for bits in (3,) if quick else (4, 3, 2):
         for recipe in METHODS:
             result.rows.append(bench.measure(recipe, bits=bits, group_size=GROUP_SIZE))
-            tell(_line(result.rows[-1]))
-    tell("")
-    result.checkpoint = _round_trip(bench, Path(folder) / "checkpoint", tell)
+            log(demo_table(result.rows[-1:]).splitlines()[-1])
+    log("")
+    result.checkpoint = _round_trip(bench, Path(folder) / "checkpoint", log)
     target = Path(picture) if picture is not None else Path(folder) / "demo.png"
-    result.picture = _picture(result, target, tell)
+    result.picture = _picture(result, target, log)
     result.seconds = time.perf_counter() - started
-    tell(f"{result.seconds:.0f} s in all")
+    log(f"{result.seconds:.0f} s in all")
     return result
 
 
@@ -172,25 +120,25 @@ def _introduction(settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def _round_trip(bench: Workbench, where: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def _round_trip(bench: Workbench, where: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Write a symmetric 4-bit checkpoint, load it with transformers alone, use it."""
     quantized = bench.quantize("quality", bits=4, group_size=GROUP_SIZE, symmetric=True)
-    expected = bench.logits_of(bench.model)
-    # The model came as float16 and its scales are float16: storing it so loses nothing.
-    bench.model.half()
+    ids = bench.tokenizer(text("test"), add_special_tokens=False, verbose=False)
+    probe = torch.tensor([ids["input_ids"][: WINDOW - 1]])
+    expected = _logits(quantized.model, probe)
     info = quantized.save(where)
     loaded = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
-    difference = float((bench.logits_of(loaded) - expected).abs().max())
+    difference = float((_logits(loaded, probe) - expected).abs().max())
     found = bench.perplexity_of(loaded)
     words = generate(loaded, bench.tokenizer, PROMPT)
-    tell(f"Wrote {info.directory}")
-    tell(f"  {info.format}, quality recipe, 4 bits symmetric: {info.bytes / 1e6:.1f} MB in all")
-    tell("Loaded with plain transformers:")
-    tell(f"  AutoModelForCausalLM.from_pretrained({str(info.directory)!r}, dtype='float32')")
-    tell(f"  largest difference of its logits from the model in memory: {difference:g}")
-    tell(f"  perplexity {found.perplexity:.3f}; it writes (temperature 0.7):")
+    log(f"Wrote {info.directory}")
+    log(f"  {info.format}, quality recipe, 4 bits symmetric: {info.bytes / 1e6:.1f} MB in all")
+    log("Loaded with plain transformers:")
+    log(f"  AutoModelForCausalLM.from_pretrained({str(info.directory)!r}, dtype='float32')")
+    log(f"  largest difference of its logits from the model in memory: {difference:g}")
+    log(f"  perplexity {found.perplexity:.3f}; it writes (temperature 0.7):")
     for line in words.splitlines():
-        tell(f"  | {line}")
+        log(f"  | {line}")
     return {
         "directory": str(info.directory),
         "format": info.format,
@@ -201,12 +149,17 @@ def _round_trip(bench: Workbench, where: Path, tell: Callable[[str], None]) -> d
     }
 
 
-def _picture(result: DemoResult, target: Path, tell: Callable[[str], None]) -> str | None:
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def _picture(result: DemoResult, target: Path, log: Callable[[str], None]) -> str | None:
     try:
         from ptqkit.demo.picture import draw
     except ModuleNotFoundError as error:
-        tell(f"No picture: {error.name} is not installed (it comes with ptqkit[hf])")
+        log(f"No picture: {error.name} is not installed (it comes with ptqkit[hf])")
         return None
     draw(result, target)
-    tell(f"Picture: {target}")
+    log(f"Picture: {target}")
     return str(target)

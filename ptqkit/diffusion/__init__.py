@@ -10,18 +10,21 @@ from ptqkit.diffusion.attention import (
     remove_attention,
 )
 from ptqkit.diffusion.calibration import CalibrationLatents, draw_calibration, run_calibration
-from ptqkit.diffusion.clock import StepClock
 from ptqkit.diffusion.sampling import ClassConditionalUNet, load_unet, sample, starting_noise
-from ptqkit.diffusion.softmax import SoftmaxCalibration, UNetSoftmaxQuantization, quantize_softmax
-from ptqkit.diffusion.state import load_softmax, save_softmax
-from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
+from ptqkit.diffusion.softmax import (
+    SoftmaxCalibration,
+    UNetSoftmaxQuantization,
+    load_softmax,
+    quantize_softmax,
+    save_softmax,
+)
 from ptqkit.diffusion.weights import quantize_weights
+from ptqkit.nn.softmax.steps import StepSoftmaxQuantizer
 
 __all__ = [
     "CalibrationLatents",
     "ClassConditionalUNet",
     "SoftmaxCalibration",
-    "StepClock",
     "StepSoftmaxQuantizer",
     "UNetSoftmaxQuantization",
     "attention_hooks",

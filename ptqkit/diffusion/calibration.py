@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from torch import nn
 
 from ptqkit.diffusion.attention import attention_hooks
-from ptqkit.diffusion.checks import check_inputs, check_positive, check_steps, home
-from ptqkit.diffusion.clock import StepClock
+from ptqkit.diffusion.checks import check_inputs, check_positive, device_and_dtype
 from ptqkit.diffusion.sampling import ddim_schedule, sample
 from ptqkit.nn.attention import AttentionHook
 from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.softmax.steps import check_steps
 
 __all__ = ["CalibrationLatents", "draw_calibration", "run_calibration"]
 
@@ -82,7 +83,7 @@ def draw_calibration(
 ) -> CalibrationLatents:
     """Draw latents uniformly over the time steps, from samples of the model.
 
-    Every step of sampling gives ``count / steps`` latents (where that is no whole number, as many
+    Every step of sampling gives ``count / steps`` latents (if that is not a whole number, as many
     steps as needed give one more), each from another of the samples that start at ``noise``.
 
     Parameters
@@ -136,7 +137,6 @@ def run_calibration(
     unet: nn.Module,
     calibration: CalibrationLatents,
     hooks: Mapping[str, AttentionHook] | None = None,
-    clock: StepClock | None = None,
 ) -> torch.Tensor:
     """Run all latents through a UNet, with hooks on its attention; returns its outputs.
 
@@ -145,14 +145,13 @@ def run_calibration(
     Tensor of float32, shape (n, channels, height, width)
         On the CPU, in the order of ``calibration.batches()``.
     """
-    device, dtype = home(unet)
+    device, dtype = device_and_dtype(unet)
     outputs = []
-    with calibration_mode(unet):
+    with (
+        calibration_mode(unet),
+        attention_hooks(unet, hooks) if hooks else contextlib.nullcontext(),
+    ):
         for latents, step, context in calibration.batches():
-            if hooks:
-                with attention_hooks(unet, hooks, clock):
-                    output = unet(latents.to(device, dtype), step, context.to(device, dtype)).sample
-            else:
-                output = unet(latents.to(device, dtype), step, context.to(device, dtype)).sample
+            output = unet(latents.to(device, dtype), step, context.to(device, dtype)).sample
             outputs.append(output.float().cpu())
     return torch.cat(outputs)

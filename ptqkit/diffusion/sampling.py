@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
-from ptqkit.diffusion.checks import check_inputs, check_positive, home
+from ptqkit.diffusion.checks import check_inputs, check_positive, device_and_dtype
 from ptqkit.nn.forward import calibration_mode
 
 __all__ = ["ClassConditionalUNet", "load_unet", "sample", "starting_noise"]
@@ -43,7 +43,8 @@ class ClassConditionalUNet:
 
     def noise(self, count: int, seed: int = 0) -> torch.Tensor:
         """Return starting noise for ``count`` samples of this UNet; see :func:`starting_noise`."""
-        config: Any = self.unet.config
+        unet: Any = self.unet
+        config = unet.config
         return starting_noise(count, (config.in_channels, *(2 * [config.sample_size])), seed=seed)
 
 
@@ -121,7 +122,7 @@ def sample(
     check_positive(batch_size, "batch_size")
     if guidance != 1 and no_class is None:
         raise ValueError("guidance other than 1 needs no_class, the embedding of no class")
-    device, dtype = home(unet)
+    device, dtype = device_and_dtype(unet)
     done = []
     with calibration_mode(unet):
         for part in torch.arange(len(noise)).split(batch_size):
@@ -137,12 +138,12 @@ def sample(
     return torch.cat(done)
 
 
-def ddim_schedule(scheduler: Any, steps: int) -> DDIMScheduler:
+def ddim_schedule(scheduler: Any, steps: int) -> Any:
     """Return a DDIM schedule of its own with these steps set."""
     total = int(scheduler.config.num_train_timesteps)
     if check_positive(steps, "steps") > total:
         raise ValueError(f"steps must be at most {total}, those of training, not {steps}")
-    schedule = DDIMScheduler.from_config(scheduler.config)
+    schedule: Any = DDIMScheduler.from_config(scheduler.config)
     schedule.set_timesteps(steps)
     return schedule
 
@@ -155,7 +156,7 @@ def _predict(
     guidance: float,
     no_class: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Output of the UNet, guided where asked for."""
+    """Output of the UNet, guided if asked for."""
     if guidance == 1 or no_class is None:
         return unet(latents, step, context).sample
     other = no_class.to(context).expand_as(context)

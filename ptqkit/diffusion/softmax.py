@@ -1,119 +1,97 @@
-"""Quantized softmax outputs of a UNet, their bias and its correction.
-
-A fixed grid rounds most probabilities of a long row to zero, so that rows no longer sum to one.
-The mean of what is missing, per tensor, head, time step or step and head, can be taken from the
-offset of the grid at no cost at run time (Pandey et al. 2023); see
-:mod:`ptqkit.nn.softmax.quantizer` for the formulas.
-"""
+"""Quantize the softmax of a UNet and correct its bias."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
+import numpy as np
 from torch import nn
 
-from ptqkit.arrays.softmax import SoftmaxGrid, softmax_grid
-from ptqkit.arrays.softmax_bias import SoftmaxBias
-from ptqkit.diffusion.attention import (
-    UNetAttention,
-    find_attention,
-    install_attention,
-    installed_attention,
-    remove_attention,
-)
+from ptqkit._files import write_atomically
+from ptqkit.diffusion import attention
 from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
-from ptqkit.diffusion.checks import check_choice, naming
-from ptqkit.diffusion.clock import StepClock
-from ptqkit.diffusion.comparison import SoftmaxComparison, SQNRPair, layer_report
-from ptqkit.diffusion.fused import SoftmaxHook
-from ptqkit.diffusion.grid_search import NamedRanges, search_grids
-from ptqkit.diffusion.step_quantizer import StepSoftmaxQuantizer
-from ptqkit.errors import CalibrationError
 from ptqkit.nn.attention import AttentionHook
-from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
-from ptqkit.nn.softmax.report import SoftmaxLayerReport, SoftmaxReport
+from ptqkit.nn.softmax.file import SOFTMAX_FILE, SoftmaxValues, read_values, to_json
+from ptqkit.nn.softmax.search import SearchEnds
+from ptqkit.nn.softmax.statistics import Quantizer
+from ptqkit.nn.softmax.steps import check_steps
+from ptqkit.nn.softmax.study import (
+    AttentionAccess,
+    SoftmaxQuantization,
+    SoftmaxStudy,
+    check_choice,
+    check_heads,
+)
 
 __all__ = [
     "CORRECTIONS",
     "GRANULARITIES",
     "SoftmaxCalibration",
     "UNetSoftmaxQuantization",
+    "load_softmax",
     "quantize_softmax",
+    "save_softmax",
 ]
 
 CORRECTIONS = ("bias", "row_sum", None)
 GRANULARITIES = ("tensor", "head", "step", "step_head")
-RANGES = ("fixed", "calibrated", "search")
-
-Quantizer = SoftmaxQuantizer | StepSoftmaxQuantizer
 
 
-class SoftmaxStatistics(AttentionHook):
-    """Collects the bias of one attention module by time step and head, in one pass.
+class _UNet:
+    """A UNet with calibration latents; see SoftmaxBackend."""
 
-    Attributes
-    ----------
-    bias : ptqkit.SoftmaxBias
-    longest : int
-        Keys of a row.
-    """
+    attention: AttentionAccess = attention
+    corrections: tuple[str | None, ...] = CORRECTIONS
+    granularities: tuple[str, ...] = GRANULARITIES
+    # Rows are long, and nothing makes one probability 1 as the first row of a text does.
+    ends = SearchEnds((1.0,), tuple(2.0 ** (-k / 2) for k in range(12)))
+    by_total = True
 
-    def __init__(self, module: UNetAttention, grid: Any, clock: StepClock) -> None:
-        self.name, self.heads, self.grid, self.clock = module.name, module.heads, grid, clock
-        self.bias = SoftmaxBias(module.heads, grid=grid, steps=len(clock.steps))
-        self.longest = 0
+    def __init__(self, model: nn.Module, calibration: CalibrationLatents) -> None:
+        if not isinstance(calibration, CalibrationLatents):
+            kind = type(calibration).__name__
+            raise TypeError(f"calibration must be CalibrationLatents, not {kind}")
+        self.model, self.calibration = model, calibration
+        self.steps = calibration.steps
+        self.float_outputs = np.empty(0)
 
-    def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """Count the probabilities in."""
-        mask = None if allowed is None else allowed.cpu()
-        step = self.clock.now(len(p))[0]
-        with naming(f"softmax of {self.name}"):
-            self.bias.update(p.detach().cpu(), allowed=mask, step=step)
-        self.longest = max(self.longest, p.shape[-1])
-        return p
+    def run(self, hooks: Mapping[str, AttentionHook]) -> None:
+        self.float_outputs = run_calibration(self.model, self.calibration, hooks).numpy()
 
-    def quantizer(self, correction: str | None, granularity: str) -> Quantizer:
-        """Quantizer with a correction from what was counted."""
-        if correction != "bias":
-            return SoftmaxQuantizer(self.grid, correction)
-        values = self.bias.bias(granularity)
-        if granularity in ("tensor", "head"):
-            return SoftmaxQuantizer(self.grid, "bias", values)
-        return StepSoftmaxQuantizer(self.grid, values, self.clock)
+    def outputs(
+        self, variants: Sequence[Mapping[str, AttentionHook]]
+    ) -> Iterator[Sequence[np.ndarray]]:
+        # Small enough to be kept and compared at once.
+        found = [run_calibration(self.model, self.calibration, hooks) for hooks in variants]
+        yield [self.float_outputs, *(x.numpy() for x in found)]
+
+    def describe(self) -> dict[str, Any]:
+        return {"latents": len(self.calibration), "steps": list(self.steps)}
 
 
-class SoftmaxCalibration:
-    """What one pass over calibration latents tells about the softmax of a UNet.
-
-    Any number of corrections can be made from it, at one bit width.
+class SoftmaxCalibration(SoftmaxStudy):
+    """Statistics of the softmax of a UNet, from one pass over calibration latents.
 
     Parameters
     ----------
     unet : diffusers.UNet2DConditionModel
     calibration : CalibrationLatents
-    bits : int from 2 to 16
-    range : {"fixed", "calibrated", "search"}
-        Grid on [0, 1]; up to the largest probability seen (one more pass); or to where the error
-        of the module's output, its bias corrected, is least (three more passes).
+    bits, grid_range
+        See :class:`ptqkit.nn.softmax.study.SoftmaxStudy`. "search" tries [0, 1] and
+        [0, m * 2**(-k/2)], k from 0 to 11, with m the largest probability of the module; finding
+        m needs one more pass.
     layers : iterable of str, optional
-        Names of attention modules, "self" for those over positions, "cross" for those over the
+        Patterns of attention modules, "self" for those over positions, "cross" for those over the
         condition; by default all.
 
     Attributes
     ----------
-    modules : dict of str to UNetAttention
-    statistics : dict of str to SoftmaxStatistics
-    clock : StepClock
-
-    Raises
-    ------
-    UnsupportedModuleError, ValueError
-        As :func:`quantize_softmax`.
+    outputs : ndarray of float32, shape (n, channels, height, width)
+        Outputs of the float UNet, in the order of ``calibration.batches()``.
     """
 
     def __init__(
@@ -122,128 +100,34 @@ class SoftmaxCalibration:
         calibration: CalibrationLatents,
         *,
         bits: int = 8,
-        range: str = "fixed",
+        grid_range: str = "fixed",
         layers: Iterable[str] | None = None,
     ) -> None:
-        check_choice(range, "range", RANGES)
-        softmax_grid(bits)
-        if not isinstance(calibration, CalibrationLatents):
-            kind = type(calibration).__name__
-            raise TypeError(f"calibration must be CalibrationLatents, not {kind}")
-        refuse_installed(unet)
-        self.unet, self.calibration = unet, calibration
-        self.modules = choose_modules(unet, layers)
-        self.clock = StepClock(calibration.steps)
-        grids = self._grids(bits, range)
-        self.statistics = {
-            name: SoftmaxStatistics(m, grids[name], self.clock) for name, m in self.modules.items()
-        }
-        self.outputs = run_calibration(unet, calibration, self.statistics, self.clock)
-        missed = [name for name, s in self.statistics.items() if not s.longest]
-        if missed:
-            raise CalibrationError(f"no latent reached the softmax of {missed[0]}")
+        self._unet = _UNet(unet, calibration)
+        super().__init__(self._unet, bits=bits, grid_range=grid_range, layers=layers)
 
-    def _grids(self, bits: int, range: str) -> dict[str, SoftmaxGrid]:
-        """Grid of every module; see ``range``."""
-        if range == "fixed":
-            return {name: softmax_grid(bits) for name in self.modules}
-        ranges = {name: NamedRanges(name) for name in self.modules}
-        run_calibration(self.unet, self.calibration, ranges)
-        largest = {name: seen.maximum["softmax"] for name, seen in ranges.items()}
-        if range == "search":
-            return search_grids(self.unet, self.calibration, self.modules, largest, bits)
-        return {name: softmax_grid(bits, 0.0, top) for name, top in largest.items()}
-
-    def quantizers(
-        self, correction: str | None = "bias", granularity: str = "head"
-    ) -> dict[str, Quantizer]:
-        """Quantizers with a correction; see :func:`quantize_softmax`."""
-        check_choice(correction, "correction", CORRECTIONS)
-        check_choice(granularity, "granularity", GRANULARITIES)
-        return {n: s.quantizer(correction, granularity) for n, s in self.statistics.items()}
-
-    def hooks(self, quantizers: dict[str, Quantizer]) -> dict[str, AttentionHook]:
-        """Hooks that apply quantizers, for :func:`install_attention` with ``self.clock``."""
-        return {name: SoftmaxHook(quantizer) for name, quantizer in quantizers.items()}
-
-    def compare(self, quantizers: dict[str, Quantizer], guard: bool = True) -> SoftmaxReport:
-        """Measure layers and UNet with and without corrections, in three more passes.
-
-        With ``guard``, a correction that adds to the squared error of its layer's output on the
-        calibration set is taken out of ``quantizers``, and all are where together they add to
-        that of the UNet's output; the report says so.
-        """
-        plain: dict[str, Quantizer] = {n: SoftmaxQuantizer(q.grid) for n, q in quantizers.items()}
-        hooks = {n: SoftmaxComparison(n, plain[n], q) for n, q in quantizers.items()}
-        reference = run_calibration(self.unet, self.calibration, hooks, self.clock)
-        report = SoftmaxReport(
-            calibration={"latents": len(self.calibration), "steps": list(self.clock.steps)}
-        )
-        for name, hook in hooks.items():
-            row = layer_report(self.statistics[name], quantizers[name], hook)
-            if guard and hook.sqnr.hurts:
-                self._leave_out(quantizers, row)
-            report.layers.append(row)
-        sqnr = SQNRPair("output of the UNet")
-        for place, chosen in enumerate((plain, quantizers)):
-            used = self.hooks(chosen)
-            output = run_calibration(self.unet, self.calibration, used, self.clock)
-            sqnr.update(place, reference, output)
-        report.output_db, report.output_corrected_db = sqnr.decibel
-        if guard and sqnr.hurts:
-            report.notes = f"corrections left out: {report.output_corrected_db:.2f} dB with them"
-            report.output_corrected_db = report.output_db
-            for row in report.layers:
-                if row.correction is not None:
-                    self._leave_out(quantizers, row)
-        return report
-
-    @staticmethod
-    def _leave_out(quantizers: dict[str, Quantizer], row: SoftmaxLayerReport) -> None:
-        row.notes = f"correction {row.correction!r} left out: {row.sqnr_corrected_db:.2f} dB"
-        row.correction, row.sqnr_corrected_db = None, row.sqnr_db
-        quantizers[row.name] = SoftmaxQuantizer(quantizers[row.name].grid)
+    @property
+    def outputs(self) -> np.ndarray:
+        """Outputs of the float model, of every calibration latent."""
+        return self._unet.float_outputs
 
 
 @dataclass
-class UNetSoftmaxQuantization:
+class UNetSoftmaxQuantization(SoftmaxQuantization):
     """A quantized softmax on a UNet.
 
     Attributes
     ----------
-    unet : nn.Module
-    quantizers : dict of str to SoftmaxQuantizer or StepSoftmaxQuantizer
-        By attention module.
-    clock : StepClock
-    report : SoftmaxReport or None
+    steps : tuple of int
+        Calibrated time steps.
     """
 
-    unet: nn.Module = field(repr=False)
-    quantizers: dict[str, Quantizer]
-    clock: StepClock
-    report: SoftmaxReport | None = None
-
-    def install(self) -> None:
-        """Put the quantizers on the UNet.
-
-        Raises
-        ------
-        ValueError
-            If it has attention hooks already, or other heads than the quantizers.
-        """
-        check_heads(find_attention(self.unet), self.quantizers)
-        hooks = {n: SoftmaxHook(q) for n, q in self.quantizers.items()}
-        install_attention(self.unet, hooks, self.clock)
-
-    def remove(self) -> int:
-        """Take the quantizers off: the UNet is as before; returns how many there were."""
-        return remove_attention(self.unet)
+    attention: ClassVar[AttentionAccess] = attention
+    steps: tuple[int, ...] = ()
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the corrections beside the weights; see :mod:`ptqkit.diffusion.state`."""
-        from ptqkit.diffusion.state import save_softmax
-
-        return save_softmax(self.unet, self.quantizers, self.clock, directory)
+        """Write the corrections next to the weights; see :func:`save_softmax`."""
+        return save_softmax(self.model, self.quantizers, self.steps, directory)
 
 
 def quantize_softmax(
@@ -253,7 +137,7 @@ def quantize_softmax(
     bits: int = 8,
     correction: str | None = "bias",
     granularity: str = "head",
-    range: str = "fixed",
+    grid_range: str = "fixed",
     layers: Iterable[str] | None = None,
     diagnostics: bool = True,
 ) -> UNetSoftmaxQuantization:
@@ -264,7 +148,7 @@ def quantize_softmax(
 
     Parameters
     ----------
-    unet, calibration, bits, range, layers
+    unet, calibration, bits, grid_range, layers
         See :class:`SoftmaxCalibration`.
     correction : {"bias", "row_sum", None}
         "bias" is the paper's; "row_sum" needs one sum per row at run time and no calibration.
@@ -278,7 +162,7 @@ def quantize_softmax(
     Raises
     ------
     UnsupportedModuleError
-        If an attention processor of the UNet is none of diffusers' two plain ones.
+        If an attention processor of the UNet is not one of diffusers' two plain ones.
     CalibrationError
         If its attention or its output is not finite.
     ValueError
@@ -288,55 +172,61 @@ def quantize_softmax(
     """
     check_choice(correction, "correction", CORRECTIONS)
     check_choice(granularity, "granularity", GRANULARITIES)
-    study = SoftmaxCalibration(unet, calibration, bits=bits, range=range, layers=layers)
+    study = SoftmaxCalibration(unet, calibration, bits=bits, grid_range=grid_range, layers=layers)
     quantizers = study.quantizers(correction, granularity)
     report = study.compare(quantizers) if diagnostics else None
-    result = UNetSoftmaxQuantization(unet, quantizers, study.clock, report)
+    result = UNetSoftmaxQuantization(unet, quantizers, report, calibration.steps)
     result.install()
     return result
 
 
-def refuse_installed(unet: nn.Module) -> None:
-    """Refuse a UNet whose probabilities another hook may change."""
-    if installed_attention(unet):
-        raise ValueError(
-            "the attention of the UNet has hooks already (a quantized softmax?): remove them "
-            "first with .remove() or ptqkit.diffusion.remove_attention(unet)"
-        )
+def save_softmax(
+    unet: nn.Module,
+    quantizers: Mapping[str, Quantizer],
+    steps: Iterable[int],
+    directory: str | os.PathLike[str],
+) -> Path:
+    """Write ``ptqkit_softmax.json`` into an existing folder, all at once or not at all.
+
+    Parameters
+    ----------
+    steps : iterable of int
+        Calibrated time steps.
+
+    Returns
+    -------
+    Path
+        Of the file.
+
+    Raises
+    ------
+    NotADirectoryError
+        If there is no such folder.
+    """
+    path = Path(directory) / SOFTMAX_FILE
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"{path.parent} is not a folder: save the UNet there, or make it")
+    modules = attention.find_attention(unet)
+    check_heads(modules, quantizers)
+    heads = {name: module.heads for name, module in modules.items()}
+    write_atomically(path, to_json(SoftmaxValues(quantizers, heads, check_steps(steps))))
+    return path
 
 
-def choose_modules(unet: nn.Module, layers: Iterable[str] | None) -> dict[str, UNetAttention]:
-    """Attention modules by name, or by "self" and "cross"; all where ``layers`` is None."""
-    modules = find_attention(unet)
-    if layers is None:
-        return modules
-    chosen: dict[str, UNetAttention] = {}
-    for wanted in [layers] if isinstance(layers, str) else list(layers):
-        kinds = {"self": False, "cross": True}
-        found = {
-            name: m for name, m in modules.items() if name == wanted or kinds.get(wanted) == m.cross
-        }
-        if not found:
-            raise ValueError(
-                f"layers: {wanted!r} is no attention module; the first is {next(iter(modules))}, "
-                "and 'self' and 'cross' name all of a kind"
-            )
-        chosen |= found
-    if not chosen:
-        raise ValueError("layers is empty: name at least one, or leave it out for all")
-    return {name: m for name, m in modules.items() if name in chosen}
+def load_softmax(
+    unet: nn.Module, directory: str | os.PathLike[str]
+) -> UNetSoftmaxQuantization | None:
+    """Install what ``ptqkit_softmax.json`` in a folder says; None if there is no such file.
 
-
-def check_heads(modules: dict[str, UNetAttention], quantizers: dict[str, Quantizer]) -> None:
-    """Refuse corrections that are for other modules or other numbers of heads."""
-    for name, quantizer in quantizers.items():
-        if name not in modules:
-            raise ValueError(
-                f"there is a softmax correction for {name}, but the UNet has no such attention "
-                f"module (its first is {next(iter(modules))})"
-            )
-        if quantizer.heads not in (None, modules[name].heads):
-            raise ValueError(
-                f"{name} has {modules[name].heads} heads, its softmax correction is for "
-                f"{quantizer.heads}"
-            )
+    Raises
+    ------
+    ValueError
+        If the file is damaged, from a later version, or for another model; it names the layer.
+    """
+    path = Path(directory) / SOFTMAX_FILE
+    if not path.is_file():
+        return None
+    values = read_values(path, attention.find_attention(unet), unet=True)
+    result = UNetSoftmaxQuantization(unet, dict(values.quantizers), steps=values.steps)
+    result.install()
+    return result

@@ -16,8 +16,13 @@ from .equalization.driver import EqualizationReport as EqualizationReport
 from .equalization.driver import equalize as equalize
 from .equalization.find import find_folds as find_folds
 from .equalization.outliers import inject_outliers as inject_outliers
-from .evaluation.perplexity import PerplexityResult as PerplexityResult
-from .evaluation.perplexity import perplexity as perplexity
+from .evaluation.likelihood import PerplexityResult as PerplexityResult
+from .evaluation.likelihood import perplexity as perplexity
+from .models.attention import attention_hooks as attention_hooks
+from .models.attention import find_attention as find_attention
+from .models.attention import install_attention as install_attention
+from .models.attention import installed_attention as installed_attention
+from .models.attention import remove_attention as remove_attention
 from .progress import ProgressEvent as ProgressEvent
 from .quantization.driver import QuantizationInterrupted as QuantizationInterrupted
 from .quantization.driver import QuantizationResult as QuantizationResult
@@ -28,4 +33,7 @@ from .softmax.driver import SoftmaxCalibration as SoftmaxCalibration
 from .softmax.driver import SoftmaxQuantization as SoftmaxQuantization
 from .softmax.driver import load_softmax as load_softmax
 from .softmax.driver import quantize_softmax as quantize_softmax
-from .softmax.driver import save_softmax as save_softmax
+from .softmax.files import save_softmax as save_softmax
+from .workbench import Workbench as Workbench
+from .workbench import WorkbenchRow as WorkbenchRow
+from .workbench import load_model as load_model

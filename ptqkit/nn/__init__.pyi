@@ -4,10 +4,8 @@ from .activations import installed_quantizer as installed_quantizer
 from .activations import remove_quantizers as remove_quantizers
 from .attention import AttentionCall as AttentionCall
 from .attention import AttentionHook as AttentionHook
-from .attention import attention_hooks as attention_hooks
-from .attention import find_attention as find_attention
-from .attention import install_attention as install_attention
-from .attention import remove_attention as remove_attention
 from .attention_quantizer import AttentionQuantizer as AttentionQuantizer
+from .softmax.compare import softmax_hooks as softmax_hooks
 from .softmax.quantizer import SoftmaxQuantizer as SoftmaxQuantizer
 from .softmax.report import SoftmaxReport as SoftmaxReport
+from .softmax.steps import StepSoftmaxQuantizer as StepSoftmaxQuantizer

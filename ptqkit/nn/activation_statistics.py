@@ -61,7 +61,7 @@ class TorchActivationStatistics:
             self._add(part, scale)
 
     def _scale(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Steps of symmetric grids; any positive number where all values are 0."""
+        """Return steps of symmetric grids; any positive number where all values are 0."""
         top = 2 ** (self._result.bits - 1) - 1
         scale = absmax / top
         return torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -111,7 +111,7 @@ class TorchActivationStatistics:
 
 
 def statistics_accumulator(channels: int, device: torch.device, **options: Any) -> Any:
-    """An accumulator of statistics for inputs on this device."""
+    """Return an accumulator of statistics for inputs on this device."""
     if device.type == "cpu":
         return ActivationStatistics(channels, **options)
     return TorchActivationStatistics(channels, device, **options)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ptqkit.nn.activation_grids import dynamic_grid, fake_quantize, limits, static_grid
+from ptqkit.nn.linear import is_linear
 from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = [
@@ -68,10 +69,6 @@ class ActivationQuantizer:
     spec : ActivationQuantization
     scale : tensor of shape (1,), or None where dynamic
     zero_point : int8 or int16 tensor of shape (1,), or None where dynamic or symmetric
-    saw_2d : bool or None
-        Whether an input came without the shape (batch, tokens, channels), as OPT's ``fc1`` gets
-        its own: compressed-tensors then takes one dynamic scale for the whole tensor. None
-        before the first call.
 
     Raises
     ------
@@ -85,7 +82,6 @@ class ActivationQuantizer:
         if not isinstance(spec, ActivationQuantization):
             raise TypeError(f"spec must be ActivationQuantization, not {type(spec).__name__}")
         self.spec = spec
-        self.saw_2d: bool | None = None
         self.scale: torch.Tensor | None = None
         self.zero_point: torch.Tensor | None = None
         if spec.dynamic:
@@ -136,7 +132,6 @@ class ActivationQuantizer:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` on its grid, same shape and dtype; ``x`` is (..., channels)."""
-        self.saw_2d = x.dim() != 3 or bool(self.saw_2d)
         self._follow(x.device)
         return quantize_input(x, self.spec, self.scale, self.zero_point)
 
@@ -216,9 +211,7 @@ def install_quantizer(linear: nn.Module, quantizer: ActivationQuantizer) -> None
     ValueError
         If it has a quantizer already.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    if not isinstance(linear, (nn.Linear, Conv1D)):
+    if not is_linear(linear):
         raise TypeError(f"linear must be nn.Linear or Conv1D, not {type(linear).__name__}")
     if not isinstance(quantizer, ActivationQuantizer):
         raise TypeError(f"quantizer must be an ActivationQuantizer, not {type(quantizer).__name__}")

@@ -2,7 +2,7 @@
 
 The kinds are those of Table 1 of Pandey et al. 2023: query, key, value, scores (the input of the
 softmax) and the softmax output. Grids are asymmetric and one per tensor, fixed beforehand: a range
-taken from the tensor at hand would let a later token change earlier results.
+taken from the current tensor would let a later token change earlier results.
 """
 
 from __future__ import annotations
@@ -12,21 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ptqkit.errors import CalibrationError
 from ptqkit.nn.activation_grids import static_grid
 from ptqkit.nn.activations import ActivationQuantizer
-from ptqkit.nn.attention import AttentionHook, attention_hooks, find_attention
-from ptqkit.nn.forward import calibration_mode, forward
+from ptqkit.nn.attention import AttentionCall, AttentionHook
 from ptqkit.recipe.options import ActivationQuantization
 
-__all__ = ["ATTENTION_KINDS", "AttentionQuantizer", "AttentionRanges", "measure_ranges"]
+__all__ = ["ATTENTION_KINDS", "AttentionQuantizer", "AttentionRanges"]
 
 ATTENTION_KINDS = ("query", "key", "value", "scores", "softmax")
 """Tensors inside attention that can be quantized alone."""
-
-MaskedFunction = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
 class AttentionQuantizer(AttentionHook):
@@ -37,7 +33,10 @@ class AttentionQuantizer(AttentionHook):
     quantizers : mapping of str to callable
         By kind. Those of query, key, value and scores are called with the tensor, such as an
         :class:`~ptqkit.nn.ActivationQuantizer`; that of the softmax with the probabilities and
-        the allowed entries. Each returns a tensor of the same shape and dtype.
+        the allowed entries, such as a :class:`~ptqkit.nn.SoftmaxQuantizer`. Each returns a tensor
+        of the same shape and dtype. A quantizer of the softmax may have a method ``at(steps)``,
+        which returns the one to use at these time steps, and a method ``fused(scores, allowed)``,
+        which replaces the softmax and itself or returns None.
     heads : sequence of int, optional
         Quantize these heads only (for key and value: key heads); by default all.
 
@@ -59,11 +58,11 @@ class AttentionQuantizer(AttentionHook):
         self.quantizers = dict(quantizers)
         self.heads = None if heads is None else _check_heads(heads)
 
-    def _apply(self, kind: str, x: torch.Tensor, *more: Any) -> torch.Tensor:
-        quantizer = self.quantizers.get(kind)
+    def _apply(self, kind: str, x: torch.Tensor, call: AttentionCall | None = None) -> torch.Tensor:
+        quantizer = self.quantizers.get(kind) if call is None else self._of_softmax(call)
         if quantizer is None:
             return x
-        y = quantizer(x, *more)
+        y = quantizer(x) if call is None else quantizer(x, call.allowed)
         if self.heads is None:
             return y
         if max(self.heads) >= x.shape[1]:
@@ -72,28 +71,37 @@ class AttentionQuantizer(AttentionHook):
         chosen[list(self.heads)] = True
         return torch.where(chosen, y, x)
 
-    def query(self, x: torch.Tensor) -> torch.Tensor:
+    def query(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Quantize the query."""
         return self._apply("query", x)
 
-    def key(self, x: torch.Tensor) -> torch.Tensor:
+    def key(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Quantize the keys."""
         return self._apply("key", x)
 
-    def value(self, x: torch.Tensor) -> torch.Tensor:
+    def value(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Quantize the values."""
         return self._apply("value", x)
 
-    def scores(self, x: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    def scores(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Quantize the allowed scores; the forbidden ones stay where the mask put them."""
         if "scores" not in self.quantizers:
             return x
         y = self._apply("scores", x)
-        return y if allowed is None else torch.where(allowed, y, x)
+        return y if call.allowed is None else torch.where(call.allowed, y, x)
 
-    def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    def fused(self, scores: torch.Tensor, call: AttentionCall) -> torch.Tensor | None:
+        """Return quantized probabilities straight from the scores, if the quantizer can."""
+        fused = getattr(self._of_softmax(call), "fused", None)
+        return None if fused is None or self.heads is not None else fused(scores, call.allowed)
+
+    def softmax(self, p: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Quantize the probabilities."""
-        return self._apply("softmax", p, allowed)
+        return self._apply("softmax", p, call)
+
+    def _of_softmax(self, call: AttentionCall) -> Any:
+        quantizer: Any = self.quantizers.get("softmax")
+        return quantizer.at(call.steps) if hasattr(quantizer, "at") else quantizer
 
 
 def _check_heads(heads: Sequence[int]) -> tuple[int, ...]:
@@ -111,55 +119,55 @@ def _check_heads(heads: Sequence[int]) -> tuple[int, ...]:
 class AttentionRanges(AttentionHook):
     """Smallest and largest value of every kind of tensor in one attention module.
 
+    Parameters
+    ----------
+    name : str
+        Name of the module, for messages.
+
     Attributes
     ----------
     minimum, maximum : dict of str to float
         By kind, over tokens that are not padding and scores that the mask allows.
-    rows : Tensor or None
-        Which tokens of the batch at hand count, bool (batch, sequence).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "an attention module") -> None:
+        self.name = name
         self.minimum = dict.fromkeys(ATTENTION_KINDS, math.inf)
         self.maximum = dict.fromkeys(ATTENTION_KINDS, -math.inf)
-        self.rows: torch.Tensor | None = None
 
-    def _see(self, kind: str, x: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-        seen = x if counted is None else x[counted.expand_as(x)]
+    def _record(self, kind: str, x: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+        seen = x if counted is None else x[counted.to(x.device).expand_as(x)]
         if seen.numel():
             low, high = seen.aminmax()
             # NaN compares false: min() and max() would lose it.
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise CalibrationError(f"the {kind} of an attention module is not finite")
+                raise not_finite(f"the {kind} of {self.name} is not finite")
             self.minimum[kind] = min(self.minimum[kind], low.item())
             self.maximum[kind] = max(self.maximum[kind], high.item())
         return x
 
-    def _tokens(self, x: torch.Tensor) -> torch.Tensor | None:
-        return None if self.rows is None else self.rows[:, None, :, None].to(x.device)
-
-    def query(self, x: torch.Tensor) -> torch.Tensor:
+    def query(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Record the query."""
-        return self._see("query", x, self._tokens(x))
+        return self._record("query", x, _tokens(call))
 
-    def key(self, x: torch.Tensor) -> torch.Tensor:
+    def key(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Record the keys."""
-        return self._see("key", x, self._tokens(x))
+        return self._record("key", x, _tokens(call))
 
-    def value(self, x: torch.Tensor) -> torch.Tensor:
+    def value(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Record the values."""
-        return self._see("value", x, self._tokens(x))
+        return self._record("value", x, _tokens(call))
 
-    def scores(self, x: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    def scores(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Record the allowed scores."""
-        return self._see("scores", x, counted_entries(allowed, self.rows))
+        return self._record("scores", x, call.counted)
 
-    def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    def softmax(self, p: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Record the allowed probabilities."""
-        return self._see("softmax", p, counted_entries(allowed, self.rows))
+        return self._record("softmax", p, call.counted)
 
     def quantizer(self, kind: str, bits: int, dtype: torch.dtype) -> ActivationQuantizer:
-        """Asymmetric quantizer of query, key, value or scores with the range seen."""
+        """Return an asymmetric quantizer of query, key, value or scores for the range seen."""
         low, high = self.minimum[kind], self.maximum[kind]
         if low > high:
             raise CalibrationError(f"no calibration token reached the {kind}")
@@ -168,27 +176,13 @@ class AttentionRanges(AttentionHook):
         return ActivationQuantizer(spec, torch.tensor([scale], dtype=dtype), zero)
 
 
-def counted_entries(allowed: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
-    """Allowed entries in the rows of real tokens: bool, broadcastable to the scores, or None."""
-    if rows is None:
-        return allowed
-    rows = rows[:, None, :, None]
-    return rows if allowed is None else allowed & rows.to(allowed.device)
+def _tokens(call: AttentionCall) -> torch.Tensor | None:
+    return None if call.rows is None else call.rows[:, None, :, None]
 
 
-def measure_ranges(model: nn.Module, calibration: Any) -> dict[str, AttentionRanges]:
-    """Ranges of every kind in every attention module, in one pass over calibration data.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    calibration : CalibrationSet
-        See :func:`ptqkit.hf.prepare_calibration`.
-    """
-    hooks = {name: AttentionRanges() for name in find_attention(model)}
-    with attention_hooks(model, hooks), calibration_mode(model):
-        for batch, rows in zip(calibration.batches, calibration.masks(), strict=True):
-            for hook in hooks.values():
-                hook.rows = rows
-            forward(model, batch)
-    return hooks
+def not_finite(what: str) -> CalibrationError:
+    """Return the error for values inside attention that are not finite, with what to look at."""
+    return CalibrationError(
+        f"{what}. Check the weights of the model; float16 overflows where bfloat16 and float32 do "
+        "not"
+    )

@@ -1,4 +1,4 @@
-"""Run calibration batches through a model and pause them at its linear layers.
+"""Run calibration batches through a model and stop at its layers, by hooks.
 
 Everything here leaves the model as it was found: hooks, ``training`` flags and configuration are
 restored even when a forward pass raises.
@@ -26,12 +26,10 @@ class StopForwardError(BaseException):
 
 @contextlib.contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode and no KV cache; everything as before on leaving."""
+    """Switch to evaluation mode without gradients or KV cache; restore everything on leaving."""
     training = [(module, module.training) for module in model.modules()]
-    configs = [
-        m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", False)
-    ]
-    unique = list({id(c): c for c in configs}.values())
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    unique = list({id(c): c for c in configs if getattr(c, "use_cache", False)}.values())
     try:
         for module, _ in training:
             module.training = False
@@ -79,18 +77,18 @@ def forward(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
     device = next(model.parameters()).device
     inputs = {k: v.to(device) for k, v in batch.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs.setdefault("use_cache", False)  # type: ignore[arg-type]
+        inputs.setdefault("use_cache", False)
     model(**inputs)
 
 
 def tensor_key(value: torch.Tensor) -> tuple[Any, ...]:
-    """Identity of a tensor's contents: storage, view and version (while it is alive)."""
+    """Identify a tensor's contents: storage, view and version (while it is alive)."""
     version = 0 if value.is_inference() else value._version
     return (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), version)
 
 
 def thread_state() -> tuple[Any, ...]:
-    """Thread-local modes of torch that a paused coroutine must not hold."""
+    """Return the thread-local modes of torch, which a paused coroutine must not hold."""
     devices = ("cpu", "cuda")
     return (
         torch.is_grad_enabled(),

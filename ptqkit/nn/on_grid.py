@@ -35,7 +35,7 @@ def rtn_on_grid(weight: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
 
 
 def row_blocks(rows: int) -> list[slice]:
-    """Runs of rows that fit a cache together with the temporaries."""
+    """Yield runs of rows that fit a cache together with the temporaries."""
     return [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
 
 

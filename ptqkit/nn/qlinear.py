@@ -1,4 +1,4 @@
-"""The module that stands in for a quantized linear layer: packed codes, a weight on demand."""
+"""Stand in for a quantized linear layer: packed codes, and a weight on demand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ptqkit.hf.checkpoint.formats import TRITS_PER_BYTE, native_row_bytes
+from ptqkit.arrays.packing import TRITS_PER_BYTE, native_row_bytes
 from ptqkit.nn.activations import ActivationQuantizer, quantize_input
 from ptqkit.recipe.options import ActivationQuantization
 
@@ -54,7 +54,7 @@ def unpack_codes(packed: torch.Tensor, bits: int | str, columns: int) -> torch.T
 
 
 class QLinear(nn.Module):
-    """A linear layer whose weight is kept as packed codes.
+    """Compute a linear layer whose weight is kept as packed codes.
 
     The weight is dequantized in float32, rounded to :attr:`dtype` and used by the same operation
     as the layer it replaces (``F.linear``, or ``addmm`` for GPT-2's ``Conv1D``), so the output
@@ -119,6 +119,7 @@ class QLinear(nn.Module):
         self.kind, self.dtype = kind, dtype
         self.per_tensor, self.activations = per_tensor, activations
         self.groups = 1 if group_size is None else -(-in_features // group_size)
+        self._scale_dtype = SCALE_DTYPES[scale_dtype]
         self.cache = False
         self._cached: torch.Tensor | None = None
         codes = torch.zeros(out_features * native_row_bytes(in_features, bits), dtype=torch.uint8)
@@ -160,6 +161,18 @@ class QLinear(nn.Module):
         zero_point = None if self.input_zero_point is None else self.input_zero_point.item()
         return ActivationQuantizer(self.activations, self.input_scale, zero_point)
 
+    def check(self) -> None:
+        """Raise ValueError if a loaded tensor cannot be what was saved; the message names it."""
+        scales = self.scales
+        if scales.dtype != self._scale_dtype:
+            raise ValueError(f"scales must be {self._scale_dtype}, not {scales.dtype}")
+        if not bool((scales.isfinite() & (scales > 0)).all()):
+            raise ValueError("scales must be positive and finite")
+        g_idx = self.g_idx
+        if g_idx is not None and not bool(((g_idx >= 0) & (g_idx < self.groups)).all()):
+            raise ValueError(f"g_idx must lie in [0, {self.groups})")
+        self.input_quantizer()
+
     def _apply(self, fn: Any, recurse: bool = True) -> QLinear:
         self._cached = None
         # The weight exists only as codes, so an empty one shows what dtype it would be given.
@@ -177,12 +190,12 @@ class QLinear(nn.Module):
         return self
 
     def codes(self) -> torch.Tensor:
-        """Unpacked codes, uint8 (out, in), original column order."""
+        """Return the unpacked codes, uint8 (out, in), original column order."""
         packed = self.weight.view(self.out_features, -1)
         return unpack_codes(packed, self.bits, self.in_features)
 
     def zeros(self) -> torch.Tensor:
-        """Zero-points, uint8 (out, groups)."""
+        """Return the zero-points, uint8 (out, groups)."""
         if self.zero_points is None:
             middle = 1 if self.bits == "ternary" else 1 << (int(self.bits) - 1)
             shape = (self.out_features, self.groups)
@@ -191,7 +204,7 @@ class QLinear(nn.Module):
         return unpack_codes(packed, self.bits, self.groups)
 
     def dequantize(self) -> torch.Tensor:
-        """Weight of shape (out, in), ``scale * (code - zero_point)`` rounded once to ``dtype``."""
+        """Return ``scale * (code - zero_point)``, (out, in), rounded once to ``dtype``."""
         steps = self.codes().to(torch.float32)
         zeros, scales = self.zeros().to(torch.float32), self.scales.to(torch.float32)
         if self.g_idx is None and steps.shape[1] % self.groups == 0:
@@ -226,7 +239,7 @@ class QLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """Shape and grid, for ``print(model)``."""
+        """Return shape and grid, for ``print(model)``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}, "

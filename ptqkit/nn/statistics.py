@@ -38,7 +38,7 @@ class TorchRanges:
         self._sum = torch.zeros(channels, dtype=torch.float64, device=device)
 
     def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Add inputs of shape (..., channels); ``mask`` (...) tells which positions count."""
+        """Add inputs of shape (..., channels); ``mask`` (...) is True where they count."""
         values = values.reshape(-1, self.channels)
         if mask is not None:
             values = values[mask.reshape(-1).to(values.device)]
@@ -67,7 +67,7 @@ class TorchRanges:
 
 
 def range_accumulator(channels: int, device: torch.device) -> Any:
-    """An accumulator of ranges for inputs on this device."""
+    """Return an accumulator of ranges for inputs on this device."""
     if device.type == "cpu":
         return ChannelRanges(channels)
     return TorchRanges(channels, device)
@@ -86,7 +86,7 @@ class TorchHessian:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
     def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Add inputs of shape (..., in); ``mask`` (...) tells which positions count."""
+        """Add inputs of shape (..., in); ``mask`` (...) is True at the positions that count."""
         values = values.reshape(-1, self.in_features)
         if mask is not None:
             values = values[mask.reshape(-1).to(values.device)]
@@ -129,7 +129,7 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 
 def accumulator(in_features: int, device: torch.device) -> Any:
-    """An accumulator of H for inputs on this device."""
+    """Return an accumulator of H for inputs on this device."""
     if device.type == "cpu":
         return Hessian(in_features)
     return TorchHessian(in_features, device)
@@ -138,8 +138,8 @@ def accumulator(in_features: int, device: torch.device) -> Any:
 class InputDrift:
     """G - H = (2/N) sum (x - x~) x~^T, in float32, where the activations are.
 
-    Their difference and not G alone: where the two paths are close, the rounding errors of G and H
-    would be as large as what matters; where they are equal (the first layers), this is zero.
+    Their difference and not G alone: if the two paths are close, the rounding errors of G and H
+    would be as large as what matters; if they are equal (the first layers), this is zero.
     """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
@@ -161,8 +161,8 @@ class InputDrift:
             self._sum.addmm_((parts[0] - parts[1]).T, parts[1])
         self.tokens += len(parts[1])
 
-    def moment(self, hessian: np.ndarray) -> np.ndarray:
-        """G = (2/N) sum x x~^T (in, in) in float64, given H.
+    def cross_moment(self, hessian: np.ndarray) -> np.ndarray:
+        """Return G = (2/N) sum x x~^T in float64, shape (in, in), given H.
 
         Raises
         ------

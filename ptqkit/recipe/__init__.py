@@ -1,4 +1,4 @@
-"""What to do with a model: plain values that need neither PyTorch nor transformers."""
+"""Say what to do with a model, in plain values without PyTorch or transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptqkit.recipe.options import ActivationQuantization, Equalization
-from ptqkit.recipe.parts import AWE, GPTQ, PARTS, RTN, BiasCorrection, SmoothQuant, combine
+from ptqkit.recipe.parts import (
+    AWE,
+    GPTQ,
+    PARTS,
+    RTN,
+    BiasCorrection,
+    Equalize,
+    SmoothQuant,
+    combine,
+)
 from ptqkit.recipe.presets import PRESETS
 from ptqkit.recipe.recipe import Recipe, match_pattern
 
@@ -19,6 +28,7 @@ __all__ = [
     "ActivationQuantization",
     "BiasCorrection",
     "Equalization",
+    "Equalize",
     "Recipe",
     "SmoothQuant",
     "as_recipe",
@@ -27,7 +37,7 @@ __all__ = [
 
 
 def as_recipe(value: Recipe | str | Mapping[str, Any] | Sequence[Any]) -> Recipe:
-    """Accept a Recipe, the name of a preset, the mapping of ``to_dict``, or a list of parts."""
+    """Return the Recipe of a Recipe, a preset's name, a mapping or a list of parts."""
     if isinstance(value, Recipe):
         return value
     if isinstance(value, str):

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["GRANULARITIES", "ActivationQuantization", "Equalization", "check_int", "check_names"]
+from ptqkit.arrays.activations import GRANULARITIES
 
-
-GRANULARITIES = ("token", "tensor")
+__all__ = ["ActivationQuantization", "Equalization", "check_int", "check_names"]
 
 
 @dataclass(frozen=True)
 class ActivationQuantization:
-    """How the inputs of linear layers are quantized.
+    """Say how the inputs of linear layers are quantized.
 
     Parameters
     ----------
     bits : int from 2 to 16
     granularity : {"token", "tensor"}
-        One scale per token, found while the model runs (dynamic), or one per tensor, fixed by the
-        calibration data (static).
+        One scale per token, computed while the model runs (dynamic), or one per tensor, fixed by
+        the calibration data (static).
     symmetric : bool, optional
         By default True per token, False per tensor.
     outlier_threshold : float, optional
-        Per token only: columns of the input in which some magnitude reaches it stay as they are,
-        and the scales come from the other columns (LLM.int8(), Dettmers et al. 2022: 6.0).
+        Per token only: columns of the input in which some magnitude reaches it stay float, and
+        the scales come from the other columns ([LLM.int8()]: 6.0).
 
     Raises
     ------
@@ -75,7 +74,7 @@ class ActivationQuantization:
 
     @property
     def dynamic(self) -> bool:
-        """True where the scales are found while the model runs."""
+        """Whether the scales are computed while the model runs."""
         return self.granularity == "token"
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,11 +83,8 @@ class ActivationQuantization:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ActivationQuantization:
-        """Inverse of :meth:`to_dict`; missing options have their defaults."""
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known), key=str)
-        if unknown:
-            raise ValueError(f"activations have no option {unknown[0]!r}; options are {known}")
+        """Return the options of :meth:`to_dict`'s mapping; missing options have their defaults."""
+        check_names(values, "activations", (f.name for f in fields(cls)))
         return cls(**values)
 
     @classmethod
@@ -105,12 +101,12 @@ class ActivationQuantization:
 
 @dataclass(frozen=True)
 class Equalization:
-    """Equalization of the float model before it is quantized (:func:`ptqkit.equalize`).
+    """Say how the float model is equalized before it is quantized (:func:`ptqkit.equalize`).
 
     Parameters
     ----------
     method : {"awe", "smoothquant"}
-        AWE [AWEQ, section 3] takes ranges and folds wherever that is exact; SmoothQuant takes
+        AWE [AWEQ, section 3] takes ranges and folds wherever folding is exact; SmoothQuant takes
         absolute maxima and folds into norms only.
     alpha : float from 0 to 1, or "search"
         Share of the activations in ``s = r_x**alpha / r_w**(1 - alpha)``. 0.5 is AWEQ's eq. 10;
@@ -129,12 +125,13 @@ class Equalization:
             raise ValueError(
                 f"equalization: method must be 'awe' or 'smoothquant', not {self.method!r}"
             )
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if self.alpha != "search" and not (number and 0 <= self.alpha <= 1):  # type: ignore[operator]
+        alpha = self.alpha
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if alpha != "search" and not (number and 0 <= float(alpha) <= 1):
             raise ValueError(
-                f"equalization: alpha must be a number from 0 to 1 or 'search', not {self.alpha!r}"
+                f"equalization: alpha must be a number from 0 to 1 or 'search', not {alpha!r}"
             )
-        if self.method == "smoothquant" and self.alpha == "search":
+        if self.method == "smoothquant" and alpha == "search":
             raise ValueError("equalization: smoothquant takes a number for alpha (0.5 is usual)")
         check_int("equalization: tokens", self.tokens, 2)
 
@@ -145,21 +142,21 @@ class Equalization:
             return value
         if not isinstance(value, Mapping):
             raise ValueError(f"equalization must be an Equalization or a mapping, not {value!r}")
-        check_names(value, "equalization", cls)
+        check_names(value, "equalization", (f.name for f in fields(cls)))
         return cls(**value)
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> None:
-    """Refuse what is no integer within the limits."""
+    """Raise ValueError unless value is an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be an integer of at least {low}, not {value!r}{hint}")
     if high is not None and value > high:
         raise ValueError(f"{name} must be at most {high}, not {value!r}{hint}")
 
 
-def check_names(changes: Mapping[str, Any], where: str, kind: type) -> None:
-    """Refuse names that are no field of a dataclass."""
-    known = {f.name for f in fields(kind)}
-    unknown = sorted(set(changes) - known)
+def check_names(changes: Mapping[str, Any], where: str, names: Iterable[str]) -> None:
+    """Raise ValueError unless every key of the changes is one of the names."""
+    known = sorted(names)
+    unknown = sorted(set(changes) - set(known), key=str)
     if unknown:
-        raise ValueError(f"{where} has no option {unknown[0]!r}; options are {sorted(known)}")
+        raise ValueError(f"{where} has no option {unknown[0]!r}; options are {known}")

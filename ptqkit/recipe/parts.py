@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ptqkit.recipe.options import ActivationQuantization, Equalization, check_names
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["AWE", "GPTQ", "PARTS", "RTN", "BiasCorrection", "SmoothQuant", "combine"]
+__all__ = ["AWE", "GPTQ", "PARTS", "RTN", "BiasCorrection", "Equalize", "SmoothQuant", "combine"]
 
 
 class _Solver:
-    """Options of a solver, checked when they are given."""
+    """Hold the options of a solver, which are checked at once."""
 
     _preset = ""
     _method = ""
@@ -33,7 +34,7 @@ class _Solver:
             )
 
     def recipe(self) -> Recipe:
-        """The recipe of this part alone."""
+        """Return the recipe of this part alone."""
         return Recipe.preset(self.preset, **self.options)
 
     def __repr__(self) -> str:
@@ -43,9 +44,7 @@ class _Solver:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.recipe() == self.recipe()  # type: ignore[attr-defined]
-
-    __hash__ = None  # type: ignore[assignment]
+        return isinstance(other, type(self)) and other.recipe() == self.recipe()
 
 
 class GPTQ(_Solver):
@@ -70,42 +69,35 @@ class RTN(_Solver):
     _method = "rtn"
 
 
-@dataclass(frozen=True)
-class AWE:
-    """Activation-weight equalization before the weights are quantized [AWEQ, section 3].
+def Equalize(
+    method: str = "awe", alpha: float | str | None = None, tokens: int = 512
+) -> Equalization:
+    """Equalize the float model before its weights are quantized.
 
     Parameters
     ----------
-    alpha : float from 0 to 1, or "search"
-        0.5 is eq. 10 of the paper; "search" (the default) never gives a larger quantized output
-        error on the calibration inputs than that, nor than no equalization.
+    method : {"awe", "smoothquant"}
+        "awe": activation-weight equalization [AWEQ, section 3]. "smoothquant": scales
+        ``max|x|**alpha / max|w|**(1 - alpha)`` [SmoothQuant], folded into norms.
+    alpha : float from 0 to 1, or "search", optional
+        Default: "search" for AWE, which never gives a larger quantized output error on the
+        calibration inputs than 0.5 [AWEQ, eq. 10] or no equalization; 0.5 for SmoothQuant.
     tokens : int
         Calibration tokens that the search measures on.
     """
-
-    alpha: float | str = "search"
-    tokens: int = 512
-
-    def __post_init__(self) -> None:
-        self.equalization()
-
-    def equalization(self) -> Equalization:
-        """The same as a field of a recipe."""
-        return Equalization("awe", self.alpha, self.tokens)
+    if alpha is None:
+        alpha = "search" if method == "awe" else 0.5
+    return Equalization(method, alpha, tokens)
 
 
-@dataclass(frozen=True)
-class SmoothQuant:
-    """SmoothQuant's scales, ``max|x|**alpha / max|w|**(1 - alpha)``, folded into norms."""
+def AWE(alpha: float | str = "search", tokens: int = 512) -> Equalization:
+    """Return ``Equalize("awe", alpha, tokens)``."""
+    return Equalize("awe", alpha, tokens)
 
-    alpha: float = 0.5
 
-    def __post_init__(self) -> None:
-        self.equalization()
-
-    def equalization(self) -> Equalization:
-        """The same as a field of a recipe."""
-        return Equalization("smoothquant", self.alpha)
+def SmoothQuant(alpha: float = 0.5) -> Equalization:
+    """Return ``Equalize("smoothquant", alpha)``."""
+    return Equalize("smoothquant", alpha)
 
 
 @dataclass(frozen=True)
@@ -113,8 +105,9 @@ class BiasCorrection:
     """Subtract the mean error that quantized weights make from the bias [AWEQ, eqs. 11-15]."""
 
 
-#: Parts by the name they have in files.
-PARTS: dict[str, type] = {
+#: Parts by their names in files.
+PARTS: dict[str, Callable[..., Any]] = {
+    "Equalize": Equalize,
     "AWE": AWE,
     "SmoothQuant": SmoothQuant,
     "GPTQ": GPTQ,
@@ -130,9 +123,10 @@ def combine(parts: Sequence[Any]) -> Recipe:
     Parameters
     ----------
     parts : sequence
-        At most one equalization (:class:`AWE`, :class:`SmoothQuant`), then exactly one solver
-        (:class:`GPTQ`, :class:`RTN`), and at most one each of :class:`ActivationQuantization` and
-        :class:`BiasCorrection`. In files: the part's name, or ``{"part": name, option: value}``.
+        At most one equalization (:func:`Equalize`, :func:`AWE`, :func:`SmoothQuant`), then exactly
+        one solver (:class:`GPTQ`, :class:`RTN`), and at most one each of
+        :class:`ActivationQuantization` and :class:`BiasCorrection`. In files: the part's name, or
+        ``{"part": name, option: value}``.
 
     Raises
     ------
@@ -144,8 +138,8 @@ def combine(parts: Sequence[Any]) -> Recipe:
     solver = next(p for p in made if isinstance(p, _Solver))
     changes: dict[str, Any] = dict(solver.options)
     for part in made:
-        if isinstance(part, (AWE, SmoothQuant)):
-            changes["equalization"] = part.equalization()
+        if isinstance(part, Equalization):
+            changes["equalization"] = part
         elif isinstance(part, ActivationQuantization):
             changes["activations"] = part
         elif isinstance(part, BiasCorrection):
@@ -154,9 +148,9 @@ def combine(parts: Sequence[Any]) -> Recipe:
 
 
 def _make(part: Any) -> Any:
-    if isinstance(part, tuple(PARTS.values())):
+    if isinstance(part, (_Solver, Equalization, ActivationQuantization, BiasCorrection)):
         return part
-    if isinstance(part, type) and part in PARTS.values():
+    if callable(part) and part in PARTS.values():
         return part()
     name, options = part, {}
     if isinstance(part, Mapping):
@@ -164,22 +158,19 @@ def _make(part: Any) -> Any:
         name = part.get("part")
     if not isinstance(name, str) or name not in PARTS:
         raise ValueError(
-            f"{part!r} is no part of a recipe; parts are {', '.join(PARTS)}, in files a name or "
+            f"{part!r} is not a part of a recipe; parts are {', '.join(PARTS)}, in files a name or "
             "{part = name, option = value}"
         )
-    kind = PARTS[name]
-    if not issubclass(kind, _Solver):
-        check_names(options, name, kind)
-    return kind(**options)
+    if name not in ("GPTQ", "RTN"):
+        check_names(options, name, inspect.signature(PARTS[name]).parameters)
+    return PARTS[name](**options)
 
 
 def _check_order(parts: Sequence[Any]) -> None:
-    """Exactly one solver, at most one of the others, equalization first."""
-    kinds = {
+    """Require exactly one solver and at most one of the others, equalization first."""
+    kinds: dict[str, list[Any]] = {
         "solver (GPTQ or RTN)": [p for p in parts if isinstance(p, _Solver)],
-        "equalization (AWE or SmoothQuant)": [
-            p for p in parts if isinstance(p, (AWE, SmoothQuant))
-        ],
+        "equalization (AWE or SmoothQuant)": [p for p in parts if isinstance(p, Equalization)],
         "ActivationQuantization": [p for p in parts if isinstance(p, ActivationQuantization)],
         "BiasCorrection": [p for p in parts if isinstance(p, BiasCorrection)],
     }

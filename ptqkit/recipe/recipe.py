@@ -1,29 +1,30 @@
-"""What to do with each linear layer: method, bits, groups, and exceptions by name."""
+"""Say what to do with each linear layer: method, bits, groups, and exceptions by name."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ptqkit.arrays.matrix import parse_bits
+from ptqkit.arrays.factorization import ORDERS
+from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid, parse_bits
 from ptqkit.recipe.options import ActivationQuantization, Equalization, check_int, check_names
 from ptqkit.recipe.presets import PRESETS
 
-__all__ = ["Recipe", "check_combination", "check_overrides", "check_propagation", "match_pattern"]
+__all__ = ["Recipe", "match_pattern"]
 
 _CHOICES = {
     "method": ("gptq", "rtn"),
-    "order": ("natural", "act", "group-act"),
-    "grid": ("minmax", "mse", "hessian"),
-    "scale_dtype": (None, "float32", "float16", "bfloat16"),
+    "order": ORDERS,
+    "grid": tuple(GRID_METHODS),
+    "scale_dtype": (None, *SCALE_TYPES),
 }
 
 
 def match_pattern(pattern: str, name: str) -> bool:
-    """Whether a layer name matches a glob (``*.mlp.*``) or a regex (``re:.*\\.q_proj``)."""
+    r"""Return whether a layer name matches a glob (``*.mlp.*``) or a regex (``re:.*\.q_proj``)."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)
@@ -31,7 +32,7 @@ def match_pattern(pattern: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of a quantization run; the defaults are the ``quality`` preset.
+    """Hold the options of a quantization run; the defaults are the ``quality`` preset.
 
     Parameters
     ----------
@@ -58,15 +59,15 @@ class Recipe:
     block_size : int
         Columns per lazy block of the solver (changes no code).
     error_propagation : float
-        Alpha of :func:`ptqkit.propagate_error`: 0 (off) to 1. Above 0 the float model runs beside
-        the quantized one, at twice the activations' memory, and each weight is corrected for the
-        errors of the layers before it. Of the whole run: an override cannot change it.
+        Alpha of :func:`ptqkit.propagate_error`: 0 (off) to 1. Above 0 the float model runs next
+        to the quantized one, at twice the activations' memory, and each weight is corrected for the
+        errors of the layers before it. It holds for the whole run: an override cannot change it.
     per_tensor : bool
         One scale for the whole weight matrix (``method="rtn"``, ``group_size=None``).
     activations : ActivationQuantization or None
-        Also quantize the layer's inputs (simulated: exact grids in float); None leaves them.
+        Also quantize the layer's inputs (simulated: exact grids in float); None: leave them float.
     equalization : Equalization or None
-        Equalize the float model first. Of the whole run.
+        Equalize the float model first. It holds for the whole run.
     bias_correction : bool
         Subtract ``(W_hat - W) E[x]`` from each layer's bias [AWEQ, eqs. 11-15]; a layer without a
         bias gains one.
@@ -111,6 +112,20 @@ class Recipe:
     include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.activations is not None:
+            object.__setattr__(self, "activations", ActivationQuantization.parse(self.activations))
+        object.__setattr__(self, "equalization", Equalization.parse(self.equalization))
+        self._check_fields()
+        self._check_propagation()
+        self._check_per_tensor()
+        if isinstance(self.include, str):
+            raise ValueError("include must be a sequence of patterns, not one string")
+        object.__setattr__(self, "include", tuple(self.include))
+        self._check_patterns()
+        for pattern, change in self.overrides.items():
+            self._check_override(f"overrides[{pattern!r}]", change)
+
+    def _check_fields(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
@@ -131,29 +146,84 @@ class Recipe:
             raise ValueError(
                 f"max_damping ({self.max_damping}) must not be below damping ({self.damping})"
             )
-        check_propagation(self.error_propagation, self.method)
-        if self.activations is not None:
-            object.__setattr__(self, "activations", ActivationQuantization.parse(self.activations))
-        object.__setattr__(self, "equalization", Equalization.parse(self.equalization))
-        check_combination(self)
-        if isinstance(self.include, str):
-            raise ValueError("include must be a sequence of patterns, not one string")
-        object.__setattr__(self, "include", tuple(self.include))
-        check_overrides(self)
+
+    def _check_propagation(self) -> None:
+        alpha = self.error_propagation
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not number or not 0 <= alpha <= 1:
+            raise ValueError(f"error_propagation must be a number from 0 to 1, not {alpha!r}")
+        if alpha == 0:
+            return
+        if self.method != "gptq":
+            raise ValueError(
+                f"error_propagation={alpha} needs method 'gptq', not {self.method!r}: it is made "
+                "for a solver with the Hessian; use error_propagation=0, or 'skip' the layer"
+            )
+        for name in ("bias_correction", "activations"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"error_propagation={alpha:g} cannot be combined with {name}: its float model "
+                    "runs in the same modules; use error_propagation=0"
+                )
+
+    def _check_per_tensor(self) -> None:
+        if not self.per_tensor:
+            return
+        if self.method != "rtn":
+            raise ValueError(
+                "per_tensor=True needs method 'rtn': GPTQ fits grids per channel or group"
+            )
+        if self.group_size is not None:
+            raise ValueError(
+                f"per_tensor=True needs group_size=None (one scale), not {self.group_size}"
+            )
+        if self.grid != "minmax":
+            raise ValueError(f"per_tensor=True needs grid 'minmax', not {self.grid!r}")
+
+    def _check_patterns(self) -> None:
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"overrides must be a mapping, not {type(self.overrides).__name__}")
+        for pattern in [*self.overrides, *self.include]:
+            if not isinstance(pattern, str):
+                raise ValueError(f"a pattern must be a string, not {pattern!r}")
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(
+                        f"pattern {pattern!r} is not a regular expression: {error}"
+                    ) from None
+
+    def _check_override(self, where: str, change: Mapping[str, Any] | str) -> None:
+        """Raise ValueError unless the change, alone, is a valid one of this recipe."""
+        if change == "skip":
+            return
+        if not isinstance(change, Mapping):
+            raise ValueError(f"{where} must be a mapping of changes or 'skip', not {change!r}")
+        check_names(change, where, _names())
+        if {"overrides", "include"} & set(change):
+            raise ValueError(f"{where} cannot hold overrides or include")
+        for name in ("error_propagation", "equalization"):
+            if name in change:
+                raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
+        try:
+            replace(self, **change, overrides={}, include=())
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Recipe:
         """Return a named recipe (see :data:`PRESETS`) with changes applied."""
         if name not in PRESETS:
             raise ValueError(f"recipe must be one of {tuple(PRESETS)}, not {name!r}")
-        check_names(changes, "recipe", cls)
+        check_names(changes, "recipe", _names())
         if changes.get("per_tensor"):
             changes.setdefault("group_size", None)
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Inverse of :meth:`to_dict`; a key ``preset`` may name the preset to start from."""
+        """Return the recipe of a mapping (:meth:`to_dict`); ``preset`` may name where it starts."""
         values = dict(values)
         name = values.pop("preset", "quality")
         return cls.preset(name, **values)
@@ -168,7 +238,7 @@ class Recipe:
         return values
 
     def for_layer(self, name: str) -> Recipe | None:
-        """Options of one layer with the overrides applied; None where it is to be skipped."""
+        """Return the options of one layer with the overrides applied; None if it is skipped."""
         changes: dict[str, Any] | None = {}
         for pattern, change in self.overrides.items():
             if match_pattern(pattern, name):
@@ -177,82 +247,67 @@ class Recipe:
             return None
         return replace(self, **changes, overrides={}, include=())
 
+    @property
+    def weight_grid(self) -> WeightGrid:
+        """Grid of a layer's weight; float32 scales if the recipe leaves them to the weight."""
+        symmetric = self.symmetric or self.bits == "ternary"
+        scale_dtype = self.scale_dtype or "float32"
+        return WeightGrid(self.bits, self.group_size, symmetric, self.per_tensor, scale_dtype)
+
+    def with_scale_dtype(self, dtype: str) -> Recipe:
+        """Return the recipe with the dtype of the scales if it has none yet.
+
+        Parameters
+        ----------
+        dtype : str
+            Of the layer's weight; float64 weights get float32 scales.
+        """
+        if self.scale_dtype is not None:
+            return self
+        return replace(self, scale_dtype="float32" if dtype == "float64" else dtype)
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether the ranges of the layer's inputs are needed: bias correction, static grids."""
+        return self.bias_correction or (
+            self.activations is not None and not self.activations.dynamic
+        )
+
+    def needs_calibration(self) -> str:
+        """Return what needs calibration data, such as ``"method 'gptq'"``; '' if nothing does.
+
+        An override that needs data counts, whether or not it matches a layer.
+        """
+        reasons = {
+            "equalization": self.equalization is not None,
+            "method 'gptq'": self.method == "gptq",
+            "grid 'hessian'": self.grid == "hessian",
+            "bias_correction": self.bias_correction,
+            "a static grid of activations": self.needs_ranges,
+        }
+        for what, needed in reasons.items():
+            if needed:
+                return what
+        for pattern, change in self.overrides.items():
+            if isinstance(change, Mapping):
+                what = replace(self, **change, overrides={}, include=()).needs_calibration()
+                if what:
+                    return f"{what} of overrides[{pattern!r}]"
+        return ""
+
     def unmatched(self, names: Iterable[str]) -> list[str]:
-        """Patterns of ``overrides`` and ``include`` that match none of the names."""
+        """Return the patterns of ``overrides`` and ``include`` that match none of the names."""
         names = list(names)
         patterns = [*self.overrides, *self.include]
         return [p for p in patterns if not any(match_pattern(p, n) for n in names)]
 
 
 def _plain(change: Mapping[str, Any]) -> dict[str, Any]:
-    """An override as values that ``json.dumps`` accepts."""
+    """Return an override as values that ``json.dumps`` accepts."""
     return {
         k: v.to_dict() if isinstance(v, ActivationQuantization) else v for k, v in change.items()
     }
 
 
-def check_propagation(alpha: Any, method: str) -> None:
-    """Refuse an error propagation out of range, or without a solver that it is made for."""
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not number or not 0 <= alpha <= 1:
-        raise ValueError(f"error_propagation must be a number from 0 to 1, not {alpha!r}")
-    if alpha > 0 and method != "gptq":
-        raise ValueError(
-            f"error_propagation={alpha} needs method 'gptq', not {method!r}: it is made for a "
-            "solver with the Hessian; use error_propagation=0, or 'skip' the layer"
-        )
-
-
-def check_overrides(recipe: Recipe) -> None:
-    """Every override must be a valid change, alone, of this recipe."""
-    if not isinstance(recipe.overrides, Mapping):
-        raise ValueError(f"overrides must be a mapping, not {type(recipe.overrides).__name__}")
-    for pattern in [*recipe.overrides, *recipe.include]:
-        if not isinstance(pattern, str):
-            raise ValueError(f"a pattern must be a string, not {pattern!r}")
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
-    for pattern, change in recipe.overrides.items():
-        if change == "skip":
-            continue
-        if not isinstance(change, Mapping):
-            raise ValueError(
-                f"overrides[{pattern!r}] must be a mapping of changes or 'skip', not {change!r}"
-            )
-        check_names(change, f"overrides[{pattern!r}]", type(recipe))
-        if {"overrides", "include"} & set(change):
-            raise ValueError(f"overrides[{pattern!r}] cannot hold overrides or include")
-        for name in ("error_propagation", "equalization"):
-            if name in change:
-                raise ValueError(
-                    f"overrides[{pattern!r}] cannot hold {name}: it holds for the whole run"
-                )
-        try:
-            replace(recipe, **change, overrides={}, include=())
-        except ValueError as error:
-            raise ValueError(f"overrides[{pattern!r}]: {error}") from None
-
-
-def check_combination(recipe: Recipe) -> None:
-    """Refuse fields that contradict each other."""
-    if recipe.per_tensor:
-        if recipe.method != "rtn":
-            raise ValueError(
-                "per_tensor=True needs method 'rtn': GPTQ fits grids per channel or group"
-            )
-        if recipe.group_size is not None:
-            raise ValueError(
-                f"per_tensor=True needs group_size=None (one scale), not {recipe.group_size}"
-            )
-        if recipe.grid != "minmax":
-            raise ValueError(f"per_tensor=True needs grid 'minmax', not {recipe.grid!r}")
-    if recipe.error_propagation > 0:
-        for name in ("bias_correction", "activations"):
-            if getattr(recipe, name):
-                raise ValueError(
-                    f"error_propagation={recipe.error_propagation:g} cannot be combined with "
-                    f"{name}: its float model runs in the same modules; use error_propagation=0"
-                )
+def _names() -> list[str]:
+    return [f.name for f in fields(Recipe)]

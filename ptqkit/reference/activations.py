@@ -23,13 +23,13 @@ ZERO_RANGE_SCALE = 2.0**-23
 
 
 def code_limits(bits: int, narrow_range: bool = False) -> tuple[int, int]:
-    """Smallest and largest signed code: -2^(b-1) and 2^(b-1) - 1; narrow: of the same size."""
+    """Return the smallest and largest code: -2^(b-1) and 2^(b-1) - 1; narrow: of one size."""
     top = (1 << (bits - 1)) - 1
     return (-top if narrow_range else -top - 1), top
 
 
 def signed_grid(low, high, *, bits=8, symmetric=True, narrow_range=False, dtype=np.float64):
-    """Scale and zero-point of the range [low, high], elementwise.
+    """Return scale and zero-point of the range [low, high], elementwise.
 
     Symmetric: s = max|x| / ((2^b - 1) / 2), or max|x| / (2^(b-1) - 1) when narrow [IPQS].
     Asymmetric: s = (high - low) / (2^b - 1), z = clamp(round(-2^(b-1) - low / s)). A range holds 0.
@@ -66,9 +66,9 @@ def quantize_activations(
     outliers=None,
     dtype=np.float64,
 ):
-    """code = clamp(round(x / s + z)), ties to even; X (tokens, channels).
+    """Return code = clamp(round(x / s + z)), ties to even; X (tokens, channels).
 
-    Columns where ``outliers`` is true take no part in the range and get the code of 0.
+    Columns with ``outliers`` true do not take part in the range and get the code of 0.
 
     Returns
     -------
@@ -95,18 +95,18 @@ def quantize_activations(
 
 
 def dequantize_activations(codes, scales, zero_points, dtype=np.float64):
-    """Value = s * (code - z). Broadcasts."""
+    """Return s * (code - z), with broadcasting."""
     steps = np.asarray(codes, np.int64) - np.asarray(zero_points, np.int64)
     return steps.astype(dtype) * np.asarray(scales, dtype)
 
 
 def outlier_columns(X, threshold=6.0):
-    """Columns with an |x| >= threshold; X (tokens, channels)."""
+    """Return the columns with an |x| >= threshold; X (tokens, channels)."""
     return (np.abs(np.asarray(X, np.float64)) >= threshold).any(axis=0)
 
 
 def integer_matmul(qx, zx, sx, qw, zw, sw):
-    """s_x * s_w * sum_k (qx - zx)(qw - zw), the sum in int64; qx (tokens, in), qw (out, in).
+    """Return s_x * s_w * sum_k (qx - zx)(qw - zw), the sum in int64; qx (tokens, in), qw (out, in).
 
     zx, sx (tokens, 1); zw, sw (out, 1). Vector-wise int8 [IPQS].
     """
@@ -117,5 +117,5 @@ def integer_matmul(qx, zx, sx, qw, zw, sw):
 
 
 def bias_correction(W, W_hat, mean):
-    """(W_hat - W) E[x], to be subtracted from the bias ([AWEQ] equations 11 to 15)."""
+    """Return (W_hat - W) E[x], to be subtracted from the bias [AWEQ, equations 11 to 15]."""
     return (np.asarray(W_hat, np.float64) - np.asarray(W, np.float64)) @ np.asarray(mean)

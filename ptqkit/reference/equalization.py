@@ -18,7 +18,7 @@ SCALE_LIMITS = (2.0**-20, 2.0**20)  # of an equalization scale
 
 
 def channel_ranges(X, mask=None):
-    """Minimum, maximum and mean of each channel over the tokens whose mask is true."""
+    """Return minimum, maximum and mean of each channel over the tokens whose mask is true."""
     X = np.asarray(X, np.float64).reshape(-1, np.shape(X)[-1])
     if mask is not None:
         X = X[np.asarray(mask, bool).reshape(-1)]
@@ -26,18 +26,18 @@ def channel_ranges(X, mask=None):
 
 
 def weight_span(weights):
-    """max - min of every column of the layers (out, in) that one tensor feeds, together."""
+    """Return max - min of every column of the layers (out, in) that one tensor feeds, together."""
     W = np.concatenate([np.asarray(w, np.float64) for w in weights])
     return W.max(axis=0) - W.min(axis=0)
 
 
-def equalization_scales(activation_extent, weight_span, alpha=0.5, channel_of=None):
-    """s = rx^alpha / rw^(1 - alpha), float64; alpha = 1/2 is eq. 10, s = sqrt(rx / rw).
+def equalization_scales(activation_span, weight_span, alpha=0.5, channel_of=None):
+    """Return s = rx^alpha / rw^(1 - alpha), float64; alpha = 1/2 is eq. 10, s = sqrt(rx / rw).
 
     Tied channels count with the largest of their spans. A channel with either span 0 keeps
     s = 1; the rest lies in ``SCALE_LIMITS``.
     """
-    rx = np.asarray(activation_extent, np.float64)
+    rx = np.asarray(activation_span, np.float64)
     rw = np.asarray(weight_span, np.float64)
     if channel_of is not None:
         _, group = np.unique(channel_of, return_inverse=True)
@@ -49,7 +49,7 @@ def equalization_scales(activation_extent, weight_span, alpha=0.5, channel_of=No
 
 
 def fake_quantize(x, low, high, max_code, symmetric):
-    """x rounded on the min-max grid of [low, high] (broadcast), back in float64.
+    """Return x rounded on the min-max grid of [low, high] (broadcast), back in float64.
 
     Symmetric: scale = absmax / (max_code / 2), signed codes in [-(max_code + 1) / 2,
     (max_code - 1) / 2]. Asymmetric: scale = (high - low) / max_code, zero = round(-low / scale).
@@ -67,7 +67,7 @@ def fake_quantize(x, low, high, max_code, symmetric):
 
 
 def static_range(minimum, maximum, scales):
-    """Range of a whole tensor of activations after division by the channels' scales."""
+    """Return the range of a whole tensor of activations after division by the channels' scales."""
     low, high = (np.asarray(v, np.float32) / scales for v in (minimum, maximum))
     return np.float64(low.min()), np.float64(high.max())
 
@@ -93,7 +93,7 @@ def equalization_error(
     activation_range=None,
     activation_symmetric=True,
 ):
-    """Sum over tokens and outputs of (Q_a(X / s) Q_w(W s)^T - X W^T)^2 [AWEQ, section 3.2].
+    """Return the sum of (Q_a(X / s) Q_w(W s)^T - X W^T)^2 over all entries [AWEQ, section 3.2].
 
     ``activation_range`` (low, high) of X / s makes Q_a static over the tensor; None makes it
     dynamic per token; ``activation_max_code`` None leaves activations alone. X / s and W s are

@@ -25,25 +25,25 @@ def round_to_dtype(x: np.ndarray, dtype: str) -> np.ndarray:
         rounded = x32.astype(np.float16).astype(np.float64)
     elif dtype == "bfloat16":
         bits = x32.view(np.uint32).astype(np.uint64)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # nearest, ties to even
-        rounded = bits.astype(np.uint32).view(np.float32).astype(np.float64)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # ties to even
+        rounded = nearest.astype(np.uint32).view(np.float32).astype(np.float64)
     else:
         rounded = x32.astype(np.float64)
     return np.maximum(rounded, SMALLEST[dtype])
 
 
 def quantize(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, max_code: int) -> np.ndarray:
-    """Code = clamp(round(x / s) + z, 0, max_code), ties to even. Broadcasts."""
+    """Return clamp(round(x / s) + z, 0, max_code), ties to even, with broadcasting."""
     return np.clip(np.round(x / scale) + zero, 0, max_code).astype(np.uint8)
 
 
 def dequantize(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
-    """Value = s * (code - z). Broadcasts."""
+    """Return s * (code - z), with broadcasting."""
     return scale * (codes.astype(np.float64) - zero)
 
 
 def _grid_of_range(low, high, max_code, symmetric, scale_dtype, min_zero):
-    """Scale and zero-point of the range [low, high] (low <= 0 <= high), elementwise."""
+    """Return scale and zero-point of the range [low, high] (low <= 0 <= high), elementwise."""
     if symmetric:
         reach = np.maximum(-low, high)
         scale = np.where(reach > 0, reach / (max_code / 2), 1.0)
@@ -54,12 +54,12 @@ def _grid_of_range(low, high, max_code, symmetric, scale_dtype, min_zero):
 
 
 def shrink_factors(steps: int, smallest: float) -> np.ndarray:
-    """Factors from 1 down to ``smallest`` by which the min-max range is shrunk."""
+    """Return the factors from 1 down to ``smallest`` by which the min-max range is shrunk."""
     return np.linspace(1.0, smallest, steps)
 
 
 def _search_error(d, method, norm, H):
-    """Error of a candidate, per row: sum |d|^norm, or d B d^T with B the diagonal blocks of H."""
+    """Return the error of a candidate per row: sum |d|^norm, or d B d^T with blocks B of H."""
     if method == "mse":
         return (np.abs(d) ** norm).sum(axis=1)
     total = np.zeros(len(d))
@@ -92,7 +92,7 @@ def fit_grid(
         Largest code, ``2**bits - 1`` or 2 for ternary.
     method : {"minmax", "mse", "hessian"}
         Min-max range; or the shrink factor of that range with the least ``sum |d|^norm``; or the
-        one with the least ``d H d^T`` where d is the rounding error and H (group, group) the
+        one with the least ``d H d^T``, with d the rounding error and H (group, group) the
         group's own block of the Hessian. Only the ``candidates`` factors that are best under the
         diagonal of H are compared under all of it.
 

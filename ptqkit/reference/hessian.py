@@ -8,7 +8,7 @@ __all__ = ["dampen", "hessian", "merge"]
 
 
 def hessian(X: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """H = (2/N) X^T X over the tokens (rows) of X whose mask is true."""
+    """Return H = (2/N) X^T X over the tokens (rows) of X whose mask is true."""
     X = np.asarray(X, np.float64).reshape(-1, np.shape(X)[-1])
     if mask is not None:
         X = X[np.asarray(mask, bool).reshape(-1)]
@@ -16,7 +16,7 @@ def hessian(X: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
 
 
 def merge(H1: np.ndarray, tokens1: int, H2: np.ndarray, tokens2: int) -> np.ndarray:
-    """Hessian of two token sets together: (N1 H1 + N2 H2) / (N1 + N2)."""
+    """Return the Hessian of two token sets together: (N1 H1 + N2 H2) / (N1 + N2)."""
     return (tokens1 * H1 + tokens2 * H2) / (tokens1 + tokens2)
 
 

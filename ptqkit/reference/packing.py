@@ -22,7 +22,7 @@ def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_rows(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """Inverse of :func:`pack_rows`."""
+    """Return the codes of packed rows."""
     stream = np.unpackbits(
         np.ascontiguousarray(packed, "<u4").view(np.uint8), axis=1, bitorder="little"
     )

@@ -17,14 +17,14 @@ __all__ = [
 
 
 def softmax_grid(bits=8, minimum=0.0, maximum=1.0):
-    """Scale and zero-point of the asymmetric min-max grid of a range that holds 0 [NUMERICS 1]."""
+    """Return scale and zero-point of the asymmetric min-max grid of a range that holds 0."""
     low, high = min(minimum, 0.0), max(maximum, 0.0)
     scale = (high - low) / (2**bits - 1)
     return scale, int(np.rint(-low / scale))
 
 
 def allowed_keys(shape, allowed=None, causal=False):
-    """Boolean (batch, heads, q, k) of the keys that each row may see.
+    """Return boolean (batch, heads, q, k) of the keys that each row may see.
 
     ``allowed``: None, (batch, k), or anything that broadcasts; causal: query i of q sees the keys
     up to i + k - q.
@@ -39,7 +39,7 @@ def allowed_keys(shape, allowed=None, causal=False):
 
 
 def softmax(scores, allowed):
-    """Softmax over the allowed keys of the last axis; 0 elsewhere, and in rows that have none."""
+    """Return the softmax over the allowed keys of the last axis; 0 elsewhere and in empty rows."""
     x = np.where(allowed, np.asarray(scores, np.float64), -np.inf)
     high = x.max(axis=-1, keepdims=True)
     e = np.exp(x - np.where(np.isfinite(high), high, 0.0))
@@ -48,9 +48,9 @@ def softmax(scores, allowed):
 
 
 def softmax_codes(P, scale, zero, max_code):
-    """Codes clamp(round(p / s) + z, 0, 2^b - 1), the division as a product with 1 / s in P's type.
+    """Return clamp(round(p / s) + z, 0, 2^b - 1), dividing as a product with 1 / s in P's type.
 
-    In float32 these are the very codes that the core counts.
+    In float32 these are exactly the codes that the core counts.
     """
     P = np.asarray(P)
     inverse = P.dtype.type(1) / P.dtype.type(scale)
@@ -60,7 +60,7 @@ def softmax_codes(P, scale, zero, max_code):
 def softmax_on_grid(
     scores, scale, zero, max_code, *, correction=None, bias=0.0, allowed=None, causal=False
 ):
-    """Softmax, rounded to the grid and corrected on the allowed keys, in float64.
+    """Return the softmax, rounded to the grid and corrected on the allowed keys, in float64.
 
     Shapes: scores (batch, heads, q, k). correction "bias": beta () or (heads,), so that
     y = s code - (s z - beta) [SBC, eq. 4]; "row_length": beta (lengths,) or (heads, lengths) by the
@@ -88,7 +88,7 @@ def softmax_on_grid(
 
 
 def length_class(length):
-    """Class of a row length: exact below 16, then 8 classes to the octave."""
+    """Return the class of a row length: exact below 16, then 8 classes per octave."""
     if length < 16:
         return length
     octave = length.bit_length() - 1
@@ -96,7 +96,7 @@ def length_class(length):
 
 
 def softmax_statistics(P, scale, zero, max_code, allowed, classes=240):
-    """Rows, entries, sum of code - z and zero codes (heads, classes, 4), allowed entries only.
+    """Return rows, entries, sum of code - z and zero codes (heads, classes, 4) if allowed.
 
     Rows without an allowed key count for nothing.
     """
@@ -112,7 +112,7 @@ def softmax_statistics(P, scale, zero, max_code, allowed, classes=240):
 
 
 def softmax_bias(P, Q, allowed):
-    """beta = E[p] - E[q(p)] over the allowed entries [SBC, eq. 4]: () and, per head, (heads,).
+    """Return beta = E[p] - E[q(p)] of the allowed entries [SBC, eq. 4], () and per head (heads,).
 
     E[p] is the mean of 1 / (allowed keys of the row): what n_seq becomes under a mask.
     """

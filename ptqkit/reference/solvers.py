@@ -24,13 +24,13 @@ __all__ = [
 
 
 def objective(E: np.ndarray, H: np.ndarray) -> np.ndarray:
-    """Per-row objective e H e^T of the error E = W - Q; its sum is tr(E H E^T)."""
+    """Return the per-row objective e H e^T of the error E = W - Q; its sum is tr(E H E^T)."""
     E = np.asarray(E, np.float64)
     return np.einsum("rj,rj->r", E @ np.asarray(H, np.float64), E)
 
 
 def upper_factor(H: np.ndarray) -> np.ndarray:
-    """R upper triangular with H = R R^T: Cholesky with rows and columns reversed."""
+    """Return R upper triangular with H = R R^T: Cholesky with rows and columns reversed."""
     return np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
 
 
@@ -53,7 +53,7 @@ def rtn(W, *, max_code, group_size=None, per_tensor=False, H=None, **grid):
 
 
 def make_order(diagonal: np.ndarray, order: str, group_size: int | None) -> np.ndarray:
-    """Quantization order: entry i is the original column that is quantized i-th.
+    """Return the quantization order: entry i is the original column that is quantized i-th.
 
     "natural"; "act": decreasing H_jj; "group-act": groups by decreasing sum of H_jj, the columns
     of a group by decreasing H_jj (groups stay whole). Ties keep their original order.
@@ -84,7 +84,7 @@ def gptq(
     refine_passes=0,
     **grid,
 ):
-    """GPTQ as published, Algorithm 1 of [GPTQ] with a lazy block of one column.
+    """Run GPTQ as published [GPTQ, Algorithm 1], with a lazy block of one column.
 
     With U the upper Cholesky factor of H^-1, column j is rounded, and its error divided by U_jj is
     spread over the later columns by row j of U. A group's grid is fitted to its updated weights
@@ -138,7 +138,7 @@ def gptq(
 
 
 def quantization_targets(W, codes, scales, zeros, g_idx, order, damped):
-    """Real value that each column was rounded from, given the codes of the columns before it.
+    """Return the real value that each column was rounded from, given the codes before it.
 
     With H = R R^T (R upper) and E = W - Q the published recursion becomes Babai's nearest plane:
     target_j = w_j + (sum_{k<j} E_k R_kj) / R_jj, which needs no inverse of H.
@@ -152,7 +152,7 @@ def quantization_targets(W, codes, scales, zeros, g_idx, order, damped):
 
 
 def sweep(W, codes, scales, zeros, g_idx, H, order, max_code):
-    """One coordinate-descent pass over the codes, in quantization order; dead inputs are skipped.
+    """Run one coordinate-descent pass over the codes in quantization order, without dead inputs.
 
     q_j = Q(w_j + (E H)_j / H_jj - E_j): the best code for column j given all the others.
     """
@@ -169,11 +169,11 @@ def sweep(W, codes, scales, zeros, g_idx, H, order, max_code):
 
 
 def obq(W, H, *, max_code, group_size=None, damping=0.01, **grid):
-    """Optimal Brain Quantization: per row, always the column whose rounding costs least next.
+    """Run Optimal Brain Quantization [OBQ]: per row, the column that costs least comes next.
 
     Grids are fitted to the original weights. Of the columns left, j minimises
     (Q(w_j) - w_j)^2 / [H^-1]_jj; the others take w -= (w_j - Q(w_j)) / [H^-1]_jj * [H^-1]_j:, and j
-    is eliminated from H^-1 ([GPTQ] equations 2 and 3).
+    is eliminated from H^-1 [GPTQ, equations 2 and 3].
     """
     H = np.asarray(H, np.float64)
     damped, dead = dampen(H, damping)
@@ -207,7 +207,7 @@ def _obq_row(w, inverse, scale, zero, max_code):
 
 
 def propagate_error(W, H, G, alpha, damping):
-    """W + alpha W (G - H) (H + lambda I)^-1: what to quantize when inputs carry errors already.
+    """Return W + alpha W (G - H) (H + lambda I)^-1, to quantize if inputs carry errors already.
 
     With x the float model's inputs, x~ the quantized one's, H = (2/N) sum x~ x~^T and
     G = (2/N) sum x x~^T, the least squares of W x - W* x~ is W* = W G H^-1 (QEP, arXiv 2504.09629);
@@ -219,7 +219,7 @@ def propagate_error(W, H, G, alpha, damping):
 
 
 def brute_force(w, scale, zero, H, max_code):
-    """Best codes of one row by trying all of them; for rows of at most about six columns."""
+    """Return the best codes of one row by trying all of them; for up to about six columns."""
     best = min(
         product(range(max_code + 1), repeat=len(w)),
         key=lambda c: objective((w - dequantize(np.array(c), scale, zero))[None], H)[0],

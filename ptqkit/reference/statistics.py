@@ -48,8 +48,10 @@ def _rmse(X, scale, top):
 
 
 def outlier_dimensions(hidden, *, value=6.0, layers=0.25, tokens=0.06):
-    """Dimensions with |x| >= value somewhere in that share of the layers, and in that share of all
-    tokens of all layers [LLM.int8()]; hidden: a matrix (tokens, channels) per layer.
+    """Outlier dimensions of hidden states, a matrix (tokens, channels) per layer [LLM.int8()].
+
+    Dimensions with |x| >= value somewhere in that share of the layers, and in that share of all
+    tokens of all layers.
     """
     large = [np.abs(np.asarray(h, np.float64)) >= value for h in hidden]
     in_layers = np.mean([x.any(axis=0) for x in large], axis=0)

@@ -9,7 +9,7 @@ before anything runs. Paths in it are relative to the file itself::
     [calibration]                # what recipes are fitted to
     text = "train.txt"           # .txt, .jsonl, either as .gz; "demo": the embedded model's text
     samples = 32                 # windows (128)
-    sequence_length = 256        # tokens a window (512)
+    sequence_length = 256        # tokens per window (512)
     # documents = [0, 400]       # of a .jsonl file, only these lines: first, and end
     # whitespace = "collapse"    # every run of white space becomes one space ("keep")
     # seed = 0, batch_size = 4, start_token = "auto" | "none" | id
@@ -19,7 +19,7 @@ before anything runs. Paths in it are relative to the file itself::
     path = "models/small"        # a folder; "demo": the embedded model
     # dtype = "float32"          # arithmetic; "auto": as stored, float16 as float32 on a CPU
     # optional = true            # a folder that does not exist skips the model
-    # outliers = {channels = 6, factor = 30, seed = 0}   # first make it hard on purpose
+    # outliers = {channels = 6, factor = 30, seed = 0}   # inject outliers first
     # calibration = {text = "other.txt"}                 # changes of [calibration] for this model
     # tasks = ["wiki"]           # by name; without, all
 
@@ -76,14 +76,19 @@ about a recipe, however far it moves in percent.
 
 from __future__ import annotations
 
-from ptqkit.sweep.plan import Plan, read_plan
+from typing import Any
+
+from ptqkit.sweep.grid import CellsFailed
+from ptqkit.sweep.plan import Plan
+from ptqkit.sweep.plan_reader import read_plan
 
 __all__ = ["CellsFailed", "Plan", "read_plan", "run_sweep"]
 
 
-def __getattr__(name: str) -> object:
-    if name in ("CellsFailed", "run_sweep"):
-        from ptqkit.sweep import run
+def __getattr__(name: str) -> Any:
+    if name == "run_sweep":
+        # It imports PyTorch and transformers.
+        from ptqkit.sweep.run import run_sweep
 
-        return getattr(run, name)
+        return run_sweep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,11 +37,11 @@ class Cell:
     message : str
         Why it failed, or what to know about it.
     value, metric, higher_is_better, count, left_out, truncated, chance
-        See :class:`ptqkit.sweep.tasks.Measured`.
+        See :class:`ptqkit.sweep.measured.Measured`.
     bits_per_weight : float
         Of the quantized layers, with scales and zero-points.
     activation_bits : float
-        Of their inputs; 16 where they stay as they are.
+        Of their inputs; 16 if they stay as they are.
     seconds_quantize, seconds_eval : float
         The first is of the recipe, and the same for all its tasks.
     reused : bool
@@ -104,8 +104,10 @@ class CellStore:
             return None
         if values.get("status") != OK or not isinstance(values.get("value"), (int, float)):
             return None
-        known = {k: math.nan if v is None else v for k, v in values.items() if k in _FIELDS}
-        return replace(cell, **known, reused=True)
+        known: dict[str, Any] = {
+            k: math.nan if v is None else v for k, v in values.items() if k in _FIELDS
+        }
+        return replace(cell, **{**known, "reused": True})
 
     def keep(self, cell: Cell, environment: dict[str, Any]) -> None:
         """Keep a cell, all at once or not at all."""

@@ -9,7 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ptqkit.sweep.plan import DEMO, ModelPlan, RecipePlan, TaskPlan, TextSource
+from ptqkit._version import __version__
+from ptqkit.demo import DEMO, MODEL_DIR, text
+from ptqkit.sweep.plan import ModelPlan, RecipePlan, TaskPlan, TextSource
 
 __all__ = ["cell_inputs", "file_digest", "key_of", "model_digest", "text_digest"]
 
@@ -38,8 +40,6 @@ def cell_inputs(
     device : str
         Type of the device: other hardware sums in another order.
     """
-    from ptqkit._version import __version__
-
     inputs: dict[str, Any] = {
         "schema": SCHEMA,
         "version": __version__,
@@ -57,7 +57,7 @@ def cell_inputs(
 
 
 def text_digest(source: TextSource) -> dict[str, Any]:
-    """What a text is, wherever its file lies."""
+    """Return what a text is, wherever its file lies."""
     return {
         "digest": _demo_text() if source.path == DEMO else file_digest(source.path),
         "documents": source.documents and list(source.documents),
@@ -68,8 +68,6 @@ def text_digest(source: TextSource) -> dict[str, Any]:
 def model_digest(path: str) -> str:
     """Hash of the files of a model's folder, hidden ones and subfolders left out."""
     if path == DEMO:
-        from ptqkit.demo import MODEL_DIR
-
         path = str(MODEL_DIR)
     files = sorted(p for p in Path(path).iterdir() if p.is_file() and p.name[0] != ".")
     return key_of({p.name: file_digest(str(p)) for p in files})
@@ -91,8 +89,6 @@ def _file_digest(path: str, size: int, changed: int) -> str:
 @lru_cache(maxsize=1)
 def _demo_text() -> str:
     """Hash of the texts of the demo, which are those of the Python that runs."""
-    from ptqkit.demo import text
-
     found = hashlib.sha256()
     for split in ("calibration", "test"):
         found.update(text(split).encode())

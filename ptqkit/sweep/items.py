@@ -41,11 +41,12 @@ def read_items(
     Raises
     ------
     ValueError
-        With file, line and field, if a line is no item or of another form than the first.
+        With file, line and field, if a line is not an item or has another form than the first.
     """
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    form, items = "", []
+    form = ""
+    items: list[dict[str, Any]] = []
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -61,7 +62,7 @@ def read_items(
 
 
 def chance(form: str, items: list[dict[str, Any]]) -> float:
-    """Share of right answers that guessing gives; 0 where there is nothing to choose from."""
+    """Share of right answers that guessing gives; 0 if there is nothing to choose from."""
     if form == "continuation":
         return 0.0
     return sum(1 / len(item[form]) for item in items) / len(items)
@@ -73,7 +74,7 @@ def _add(items: list[dict[str, Any]], line: str, form: str, where: str) -> str:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(item, dict):
-        raise ValueError(f"{where} is no object")
+        raise ValueError(f"{where} is not an object")
     found = next((name for name, keys in FORMS.items() if all(k in item for k in keys)), None)
     if found is None:
         known = "; ".join(", ".join(keys) for keys in FORMS.values())

@@ -11,9 +11,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ptqkit._files import write_atomically
 from ptqkit.sweep.cells import OK
+from ptqkit.sweep.grid import SweepResult
 from ptqkit.sweep.plan import FLOAT
-from ptqkit.sweep.run import SweepResult
-from ptqkit.sweep.table import rows
+from ptqkit.sweep.results import rows
 
 __all__ = ["draw"]
 

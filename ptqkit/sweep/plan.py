@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptqkit.errors import PreflightError
+from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
+from ptqkit.demo import DEMO
 
 __all__ = [
-    "DEMO",
     "FLOAT",
     "Calibration",
     "ModelPlan",
@@ -20,11 +19,7 @@ __all__ = [
     "RecipePlan",
     "TaskPlan",
     "TextSource",
-    "read_plan",
 ]
-
-DEMO = "demo"
-"""Stands for the embedded model, and for its texts."""
 
 FLOAT = "float"
 """Name of the row of the model as it is."""
@@ -44,9 +39,9 @@ class Calibration:
     """What recipes are fitted to; see :func:`ptqkit.hf.prepare_calibration`."""
 
     text: TextSource
-    samples: int = 128
-    sequence_length: int = 512
-    batch_size: int = 4
+    samples: int = SAMPLES
+    sequence_length: int = SEQUENCE_LENGTH
+    batch_size: int = BATCH_SIZE
     seed: int = 0
     start_token: str | int | None = "auto"
 
@@ -143,53 +138,3 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values."""
         return {**asdict(self), "file": self.file.name}
-
-
-def read_plan(path: str | os.PathLike[str]) -> Plan:
-    """Read and check a sweep file.
-
-    Parameters
-    ----------
-    path : path
-        A TOML file.
-
-    Returns
-    -------
-    Plan
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    PreflightError
-        With all problems of the file: syntax, unknown keys, wrong types, names used twice or not
-        at all, files that do not exist, recipes that contradict themselves.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no sweep file {str(path)!r}")
-    # It makes the values of this module.
-    from ptqkit.sweep.plan_reader import PlanReader
-
-    problems: list[str] = []
-    plan = PlanReader(path, _load(path), problems).plan()
-    if problems:
-        raise PreflightError(problems)
-    return plan
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        try:
-            import tomli as tomllib
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "a sweep file needs tomli on Python 3.10; install it with: pip install tomli",
-                name="tomli",
-            ) from error
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PreflightError([f"{path.name} is not valid TOML: {error}"]) from None

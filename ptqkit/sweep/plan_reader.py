@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ptqkit._defaults import BATCH_SIZE, FORWARD_BATCH_SIZE
+from ptqkit.demo import DEMO
+from ptqkit.errors import PreflightError
 from ptqkit.recipe import as_recipe
+from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import (
-    DEMO,
     FLOAT,
     Calibration,
     ModelPlan,
@@ -20,13 +26,59 @@ from ptqkit.sweep.plan import (
 )
 from ptqkit.sweep.reader import REQUIRED, Reader, one_of, whole
 
-__all__ = ["PlanReader"]
+__all__ = ["read_plan"]
 
 _KINDS = ("perplexity", "zero-shot")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
-class PlanReader:
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read and check a sweep file.
+
+    Parameters
+    ----------
+    path : path
+        A TOML file.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    PreflightError
+        With all problems of the file: syntax, unknown keys, wrong types, names used twice or not
+        at all, files that do not exist, recipes that contradict themselves.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no sweep file {str(path)!r}")
+    problems: list[str] = []
+    plan = _PlanReader(path, _load(path), problems).plan()
+    if problems:
+        raise PreflightError(problems)
+    return plan
+
+
+def _load(path: Path) -> dict[str, Any]:
+    # Python 3.10 has no tomllib.
+    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    try:
+        toml = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a sweep file needs tomli on Python 3.10; install it with: pip install tomli",
+            name="tomli",
+        ) from error
+    try:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PreflightError([f"{path.name} is not valid TOML: {error}"]) from None
+
+
+class _PlanReader:
     """Builds a plan; whatever is wrong goes to ``problems``."""
 
     def __init__(self, path: Path, values: dict[str, Any], problems: list[str]) -> None:
@@ -104,10 +156,10 @@ class PlanReader:
         reader = Reader(values, where, self.problems)
         result = Calibration(
             self._source(reader, "text"),
-            reader.take("samples", int, 128, whole(1)),
-            reader.take("sequence_length", int, 512, whole(2)),
-            reader.take("batch_size", int, 4, whole(1)),
-            reader.take("seed", int, 0, whole(0)),
+            reader.take("samples", int, Calibration.samples, whole(1)),
+            reader.take("sequence_length", int, Calibration.sequence_length, whole(2)),
+            reader.take("batch_size", int, Calibration.batch_size, whole(1)),
+            reader.take("seed", int, Calibration.seed, whole(0)),
             _start_token(reader),
         )
         reader.done()
@@ -126,7 +178,7 @@ class PlanReader:
                 "skips a model that is not there"
             )
         elif not missing and path not in (None, DEMO) and not Path(path, "config.json").is_file():
-            reader.problem(f"path {given!r}: the folder has no config.json, so it is no model")
+            reader.problem(f"path {given!r}: the folder has no config.json, so it is not a model")
         where = f"{self.path.name}: calibration" + (f" of model {name!r}" if change else "")
         chosen = _chosen(reader, "tasks", tasks)
         # The texts of a model that is skipped may be missing with it.
@@ -165,7 +217,7 @@ class PlanReader:
                 "window": reader.take("window", int, None, whole(2)),
                 "stride": reader.take("stride", int, None, whole(1)),
                 "start_token": _start_token(reader),
-                "batch_size": reader.take("batch_size", int, 4, whole(1)),
+                "batch_size": reader.take("batch_size", int, BATCH_SIZE, whole(1)),
             }
             _check_windows(reader, settings)
         else:
@@ -174,7 +226,7 @@ class PlanReader:
                 "limit": reader.take("limit", int, None, whole(1)),
                 "metric": reader.take("metric", str, "acc", one_of("acc", "acc_norm")),
                 "too_long": reader.take("too_long", str, "error", one_of("error", "skip")),
-                "batch_size": reader.take("batch_size", int, 8, whole(1)),
+                "batch_size": reader.take("batch_size", int, FORWARD_BATCH_SIZE, whole(1)),
             }
             self._items(reader, source, settings)
         reader.done()
@@ -182,8 +234,6 @@ class PlanReader:
 
     def _items(self, reader: Reader, source: TextSource, settings: dict[str, Any]) -> None:
         """Read the items of a zero-shot task once, for their form alone."""
-        from ptqkit.sweep.items import read_items
-
         if not Path(source.path).is_file():
             return
         try:
@@ -205,10 +255,10 @@ class PlanReader:
         return RecipePlan(name, value, _resolve(reader, value), chosen)
 
     def _published(self, reader: Reader) -> Published:
-        words = [reader.take(key, str) for key in ("model", "recipe", "task")]
+        model, recipe, task = (reader.take(key, str) for key in ("model", "recipe", "task"))
         value, source = reader.take("value", float), reader.take("source", str)
         reader.done()
-        return Published(*words, value, source)
+        return Published(model, recipe, task, value, source)
 
 
 def _without_channel(options: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +277,6 @@ def _channels(change: Any) -> Any:
 
 def _resolve(reader: Reader, value: Any) -> dict[str, Any]:
     """Plain values of a recipe with every default filled in."""
-
     try:
         return as_recipe(value).to_dict()
     except (ValueError, TypeError) as error:

@@ -6,87 +6,27 @@ import fnmatch
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ptqkit._config import show_config
+from ptqkit._version import __version__
 from ptqkit.errors import PreflightError, PtqkitError
+from ptqkit.hf.workbench import Workbench
+from ptqkit.sweep.bench import float_model, open_bench, quantized_copy
 from ptqkit.sweep.cells import FAILED, MISSING, OK, Cell, CellStore
-from ptqkit.sweep.digest import cell_inputs, key_of
-from ptqkit.sweep.plan import FLOAT, ModelPlan, Plan, RecipePlan
+from ptqkit.sweep.grid import CellsFailed, SweepInterrupted, SweepResult, plan_cells, recipes_of
+from ptqkit.sweep.plan import FLOAT, Plan, RecipePlan
+from ptqkit.sweep.tasks import measure
+from ptqkit.sweep.zeroshot import INSTALL, has_lm_eval
 
-__all__ = ["CellsFailed", "SweepResult", "grid", "run_sweep"]
+__all__ = ["run_sweep"]
 
-Tell = Callable[[str], None]
-
-
-class CellsFailed(PtqkitError):
-    """Some cells of a sweep could not be measured; the others are kept."""
-
-
-@dataclass
-class SweepResult:
-    """All cells of a sweep and what is known about the run.
-
-    Attributes
-    ----------
-    plan : Plan
-    out : Path
-    cells : list of Cell
-        In the order of the file; those not measured yet have status ``"missing"``.
-    skipped : list of str
-        Models and tasks whose files are not there.
-    todo : frozenset of str
-        Keys of the cells that were missing when the run began.
-    environment : dict
-    seconds : float
-    """
-
-    plan: Plan
-    out: Path
-    cells: list[Cell]
-    skipped: list[str] = field(default_factory=list)
-    todo: frozenset[str] = frozenset()
-    environment: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def count(self, status: str) -> int:
-        """Cells with a status."""
-        return sum(c.status == status for c in self.cells)
-
-
-def grid(plan: Plan, device: str = "cpu") -> tuple[list[Cell], list[str]]:
-    """Cells of a plan, not measured, and a line for everything that has to be skipped.
-
-    Parameters
-    ----------
-    plan : Plan
-    device : str
-        Type of the device, part of every key.
-    """
-    cells, skipped = [], []
-    for task in plan.tasks:
-        if task.missing:
-            skipped.append(f"task {task.name}: there is no {task.source.path}")
-    for model in plan.models:
-        if model.missing:
-            skipped.append(f"model {model.name}: there is no {model.path}")
-            continue
-        for recipe in _recipes(plan, model):
-            for task in (plan.task(name) for name in model.tasks):
-                if not task.missing:
-                    inputs = cell_inputs(model, recipe, task, device)
-                    name = recipe.name if recipe is not None else FLOAT
-                    cells.append(
-                        Cell(model.name, name, task.name, task.kind, key_of(inputs), inputs)
-                    )
-    return cells, skipped
-
-
-def _recipes(plan: Plan, model: ModelPlan) -> Iterator[RecipePlan | None]:
-    yield None
-    yield from (r for r in plan.recipes if model.name in r.models)
+Log = Callable[[str], None]
 
 
 def run_sweep(
@@ -99,7 +39,7 @@ def run_sweep(
     dry: bool = False,
     device: str = "cpu",
     threads: int = 0,
-    tell: Tell | None = None,
+    log: Log | None = None,
 ) -> SweepResult:
     """Measure the cells of a plan that are missing.
 
@@ -109,7 +49,7 @@ def run_sweep(
     out : path, optional
         Folder of the results; by default the plan's, below the current folder.
     only : str, optional
-        Glob on ``model/recipe/task``; other cells are reused where they are there, not measured.
+        Glob on ``model/recipe/task``; other cells are reused if they are there, not measured.
         The float model's cells that those are compared with run too.
     rerun : bool
         Measure again what is there already.
@@ -119,13 +59,13 @@ def run_sweep(
         Only look up what is there.
     device, threads
         Of the models, and of the solver.
-    tell : callable, optional
+    log : callable, optional
         Called with each line of progress.
 
     Returns
     -------
     SweepResult
-        Nothing is written but the cells; see :mod:`ptqkit.sweep.table`.
+        Nothing is written but the cells; see :mod:`ptqkit.sweep.results`.
 
     Raises
     ------
@@ -137,8 +77,8 @@ def run_sweep(
         On Ctrl-C (a KeyboardInterrupt), with the result so far.
     """
     folder = Path(plan.output if out is None else out)
-    cells, skipped = grid(plan, device.split(":")[0])
-    run = _Run(plan, CellStore(folder / "cells"), cells, device, threads, fail_fast, tell)
+    cells, skipped = plan_cells(plan, device.split(":")[0])
+    run = _Run(plan, CellStore(folder / "cells"), cells, device, threads, fail_fast, log)
     todo = run.look_up(only, rerun)
     keys = frozenset(cells[i].key for i in todo)
     result = SweepResult(plan, folder, run.cells, skipped, keys, _environment(device))
@@ -146,11 +86,11 @@ def run_sweep(
         return result
     _check(folder, cells, todo, only)
     for line in skipped:
-        run.tell(f"skipped: {line}")
+        run.log(f"skipped: {line}")
     again = [run.cells[i].reused for i in todo]
     reused = sum(c.reused for c in run.cells) - sum(again)
     left = len(cells) - reused - len(todo)
-    run.tell(
+    run.log(
         f"{len(cells)} cells: {reused} there from before, {len(todo)} to measure"
         + (f", {left} left out" if left else "")
     )
@@ -164,30 +104,14 @@ def run_sweep(
     return result
 
 
-class SweepInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a sweep; ``result`` has what was finished."""
-
-    def __init__(self, result: SweepResult) -> None:
-        self.result = result
-        super().__init__(
-            f"interrupted; {result.count(OK)} finished cells are kept in {result.out}, and the "
-            "same command goes on from there"
-        )
-
-
 def _environment(device: str) -> dict[str, Any]:
     """Versions and machine that a number may depend on, without names of anybody's machine."""
-    from importlib.metadata import PackageNotFoundError, version
-
     found: dict[str, Any] = {"device": device, "python": platform.python_version()}
     for name in ("ptqkit", "torch", "transformers", "lm_eval", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    from ptqkit._config import show_config
-    from ptqkit._version import __version__
-
     return {**found, "ptqkit": __version__, "cpu_level": str(show_config()["cpu_level"])}
 
 
@@ -197,11 +121,8 @@ def _check(folder: Path, cells: list[Cell], todo: list[int], only: str | None) -
         problems.append("no model of the sweep is there, or no task: nothing can be measured")
     elif only is not None and not any(fnmatch.fnmatchcase(c.label, only) for c in cells):
         problems.append(f"--only {only!r} fits no cell; cells are named like {cells[-1].label!r}")
-    if any(cells[i].kind == "zero-shot" for i in todo):
-        from ptqkit.sweep.zeroshot import INSTALL, has_lm_eval
-
-        if not has_lm_eval():
-            problems.append(INSTALL)
+    if any(cells[i].kind == "zero-shot" for i in todo) and not has_lm_eval():
+        problems.append(INSTALL)
     parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         problems.append(f"the folder {folder} cannot be written: {parent} is not a folder for it")
@@ -220,11 +141,11 @@ class _Run:
         device: str,
         threads: int,
         fail_fast: bool,
-        tell: Tell | None,
+        log: Log | None,
     ) -> None:
         self.plan, self.store, self.cells = plan, store, cells
         self.device, self.threads, self.fail_fast = device, threads, fail_fast
-        self.tell = tell or (lambda line: None)
+        self.log = log or (lambda line: None)
         self._done: dict[str, Cell] = {}
         self._started = time.perf_counter()
 
@@ -250,34 +171,33 @@ class _Run:
             mine = [i for i in todo if self.cells[i].model == model.name]
             if not mine:
                 continue
-            bench = self._attempt(mine, lambda m=model: self._load(m))
+            bench = self._attempt(mine, partial(open_bench, model, self.device, self.threads))
             if bench is None:
                 continue
-            for recipe in _recipes(self.plan, model):
+            for recipe in recipes_of(self.plan, model):
                 name = recipe.name if recipe is not None else FLOAT
                 places = [i for i in mine if self.cells[i].recipe == name]
                 if places:
                     self._recipe(bench, recipe, places, environment)
             del bench
 
-    def _load(self, model: ModelPlan) -> Any:
-        from ptqkit.sweep.bench import Bench
-
-        return Bench(model, self.device, self.threads)
-
     def _recipe(
-        self, bench: Any, recipe: RecipePlan | None, places: list[int], environment: dict[str, Any]
+        self,
+        bench: Workbench,
+        recipe: RecipePlan | None,
+        places: list[int],
+        environment: dict[str, Any],
     ) -> None:
         """Quantize once and measure every task; a recipe under two names is quantized once."""
         for i in [i for i in places if self.cells[i].key in self._done]:
             cell, done = self.cells[i], self._done[self.cells[i].key]
-            named = {"model": cell.model, "recipe": cell.recipe, "task": cell.task}
-            self._finish(i, replace(done, **named))
+            self._finish(i, replace(done, model=cell.model, recipe=cell.recipe, task=cell.task))
             places = [p for p in places if p != i]
         if not places:
             return
         quantized = self._attempt(
-            places, lambda: bench.as_it_is() if recipe is None else bench.quantize(recipe)
+            places,
+            lambda: float_model(bench) if recipe is None else quantized_copy(bench, recipe),
         )
         if quantized is None:
             return
@@ -294,7 +214,9 @@ class _Run:
             self.cells[i] = cell
             task = self.plan.task(cell.task)
             started = time.perf_counter()
-            found = self._attempt([i], lambda t=task: bench.measure(quantized.model, t))
+            found = self._attempt(
+                [i], partial(measure, quantized.model, bench.cached_tokenizer, task)
+            )
             if found is not None:
                 seconds = time.perf_counter() - started
                 cell = replace(cell, status=OK, seconds_eval=seconds, **vars(found))
@@ -302,7 +224,7 @@ class _Run:
                 self._finish(i, cell)
 
     def _attempt(self, places: list[int], work: Callable[[], Any]) -> Any:
-        """Result of some work; None where it failed, and then its cells say why."""
+        """Return the result of some work; None if it failed, and then its cells say why."""
         try:
             return work()
         except Exception as error:
@@ -325,7 +247,7 @@ class _Run:
         done = sum(1 for c in self.cells if not c.reused and c.status in (OK, FAILED))
         shown = _shown(cell) if cell.status == OK else f"FAILED: {cell.message}"
         left = f"; about {spent / done * self._left:.0f} s left" if self._left else ""
-        self.tell(f"{cell.label}  {shown}{left}")
+        self.log(f"{cell.label}  {shown}{left}")
 
 
 def _fits(cell: Cell, only: str) -> bool:
@@ -339,7 +261,7 @@ def _shown(cell: Cell) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """One line: the kind of error where it is not one of ours, and its message."""
+    """One line: the kind of error if it is not one of ours, and its message."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, PreflightError) and error.problems:
         # Layers of one kind have one problem: the first says it for all.

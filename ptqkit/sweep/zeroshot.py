@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from ptqkit.hf.data.calibration import max_positions
+from ptqkit.hf.data.text import CachedTokenizer
 from ptqkit.sweep.items import chance, read_items
-from ptqkit.sweep.tasks import Measured, RememberingTokenizer
+from ptqkit.sweep.measured import Measured
 
 __all__ = ["INSTALL", "has_lm_eval", "zero_shot"]
 
@@ -69,7 +70,7 @@ def zero_shot(
     Raises
     ------
     ValueError
-        For items that are too long, with ``too_long="error"``, or where none is left.
+        If items are too long, with ``too_long="error"``, or none is left.
     ArithmeticError
         If a log-likelihood is not finite.
     ModuleNotFoundError
@@ -77,8 +78,8 @@ def zero_shot(
     """
     if not has_lm_eval():
         raise ModuleNotFoundError(INSTALL, name="lm_eval")
-    if isinstance(tokenizer, RememberingTokenizer):
-        tokenizer = tokenizer._tokenizer
+    if isinstance(tokenizer, CachedTokenizer):
+        tokenizer = tokenizer.tokenizer
     form, items = read_items(path, limit)
     longest = max_positions(model) or _LONGEST
     fitting, truncated = _fitting(tokenizer, form, items, longest)

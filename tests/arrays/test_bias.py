@@ -99,11 +99,11 @@ GOOD = (np.ones((2, 3)), np.zeros((2, 3)), np.ones(3))
         (0, np.ones((2, 3), int), TypeError, "W must be floating point"),
         (1, [[True] * 3] * 2, TypeError, "W_hat must be floating point"),
         (2, [1, 2, 3], TypeError, "mean must be floating point"),
-        (0, np.ones(3), ValueError, "W must have 2 dimension"),
-        (0, np.ones((0, 3)), ValueError, "W must have 2 dimension.*not be empty"),
+        (0, np.ones(3), ValueError, r"W_hat must have the shape \(3,\) of W"),
+        (0, np.ones((0, 3)), ValueError, r"W_hat must have the shape \(0, 3\) of W"),
         (0, [[1.0], [1.0, 2.0]], ValueError, "W must be an array"),
         (1, np.ones((3, 2)), ValueError, r"W_hat must have the shape \(2, 3\)"),
-        (2, np.ones((1, 3)), ValueError, "mean must have 1 dimension"),
+        (2, np.ones((1, 3)), ValueError, r"mean must have shape \(channels,\)"),
         (2, np.ones(2), ValueError, "mean has 2 inputs, but W has 3"),
         (0, np.full((2, 3), np.nan), ValueError, "W holds NaN or Inf"),
         (1, [[1.0, 2, 3], [1, np.inf, 1]], ValueError, "W_hat holds NaN or Inf"),
@@ -118,6 +118,12 @@ def test_bad_input(at, value, error, text):
     arguments[at] = value
     with pytest.raises(error, match=text):
         ptqkit.bias_correction(*arguments)
+
+
+@pytest.mark.parametrize("W", [np.ones(3), np.ones((0, 3))])
+def test_weights_that_are_no_matrix(W):
+    with pytest.raises(ValueError, match="W must be a non-empty matrix"):
+        ptqkit.bias_correction(W, W, np.ones(3))
 
 
 def test_bad_threads():

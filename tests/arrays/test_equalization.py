@@ -136,12 +136,12 @@ def test_scales_of_real_ranges_are_finite_and_sensible(model):
 
 GOOD = np.ones(3)
 BAD_EXTENTS = [
-    ((-GOOD, GOOD), ValueError, "activation_extent must be finite and not negative"),
-    ((GOOD, GOOD * np.nan), ValueError, "weight_span must be finite"),
-    ((GOOD * np.inf, GOOD), ValueError, "activation_extent must be finite"),
+    ((-GOOD, GOOD), ValueError, "activation_span must not be negative"),
+    ((GOOD, GOOD * np.nan), ValueError, "weight_span holds NaN"),
+    ((GOOD * np.inf, GOOD), ValueError, "activation_span holds NaN or Inf"),
     ((GOOD, GOOD[:2]), ValueError, "3 channels, but weight_span has 2"),
-    ((GOOD[None], GOOD), ValueError, r"shape \(in,\)"),
-    ((GOOD[:0], GOOD[:0]), ValueError, r"shape \(in,\)"),
+    ((GOOD[None], GOOD), ValueError, r"shape \(channels,\)"),
+    ((GOOD[:0], GOOD[:0]), ValueError, r"shape \(channels,\)"),
     ((np.ones(3, int), GOOD), TypeError, "floating point"),
     ((GOOD, GOOD, 1.5), ValueError, "alpha"),
     ((GOOD, GOOD, -0.1), ValueError, "alpha"),
@@ -464,7 +464,7 @@ BAD_SEARCHES = [
     ({"bits": 1}, ValueError, "bits"),
     ({"bits": 9}, ValueError, "bits"),
     ({"group_size": 7}, ValueError, "does not divide"),
-    ({"group_size": 8, "per_tensor": True}, ValueError, "per_tensor excludes group_size"),
+    ({"group_size": 8, "per_tensor": True}, ValueError, "per_tensor=True is one grid for all of W"),
     ({"activation_bits": 1}, ValueError, "activation_bits"),
     ({"activation_bits": 17}, ValueError, "activation_bits"),
     ({"activation_bits": "8"}, TypeError, "activation_bits"),

@@ -8,7 +8,7 @@ import pytest
 import ptqkit
 import ptqkit._core as _core
 import ptqkit.reference as reference
-from ptqkit.arrays.softmax_bias import LENGTH_CLASSES
+from ptqkit.arrays.softmax_bias import LENGTH_CLASSES, length_class
 
 GRID = ptqkit.softmax_grid(8)
 
@@ -240,6 +240,9 @@ def test_length_classes():
         assert previous <= found <= previous + (1 if n < 2000 else 3)
         previous = found
     assert reference.length_class(2**31) < LENGTH_CLASSES
+    powers = 2 ** np.arange(4, 62)
+    lengths = np.concatenate([np.arange(5000), powers - 1, powers, powers + 1])
+    assert length_class(lengths).tolist() == [reference.length_class(int(n)) for n in lengths]
 
 
 def test_bias_by_length():

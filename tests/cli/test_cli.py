@@ -18,8 +18,8 @@ from helpers.cli_calls import SMALL, model_of, quantize
 
 import ptqkit
 from ptqkit.cli import main
-from ptqkit.cli.common import SCHEMA, compute_dtype
-from ptqkit.cli.quantize_options import parse_override
+from ptqkit.cli.output import SCHEMA, quiet_transformers
+from ptqkit.cli.quantize import parse_override
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -63,6 +63,23 @@ def test_symmetric_checkpoint_loads_in_stock_transformers(folder, tmp_path, caps
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.equal(logits(model), logits(fake_quantized(folder, out)))
+    capsys.readouterr()
+    assert main(["eval", str(out), "--text", str(folder / "test.txt"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""  # no progress bar of another package
+
+
+def test_bars_of_other_packages_are_as_before(folder):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    make, found = vars(tqdm)["__init__"], []
+    before = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    with quiet_transformers():
+        assert not logging.is_progress_bar_enabled() and are_progress_bars_disabled()
+        found.append(vars(tqdm)["__init__"])
+    assert found == [make]
+    assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == before
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
@@ -221,13 +238,6 @@ def test_override_syntax(text, expected):
 def test_override_mistakes(text):
     with pytest.raises(argparse.ArgumentTypeError):
         parse_override(text)
-
-
-def test_arithmetic_follows_the_stored_dtype():
-    assert compute_dtype("auto", "float16", "cpu") == "float32"
-    assert compute_dtype("auto", "float16", "cuda") == "float16"
-    assert compute_dtype("auto", "bfloat16", "cpu") == "bfloat16"
-    assert compute_dtype("float16", "float32", "cpu") == "float16"
 
 
 def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch, capsys):

@@ -77,7 +77,7 @@ def test_softmax_saves(folder, tmp_path, capsys):
     assert run(folder, "softmax", *data, "--correction", "bias/head", "--out", out) == 0
     quiet = capsys.readouterr().out.strip()
     model = ptqkit.load(out)
-    assert len(ptqkit.nn.attention.installed_attention(model)) == 2
+    assert len(ptqkit.hf.installed_attention(model)) == 2
     assert float(quiet) > 1
     # Installed already: not measured twice.
     assert main(["softmax", str(out), *(str(d) for d in data)]) == 2

@@ -11,7 +11,7 @@ from helpers.data import shared
 
 import ptqkit
 from ptqkit.cli import diagnose, diagnose_report
-from ptqkit.cli.common import UsageError
+from ptqkit.errors import UsageError
 
 
 def run(*arguments):

@@ -10,7 +10,13 @@ import pytest
 from helpers.cli_calls import SMALL, model_of, quantize
 
 from ptqkit.cli import exit_code, main
-from ptqkit.errors import NotPositiveDefiniteError, PreflightError
+from ptqkit.errors import (
+    CalibrationError,
+    NotPositiveDefiniteError,
+    PreflightError,
+    UsageError,
+)
+from ptqkit.sweep.grid import CellsFailed
 
 pytest.importorskip("torch")
 
@@ -27,7 +33,7 @@ QUANTIZE = {
     "override value": (["--override", "*=bits:9"], 2, "bits must be"),
     "damping": (["--damping", "-1"], 2, "damping must be"),
     "format": (["--format", "compressed-tensors"], 3, "symmetric=True"),
-    "gptq bits": (["--format", "gptq", "--bits", "5"], 3, "holds 2, 3, 4 or 8 bits, not 5"),
+    "gptq bits": (["--format", "gptq", "--bits", "5"], 3, "no 5-bit layout"),
     "recipe of rtn": (["--method", "rtn", "--recipe", "quality"], 2, "is for --method gptq"),
     "order of rtn": (["--method", "rtn", "--order", "act"], 2, "--order has no meaning"),
     "start token": (["--start-token", "x"], 2, "--start-token x"),
@@ -108,7 +114,7 @@ def test_model_that_is_not_there(folder, tmp_path, capsys, monkeypatch):
 
 def test_gptq_asks_for_text(folder, tmp_path, capsys):
     code = main(["quantize", model_of(folder), "--out", str(tmp_path / "q")])
-    check(capsys, code, 2, "--calibration FILE is needed for --method gptq")
+    check(capsys, code, 2, "--calibration FILE is needed for method 'gptq'")
 
 
 def test_existing_folder_is_kept(folder, tmp_path, capsys):
@@ -209,7 +215,12 @@ def info_facts():
         (PreflightError(["x"]), 3),
         (NotPositiveDefiniteError("x", 0, 1.0), 4),
         (FileNotFoundError("x"), 2),
-        (ValueError("x"), 2),
+        (UsageError("x"), 2),
+        (CalibrationError("x"), 2),
+        (CellsFailed("x"), 4),
+        (ModuleNotFoundError("x"), 2),
+        (ValueError("bug"), 1),
+        (TypeError("bug"), 1),
         (OSError(errno.ENOSPC, "full"), 1),
         (RuntimeError("bug"), 1),
     ],

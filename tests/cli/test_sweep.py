@@ -187,7 +187,7 @@ def test_the_example_of_the_help_is_a_sweep(tmp_path):
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_files_that_come_with_it(file):
     from ptqkit.sweep import read_plan
-    from ptqkit.sweep.run import grid
+    from ptqkit.sweep.grid import plan_cells
 
-    cells, _ = grid(read_plan(file))
+    cells, _ = plan_cells(read_plan(file))
     assert cells

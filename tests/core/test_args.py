@@ -53,7 +53,7 @@ MATRIX = {  # what every solver checks of its weights
     "complex": ({"W": np.ones((4, 8), complex)}, T, "W must be floating point"),
     "text": ({"W": "weights"}, T, "W must be floating point"),
     "None": ({"W": None}, T, "W must be floating point"),
-    "ragged": ({"W": [[1.0, 2.0], [3.0]]}, V, "W must be a matrix"),
+    "ragged": ({"W": [[1.0, 2.0], [3.0]]}, V, "W must be an array"),
     "1-D": ({"W": np.ones(8)}, V, r"W must be a non-empty matrix, but has shape \(8,\)"),
     "3-D": ({"W": np.ones((2, 2, 8))}, V, "W must be a non-empty matrix"),
     "no rows": ({"W": np.ones((0, 8))}, V, "W must be a non-empty matrix"),

@@ -194,9 +194,7 @@ def test_codes_by_replay(result, tie_distance):
                 key = f"gptq-{order}-{grid}"
                 q = ptqkit.QuantizedMatrix(
                     *(result[f"{key}-{n}{i}"] for n in ("codes", "scales", "zero_points", "g_idx")),
-                    bits=3,
-                    group_size=p["size"] or None,
-                    symmetric=False,
+                    ptqkit.WeightGrid(3, p["size"] or None),
                     damping=0.01,
                 )
                 assert q.max_code == max_code(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import numpy as np
@@ -62,6 +63,55 @@ def test_concurrent_calls_give_their_own_results():
         worker.join(timeout=60)
         assert not worker.is_alive()
     assert not failures
+
+
+AFFINITY = """
+import os, threading
+import numpy as np, ptqkit
+rng = np.random.default_rng(0)
+n = 256
+X = rng.standard_normal((2048, n)).astype(np.float32)
+W = rng.standard_normal((1024, n)).astype(np.float32)
+ranges = ptqkit.ChannelRanges(n)
+ranges.update(X)
+thread = threading.get_native_id()
+every = os.sched_getaffinity(0)
+os.sched_setaffinity(thread, {min(every)})
+widened = threading.Event()
+def widen():
+    os.sched_setaffinity(thread, every)
+    widened.set()
+timer = threading.Timer(0.2, widen)
+timer.start()
+calls = 0
+while not widened.is_set() or calls < 3:  # some call is running when the mask widens
+    ptqkit.search_equalization([W], X, ranges, bits=8, per_tensor=True, symmetric=True,
+                               activation_bits=8, activation_granularity="tensor")
+    calls += 1
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity here")
+def test_processors_that_appear_during_a_call_do_not_overrun_its_scratch(script):
+    script(AFFINITY, timeout=120)
+
+
+MANY = """
+import os
+import numpy as np, ptqkit
+def threads():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Threads:"))
+W = np.random.default_rng(0).normal(size=(9000, 128)).astype(np.float32)
+want, before = ptqkit.rtn(W, threads=1).codes, threads()
+assert (ptqkit.rtn(W, threads=1024).codes == want).all()
+assert threads() < before + len(os.sched_getaffinity(0)), (before, threads())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="threads are counted in /proc")
+def test_no_more_threads_are_started_than_there_are_processors(script):
+    script(MANY)
 
 
 GIL = """
@@ -217,9 +267,9 @@ class Stop(Exception):
     pass
 def handler(*_):
     raise Stop("mine")
+W = np.random.default_rng(0).normal(size=(6000, 160)).astype(np.float32)
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.3)
-W = np.random.default_rng(0).normal(size=(6000, 160)).astype(np.float32)
 try:
     ptqkit.obq(W, np.eye(160, dtype=np.float32))
 except Stop as error:

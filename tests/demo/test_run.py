@@ -53,9 +53,9 @@ def test_generate_repeats_with_its_seed():
 
 
 def test_every_quantization_starts_from_the_float_weights():
-    from ptqkit.demo.workbench import Workbench
+    from ptqkit.demo.workbench import demo_workbench
 
-    bench = Workbench(test_windows=1, calibration_windows=1)
+    bench = demo_workbench(test_windows=1, calibration_windows=1)
     first = bench.measure("rtn", bits=2, group_size=128)
     bench.measure("reference", bits=3, group_size=64)
     again = bench.measure("rtn", bits=2, group_size=128)

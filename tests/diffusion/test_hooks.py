@@ -12,9 +12,11 @@ from helpers.diffusion_models import HEADS, forward, tiny_model, tiny_unet
 
 import ptqkit
 from ptqkit import diffusion
+from ptqkit.diffusion.clock import read_steps
 from ptqkit.nn.attention import AttentionHook
 from ptqkit.nn.attention_quantizer import ATTENTION_KINDS
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
+from ptqkit.nn.softmax.steps import check_steps, nearest_steps
 
 SELF = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 CROSS = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -30,33 +32,34 @@ class Recorder(AttentionHook):
 
     def __init__(self, change=None):
         self.seen, self.change, self.order, self.allowed = {}, change, [], None
+        self.steps = ()
 
     def _see(self, kind, x):
         self.seen[kind] = x.detach().clone()
         self.order.append(kind)
         return 2 * x if kind == self.change else x
 
-    def query(self, x):
+    def query(self, x, call):
         return self._see("query", x)
 
-    def key(self, x):
+    def key(self, x, call):
         return self._see("key", x)
 
-    def value(self, x):
+    def value(self, x, call):
         return self._see("value", x)
 
-    def scores(self, x, allowed):
+    def scores(self, x, call):
         return self._see("scores", x)
 
-    def softmax(self, p, allowed):
-        self.allowed = allowed
+    def softmax(self, p, call):
+        self.allowed, self.steps = call.allowed, call.steps
         return self._see("softmax", p)
 
 
 def test_modules_are_found_with_heads_and_kind(model):
     found = diffusion.find_attention(model.unet)
     assert len(found) == 8 and found[SELF].heads == found[CROSS].heads == HEADS
-    assert not found[SELF].cross and found[CROSS].cross
+    assert found[SELF].kind == "self" and found[CROSS].kind == "cross"
     assert found[SELF].module is model.unet.get_submodule(SELF)
 
 
@@ -102,7 +105,7 @@ def test_removal_restores_the_very_processors(model, kind):
     model.unet.set_attn_processor(kind())
     before, plain = model.unet.attn_processors, forward(model)
     hooks = {name: Recorder("softmax") for name in before_names(before)[:3]}
-    diffusion.install_attention(model.unet, hooks, diffusion.StepClock([1]))
+    diffusion.install_attention(model.unet, hooks)
     assert diffusion.installed_attention(model.unet) == hooks
     assert not torch.equal(forward(model), plain)
     assert diffusion.remove_attention(model.unet) == 3
@@ -122,12 +125,12 @@ def test_an_error_inside_leaves_nothing_behind(model):
     plain = forward(model)
 
     class Fails(AttentionHook):
-        def softmax(self, p, allowed):
+        def softmax(self, p, call):
             raise RuntimeError("stop here")
 
     with (
         pytest.raises(RuntimeError, match="stop here"),
-        diffusion.attention_hooks(model.unet, {SELF: Fails()}, diffusion.StepClock([1])),
+        diffusion.attention_hooks(model.unet, {SELF: Fails()}),
     ):
         forward(model)
     assert torch.equal(forward(model), plain)
@@ -142,16 +145,15 @@ def test_masked_keys_are_reported_as_not_allowed(model):
     assert torch.equal(hook.allowed[:, 0, 0], mask) and torch.equal(hook.allowed[:, 1, 0], mask)
 
 
-def test_a_copy_of_the_model_has_hooks_and_clock_of_its_own(model):
-    clock, hook = diffusion.StepClock([0, 900]), Recorder("softmax")
-    diffusion.install_attention(model.unet, {SELF: hook}, clock)
+def test_a_copy_of_the_model_has_hooks_and_time_steps_of_its_own(model):
+    hook = Recorder("softmax")
+    diffusion.install_attention(model.unet, {SELF: hook})
     other = copy.deepcopy(model.unet)
     changed = forward(model, step=1)
-    assert clock.index == (0,)
-    assert torch.equal(forward(model, step=950, unet=other), forward(model, step=950))
-    clock.set(1)
-    forward(model, step=950, unet=other)
-    assert clock.index == (0,)
+    assert hook.steps == (1,)
+    copied = forward(model, step=950, unet=other)
+    assert diffusion.installed_attention(other)[SELF].steps == (950,) and hook.steps == (1,)
+    assert torch.equal(copied, forward(model, step=950))
     diffusion.remove_attention(model.unet)
     assert not torch.equal(forward(model, step=1), changed)
     assert torch.equal(forward(model, step=1, unet=other), changed)
@@ -185,44 +187,52 @@ def test_hooks_on_hooks_and_unknown_processors_are_refused(model):
     model.unet.set_attn_processor(OtherProcessor())
     with pytest.raises(ptqkit.UnsupportedModuleError, match="OtherProcessor"):
         diffusion.find_attention(model.unet)
-    with pytest.raises(ptqkit.UnsupportedModuleError, match="no diffusers model"):
+    with pytest.raises(ptqkit.UnsupportedModuleError, match="not a diffusers model"):
         diffusion.find_attention(torch.nn.Linear(1, 1))
 
 
-def test_the_clock_takes_the_nearest_calibrated_step():
-    clock = diffusion.StepClock([900, 500, 100])
+def test_the_nearest_calibrated_step_counts():
+    known = [900, 500, 100]
     for step, index in ((900, 0), (999, 0), (701, 0), (499, 1), (torch.tensor(0), 2), (310.0, 1)):
-        clock.set(step)
-        assert clock.index == (index,) and clock.now(3) == (index,) * 3
-    clock.set(700)
-    assert clock.index == (1,)  # the earlier of two equally far
-    clock.set(torch.tensor([100, 899, 500]))
-    assert clock.now(3) == (2, 0, 1)
+        assert nearest_steps(known, read_steps(step)) == (index,)
+    assert nearest_steps(known, read_steps(700)) == (1,)  # the earlier of two equally far
+    assert nearest_steps(known, read_steps(torch.tensor([100, 899, 500]))) == (2, 0, 1)
+    assert nearest_steps(known[::-1], [700]) == (1,)
+
+
+def test_as_many_time_steps_as_samples():
+    quantizer = diffusion.StepSoftmaxQuantizer(ptqkit.softmax_grid(8), [0.0, 0.1, 0.2], [9, 5, 1])
+    p = torch.full((2, 1, 1, 2), 0.5)
     with pytest.raises(ValueError, match="3 time steps for a batch of 2"):
-        clock.now(2)
+        quantizer.at((1, 5, 9))(p)
+    with pytest.raises(ValueError, match="no time step is known"):
+        quantizer.at(())
 
 
 @pytest.mark.parametrize("step", [-1, float("nan"), torch.tensor([1, -2]), torch.empty(0)])
-def test_the_clock_refuses_what_is_no_step(step):
-    clock = diffusion.StepClock([1])
+def test_what_is_not_a_time_step_is_refused(model, step):
     with pytest.raises(ValueError, match="number from 0"):
-        clock.set(step)
-    with pytest.raises(ValueError, match="no time step is known"):
-        clock.now(1)
+        read_steps(step)
+    with (
+        diffusion.attention_hooks(model.unet, {SELF: AttentionHook()}),
+        pytest.raises(ValueError, match="number from 0"),
+    ):
+        forward(model, step=step)
 
 
 @pytest.mark.parametrize(
     ("steps", "message"),
     [([], "empty"), ([1, -1], "from 0"), ([1, 1], "repeats"), ([1.5], "integers"), ([True], "int")],
 )
-def test_steps_of_a_clock_are_checked(steps, message):
+def test_calibrated_steps_are_checked(steps, message):
     with pytest.raises(ValueError, match=message):
-        diffusion.StepClock(steps)
+        check_steps(steps)
+    assert check_steps(np.array([0, 900])) == (0, 900)
 
 
-def test_the_clock_reads_positional_and_keyword_steps(model):
-    clock = diffusion.StepClock(np.array([0, 900]))
-    with diffusion.attention_hooks(model.unet, {SELF: AttentionHook()}, clock):
+def test_hooks_see_positional_and_keyword_steps(model):
+    hook = Recorder()
+    with diffusion.attention_hooks(model.unet, {SELF: hook}):
         for call in ("position", "keyword"):
             for step in (5, 800):
                 noise, context = model.noise(1), model.context(1)
@@ -230,7 +240,7 @@ def test_the_clock_reads_positional_and_keyword_steps(model):
                 args = () if given else (step,)
                 with torch.no_grad():
                     model.unet(noise, *args, encoder_hidden_states=context, **given)
-                assert clock.index == (int(step == 800),)
+                assert hook.steps == (step,)
 
 
 def test_half_precision_and_upcasting_run(model):
@@ -254,7 +264,7 @@ def test_a_row_whose_keys_are_all_masked_masks_nothing(model):
     quantizers = {
         n: SoftmaxQuantizer(grid, "row_sum") for n in diffusion.find_attention(model.unet)
     }
-    result = diffusion.UNetSoftmaxQuantization(model.unet, quantizers, diffusion.StepClock([1]))
+    result = diffusion.UNetSoftmaxQuantization(model.unet, quantizers)
     result.install()
     torch.testing.assert_close(
         forward(model, encoder_attention_mask=mask), plain, rtol=0, atol=1e-3

@@ -18,14 +18,14 @@ from helpers.diffusion_models import (
 
 import ptqkit
 from ptqkit import diffusion
-from ptqkit.diffusion.comparison import SQNRPair
-from ptqkit.diffusion.fused import SoftmaxHook
 from ptqkit.nn.attention import AttentionHook
+from ptqkit.nn.softmax.compare import OutputSQNR, softmax_hooks
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 
 SELF = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 GRANULARITIES = ("tensor", "head", "step", "step_head")
 LEVELS = 255
+STEP = 666
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ class Collector(AttentionHook):
     def __init__(self):
         self.p = []
 
-    def softmax(self, p, allowed):
+    def softmax(self, p, call):
         self.p.append(p.double())
         return p
 
@@ -72,17 +72,44 @@ def rounded(p):
     return torch.round(p.float() * LEVELS).double() / LEVELS
 
 
+def at(quantizer, step):
+    """What quantizes at a time step."""
+    return quantizer.at((step,)) if hasattr(quantizer, "at") else quantizer
+
+
+def counted(p, grid):
+    """Sums over the entries of a tensor in double: p, its codes, and what they may be off by.
+
+    The core rounds ``fl(p * fl(1 / scale))``, two roundings from the quotient, so that a code may
+    differ if the quotient is within 2**-23 of itself, and a little, from a tie.
+    """
+    steps = p / grid.scale
+    from_tie = (steps - steps.floor() - 0.5).abs()
+    ties = (from_tie <= 1.01 * 2.0**-23 * steps).sum().item()
+    # The statistics take every row to sum to 1.
+    rows = (p.sum(-1) - 1).abs().sum().item()
+    return p.sum().item(), steps.round().sum().item(), ties * grid.scale + rows
+
+
 def test_bias_by_hand(model, latents, study):
     seen = probabilities(model, latents)
     for name, statistics in study.statistics.items():
-        per_step = [seen[name][t] for t in latents.steps]
-        by_hand = np.array([(p - rounded(p)).mean((0, 2, 3)).numpy() for p in per_step])
-        np.testing.assert_allclose(statistics.bias.bias("step_head"), by_hand, atol=1e-7)
-        everything = torch.cat(per_step)
-        error = (everything - rounded(everything)).mean().item()
-        assert statistics.bias.bias("tensor") == pytest.approx(error, abs=1e-7)
-        zero = (rounded(everything) == 0).double().mean().item()
-        assert statistics.bias.zero_fraction == pytest.approx(zero, abs=1e-9)
+        grid, found = statistics.grid, statistics.bias.bias("step_head")
+        totals = np.zeros(3)
+        for place, step in enumerate(latents.steps):
+            for head, p in enumerate(seen[name][step].unbind(1)):
+                total, codes, bound = counted(p, grid)
+                error = (total - grid.scale * codes) / p.numel()
+                assert abs(found[place, head] - error) <= bound / p.numel() + 1e-15
+                totals += total, codes, bound
+        everything = torch.cat([*seen[name].values()])
+        count = everything.numel()
+        error = (totals[0] - grid.scale * totals[1]) / count
+        assert abs(float(statistics.bias.bias("tensor")) - error) <= totals[2] / count + 1e-15
+        assert totals[2] / count < 1e-6 + 20 * grid.scale / count
+        zero = (everything / grid.scale).round().eq(0).double().mean().item()
+        ties = ((everything / grid.scale - 0.5).abs() < 1e-7).sum().item()
+        assert abs(statistics.bias.zero_fraction - zero) <= ties / count
         assert statistics.longest == everything.shape[-1]
 
 
@@ -95,8 +122,8 @@ def test_correction_makes_the_mean_error_zero_on_the_calibration_set(
     for name, by_step in probabilities(model, latents).items():
         error, plain, weight = [], [], []
         for step, p in by_step.items():
-            study.clock.set(step)
-            error.append((quantizers[name](p.float()).double() - p).mean(-1).transpose(0, 1))
+            quantizer = at(quantizers[name], step)
+            error.append((quantizer(p.float()).double() - p).mean(-1).transpose(0, 1))
             plain.append((rounded(p) - p).mean(-1).transpose(0, 1))
             weight.append(len(p))
         # (steps, heads): means over samples and rows, then over what the granularity averages
@@ -115,11 +142,11 @@ def test_the_bias_of_the_time_step_at_hand_is_used(model, latents, study):
         seen = {}
 
         class Apply(AttentionHook):
-            def softmax(self, x, allowed, seen=seen):
-                seen["y"] = quantizers[SELF](p)
+            def softmax(self, x, call, seen=seen):
+                seen["y"] = quantizers[SELF].at(call.steps)(p)
                 return x
 
-        with diffusion.attention_hooks(model.unet, {SELF: Apply()}, study.clock):
+        with diffusion.attention_hooks(model.unet, {SELF: Apply()}):
             forward(model, step=step)
         bias = study.statistics[SELF].bias.bias("step_head")[place]
         expected = rounded(p) + torch.tensor(bias)[:, None, None]
@@ -132,12 +159,11 @@ def test_a_batch_of_several_time_steps_is_as_its_samples_alone(model, study):
     p = torch.rand(3, HEADS, 4, 9, generator=torch.Generator().manual_seed(1)).softmax(-1)
     allowed = torch.ones(3, 1, 1, 9, dtype=torch.bool)
     allowed[1, ..., 5:] = False
-    steps = [study.clock.steps[i] for i in (2, 0, 2)]
-    study.clock.set(torch.tensor(steps))
-    together = quantizer(p, allowed)
+    steps = [quantizer.steps[i] for i in (2, 0, 2)]
+    together = quantizer.at(steps)(p, allowed)
     for i, step in enumerate(steps):
-        study.clock.set(step)
-        assert torch.equal(quantizer(p[i : i + 1], allowed[i : i + 1]), together[i : i + 1])
+        alone = at(quantizer, step)(p[i : i + 1], allowed[i : i + 1])
+        assert torch.equal(alone, together[i : i + 1])
     assert not together[1, ..., 5:].any() and together[1, ..., :5].all()
 
 
@@ -154,15 +180,14 @@ def test_row_sum_makes_rows_sum_to_one(study):
     [(None, "head"), ("row_sum", "head"), *(("bias", g) for g in GRANULARITIES)],
 )
 def test_fused_softmax_is_the_plain_one(study, correction, granularity, masked):
-    quantizer = study.quantizers(correction, granularity)[SELF]
-    study.clock.set(study.clock.steps[1])
+    quantizer = at(study.quantizers(correction, granularity)[SELF], STEP)
     scores = torch.randn(2, HEADS, 40, 500, generator=torch.Generator().manual_seed(3)) * 2
     allowed = torch.ones(2, 1, 1, 500, dtype=torch.bool) if masked else None
     if masked:
         allowed[0, ..., 100:] = False
         scores = scores.masked_fill(~allowed, -10_000.0)
     plain = quantizer(scores.softmax(-1), allowed)
-    fused = SoftmaxHook(quantizer).fused(scores.clone(), allowed)
+    fused = quantizer.fused(scores.clone(), allowed)
     apart = (plain - fused).abs()
     # A code on the other side of a tie is one step away, and moves its whole row with "row_sum".
     assert (apart > 2e-5).double().mean() < 1e-4 and apart.max() < 1.1 / LEVELS
@@ -170,22 +195,19 @@ def test_fused_softmax_is_the_plain_one(study, correction, granularity, masked):
         assert not fused[0, ..., 100:].any() and not plain[0, ..., 100:].any()
 
 
-def test_fused_softmax_only_where_it_can(study):
-    hook = SoftmaxHook(study.quantizers("bias", "step")[SELF])
+def test_fused_softmax_only_where_it_can(model, study):
+    quantizer = study.quantizers("bias", "step")[SELF]
     scores = torch.zeros(2, HEADS, 3, 4)
-    study.clock.set(torch.tensor(study.clock.steps[:2]))
-    assert hook.fused(scores, None) is None
-    study.clock.set(study.clock.steps[0])
-    assert hook.fused(scores.bfloat16(), None) is None and hook.fused(scores, None) is scores
-    assert hook.fused(torch.zeros(2, HEADS, 3, 4, requires_grad=True), None) is None
+    assert not hasattr(quantizer.at(quantizer.steps[:2]), "fused")
+    quantizer = at(quantizer, STEP)
+    assert quantizer.fused(scores.bfloat16()) is None and quantizer.fused(scores) is scores
+    assert quantizer.fused(torch.zeros(2, HEADS, 3, 4, requires_grad=True)) is None
 
 
 def test_gradients_pass_a_hooked_unet(model, study):
     """Not through the rounding, but around it; and the fused routine stays out of the way."""
     noise, context = model.noise(1), model.context(1).requires_grad_()
-    with diffusion.attention_hooks(
-        model.unet, study.hooks(study.quantizers("row_sum")), study.clock
-    ):
+    with diffusion.attention_hooks(model.unet, softmax_hooks(study.quantizers("row_sum"))):
         model.unet(noise, 500, context).sample.sum().backward()
     assert torch.isfinite(context.grad).all() and context.grad.abs().max() > 0
 
@@ -236,10 +258,12 @@ def test_sqnr_of_the_unet_by_hand(model, latents, study):
     exact = diffusion.run_calibration(model.unet, latents).double()
     quantizers = study.quantizers("row_sum")
     report = study.compare(quantizers, guard=False)
-    found = (report.output_db, report.output_corrected_db)
-    assert found[0] != found[1]
-    for chosen, decibel in zip((study.quantizers(None), quantizers), found, strict=True):
-        noise = diffusion.run_calibration(model.unet, latents, study.hooks(chosen)).double() - exact
+    decibels = (report.output_db, report.output_corrected_db)
+    assert decibels[0] != decibels[1]
+    for chosen, decibel in zip((study.quantizers(None), quantizers), decibels, strict=True):
+        noise = (
+            diffusion.run_calibration(model.unet, latents, softmax_hooks(chosen)).double() - exact
+        )
         ratios = (exact**2).flatten(1).sum(1) / (noise**2).flatten(1).sum(1)
         assert decibel == pytest.approx(10 * np.log10(ratios.mean().item()), abs=0.05)
     assert "nan" not in report.table().splitlines()[-1]
@@ -249,9 +273,8 @@ def test_guard_takes_out_corrections_that_hurt_the_output_together(model, study,
     """Where no layer alone is worse, but the UNet is."""
     quantizers = study.quantizers("bias", "head")
     quantizers[SELF] = SoftmaxQuantizer(quantizers[SELF].grid, "bias", 0.1)
-    whole = SQNRPair.hurts.fget
-    hurts = property(lambda pair: pair.name == "output of the UNet" and whole(pair))
-    monkeypatch.setattr(SQNRPair, "hurts", hurts)
+    below, whole = OutputSQNR.below, "output of the model"
+    monkeypatch.setattr(OutputSQNR, "below", lambda a, b, how: a.name == whole and below(a, b, how))
     report = study.compare(quantizers)
     assert all(q.correction is None for q in quantizers.values())
     assert all("left out" in row.notes and row.correction is None for row in report.layers)
@@ -265,18 +288,18 @@ def test_guard_takes_out_corrections_that_hurt_the_output_together(model, study,
 
 def test_one_exact_sample_decides_nothing():
     """Eq. 1 is infinite then, whichever of the two the sample is exact in."""
-    x = torch.ones(2, 8)
-    for exact in (0, 1):
-        pair = SQNRPair("output")
-        noise = torch.tensor([[0.0], [0.5]]), torch.full((2, 1), 0.1)
-        for place in (0, 1):
-            pair.update(place, x, x + noise[place if exact == 0 else 1 - place])
-        assert np.isinf(pair.decibel[exact]) and pair.hurts == (exact == 1)
+    x = np.ones((2, 8), np.float32)
+    exact, other = OutputSQNR("output"), OutputSQNR("output")
+    exact.update(x, x + np.array([[0.0], [0.5]], np.float32))
+    other.update(x, x + np.full((2, 1), 0.1, np.float32))
+    assert np.isinf(exact.decibel)
+    for by_total in (True, False):
+        assert exact.below(other, by_total) and not other.below(exact, by_total)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options", [{}, {"diagnostics": False}, {"range": "search", "diagnostics": False}]
+    "options", [{}, {"diagnostics": False}, {"grid_range": "search", "diagnostics": False}]
 )
 def test_half_precision_with_upcast_attention(model, latents, dtype, options):
     unet = tiny_unet(upcast_attention=True).to(dtype)
@@ -292,7 +315,7 @@ def test_attention_that_is_not_finite_is_named(latents, span, part):
     unet = tiny_unet()
     getattr(unet.get_submodule(SELF), part).weight.data[0, 0] = float("nan")
     with pytest.raises(ptqkit.CalibrationError, match=r"down_.*Check the weights") as caught:
-        diffusion.quantize_softmax(unet, latents, range=span)
+        diffusion.quantize_softmax(unet, latents, grid_range=span)
     assert SELF in str(caught.value) or part == "to_v"
     assert not diffusion.installed_attention(unet) and not unet._forward_pre_hooks
 
@@ -300,14 +323,14 @@ def test_attention_that_is_not_finite_is_named(latents, span, part):
 def test_an_output_that_is_not_finite_is_named(latents):
     unet = tiny_unet()
     unet.conv_out.bias.data[0] = float("inf")
-    with pytest.raises(ptqkit.CalibrationError, match="output of the UNet: .*NaN or Inf"):
+    with pytest.raises(ptqkit.CalibrationError, match="output of the model: .*NaN or Inf"):
         diffusion.quantize_softmax(unet, latents)
     assert not diffusion.installed_attention(unet)
 
 
 def test_calibrated_range_and_bits(model, latents):
     wide = diffusion.SoftmaxCalibration(model.unet, latents, bits=4)
-    fitted = diffusion.SoftmaxCalibration(model.unet, latents, bits=4, range="calibrated")
+    fitted = diffusion.SoftmaxCalibration(model.unet, latents, bits=4, grid_range="calibrated")
     largest = {
         name: max(p.max().item() for p in by_step.values())
         for name, by_step in probabilities(model, latents).items()
@@ -322,7 +345,9 @@ def test_searched_range_has_the_least_error_of_its_candidates(model, latents):
     """Never worse than [0, 1] and than the whole range seen, on the calibration set."""
     decibel, scales = {}, {}
     for span in ("fixed", "calibrated", "search"):
-        study = diffusion.SoftmaxCalibration(model.unet, latents, bits=4, range=span, layers="self")
+        study = diffusion.SoftmaxCalibration(
+            model.unet, latents, bits=4, grid_range=span, layers="self"
+        )
         values, seen = {}, {}
         hooks = {name: Both() for name in study.modules}
         diffusion.run_calibration(model.unet, latents, hooks)
@@ -345,11 +370,11 @@ class Both(AttentionHook):
     def __init__(self):
         self.p, self.v = [], []
 
-    def value(self, x):
+    def value(self, x, call):
         self.v.append(x)
         return x
 
-    def softmax(self, p, allowed):
+    def softmax(self, p, call):
         self.p.append(p)
         return p
 
@@ -370,9 +395,12 @@ def test_layers_can_be_chosen(model, latents):
     [
         ({"correction": "row_length"}, "correction must be one of"),
         ({"granularity": "channel"}, "granularity must be one of"),
-        ({"range": "wide"}, "range must be one of"),
+        ({"grid_range": "wide"}, "grid_range must be one of"),
         ({"bits": 1}, "bits must"),
-        ({"layers": ["attn9"]}, "'attn9' is no attention module"),
+        (
+            {"layers": ["attn9"]},
+            "'attn9' matches no attention module; .* 'self' name all",
+        ),
         ({"layers": []}, "layers is empty"),
     ],
 )
@@ -386,14 +414,13 @@ def test_bad_calibration_is_refused(model, latents):
     with pytest.raises(TypeError, match="CalibrationLatents"):
         diffusion.quantize_softmax(model.unet, [latents.latents])
     grid = ptqkit.softmax_grid(8)
-    clock = diffusion.StepClock([1, 2])
     for shape in ((3,), (3, HEADS), ()):
         with pytest.raises(ValueError, match="a row for every time step"):
-            diffusion.StepSoftmaxQuantizer(grid, np.zeros(shape), clock)
+            diffusion.StepSoftmaxQuantizer(grid, np.zeros(shape), [1, 2])
     with pytest.raises(ValueError, match="finite"):
-        diffusion.StepSoftmaxQuantizer(grid, [0.0, np.nan], clock)
+        diffusion.StepSoftmaxQuantizer(grid, [0.0, np.nan], [1, 2])
     wrong = SoftmaxQuantizer(grid, "bias", np.zeros(HEADS + 1))
-    result = diffusion.UNetSoftmaxQuantization(model.unet, {SELF: wrong}, clock)
+    result = diffusion.UNetSoftmaxQuantization(model.unet, {SELF: wrong})
     with pytest.raises(ValueError, match=f"has {HEADS} heads, its softmax correction is for 3"):
         result.install()
 
@@ -405,7 +432,7 @@ def test_saved_corrections_give_the_same_bits(
     model, latents, study, tmp_path, correction, granularity
 ):
     quantizers = study.quantizers(correction, granularity)
-    result = diffusion.UNetSoftmaxQuantization(model.unet, quantizers, study.clock)
+    result = diffusion.UNetSoftmaxQuantization(model.unet, quantizers, steps=latents.steps)
     path = result.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["ptqkit_softmax.json"]
     result.install()
@@ -426,24 +453,25 @@ def edit(**changes):
     ("change", "message"),
     [
         (lambda c: c.update(version=2), "has version 2"),
-        (lambda c: c.update(format="other"), "is no ptqkit-softmax-unet file"),
+        (lambda c: c.update(format="other"), "is not a ptqkit-softmax-unet file"),
         (lambda c: c.update(layers={}), "names no layers"),
         (lambda c: c.update(steps=[5, -1, 3]), "from 0"),
         (lambda c: c.update(steps=[5]), "a row for every time step"),
-        (edit(heads=3), "3 heads"),
+        (edit(heads=3), "bias is for 2 heads, not 3"),
         (edit(bits=99), "attn1: .*bits"),
         (edit(scale=-1.0), "attn1: .*scale"),
         (edit(granularity="tensor"), "attn1: .*bias"),
-        (edit(bias=[[0.0] * 3] * STEPS), "shape of granularity"),
+        (edit(granularity="step"), "shape of granularity"),
+        (edit(bias=[[0.0] * 3] * STEPS), "bias is for 3 heads, not 2"),
         (edit(bias=None), "attn1"),
         (edit(more=1), "unknown field 'more'"),
         (lambda c: c["layers"][SELF].pop("scale"), "'scale' is missing"),
         (lambda c: c["layers"].update(other=c["layers"][SELF]), "no such attention module"),
     ],
 )
-def test_damaged_files_are_refused(model, study, tmp_path, change, message):
+def test_damaged_files_are_refused(model, latents, study, tmp_path, change, message):
     quantizers = study.quantizers("bias", "step_head")
-    path = diffusion.save_softmax(model.unet, quantizers, study.clock, tmp_path)
+    path = diffusion.save_softmax(model.unet, quantizers, latents.steps, tmp_path)
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
@@ -459,8 +487,8 @@ def test_no_file_is_no_error(model, tmp_path):
     assert diffusion.load_softmax(model.unet, tmp_path) is None
 
 
-def test_saving_needs_a_folder(model, study, tmp_path):
+def test_saving_needs_a_folder(model, latents, study, tmp_path):
     missing = tmp_path / "nowhere"
-    with pytest.raises(NotADirectoryError, match="nowhere is no folder"):
-        diffusion.save_softmax(model.unet, study.quantizers(), study.clock, missing)
+    with pytest.raises(NotADirectoryError, match="nowhere is not a folder"):
+        diffusion.save_softmax(model.unet, study.quantizers(), latents.steps, missing)
     assert not missing.exists()

@@ -21,11 +21,25 @@ from helpers.diffusion_models import (
 )
 
 from ptqkit import diffusion
-from ptqkit.diffusion import tables
 from ptqkit.nn.attention import AttentionHook
+from ptqkit.nn.softmax.compare import softmax_hooks
 
 BENCHMARKS = ROOT / "benchmarks"
 NAN = float("nan")
+
+
+def script(name, monkeypatch):
+    """Load a benchmark as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+with pytest.MonkeyPatch.context() as patch:
+    tables = script("unet_tables", patch)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +260,7 @@ def test_the_reference_is_never_that_of_a_model_with_hooks(model):
     plain = fresh.run()
 
     class Off(AttentionHook):
-        def softmax(self, p, allowed):
+        def softmax(self, p, call):
             return 0 * p
 
     hooks = {name: Off() for name in diffusion.find_attention(model.unet)}
@@ -290,7 +304,7 @@ def test_figure_has_one_point_per_layer(experiment, model):
     point = found["points"][0]
     study = experiment.study()
     alone = {point["layer"]: study.quantizers(None)[point["layer"]]}
-    output = diffusion.run_calibration(model.unet, experiment.calibration, study.hooks(alone))
+    output = diffusion.run_calibration(model.unet, experiment.calibration, softmax_hooks(alone))
     plain = diffusion.run_calibration(model.unet, experiment.calibration)
     assert point["sqnr_db"] == pytest.approx(by_hand(plain, output), abs=0.01)
     sums, ratios = ([p[k] for p in found["points"]] for k in ("mean_row_sum", "sqnr_db"))
@@ -332,15 +346,6 @@ def test_the_trained_unet_shows_the_effect():
     assert row.longest == 1024 and row.heads == 4
     assert row.zero_fraction > 0.8 and row.mean_row_sum < 0.5
     assert row.sqnr_corrected_db > row.sqnr_db + 6
-
-
-def script(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_training_script_and_its_folder(monkeypatch, tmp_path, capsys):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 
-HF = ("torch", "transformers", "safetensors", "compressed_tensors", "greenlet", "accelerate")
+HF = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "compressed_tensors",
+    "greenlet",
+    "accelerate",
+    "huggingface_hub",
+    "psutil",
+)
 
 
 def missing(packages: tuple[str, ...]) -> list[str]:

@@ -117,6 +117,8 @@ class FakeBench:
 
     def __init__(self, plan, device="cpu", threads=0):
         self.name = plan.name
+        # What a task is measured with leads back here.
+        self.cached_tokenizer = self
         self._note(f"load {plan.name}")
 
     @classmethod
@@ -125,22 +127,32 @@ class FakeBench:
         if text in cls.fail:
             raise cls.fail[text]
 
-    def as_it_is(self):
+    def float_model(self):
         return self._quantized(10.0, 16.0)
 
-    def quantize(self, recipe):
+    def quantized_copy(self, recipe):
         self._note(f"quantize {self.name}/{recipe.name}")
         return self._quantized(10.0 + 8.0 / recipe.resolved["bits"], recipe.resolved["bits"])
 
     def _quantized(self, model, bits):
         from ptqkit.sweep.bench import Quantized
 
-        return Quantized(model, float(bits), 16.0, 0.5, [])
+        return Quantized(model, float(bits), 16.0, 0.5)
 
     def measure(self, model, task):
-        from ptqkit.sweep.tasks import Measured
+        from ptqkit.sweep.measured import Measured
 
         self._note(f"measure {self.name}/{task.name} {model:g}")
         if task.kind == "zero-shot":
             return Measured(5 / model, "acc", True, 6, 0, 0, 0.5)
         return Measured(model, "perplexity", False, 60)
+
+    @classmethod
+    def install(cls, monkeypatch):
+        """Let sweeps open a bench of this class."""
+        monkeypatch.setattr("ptqkit.sweep.run.open_bench", cls)
+        for name in ("float_model", "quantized_copy"):
+            monkeypatch.setattr(f"ptqkit.sweep.run.{name}", getattr(cls, name))
+        monkeypatch.setattr(
+            "ptqkit.sweep.run.measure", lambda m, bench, task: bench.measure(m, task)
+        )

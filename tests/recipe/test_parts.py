@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 
 pytest.importorskip("torch")
-from ptqkit import AWE, GPTQ, RTN, ActivationQuantization, BiasCorrection, SmoothQuant
-from ptqkit.cli.quantize_options import GPTQ_RECIPES, RTN_RECIPES
+from ptqkit import AWE, GPTQ, RTN, ActivationQuantization, BiasCorrection, Equalize, SmoothQuant
+from ptqkit.cli.quantize import _recipe, add_parser
 from ptqkit.recipe import Equalization, as_recipe
 from ptqkit.recipe.presets import PRESETS
 from ptqkit.recipe.recipe import Recipe
@@ -56,9 +57,22 @@ def test_presets_survive_json(name):
     assert again == recipe and again.activations == recipe.activations
 
 
+def test_names_of_equalization():
+    assert AWE() == Equalize() == Equalization("awe", "search", 512)
+    assert AWE(0.5, tokens=64) == Equalize("awe", 0.5, 64)
+    assert SmoothQuant() == Equalize("smoothquant") == Equalization("smoothquant", 0.5)
+    in_file = {"part": "Equalize", "method": "smoothquant", "alpha": 0.7}
+    assert as_recipe([in_file, "RTN"]).equalization == SmoothQuant(0.7)
+
+
 def test_the_command_line_has_every_preset():
-    by_method = {m: [n for n in PRESETS if Recipe.preset(n).method == m] for m in ("gptq", "rtn")}
-    assert by_method == {"gptq": list(GPTQ_RECIPES), "rtn": list(RTN_RECIPES)}
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    for name in PRESETS:
+        args = parser.parse_args(["quantize", "model", "--out", "x", "--recipe", name])
+        assert _recipe(args) == Recipe.preset(name)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["quantize", "model", "--out", "x", "--recipe", "none"])
 
 
 @pytest.mark.parametrize(
@@ -68,14 +82,17 @@ def test_the_command_line_has_every_preset():
         ([AWE()], "to equalize a model alone use ptqkit.equalize"),
         ([GPTQ(), RTN()], r"takes one solver \(GPTQ or RTN\), not 2: GPTQ\(\), RTN\(\)"),
         ([AWE(), SmoothQuant(), RTN()], "takes one equalization"),
-        ([RTN(), AWE()], r"AWE\(.*\) must come before RTN\(\): it changes the float weights"),
+        (
+            [RTN(), AWE()],
+            r"Equalization\(.*\) must come before RTN\(\): it changes the float weights",
+        ),
         (
             [RTN(), ActivationQuantization(), ActivationQuantization(6)],
             "takes one ActivationQuantization, not 2",
         ),
         ([RTN(), BiasCorrection(), BiasCorrection()], "takes one BiasCorrection"),
-        (["GPTQ", "awe"], r"'awe' is no part of a recipe; parts are AWE, SmoothQuant"),
-        ([{"bits": 4}], "is no part of a recipe"),
+        (["GPTQ", "awe"], r"'awe' is not a part of a recipe; parts are Equalize, AWE"),
+        ([{"bits": 4}], "is not a part of a recipe"),
         ([{"part": "AWE", "beta": 1}], "AWE has no option 'beta'"),
         ([{"part": "RTN", "bit": 1}], "recipe has no option 'bit'"),
         ([{"part": "RTN", "bits": 1}], "bits must be an integer from 2 to 8"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-pytest.importorskip("torch")
+from ptqkit.arrays.matrix import WeightGrid
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.recipe import Recipe, match_pattern
 
@@ -56,7 +57,7 @@ def test_presets():
         ({"overrides": {"*.mlp": "drop"}}, r"overrides\['\*.mlp'\] must be a mapping of changes"),
         ({"overrides": {"*.mlp": {"bit": 4}}}, "has no option 'bit'"),
         ({"overrides": {"*.mlp": {"bits": 9}}}, r"overrides\['\*.mlp'\]: bits must be"),
-        ({"overrides": {"re:(": "skip"}}, "is no regular expression"),
+        ({"overrides": {"re:(": "skip"}}, "is not a regular expression"),
         ({"overrides": {"*": {"overrides": {}}}}, "cannot hold overrides"),
     ],
 )
@@ -108,3 +109,35 @@ def test_round_trip_through_json():
         overrides={"a*": "skip", "b": {"bits": 2}},
     )
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "reason"),
+    [
+        ("quality", {}, "method 'gptq'"),
+        ("rtn", {}, ""),
+        ("rtn", {"grid": "mse"}, ""),
+        ("rtn", {"grid": "hessian"}, "grid 'hessian'"),
+        ("rtn", {"bias_correction": True}, "bias_correction"),
+        ("rtn", {"activations": {"granularity": "token"}}, ""),
+        ("rtn", {"activations": {"granularity": "tensor"}}, "a static grid of activations"),
+        ("aweq", {}, "equalization"),
+        ("llm.int8", {}, ""),
+        ("rtn", {"overrides": {"*.o": {"bits": 8}, "*.q": "skip"}}, ""),
+        ("rtn", {"overrides": {"*.o": {"method": "gptq"}}}, "method 'gptq' of overrides['*.o']"),
+    ],
+)
+def test_what_needs_calibration(preset, changes, reason):
+    assert Recipe.preset(preset, **changes).needs_calibration() == reason
+
+
+def test_scale_dtype_of_the_weight():
+    recipe = Recipe(overrides={"*.o": "skip"})
+    half = recipe.with_scale_dtype("float16")
+    assert half == dataclasses.replace(recipe, scale_dtype="float16")
+    assert half.with_scale_dtype("bfloat16") is half
+    assert recipe.with_scale_dtype("float64").scale_dtype == "float32"
+    assert recipe.weight_grid == WeightGrid(4, 128, False, False, "float32")
+    assert half.weight_grid == WeightGrid(4, 128, scale_dtype="float16")
+    ternary = Recipe.preset("rtn", bits="ternary", group_size=None, per_tensor=True)
+    assert ternary.weight_grid == WeightGrid("ternary", None, True, True)

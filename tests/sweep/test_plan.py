@@ -73,7 +73,7 @@ source = "README"
         ('kind = "perplexity"', 'kind = "bleu"', "kind must be one of 'perplexity', 'z"),
         ('kind = "perplexity"', "", "tasks[0] 'wiki': key 'kind' is missing"),
         ('path = "model"', 'path = "modle"', "models[0] 'small': path 'modle': there is"),
-        ('path = "model"', 'path = "."', "the folder has no config.json, so it is no model"),
+        ('path = "model"', 'path = "."', "the folder has no config.json, so it is not a model"),
         ('path = "model"', 'path = "model"\ndtype = "int8"', "dtype must be one of 'auto'"),
         ('path = "model"', 'path = "model"\ntasks = ["x"]', "tasks names 'x', but there"),
         ('path = "model"', 'path = "model"\noutliers = {factor = 0}', "factor must be above 0"),
@@ -182,7 +182,7 @@ ITEM = '{"context": "a", "choices": ["b", "c"], "gold": 1}\n'
     [
         ("", "holds no item"),
         ("{\n", "line 1 is not JSON"),
-        ("[1]\n", "line 1 is no object"),
+        ("[1]\n", "line 1 is not an object"),
         ('{"context": "a"}\n', "line 1 has none of the forms"),
         (ITEM + '{"context": "a", "continuation": "b"}\n', "line 2 has the fields"),
         (ITEM.replace('["b", "c"]', '["b"]'), "choices must be a list of at least two"),

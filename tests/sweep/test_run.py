@@ -12,8 +12,8 @@ from helpers.sweep_cases import HEAD, RTN, ZERO_SHOT, FakeBench, folder, write
 from ptqkit.errors import PreflightError
 from ptqkit.sweep import CellsFailed, read_plan, run_sweep
 from ptqkit.sweep.cells import FAILED, MISSING, OK
-from ptqkit.sweep.run import SweepInterrupted, grid
-from ptqkit.sweep.table import COLUMNS, degradation, means, rows, table, write_results
+from ptqkit.sweep.grid import SweepInterrupted, plan_cells
+from ptqkit.sweep.results import COLUMNS, degradation, means, rows, table, write_results
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -25,8 +25,8 @@ SECOND = '\n[[tasks]]\nname = "wiki2"\nkind = "perplexity"\ntext = "test.txt"\n'
 @pytest.fixture
 def bench(monkeypatch):
     """Stand-in for models; gives the log of what was asked of it."""
-    monkeypatch.setattr("ptqkit.sweep.bench.Bench", FakeBench)
-    monkeypatch.setattr("ptqkit.sweep.zeroshot.has_lm_eval", lambda: True)
+    FakeBench.install(monkeypatch)
+    monkeypatch.setattr("ptqkit.sweep.run.has_lm_eval", lambda: True)
     monkeypatch.setattr(FakeBench, "log", [])
     monkeypatch.setattr(FakeBench, "fail", {})
     return FakeBench
@@ -111,7 +111,7 @@ def test_a_new_task_runs_alone_and_names_do_not_count(tmp_path, bench):
 )
 def test_what_decides_a_cell(tmp_path, bench, change, labels):
     text = HEAD + ZERO_SHOT + RTN
-    before = {c.label: c.key for c in grid(read_plan(write(folder(tmp_path), text)))[0]}
+    before = {c.label: c.key for c in plan_cells(read_plan(write(folder(tmp_path), text)))[0]}
     if "=" not in change:
         file = tmp_path / change
         old = file.read_text(encoding="utf-8")
@@ -122,17 +122,17 @@ def test_what_decides_a_cell(tmp_path, bench, change, labels):
     else:
         name = change.split(" ")[0]
         text = "\n".join(change if x.startswith(f"{name} =") else x for x in text.splitlines())
-    after = {c.label: c.key for c in grid(read_plan(write(tmp_path, text)))[0]}
+    after = {c.label: c.key for c in plan_cells(read_plan(write(tmp_path, text)))[0]}
     changed = {label for label in before if before[label] != after[label]}
     assert changed == (set(before) if labels is None else labels)
 
 
 def test_the_version_and_the_device_decide_too(tmp_path, bench, monkeypatch):
     plan = read_plan(write(folder(tmp_path), HEAD, RTN))
-    before = [c.key for c in grid(plan)[0]]
-    assert not {*before} & {c.key for c in grid(plan, "cuda")[0]}
-    monkeypatch.setattr("ptqkit._version.__version__", "99.0")
-    assert not {*before} & {c.key for c in grid(plan)[0]}
+    before = [c.key for c in plan_cells(plan)[0]]
+    assert not {*before} & {c.key for c in plan_cells(plan, "cuda")[0]}
+    monkeypatch.setattr("ptqkit.sweep.digest.__version__", "99.0")
+    assert not {*before} & {c.key for c in plan_cells(plan)[0]}
 
 
 def test_a_recipe_under_two_names_is_quantized_once(tmp_path, bench):
@@ -149,7 +149,7 @@ def test_failures_are_recorded_and_tried_again(tmp_path, bench):
         "measure small/wiki 12.6667": RuntimeError("out of memory"),
     }
     lines = []
-    result = sweep(folder(tmp_path), HEAD, ZERO_SHOT, RTN, RTN3, tell=lines.append)
+    result = sweep(folder(tmp_path), HEAD, ZERO_SHOT, RTN, RTN3, log=lines.append)
     assert [c.status for c in result.cells] == [OK, OK, FAILED, FAILED, FAILED, FAILED]
     assert [c.message for c in result.cells[2:]] == [
         "down_proj: too wide (and 1 more)",
@@ -242,7 +242,7 @@ def test_cells_are_whole_files_without_leftovers(tmp_path, bench):
 
 
 def test_lm_eval_is_asked_for_before_anything_runs(tmp_path, bench, monkeypatch):
-    monkeypatch.setattr("ptqkit.sweep.zeroshot.has_lm_eval", lambda: False)
+    monkeypatch.setattr("ptqkit.sweep.run.has_lm_eval", lambda: False)
     with pytest.raises(PreflightError, match=r"pip install 'ptqkit\[eval\]'"):
         sweep(folder(tmp_path), HEAD, ZERO_SHOT, RTN)
     assert bench.log == []
@@ -255,7 +255,7 @@ def test_skipped_models_and_an_empty_sweep(tmp_path, bench):
         sweep(folder(tmp_path), gone, RTN)
     here = '\n[[models]]\nname = "here"\npath = "model"\n'
     lines = []
-    result = sweep(tmp_path, gone, here, RTN, tell=lines.append)
+    result = sweep(tmp_path, gone, here, RTN, log=lines.append)
     assert {c.model for c in result.cells} == {"here"}
     assert "skipped: model small" in lines[0] and "model small" in result.skipped[0]
 

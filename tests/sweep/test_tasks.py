@@ -13,10 +13,11 @@ from helpers.data import SHARED
 from helpers.sweep_cases import choices, tiny_model, words
 
 from ptqkit.errors import CalibrationError
-from ptqkit.hf.evaluation.perplexity import perplexity
+from ptqkit.hf.data.text import CachedTokenizer
+from ptqkit.hf.evaluation.likelihood import perplexity
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import TaskPlan, TextSource
-from ptqkit.sweep.tasks import RememberingTokenizer, documents_of, measure
+from ptqkit.sweep.tasks import documents_of, measure
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -210,7 +211,7 @@ def test_perplexity_is_that_of_the_library(small, tmp_path):
         "batch_size": 2,
     }
     task = TaskPlan("t", "perplexity", TextSource(str(tmp_path / "t.txt")), settings)
-    remembering = RememberingTokenizer(tokenizer)
+    remembering = CachedTokenizer(tokenizer)
     found = measure(model, remembering, task)
     expected = perplexity(model, tokenizer, words(80), **settings)
     assert (found.value, found.count) == (expected.perplexity, expected.tokens)
@@ -255,7 +256,7 @@ def test_perplexity_that_is_not_finite(small, tmp_path):
     model, tokenizer = small
     handle = model.lm_head.register_forward_hook(lambda m, a, out: out * math.nan)
     try:
-        with pytest.raises(ArithmeticError, match="nan nats a token"):
+        with pytest.raises(ArithmeticError, match="nan nats per token"):
             measure(model, tokenizer, task)
     finally:
         handle.remove()

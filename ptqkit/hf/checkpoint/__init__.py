@@ -1,0 +1,1 @@
+"""Checkpoints: one file per format, the writer and the reader."""

@@ -1,8 +1,8 @@
-"""Biases that a linear layer gained: which checkpoint can carry them, and how.
+"""Find biases that linear layers gained, and how a checkpoint can carry them.
 
 Bias correction subtracts the mean output error of a layer from its bias, so a layer without one
 gains it. A stock loader builds its modules from the configuration, and takes such a bias only
-where a setting of the model (``attention_bias``, ``mlp_bias``) creates it; that may create others
+if a setting of the model (``attention_bias``, ``mlp_bias``) creates it; that may create others
 too, which are written as zeros. ptqkit's own format lists the modules instead.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["GainedBiases", "find_gained_biases", "plan_biases"]
 
 @dataclass(frozen=True)
 class GainedBiases:
-    """Biases that the model class does not create with the present configuration.
+    """Describe biases that the model class does not create with the present configuration.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class GainedBiases:
     orphans: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
-        """Reasons why a format that relies on the model class cannot carry the model."""
+        """Return the reasons why a format that relies on the model class cannot carry the model."""
         return [
             f"{name}: it gained a bias, and no setting of the model's configuration creates one"
             for name in self.orphans
@@ -97,7 +97,7 @@ def _false_bias_settings(model: Any) -> list[str]:
 
 
 def _parameters(model: Any, settings: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that the model class creates with these settings True."""
+    """Return the shapes of the tensors that the model class creates with these settings True."""
     config = copy.deepcopy(model.config)
     for setting in settings:
         setattr(config.get_text_config(), setting, True)
@@ -107,7 +107,7 @@ def _parameters(model: Any, settings: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _adds(model: Any, built: Mapping[str, tuple[int, ...]], settings: Any) -> set[str]:
-    """Biases of linear layers that come with the settings; none where anything else changes."""
+    """Return linear biases that come with the settings; none if anything else changes."""
     if not settings:
         return set()
     shapes = _parameters(model, settings)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
-__all__ = ["TensorPlan", "parse_size", "write_tensors"]
+__all__ = ["TensorPlan", "write_tensors"]
 
-_CODES = {
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -31,13 +32,11 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to be written: everything the header needs, and how to make it when its turn comes.
+    """Describe a tensor to be written: what the header needs, and how to make the data later.
 
     Attributes
     ----------
@@ -55,35 +54,17 @@ class TensorPlan:
 
     @property
     def nbytes(self) -> int:
-        """Size of the data."""
+        """Return the size of the data in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> TensorPlan:
-        """Plan for a tensor that exists already."""
-        if tensor.dtype not in _CODES:
+        """Return the plan for a tensor that exists already."""
+        if tensor.dtype not in DTYPE_CODES:
             raise ValueError(f"{name}: dtype {tensor.dtype} has no safetensors code")
         if tensor.device.type == "meta":
             raise ValueError(f"{name}: on the meta device, there is no data to save")
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
-
-
-def parse_size(size: int | str) -> int:
-    """Return a number of bytes from ``5_000_000`` or ``"5GB"``, ``"500 MiB"``.
-
-    Raises
-    ------
-    ValueError
-        If the text is not a positive number with a known unit.
-    """
-    if isinstance(size, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
-        if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(f"max_shard_size {size!r} is not a size such as '5GB' or '500MiB'")
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise ValueError(f"max_shard_size must be a positive number of bytes, not {size!r}")
-    return size
 
 
 def _write_file(path: Path, plans: Sequence[TensorPlan]) -> None:
@@ -93,7 +74,7 @@ def _write_file(path: Path, plans: Sequence[TensorPlan]) -> None:
     start = 0
     for plan in ordered:
         header[plan.name] = {
-            "dtype": _CODES[plan.dtype],
+            "dtype": DTYPE_CODES[plan.dtype],
             "shape": list(plan.shape),
             "data_offsets": [start, start + plan.nbytes],
         }
@@ -116,22 +97,17 @@ def _write_file(path: Path, plans: Sequence[TensorPlan]) -> None:
         os.fsync(file.fileno())
 
 
-def _shards(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
-    shards: list[list[TensorPlan]] = [[]]
-    size = 0
-    for plan in plans:
-        if shards[-1] and size + plan.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(plan)
-        size += plan.nbytes
-    return shards
-
-
 def write_tensors(
-    directory: Path, plans: Sequence[TensorPlan], max_shard_size: int | str = "5GB"
+    directory: Path, plans: Sequence[TensorPlan], max_shard_size: int = 5 * 10**9
 ) -> list[str]:
     """Write the tensors as ``model.safetensors``, or as shards with an index.
+
+    Parameters
+    ----------
+    directory : Path
+    plans : sequence of TensorPlan
+    max_shard_size : int
+        Bytes; a larger tensor has a file of its own.
 
     Returns
     -------
@@ -142,18 +118,18 @@ def write_tensors(
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"tensor names occur twice: {', '.join(twice)}")
-    shards = _shards(plans, parse_size(max_shard_size))
-    if len(shards) == 1:
-        _write_file(directory / "model.safetensors", shards[0])
-        return ["model.safetensors"]
-    files, weight_map = [], {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / file, shard)
-        files.append(file)
-        weight_map.update(dict.fromkeys((plan.name for plan in shard), file))
-    total = sum(plan.nbytes for plan in plans)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    name = "model.safetensors.index.json"
-    (directory / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [*files, name]
+    by_name = {plan.name: plan for plan in plans}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda plan: plan.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, members in split.filename_to_tensors.items():
+        _write_file(directory / file, [by_name[name] for name in members])
+    files = list(split.filename_to_tensors)
+    if not split.is_sharded:
+        return files
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [*files, INDEX]

@@ -1,8 +1,8 @@
-"""Checks of quantized activations against the model that is saved with them."""
+"""Check quantized activations against the model that is saved with them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from ptqkit.nn.activations import ActivationQuantizer, installed_quantizer
 from ptqkit.nn.forward import calibration_mode, hooks
 
-__all__ = ["check_activations", "find_flat_inputs"]
+__all__ = ["check_activations", "measure_flat_inputs"]
 
 
 def check_activations(
@@ -58,26 +58,31 @@ def _same(a: ActivationQuantizer, b: ActivationQuantizer | None) -> bool:
     )
 
 
-def find_flat_inputs(model: Any, activations: Mapping[str, ActivationQuantizer]) -> dict[str, bool]:
-    """Tell of the layers with dynamic activations whether inputs lack the batch axis.
+def measure_flat_inputs(model: Any, names: Iterable[str]) -> dict[str, bool]:
+    """Run the model on two tokens and tell which layers get inputs without a batch axis.
 
-    Quantizers that have run know it. For the others the model runs once on two tokens; layers it
-    does not reach, or all where it cannot run on them, are left out.
+    OPT, for one, flattens the inputs of ``fc1`` to (tokens, channels). compressed-tensors then
+    takes one dynamic scale for the whole tensor.
+
+    Returns
+    -------
+    dict of str to bool
+        Layers that the model does not reach are missing; all are if it cannot run on token ids
+        alone.
     """
-    dynamic = {name: q for name, q in activations.items() if q.spec.dynamic}
-    known = {name: q.saw_2d for name, q in dynamic.items() if q.saw_2d is not None}
-    modules = {name: model.get_submodule(name) for name in dynamic.keys() - known.keys()}
-    if not modules or any(p.device.type == "meta" for p in model.parameters()):
-        return known
+    modules = {name: model.get_submodule(name) for name in names}
+    found: dict[str, bool] = {}
+    example = getattr(model, "dummy_inputs", None)
+    if not modules or not example or any(p.device.type == "meta" for p in model.parameters()):
+        return found
 
-    def see(name: str, value: torch.Tensor) -> None:
-        known[name] = value.dim() != 3 or known.get(name, False)
+    def record(name: str, value: torch.Tensor) -> None:
+        found[name] = value.dim() != 3 or found.get(name, False)
 
-    with calibration_mode(model), hooks(modules, see):
+    with calibration_mode(model), hooks(modules, record):
         try:
-            model(**{k: v.new_zeros(1, 2).to(model.device) for k, v in model.dummy_inputs.items()})
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            # Not a model that runs on token ids alone: what has not been seen stays unknown,
-            # which compressed-tensors is refused for.
-            return known
-    return known
+            model(**{k: v.new_zeros(1, 2).to(model.device) for k, v in example.items()})
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            # What has not been seen stays unknown, and compressed-tensors refuses it.
+            return found
+    return found

@@ -16,17 +16,15 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as _auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ptqkit.hf.checkpoint.config import layer_options
+from ptqkit.hf.checkpoint.native import METHOD, layer_options
 from ptqkit.nn.activations import install_quantizer
 from ptqkit.nn.qlinear import QLinear
 
 __all__ = ["METHOD", "PtqkitConfig", "PtqkitQuantizer", "register_format"]
 
-METHOD = "ptqkit"
-
 
 class PtqkitConfig(QuantizationConfigMixin):
-    """Which modules are quantized, and how; ``defaults`` and ``layers`` as on disk.
+    """Hold which modules are quantized, and how; ``defaults`` and ``layers`` as on disk.
 
     Raises
     ------
@@ -50,7 +48,7 @@ class PtqkitConfig(QuantizationConfigMixin):
         layer_options(vars(self))
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """Every option of every quantized module."""
+        """Return every option of every quantized module."""
         return layer_options(vars(self))
 
 
@@ -65,7 +63,7 @@ class PtqkitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Integer codes have no gradient."""
+        """Return False: integer codes have no gradient."""
         return False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -86,7 +84,7 @@ class PtqkitQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QLinear):
                 try:
-                    module.input_quantizer()
+                    module.check()
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}; the checkpoint is damaged") from None
         return model

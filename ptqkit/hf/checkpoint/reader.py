@@ -5,24 +5,55 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.hf.checkpoint.config import layer_options
-from ptqkit.hf.checkpoint.tensors import read_layer
+import torch
+
+from ptqkit.arrays.matrix import QuantizedMatrix, WeightGrid
+from ptqkit.hf.checkpoint.base import CheckpointFormat, with_suffix
+from ptqkit.hf.checkpoint.files import DTYPE_CODES, INDEX, SINGLE
+from ptqkit.hf.checkpoint.formats import FORMATS, stored_format
 
 __all__ = ["load", "read_matrices"]
 
-_COMPRESSED = ("pack-quantized", "int-quantized", "mixed-precision")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return ``quantization_config``, empty if there is none."""
+    settings = config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        kind = type(settings).__name__
+        raise ValueError(f"{folder / 'config.json'}: quantization_config is not an object: {kind}")
+    return settings
+
+
+def _layers(
+    folder: Path, stored: CheckpointFormat, settings: dict[str, Any], tensors: _Tensors
+) -> dict[str, dict[str, Any]]:
+    """Ask the format for the layers; whatever a malformed description does to it is one error."""
+    try:
+        layers = stored.layers(settings, tensors.files)
+        for options in layers.values():
+            WeightGrid(**{f.name: options.get(f.name, f.default) for f in fields(WeightGrid)})
+        return layers
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config is malformed "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def _check_directory(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
@@ -36,47 +67,66 @@ def _check_directory(directory: str | os.PathLike[str]) -> tuple[Path, dict[str,
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
-    """File of every tensor.
+    """Return the file of every tensor.
 
     Raises
     ------
     FileNotFoundError
         If a shard, or every weights file, is missing.
     """
-    from safetensors import safe_open
-
-    if (folder / _INDEX).is_file():
-        names = _read_json(folder / _INDEX)["weight_map"]
+    if (folder / INDEX).is_file():
+        names = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+            raise ValueError(f"{folder / INDEX} has no weight_map of tensor names to file names")
+        outside = sorted({f for f in names.values() if f != os.path.basename(f) or f in ("", "..")})
+        if outside:
+            raise ValueError(
+                f"{folder / INDEX} names {_some(outside)}: a weights file must lie in the folder "
+                "of its index"
+            )
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:
             raise FileNotFoundError(f"directory {folder} lacks {', '.join(missing)}")
         return {name: folder / file for name, file in names.items()}
-    single = folder / _SINGLE
+    single = folder / SINGLE
     if not single.is_file():
-        raise FileNotFoundError(f"directory {folder} has neither {_SINGLE} nor {_INDEX}")
-    with safe_open(single, framework="pt") as file:
+        raise FileNotFoundError(f"directory {folder} has neither {SINGLE} nor {INDEX}")
+    with _open_weights(single) as file:
         return dict.fromkeys(file.keys(), single)
 
 
+def _open_weights(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
+
+
 class _Tensors:
-    """Tensors by name, each shard opened once."""
+    """Fetch tensors by name; each shard is opened once."""
 
     def __init__(self, folder: Path) -> None:
         self.files = _weight_map(folder)
         self._open: dict[Path, Any] = {}
 
-    def __call__(self, name: str) -> Any:
-        from safetensors import safe_open
+    def __call__(self, name: str) -> torch.Tensor:
+        return self._file(name).get_tensor(name)
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Return the dtype of a tensor from the header; None if ptqkit writes no such dtype."""
+        return _DTYPES.get(self._file(name).get_slice(name).get_dtype())
+
+    def _file(self, name: str) -> Any:
         if name not in self.files:
             raise ValueError(f"the checkpoint has no tensor {name}")
         path = self.files[name]
         if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt").__enter__()
-        return self._open[path].get_tensor(name)
-
-    def with_suffix(self, suffix: str) -> list[str]:
-        return [name.removesuffix(suffix) for name in self.files if name.endswith(suffix)]
+            self._open[path] = _open_weights(path).__enter__()
+        if name not in self._open[path].keys():
+            raise ValueError(f"{path} has no tensor {name}, which the index says it has")
+        return self._open[path]
 
     def close(self) -> None:
         for file in self._open.values():
@@ -95,70 +145,22 @@ def read_matrices(directory: str | os.PathLike[str]) -> dict[str, QuantizedMatri
     FileNotFoundError
         If the directory, its configuration or a weights file is missing.
     ValueError
-        If the checkpoint is not quantized, or in a way this function does not know.
+        If the checkpoint is not quantized, or in a way this function does not know, or if it is
+        damaged: a dtype is not that of the format, a scale is not positive and finite, a group is
+        out of range.
     """
     folder, config = _check_directory(directory)
-    settings = config.get("quantization_config")
+    settings = _settings(folder, config)
     if not settings:
         raise ValueError(f"{folder} is not a quantized checkpoint: no quantization_config")
     tensors = _Tensors(folder)
     try:
-        format, options = _layer_table(settings, tensors)
-        return {name: read_layer(name, tensors, o, format) for name, o in options.items()}
+        stored = stored_format(settings)
+        layers = _layers(folder, stored, settings, tensors)
+        _check_layers(folder, stored, layers, tensors)
+        return {name: stored.read(name, tensors, options) for name, options in layers.items()}
     finally:
         tensors.close()
-
-
-def _layer_table(
-    settings: dict[str, Any], tensors: _Tensors
-) -> tuple[str, dict[str, dict[str, Any]]]:
-    method = settings.get("quant_method")
-    if method == "ptqkit":
-        return method, layer_options(settings)
-    if method == "compressed-tensors":
-        if settings.get("format") not in _COMPRESSED:
-            raise ValueError(f"compressed-tensors format {settings.get('format')!r} is not read")
-        names = tensors.with_suffix(".weight_scale")
-        schemes = {name: _scheme(name, settings) for name in names}
-        for name, scheme in schemes.items():
-            scheme["packed"] = f"{name}.weight_packed" in tensors.files
-        return method, schemes
-    if method == "gptq":
-        size = settings["group_size"]
-        options = {
-            "bits": settings["bits"],
-            "group_size": None if size == -1 else size,
-            "symmetric": bool(settings.get("sym", False)),
-        }
-        # Files without the key predate version 2.
-        format = settings.get("checkpoint_format", "gptq")
-        if format not in ("gptq", "gptq_v2"):
-            raise ValueError(f"checkpoint_format {format!r} is not read, only gptq and gptq_v2")
-        return format, dict.fromkeys(tensors.with_suffix(".qweight"), options)
-    raise ValueError(
-        f"quant_method {method!r} is not read, only ptqkit, compressed-tensors and gptq"
-    )
-
-
-def _scheme(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    groups = list(settings["config_groups"].values())
-    matches = [g for g in groups if name in g["targets"]]
-    if not matches:
-        matches = [g for g in groups if g["targets"] == ["Linear"]]
-    if len(matches) != 1:
-        raise ValueError(f"{name}: {len(matches)} config_groups match, by name or as 'Linear'")
-    weights = matches[0]["weights"]
-    size = weights.get("group_size")
-    strategy = weights["strategy"]
-    if strategy not in ("tensor", "channel", "group") or weights.get("type", "int") != "int":
-        raise ValueError(f"{name}: weights of type {weights['type']}, {strategy} are not read")
-    per_channel = strategy != "group" or size in (None, -1)
-    return {
-        "bits": weights["num_bits"],
-        "group_size": None if per_channel else size,
-        "symmetric": weights["symmetric"],
-        "per_tensor": strategy == "tensor",
-    }
 
 
 def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: Any) -> Any:
@@ -188,21 +190,29 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     FileNotFoundError
         If the directory, its configuration or a weights file is missing.
     ValueError
-        If the format version is not known, or the weights do not cover the model: transformers
-        would fill the rest with random numbers.
+        If the format version is not known, or the weights do not cover the model (transformers
+        would fill the rest with random numbers), or the files are damaged, as for
+        :func:`read_matrices`.
     """
     folder, config = _check_directory(directory)
-    _check_input_grids(folder, config.get("quantization_config") or {})
+    settings = _settings(folder, config)
+    known = next((f for f in FORMATS.values() if f.reads(settings)), None)
+    model_class = _model_class(folder, config)
+    tensors = _Tensors(folder)
+    try:
+        layers = {} if known is None else _layers(folder, known, settings, tensors)
+        if known is not None:
+            _check_layers(folder, known, layers, tensors)
+    finally:
+        tensors.close()
     from ptqkit.hf.checkpoint.plugin import register_format
     from ptqkit.nn.qlinear import QLinear
 
     register_format()
     want_info = kwargs.pop("output_loading_info", False)
     kwargs.setdefault("dtype", "auto")
-    model_class = _model_class(config)
-    settings = config.get("quantization_config") or {}
-    if settings.get("quant_method") == "gptq":
-        model, info = _load_gptq(folder, model_class, kwargs)
+    if known is not None and known.float_parts:
+        model, info = _load_float(folder, model_class, known, kwargs)
     else:
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
@@ -212,7 +222,7 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
             "the files are not complete, or the model class is another one"
         )
     # Corrections of the softmax, which no checkpoint format holds.
-    from ptqkit.nn.softmax.file import load_softmax
+    from ptqkit.hf.softmax.driver import load_softmax
 
     load_softmax(model, folder)
     if cache:
@@ -222,29 +232,43 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     return (model, info) if want_info else model
 
 
-def _check_input_grids(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse static grids of activations that are not there or would turn every input into NaN."""
-    tensors = _Tensors(folder)
-    options = layer_options(settings) if settings.get("quant_method") == "ptqkit" else {}
-    expected = []
-    for name, option in options.items():
-        spec = option["activations"]
-        if spec is not None and not spec.dynamic:
-            expected += [f"{name}.input_scale"]
-            expected += [] if spec.symmetric else [f"{name}.input_zero_point"]
+def _check_layers(
+    folder: Path,
+    stored: CheckpointFormat,
+    layers: dict[str, dict[str, Any]],
+    tensors: _Tensors,
+) -> None:
+    """Refuse quantized layers whose tensors are missing or cannot be what was written."""
+    parts = {name: stored.parts(options) for name, options in layers.items()}
+    expected = {
+        f"{n}.{part}": dtypes for n, found in parts.items() for part, dtypes in found.items()
+    }
     missing = [name for name in expected if name not in tensors.files]
     if missing:
         raise ValueError(f"{folder} lacks {_some(missing)}: the files are not complete")
-    try:
-        for layer in tensors.with_suffix(".input_scale"):
-            scale = tensors(f"{layer}.input_scale").float()
-            if not bool((scale.isfinite() & (scale > 0)).all()):
-                raise ValueError(
-                    f"{layer}.input_scale must be positive and finite, not {scale.tolist()}: "
-                    f"the files in {folder} are damaged"
-                )
-    finally:
-        tensors.close()
+
+    def damaged(name: str, reason: str) -> ValueError:
+        return ValueError(f"{name} {reason}: the files in {folder} are damaged")
+
+    for name, dtypes in expected.items():
+        if tensors.dtype(name) not in dtypes:
+            allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise damaged(name, f"must be {allowed}, not {tensors.dtype(name)}")
+    inputs = [f"{name}.input_scale" for name in with_suffix(tensors.files, ".input_scale")]
+    for name in {*expected, *inputs}:
+        if name.endswith(("scale", "scales")):
+            scale = tensors(name).float()
+            bad = scale[~(scale.isfinite() & (scale > 0))]
+            if len(bad):
+                values = ", ".join(str(v) for v in bad[:3].tolist())
+                raise damaged(name, f"must be positive and finite, not {values}")
+    for name, options in layers.items():
+        if "g_idx" in parts[name]:
+            g_idx, size = tensors(f"{name}.g_idx"), options["group_size"]
+            groups = 1 if size is None else -(-len(g_idx) // size)
+            if len(g_idx) and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
+                values = f"{int(g_idx.min())} to {int(g_idx.max())}"
+                raise damaged(f"{name}.g_idx", f"must lie in [0, {groups}), not {values}")
 
 
 def _some(names: Iterable[str]) -> str:
@@ -253,19 +277,26 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _model_class(config: dict[str, Any]) -> Any:
+def _model_class(folder: Path, config: dict[str, Any]) -> Any:
     import transformers
 
-    for name in config.get("architectures") or ():
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{folder / 'config.json'}: architectures must be a list of class names")
+    for name in names:
         found = getattr(transformers, name, None)
-        if found is not None:
-            return found
+        if found is None:
+            continue
+        if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+            raise ValueError(f"{folder / 'config.json'}: architectures names {name}, not a model")
+        return found
     return transformers.AutoModelForCausalLM
 
 
-def _load_gptq(folder: Path, model_class: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _load_float(
+    folder: Path, model_class: Any, stored: CheckpointFormat, kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
     """Build the float model from dequantized layers and the remaining tensors."""
-    import torch
     from transformers import AutoConfig
 
     layers = read_matrices(folder)
@@ -274,7 +305,7 @@ def _load_gptq(folder: Path, model_class: Any, kwargs: dict[str, Any]) -> tuple[
     dtype = kwargs["dtype"] if kwargs["dtype"] != "auto" else config.dtype or "float32"
     dtype = getattr(torch, str(dtype).removeprefix("torch."))
     tensors = _Tensors(folder)
-    packed = {f"{n}.{part}" for n in layers for part in ("qweight", "qzeros", "scales", "g_idx")}
+    packed = {f"{n}.{part}" for n in layers for part in stored.float_parts}
     try:
         state = {name: tensors(name) for name in tensors.files if name not in packed}
     finally:

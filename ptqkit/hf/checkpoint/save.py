@@ -14,15 +14,17 @@ from typing import Any
 import torch
 
 from ptqkit._files import atomic_directory
+from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.hf.checkpoint.base import CheckpointFormat
 from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases
-from ptqkit.hf.checkpoint.config import quantization_config
-from ptqkit.hf.checkpoint.files import TensorPlan, parse_size, write_tensors
-from ptqkit.hf.checkpoint.inputs import check_activations, find_flat_inputs
-from ptqkit.hf.checkpoint.spec import LayerSpec, choose_format, describe_layers
-from ptqkit.hf.checkpoint.tensors import tensor_plans
+from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
+from ptqkit.hf.checkpoint.formats import choose_format
+from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
+from ptqkit.hf.checkpoint.spec import LayerSpec, describe_layers
+from ptqkit.hf.softmax.files import write_installed
 from ptqkit.nn.activations import ActivationQuantizer
-from ptqkit.nn.softmax.file import write_installed
+from ptqkit.nn.linear import is_linear
 
 __all__ = ["CheckpointInfo", "save_checkpoint"]
 
@@ -32,7 +34,7 @@ SMALL_FILES = 16 << 20
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What was written, and why in this form.
+    """Describe what was written, and why in this form.
 
     Attributes
     ----------
@@ -69,7 +71,7 @@ def save_checkpoint(
     recipe: Any,
     directory: str | os.PathLike[str],
     *,
-    format: str = "auto",
+    checkpoint_format: str = "auto",
     tokenizer: Any = None,
     report: Any = None,
     overwrite: bool = False,
@@ -78,7 +80,7 @@ def save_checkpoint(
 ) -> CheckpointInfo:
     """Write ``model`` with the weights of ``layers`` replaced by their packed codes.
 
-    Everything is written under a temporary name beside ``directory`` and renamed at the end; on
+    Everything is written under a temporary name next to ``directory`` and renamed at the end; on
     any error nothing is left. Tensors are packed one at a time, so no second copy of the model is
     held. Loading the result gives the fake-quantized model exactly.
 
@@ -91,8 +93,8 @@ def save_checkpoint(
     recipe : Recipe, dict or None
         Written as ``ptqkit_recipe.json``.
     directory : path
-    format : {"auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit"}
-        "auto" takes compressed-tensors where it carries every layer exactly, else "ptqkit".
+    checkpoint_format : {"auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit"}
+        "auto" takes compressed-tensors if it carries every layer exactly, otherwise "ptqkit".
     tokenizer : optional
         Saved along.
     report : optional
@@ -115,22 +117,26 @@ def save_checkpoint(
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("model is loaded from a quantized checkpoint already: save_pretrained it")
-    parse_size(max_shard_size)
+    shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     activations = dict(activations or {})
     check_activations(model, layers, activations)
-    specs = describe_layers(model, layers, activations, find_flat_inputs(model, activations))
+    dynamic = [name for name, q in activations.items() if q.spec.dynamic]
+    specs = describe_layers(model, layers, activations, measure_flat_inputs(model, dynamic))
     biases = find_gained_biases(model)
-    chosen, reason = choose_format(specs, layers, format, activations, biases.problems())
-    config = _model_config(model, specs, chosen, recipe, biases)
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    chosen, reason = choose_format(
+        specs, layers, checkpoint_format, activations, biases.problems(), linears
+    )
+    config = _model_config(model, specs, chosen, recipe, biases, linears)
     _check_weights(model, specs, layers)
     plans = _plan(model, specs, layers, chosen, activations)
-    if chosen != "ptqkit":
+    if chosen.foreign:
         plans += _zero_plans(model, biases)
     tensor_bytes = sum(plan.nbytes for plan in plans)
     needed = tensor_bytes + SMALL_FILES
     target = Path(os.path.realpath(directory))
     with atomic_directory(target, overwrite=overwrite, needed=needed) as folder:
-        write_tensors(folder, plans, max_shard_size)
+        write_tensors(folder, plans, shard_bytes)
         config.save_pretrained(folder)
         if model.can_generate() and getattr(model, "generation_config", None) is not None:
             # Straight to the file: save_pretrained refuses settings that loaded without complaint.
@@ -143,7 +149,7 @@ def save_checkpoint(
         written = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
         total = sum(path.stat().st_size for path in written.values())
     files = tuple(sorted(written))
-    return CheckpointInfo(target, chosen, reason, files, total, tensor_bytes, len(specs))
+    return CheckpointInfo(target, chosen.name, reason, files, total, tensor_bytes, len(specs))
 
 
 def _plain(value: Any) -> Any:
@@ -164,27 +170,29 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _model_config(
-    model: Any, specs: list[LayerSpec], format: str, recipe: Any, biases: GainedBiases
+    model: Any,
+    specs: list[LayerSpec],
+    chosen: CheckpointFormat,
+    recipe: Any,
+    biases: GainedBiases,
+    linears: list[str],
 ) -> Any:
-    """Copy of the model's configuration with the quantization and what save_pretrained adds."""
-    from transformers.pytorch_utils import Conv1D
-
-    linears = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    """Copy the model's configuration, with the quantization and what save_pretrained adds."""
     settings = _plain(recipe)
     act_order = isinstance(settings, dict) and settings.get("order") == "act"
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    config.quantization_config = quantization_config(
-        specs, format, linears=linears, act_order=act_order, gained_biases=biases.names
+    config.quantization_config = chosen.config(
+        specs, linears=linears, act_order=act_order, gained_biases=biases.names
     )
-    if format != "ptqkit":
+    if chosen.foreign:
         biases.apply(config)
     return config
 
 
 def _zero_plans(model: Any, biases: GainedBiases) -> list[TensorPlan]:
-    """Biases that only exist because a setting that another layer needs creates them."""
+    """Plan biases that only exist because a setting that another layer needs creates them."""
     plans = []
     for name, shape in biases.zeros.items():
         dtype = model.get_submodule(name.rpartition(".")[0]).weight.dtype
@@ -217,7 +225,7 @@ def _plan(
     model: Any,
     specs: list[LayerSpec],
     layers: Mapping[str, QuantizedMatrix],
-    format: str,
+    chosen: CheckpointFormat,
     activations: Mapping[str, ActivationQuantizer],
 ) -> list[TensorPlan]:
     by_weight = {f"{spec.name}.weight": spec for spec in specs}
@@ -227,14 +235,14 @@ def _plan(
     for name, tensor in state.items():
         if name in by_weight:
             spec = by_weight[name]
-            plans += tensor_plans(spec, layers[spec.name], format, activations.get(spec.name))
+            plans += chosen.plans(spec, layers[spec.name], activations.get(spec.name))
         elif name not in skipped:
             plans.append(TensorPlan.of(name, tensor))
     return plans
 
 
 def _tied_copies(model: Any) -> set[str]:
-    """Names that loading ties to another tensor again, so that one copy is enough."""
+    """Return names that loading ties to another tensor again, so that one copy is enough."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {

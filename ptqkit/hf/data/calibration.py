@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit._defaults import FORWARD_BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.data.text import (
     DATASET_NAME,
@@ -58,14 +59,14 @@ class CalibrationSet:
     source: str
 
     def masks(self) -> list[torch.Tensor | None]:
-        """Per batch the positions that count, bool (batch, sequence); None where all do."""
+        """Per batch the positions that count, bool (batch, sequence); None if all do."""
         return [padding_mask(batch) for batch in self.batches]
 
 
 def padding_mask(
     batch: Mapping[str, torch.Tensor], key: str = "attention_mask"
 ) -> torch.Tensor | None:
-    """Return the bool mask of real tokens, or None where nothing is padded."""
+    """Return the bool mask of real tokens, or None if nothing is padded."""
     mask = batch.get(key)
     if mask is None or mask.dim() != 2 or bool(mask.bool().all()):
         return None
@@ -73,9 +74,9 @@ def padding_mask(
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Longest sequence a model takes according to its configuration; None where unlimited."""
+    """Longest sequence a model takes according to its configuration; None if there is no limit."""
     config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
+    if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
@@ -92,9 +93,9 @@ def prepare_calibration(
     source: Any,
     tokenizer: Any = None,
     *,
-    samples: int = 128,
-    sequence_length: int = 512,
-    batch_size: int = 8,
+    samples: int = SAMPLES,
+    sequence_length: int = SEQUENCE_LENGTH,
+    batch_size: int = FORWARD_BATCH_SIZE,
     seed: int = 0,
     start_token: str | int | None = "auto",
     max_length: int | None = None,
@@ -141,7 +142,7 @@ def prepare_calibration(
     start = start_token_id(tokenizer, start_token)
     body = length - (start is not None)
     if body < 1:
-        raise CalibrationError(f"sequence_length {length} leaves no room beside the start token")
+        raise CalibrationError(f"sequence_length {length} leaves no room next to the start token")
     ids = tokenize(tokenizer, documents, _SURPLUS * samples * body)
     if len(ids) < samples * body:
         raise CalibrationError(
@@ -159,7 +160,7 @@ def prepare_calibration(
 
 
 def _as_documents(source: Any) -> tuple[Iterable[str] | None, str]:
-    """Return the texts of a source, or None where it holds tokens."""
+    """Return the texts of a source, or None if it holds tokens."""
     if isinstance(source, os.PathLike):
         return read_documents(source), Path(source).name
     if isinstance(source, str):

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ptqkit.errors import CalibrationError
+from ptqkit.errors import CalibrationError, UsageError
 
 __all__ = [
     "DATASET_NAME",
+    "CachedTokenizer",
     "MissingTextError",
     "dataset_documents",
     "read_documents",
@@ -34,13 +35,37 @@ class MissingTextError(CalibrationError, FileNotFoundError):
     """A text file that does not exist."""
 
 
+class CachedTokenizer:
+    """A tokenizer that keeps the tokens of every text, for texts that are read again and again.
+
+    Attributes
+    ----------
+    tokenizer
+        The tokenizer itself.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._tokens: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Return the tokens of a text, found once."""
+        key = (text, *sorted(options.items()))
+        if key not in self._tokens:
+            self._tokens[key] = self.tokenizer(text, **options)
+        return self._tokens[key]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
 def start_token_id(tokenizer: Any, start_token: str | int | None) -> int | None:
     """Resolve ``"auto"`` (the tokenizer's bos, if it has one), an id, or None."""
     if start_token is None or isinstance(start_token, int):
         return start_token
     if start_token == "auto":
         return getattr(tokenizer, "bos_token_id", None)
-    raise ValueError(f"start_token must be 'auto', a token id or None, not {start_token!r}")
+    raise UsageError(f"start_token must be 'auto', a token id or None, not {start_token!r}")
 
 
 def read_documents(path: str | os.PathLike[str]) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Find out what makes a model hard to quantize."""

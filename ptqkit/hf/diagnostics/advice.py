@@ -78,7 +78,7 @@ def _blocks(report: Any) -> dict[str, float]:
 
 
 def recipe_toml(values: Mapping[str, Any], name: str = "more bits where needed") -> str:
-    """A recipe as TOML text, in the form that a sweep file has."""
+    """Return a recipe as TOML text, in the form that a sweep file has."""
     lines = ["[[recipes]]", f"name = {json.dumps(name)}"]
     for key, value in values.items():
         if key != "overrides" and value is not None:

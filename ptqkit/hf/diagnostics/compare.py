@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ptqkit._files import plain
+from ptqkit._tables import text_table
 from ptqkit.hf.diagnostics.diagnosis import PARTS, DiagnosisReport
-from ptqkit.hf.diagnostics.text import align, number
+from ptqkit.hf.diagnostics.text import number
 
 __all__ = ["METRICS", "Comparison", "compare", "curve"]
 
@@ -102,12 +103,13 @@ class Comparison:
         """Plain text: a line per metric, a value and a ratio per model."""
         where = "median of the blocks" if self.at is None else f"relative depth {self.at:g}"
         first, *others = self.names
-        cells = [[f"{self.part}, {where}", first, *(c for n in others for c in (n, "ratio"))]]
+        header = [f"{self.part}, {where}", first, *(c for n in others for c in (n, "ratio"))]
+        cells: list[list[str]] = []
         for name, row in self.values.items():
             ratios = self.ratios[name][1:]
             pairs = zip(row[1:], ratios, strict=True)
             cells.append([name, number(row[0]), *(number(v) for pair in pairs for v in pair)])
-        text = align(cells)
+        text = text_table(header, cells)
         stated = [f"  {name}: {number(value)}" for name, value in self.published.items()]
         return "\n".join([text, *(["", "published, for other models:", *stated] if stated else [])])
 
@@ -123,7 +125,7 @@ class Comparison:
         return plain({"models": self.names, "part": self.part, "at": self.at, **parts})
 
     def to_dataframe(self) -> Any:
-        """A pandas.DataFrame with a row per metric and model."""
+        """Return a pandas.DataFrame with a row per metric and model."""
         import pandas
 
         rows = [

@@ -11,8 +11,8 @@ from ptqkit.errors import UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
 from ptqkit.hf.diagnostics.sensitivity import KINDS, _Bench, _Case
-from ptqkit.nn.attention import find_attention
-from ptqkit.nn.softmax.report import describe
+from ptqkit.hf.models.attention import find_attention
+from ptqkit.hf.softmax.driver import describe
 
 __all__ = ["measure_sensitivity"]
 

@@ -26,13 +26,13 @@ from ptqkit.hf.diagnostics.diagnosis import (
 )
 from ptqkit.hf.diagnostics.observe import AttentionObserver, InputObserver, Place, is_norm
 from ptqkit.hf.diagnostics.sdpa import FusedAttention
-from ptqkit.hf.models.structure import Target, find_blocks
-from ptqkit.hf.softmax.driver import refuse_installed
-from ptqkit.nn.attention import attention_hooks, find_attention
+from ptqkit.hf.models.attention import attention_hooks, find_attention, installed_attention
+from ptqkit.hf.models.structure import find_blocks
+from ptqkit.hf.softmax.driver import describe
+from ptqkit.nn.attention import BatchFacts
 from ptqkit.nn.forward import calibration_mode, forward
-from ptqkit.nn.linear import is_linear
-from ptqkit.nn.softmax.report import describe
-from ptqkit.recipe.recipe import Recipe
+from ptqkit.nn.linear import LinearView, is_linear
+from ptqkit.nn.softmax.study import refuse_installed
 
 __all__ = ["QUANTILES", "SENSITIVITIES", "diagnose", "find_outliers"]
 
@@ -205,7 +205,7 @@ class _Parts:
     def weight(self, name: str, module: nn.Module) -> WeightRow:
         """Statistics of a weight."""
         block, depth = self.where(name)
-        W = Target(name, module, Recipe(), block).read()
+        W = LinearView(module).read()
         try:
             norm = spectral_norm(W)
         except ValueError as error:
@@ -241,7 +241,7 @@ def _attention_observers(model: nn.Module, bits: int) -> tuple[dict[str, Attenti
         found = find_attention(model)
     except UnsupportedModuleError as error:
         return {}, str(error)
-    refuse_installed(model)
+    refuse_installed(installed_attention(model))
     return {name: AttentionObserver(name, bits) for name in found}, ""
 
 
@@ -252,22 +252,22 @@ def _run(
     report: DiagnosisReport,
     tell: Callable[[str, int, int], None],
 ) -> None:
-    """The pass over the data: rows of inputs and attention."""
+    """Run the data through the model and fill the rows of inputs and attention."""
     value = report.options["value"]
     observer = InputObserver(parts.linears, parts.norms, bits=report.bits, threshold=value)
     attention, reason = _attention_observers(model, report.bits)
     fused = FusedAttention(model, parts.blocks, report.bits)
+    facts = BatchFacts()
     with contextlib.ExitStack() as stack:
         if attention:
-            stack.enter_context(attention_hooks(model, attention))
+            facts = stack.enter_context(attention_hooks(model, attention))
         else:
             stack.enter_context(fused.watching())
         stack.enter_context(observer.watching())
         stack.enter_context(calibration_mode(model))
         for done, (batch, mask) in enumerate(zip(data.batches, data.masks(), strict=True)):
             observer.batch, observer.mask, fused.rows = batch, mask, mask
-            for hook in attention.values():
-                hook.rows = mask
+            facts.rows = mask
             forward(model, batch)
             tell("activations", done + 1, len(data.batches))
     parts.name_parts(observer.places)

@@ -311,7 +311,7 @@ class DiagnosisReport:
         draw([self], path, figure)
 
     def recipe(self, **options: Any) -> dict[str, Any]:
-        """A recipe with overrides for the layers that need more bits.
+        """Return a recipe with overrides for the layers that need more bits.
 
         See :func:`ptqkit.hf.diagnostics.advice.suggest_recipe` for the options.
         """
@@ -341,7 +341,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _numbers(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with NaN where JSON has None for a number."""
+    """Return the row with NaN where JSON has None for a number."""
     floats = {k for k, f in kind.__dataclass_fields__.items() if f.type == "float"}
     return {k: NAN if v is None and k in floats else v for k, v in row.items()}
 

@@ -76,7 +76,7 @@ def _whole_numbers(axes: Any) -> None:
 
 
 def _depth(picture: Any, reports: Sequence[DiagnosisReport], part: str | None) -> None:
-    """A panel per metric, a curve per model or, for one model, per part of its blocks."""
+    """Draw a panel per metric, a curve per model or, for one model, per part of its blocks."""
     several = len(reports) > 1
     parts = (part or PARTS[0],) if several or part else PARTS
     panels = picture.subplots(2, 4)
@@ -113,7 +113,7 @@ def _depth(picture: Any, reports: Sequence[DiagnosisReport], part: str | None) -
 
 
 def _distributions(picture: Any, report: DiagnosisReport) -> None:
-    """Bands between quantiles of weights and gains over depth."""
+    """Draw bands between quantiles of weights and gains over depth."""
     kinds: dict[str, list[Any]] = {}
     for row in [*report.weights, *report.norms]:
         kinds.setdefault(row.name[len(row.block) + 1 :], []).append(row)
@@ -137,8 +137,9 @@ def _distributions(picture: Any, report: DiagnosisReport) -> None:
 
 
 def _channels(picture: Any, report: DiagnosisReport) -> None:
-    """Heat maps of every channel's largest magnitude by the median channel's; where there are more
-    channels than can be seen, of neighbours the largest.
+    """Draw heat maps of every channel's largest magnitude by the median channel's.
+
+    If there are more channels than can be seen, the largest of neighbours is shown.
     """
     parts = [p for p in PARTS if any(r.part == p for r in report.inputs)]
     panels = picture.subplots(1, len(parts), squeeze=False)[0]
@@ -176,7 +177,7 @@ def _channels(picture: Any, report: DiagnosisReport) -> None:
 
 
 def _magnitudes(picture: Any, report: DiagnosisReport) -> None:
-    """The three largest and the median magnitude over depth."""
+    """Draw the three largest and the median magnitude over depth."""
     parts = [p for p in PARTS if any(r.part == p for r in report.inputs)]
     panels = picture.subplots(1, len(parts), squeeze=False, sharey=True)[0]
     for axes, part in zip(panels, parts, strict=True):

@@ -15,8 +15,7 @@ from ptqkit.arrays.statistics import ActivationStatistics
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.nn.activation_statistics import statistics_accumulator
-from ptqkit.nn.attention import AttentionHook
-from ptqkit.nn.attention_quantizer import counted_entries
+from ptqkit.nn.attention import AttentionCall, AttentionHook
 from ptqkit.nn.forward import hooks, tensor_key
 from ptqkit.nn.linear import is_linear
 
@@ -53,7 +52,7 @@ class Place:
     norm: str | None = None
 
     def finish(self) -> ActivationStatistics:
-        """The statistics on the host."""
+        """Return the statistics on the host."""
         try:
             finish = getattr(self.statistics, "finish", None)
             return self.statistics if finish is None else finish()
@@ -150,11 +149,6 @@ class _Sums:
 class AttentionObserver(AttentionHook):
     """Watches one attention module: sinks, what a softmax grid loses, and the cache's error.
 
-    Attributes
-    ----------
-    rows : Tensor or None
-        Which tokens of the batch at hand count, bool (batch, sequence).
-
     Parameters
     ----------
     name : str
@@ -165,49 +159,56 @@ class AttentionObserver(AttentionHook):
 
     def __init__(self, name: str, bits: int = 8) -> None:
         self.name, self.bits = name, bits
-        self.rows: torch.Tensor | None = None
         self._sums = _Sums()
 
-    def key(self, x: torch.Tensor) -> torch.Tensor:
+    def key(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Add up the error of the keys."""
-        return self._cache("key", x)
+        self.add_cache("key", x, call.rows)
+        return x
 
-    def value(self, x: torch.Tensor) -> torch.Tensor:
+    def value(self, x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Add up the error of the values."""
-        return self._cache("value", x)
+        self.add_cache("value", x, call.rows)
+        return x
 
-    def _cache(self, kind: str, x: torch.Tensor) -> torch.Tensor:
+    def softmax(self, p: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        """Add up the attention to the first token and what rounding loses."""
+        self.add_softmax(p, call.allowed, call.rows)
+        return p
+
+    def add_cache(self, kind: str, x: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Add up the error of "key" or "value" (batch, heads, k, width); rows: which count."""
         top = 2 ** (self.bits - 1) - 1
         wide = x.detach().float()
         scale = wide.abs().amax(dim=-1, keepdim=True) / top
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         error = (wide - (wide / scale).round() * scale).square().sum(dim=-1, dtype=torch.float64)
         energy = wide.square().sum(dim=-1, dtype=torch.float64)
-        if self.rows is not None:
-            counted = self.rows[:, None].to(x.device)
+        if rows is not None:
+            counted = rows[:, None].to(x.device)
             error, energy = error * counted, energy * counted
         self._finite(energy, kind)
         sums = {f"{kind} error": error.sum(dim=(0, 2)), f"{kind} energy": energy.sum(dim=(0, 2))}
         self._sums.add(**sums)
-        return x
 
-    def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """Add up the attention to the first token and what rounding loses."""
+    def add_softmax(
+        self, p: torch.Tensor, allowed: torch.Tensor | None, counted_rows: torch.Tensor | None
+    ) -> None:
+        """Add up probabilities (batch, heads, q, k) over the rows that count, bool (batch, q)."""
         batch, heads, queries, _ = p.shape
         wide = p.detach().float()
         grid = softmax_grid(self.bits)
         codes = (wide / grid.scale).round()
         lost = 1 - codes.sum(dim=-1, dtype=torch.float64) * grid.scale
-        entries = counted_entries(allowed, self.rows)
         zero = codes == 0
-        counted = torch.ones_like(zero)
-        if entries is not None:
-            counted = entries.to(p.device).expand_as(zero)
         first = torch.zeros(batch, dtype=torch.int64, device=p.device)
         rows = torch.ones(batch, queries, dtype=torch.bool, device=p.device)
-        if self.rows is not None:
-            rows = self.rows.to(p.device)
+        if counted_rows is not None:
+            rows = counted_rows.to(p.device)
             first = rows.int().argmax(dim=1)
+        counted = rows[:, None, :, None].expand_as(zero)
+        if allowed is not None:
+            counted = counted & allowed.to(p.device)
         at_first = wide.gather(-1, first[:, None, None, None].expand(batch, heads, queries, 1))
         weight = rows[:, None].double()
         self._finite(at_first[..., 0] * weight, "softmax")
@@ -218,7 +219,6 @@ class AttentionObserver(AttentionHook):
             zero=(zero & counted).sum(dim=(0, 2, 3)),
             entries=counted.sum(dim=(0, 2, 3)),
         )
-        return p
 
     def _finite(self, x: torch.Tensor, kind: str) -> None:
         if not bool(torch.isfinite(x).all()):

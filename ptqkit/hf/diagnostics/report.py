@@ -8,6 +8,9 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ptqkit._files import plain
+from ptqkit._tables import text_table
+
 __all__ = ["SensitivityReport", "SensitivityRow"]
 
 _SHOWN = 30
@@ -20,14 +23,14 @@ class SensitivityRow:
     Attributes
     ----------
     kind : str
-        "all" where a case is a whole block.
+        "all" if a case is a whole block.
     layer : str
-        Module or block; "all" where a case is one kind everywhere.
+        Module or block; "all" if a case is one kind everywhere.
     tensors : int
         How many are quantized together.
     sqnr_db : float
         Of the final logits against the float model's, mean of the samples' ratios (SBC eq. 1);
-        infinite where a sample came out equal.
+        infinite if a sample came out equal.
     infinite : int
         Samples without any error.
     perplexity : float or None
@@ -68,7 +71,7 @@ class SensitivityReport:
     float_perplexity: float | None = None
 
     def __getitem__(self, name: str) -> SensitivityRow:
-        """Row of a case by its name."""
+        """Return the row of a case by its name."""
         for row in self.rows:
             if row.name == name:
                 return row
@@ -79,12 +82,8 @@ class SensitivityReport:
         return [asdict(row) for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values that are valid JSON (infinity becomes None)."""
-        rows = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
-            for r in self.to_dicts()
-        ]
-        return {**asdict(self), "rows": rows}
+        """Return everything as plain values that are valid JSON (infinity becomes None)."""
+        return plain(asdict(self))
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the report as JSON text, and write it to ``path`` if one is given."""
@@ -95,7 +94,7 @@ class SensitivityReport:
         return text
 
     def table(self) -> str:
-        """Plain text table, the most harmful case first."""
+        """Return a plain text table, the most harmful case first."""
         header = ["case", "tensors", "dB of the logits"]
         cells = [[r.name, str(r.tensors), _decibel(r)] for r in self.rows]
         if self.float_perplexity is not None:
@@ -103,17 +102,7 @@ class SensitivityReport:
             for line, row in zip(cells, self.rows, strict=True):
                 value = row.perplexity if row.perplexity is not None else math.nan
                 line += [f"{value:.4f}", f"{value - self.float_perplexity:+.4f}"]
-        cells = [header, *cells]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-        lines = [
-            "  ".join(
-                [line[0].ljust(widths[0])]
-                + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
-            )
-            for line in cells
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join(lines)
+        return text_table(header, cells)
 
     def __str__(self) -> str:
         return self.table()

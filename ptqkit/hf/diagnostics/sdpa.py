@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ptqkit.hf.diagnostics.observe import AttentionObserver
+from ptqkit.nn.attention import MASKED
 
 __all__ = ["FusedAttention"]
 
@@ -92,12 +93,13 @@ class FusedAttention(TorchFunctionMode):
         block = self._block or ""
         name = block if self._calls == 1 else f"{block} ({self._calls})"
         observer = self.observers.setdefault(name, AttentionObserver(name, self._bits))
-        observer.rows = self.rows
-        observer.key(key)
-        observer.value(value)
-        wide = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        # models with grouped heads repeat them before the call, or in it: here always before
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        observer.add_cache("key", key, self.rows)
+        observer.add_cache("value", value, self.rows)
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        scores = query.float() @ wide.transpose(-1, -2) * scale
+        scores = query.float() @ key.float().transpose(-1, -2) * scale
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         if is_causal:
             allowed = allowed.tril()
@@ -105,8 +107,8 @@ class FusedAttention(TorchFunctionMode):
             allowed = allowed & attn_mask
         elif attn_mask is not None:
             scores = scores + attn_mask
-            allowed = allowed & (attn_mask > -9_000.0)
+            allowed = allowed & (attn_mask > MASKED)
         probabilities = scores.masked_fill(~allowed, -math.inf).softmax(dim=-1)
         # a row of padding may see nothing
         probabilities = probabilities.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
-        observer.softmax(probabilities, allowed)
+        observer.add_softmax(probabilities, allowed, self.rows)

@@ -7,7 +7,7 @@ of one case, and the signal-to-noise ratio of the final logits says what they co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,29 +20,34 @@ from ptqkit.arrays.solvers import rtn
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
-from ptqkit.hf.evaluation.perplexity import perplexity
-from ptqkit.hf.models.structure import Target, find_blocks
-from ptqkit.hf.softmax.driver import refuse_installed
+from ptqkit.hf.evaluation.likelihood import perplexity
+from ptqkit.hf.models.attention import (
+    attention_hooks,
+    find_attention,
+    installed_attention,
+    measure_ranges,
+)
+from ptqkit.hf.models.dtypes import dtype_of
+from ptqkit.hf.models.structure import find_blocks
+from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
+from ptqkit.hf.softmax.driver import describe
 from ptqkit.nn.activations import (
     ActivationQuantizer,
     install_quantizer,
     installed_quantizer,
     remove_quantizers,
 )
-from ptqkit.nn.attention import attention_hooks, find_attention
 from ptqkit.nn.attention_quantizer import (
     ATTENTION_KINDS,
     AttentionQuantizer,
     AttentionRanges,
-    measure_ranges,
 )
 from ptqkit.nn.forward import calibration_mode, forward, hooks
-from ptqkit.nn.linear import is_linear
+from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
-from ptqkit.nn.softmax.report import describe
+from ptqkit.nn.softmax.study import refuse_installed
 from ptqkit.nn.statistics import range_accumulator
 from ptqkit.recipe.options import ActivationQuantization
-from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["CASES", "KINDS", "sensitivity"]
 
@@ -75,7 +80,7 @@ def sensitivity(
     batch_size: int = 4,
     seed: int = 0,
     start_token: str | int | None = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Progress | None = None,
     **windows: Any,
 ) -> SensitivityReport:
     """Quantize one case at a time and rank by what it costs; the model stays as it was.
@@ -99,8 +104,8 @@ def sensitivity(
     text : optional
         Also measure the perplexity on it, for every case; see :func:`ptqkit.hf.perplexity`, which
         takes ``**windows`` (``window``, ``stride``, ``max_tokens``).
-    progress : callable, optional
-        Called with (cases done, cases in all).
+    progress : bool or callable, optional
+        An event per case, with stage "measuring"; see :func:`ptqkit.hf.progress.make_progress`.
 
     Raises
     ------
@@ -137,16 +142,20 @@ def sensitivity(
         calibration=describe(data),
         float_perplexity=score() if score is not None else None,
     )
-    for done, case in enumerate(cases):
-        with bench.quantized(case):
-            sqnr = bench.compare()
-            value = score() if score is not None else None
-        row = SensitivityRow(case.kind, case.layer, len(case.members))
-        row.sqnr_db, row.infinite = float(sqnr.decibel), int(sqnr.infinite)
-        row.perplexity = value
-        report.rows.append(row)
-        if progress is not None:
-            progress(done + 1, len(cases))
+    resolved = make_progress(progress)
+    stage = ProgressStage(resolved, "measuring", len(cases))
+    try:
+        for case in cases:
+            with bench.quantized(case):
+                sqnr = bench.compare()
+                value = score() if score is not None else None
+            row = SensitivityRow(case.kind, case.layer, len(case.members))
+            row.sqnr_db, row.infinite = float(sqnr.decibel), int(sqnr.infinite)
+            row.perplexity = value
+            report.rows.append(row)
+            stage.step(row.name)
+    finally:
+        close_progress(resolved)
     report.rows.sort(key=lambda row: row.sqnr_db)
     return report
 
@@ -171,12 +180,12 @@ class _Bench:
         self, model: nn.Module, data: CalibrationSet, kinds: Sequence[str], bits: int
     ) -> None:
         self.model, self.data, self.kinds, self.bits = model, data, kinds, bits
-        self.linears: dict[str, Target] = {}
+        self.linears: dict[str, LinearView] = {}
         self.inputs: dict[str, ActivationQuantizer] = {}
         self.attention: dict[str, AttentionRanges] = {}
         self.blocks = [name for names in find_blocks(model).values() for name in names]
         if any(kind in ATTENTION_KINDS for kind in kinds):
-            refuse_installed(model)
+            refuse_installed(installed_attention(model))
             find_attention(model)
             self.attention = measure_ranges(model, data)
         if "weights" in kinds or "inputs" in kinds:
@@ -188,13 +197,13 @@ class _Bench:
     def _find_linears(self) -> None:
         for name, module in self.model.named_modules():
             if is_linear(module) and self._block(name) != name:
-                self.linears[name] = Target(name, module, Recipe(), self._block(name))
+                self.linears[name] = LinearView(module)
         if not self.linears:
             raise UnsupportedModuleError(
                 f"{type(self.model).__name__} has no float linear layers in its blocks; leave "
                 "weights and inputs out of kinds"
             )
-        taken = [n for n, t in self.linears.items() if installed_quantizer(t.module) is not None]
+        taken = [n for n, v in self.linears.items() if installed_quantizer(v.module) is not None]
         if taken:
             raise ValueError(
                 f"the inputs of {taken[0]} are quantized already: call "
@@ -202,25 +211,25 @@ class _Bench:
             )
 
     def _block(self, name: str) -> str:
-        """Block that a module lies in; its own name outside of blocks."""
+        """Return the block that holds a module; its own name outside of blocks."""
         return next((b for b in self.blocks if name.startswith(f"{b}.")), name)
 
     def _input_quantizers(self) -> dict[str, ActivationQuantizer]:
         device = next(self.model.parameters()).device
-        seen = {n: range_accumulator(t.shape[1], device) for n, t in self.linears.items()}
+        found = {n: range_accumulator(v.shape[1], device) for n, v in self.linears.items()}
         rows: list[torch.Tensor | None] = [None]
 
-        def see(name: str, x: torch.Tensor) -> None:
+        def record(name: str, x: torch.Tensor) -> None:
             mask = rows[0]
-            seen[name].update(x, None if mask is None else mask.reshape(x.shape[:-1]))
+            found[name].update(x, None if mask is None else mask.reshape(x.shape[:-1]))
 
-        modules = {name: target.module for name, target in self.linears.items()}
-        with hooks(modules, see), calibration_mode(self.model):
+        modules = {name: view.module for name, view in self.linears.items()}
+        with hooks(modules, record), calibration_mode(self.model):
             for batch, mask in zip(self.data.batches, self.data.masks(), strict=True):
                 rows[0] = mask
                 forward(self.model, batch)
-        spec, dtype = ActivationQuantization(self.bits, "tensor"), _dtype(self.model)
-        ranges = {n: r.finish() if hasattr(r, "finish") else r for n, r in seen.items()}
+        spec, dtype = ActivationQuantization(self.bits, "tensor"), dtype_of(self.model)
+        ranges = {n: r.finish() for n, r in found.items()}
         idle = [n for n, r in ranges.items() if not r.tokens]
         if idle:
             raise CalibrationError(f"no calibration token reached {idle[0]}; give more data")
@@ -245,7 +254,7 @@ class _Bench:
     @contextlib.contextmanager
     def quantized(self, case: _Case) -> Iterator[None]:
         """Quantize the tensors of a case; everything is put back bit for bit."""
-        dtype = _dtype(self.model)
+        dtype = dtype_of(self.model)
         attention: dict[str, dict[str, Any]] = {}
         for kind, name in case.members:
             if kind == "softmax":
@@ -261,7 +270,7 @@ class _Bench:
                 stack.enter_context(attention_hooks(self.model, quantizers))
             for kind, name in case.members:
                 if kind == "weights":
-                    stack.enter_context(self._rounded(self.linears[name]))
+                    stack.enter_context(self._rounded(name))
                 elif kind == "inputs":
                     module = self.linears[name].module
                     install_quantizer(module, self.inputs[name])
@@ -269,18 +278,17 @@ class _Bench:
             yield
 
     @contextlib.contextmanager
-    def _rounded(self, target: Target) -> Iterator[None]:
-        kept = target.module.weight.detach().clone()
+    def _rounded(self, name: str) -> Iterator[None]:
+        view = self.linears[name]
+        kept = view.weight.clone()
         try:
-            matrix = rtn(target.read(), bits=self.bits, group_size=None, name=target.name)
-            target.write(matrix.dequantize())
+            view.write(rtn(view.read(), bits=self.bits, group_size=None, name=name).dequantize())
             yield
         finally:
-            with torch.no_grad():
-                target.module.weight.copy_(kept)
+            view.weight.copy_(kept)
 
     def _logits(self, index: int) -> torch.Tensor:
-        """Logits of a batch on the host, in float32, zero where there is padding."""
+        """Return the logits of a batch on the host, in float32, 0 at padded positions."""
         batch, rows = self.data.batches[index], self.data.masks()[index]
         device = next(self.model.parameters()).device
         with calibration_mode(self.model):
@@ -292,8 +300,9 @@ class _Bench:
                 "its head, such as AutoModelForCausalLM"
             )
         logits = logits.float().cpu()
-        per_token = rows is not None and logits.dim() == 3 and logits.shape[:2] == rows.shape
-        return logits * rows[..., None].cpu() if per_token else logits
+        if rows is None or logits.dim() != 3 or logits.shape[:2] != rows.shape:
+            return logits
+        return logits * rows[..., None].cpu()
 
     def compare(self) -> SQNR:
         """Signal-to-noise ratio of the logits now, a sample being a sequence."""
@@ -301,8 +310,3 @@ class _Bench:
         for index, reference in enumerate(self.reference):
             sqnr.update(reference.numpy(), self._logits(index).numpy())
         return sqnr
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """Floating-point type of a model's parameters."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())

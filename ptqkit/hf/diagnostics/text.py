@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["align", "number", "write_table"]
+from ptqkit._tables import text_table
+
+__all__ = ["number", "write_table"]
 
 _SHOWN = 12
 
@@ -13,17 +15,6 @@ _SHOWN = 12
 def number(value: float) -> str:
     """Four significant digits; "-" for what was not measured."""
     return "-" if value != value else f"{value:.4g}"
-
-
-def align(cells: Sequence[Sequence[str]]) -> str:
-    """Lines of a table: a header, a rule, the first column to the left and all others right."""
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = []
-    for line in cells:
-        right = [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
-        lines.append("  ".join([line[0].ljust(widths[0]), *right]).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
 
 
 def write_table(report: Any) -> str:
@@ -35,7 +26,7 @@ def _inputs(report: Any) -> str:
     header = ["input of", "part", "RMSE/token", "RMSE/tensor", "STD", "kurtosis", "max"]
     header += ["max/median", "STD(gain)", "sigma max", "stable rank", "outliers"]
     weights = {row.name: row for row in report.weights}
-    cells = [header]
+    cells: list[list[str]] = []
     for row in report.inputs:
         own = [weights[name] for name in row.consumers if name in weights]
         largest = max(own, key=lambda w: w.spectral_norm, default=None)
@@ -44,7 +35,7 @@ def _inputs(report: Any) -> str:
         spectrum = [largest.spectral_norm, largest.stable_rank] if largest else [float("nan")] * 2
         found = str(len(report.outliers.get(row.name, ())) or "")
         cells.append([row.name, row.part, *map(number, [*values, *spectrum]), found])
-    return align(cells)
+    return text_table(header, cells)
 
 
 def _facts(report: Any) -> str:

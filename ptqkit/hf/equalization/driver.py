@@ -11,7 +11,7 @@ from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.equalization.report import EqualizationReport, EqualizedGroup
 from ptqkit.hf.equalization.run import EqualizationError, EqualizationRun, owner_of_mark
-from ptqkit.hf.progress import Progress, make_progress
+from ptqkit.hf.progress import Progress, close_progress, make_progress
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.options import Equalization
 from ptqkit.recipe.recipe import Recipe
@@ -99,7 +99,7 @@ def equalize(
         How the model is to be quantized: what the search measures. Layers that it skips count for
         no range, and groups it skips altogether are left alone.
     blocks : tuple of str, optional
-        Paths of the lists of repeated blocks, where structure does not tell.
+        Paths of the lists of repeated blocks, if structure does not show them.
     threads : int
         0 is automatic. No result depends on it.
     progress : bool or callable, optional
@@ -164,8 +164,7 @@ def equalize_calibrated(
             error.add_note(_partial_text("stopped by an error", run.folded, run.total))
         raise
     finally:
-        if hasattr(progress, "close"):
-            progress.close()
+        close_progress(progress)
     return run.report
 
 

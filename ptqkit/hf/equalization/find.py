@@ -23,7 +23,7 @@ from ptqkit.hf.equalization.trace import (
 )
 from ptqkit.hf.models.structure import find_blocks
 from ptqkit.nn.forward import calibration_mode
-from ptqkit.nn.linear import is_linear
+from ptqkit.nn.linear import LinearView, is_linear
 
 __all__ = ["Fold", "FoldPlan", "apply_fold", "find_folds"]
 
@@ -53,7 +53,7 @@ def find_folds(
     batch : mapping of str to Tensor
         Keyword arguments of the model's forward; the first row needs at least two tokens.
     blocks : tuple of str, optional
-        Paths of the lists of repeated blocks, where structure does not tell.
+        Paths of the lists of repeated blocks, if structure does not show them.
 
     Returns
     -------
@@ -101,7 +101,7 @@ def _leave_block(plan: FoldPlan, model: nn.Module, name: str, count: int) -> Non
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
-    """Names of modules that share parameters, or stand in the model twice, with the reason."""
+    """Return the modules that share parameters, or stand in the model twice, with the reason."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
@@ -121,7 +121,7 @@ def _not_exact(
     outputs: list[torch.Tensor],
     folds: Sequence[Fold],
 ) -> list[Fold]:
-    """Folds that change what the model returns; halves are searched only where something does."""
+    """Return the folds that change what the model returns, by bisection."""
     if not folds:
         return []
     with contextlib.ExitStack() as stack:
@@ -144,7 +144,7 @@ def _emulate(stack: contextlib.ExitStack, model: nn.Module, fold: Fold) -> None:
     """Apply a fold by hooks: no parameter is touched, and none has to be kept twice."""
     producer = model.get_submodule(fold.producer)
     scales = random_scales(fold.channels, np.random.default_rng(0))
-    width = fold.channels if fold.kind == "norm" else _outputs(producer)
+    width = fold.channels if fold.kind == "norm" else LinearView(producer).shape[0]
     factors = np.ones(width)
     factors[fold.rows] = 1.0 / scales
     spread = torch.from_numpy(fold.spread(scales))
@@ -155,7 +155,3 @@ def _emulate(stack: contextlib.ExitStack, model: nn.Module, fold: Fold) -> None:
     stack.enter_context(scaled_output(producer, torch.from_numpy(factors)))
     modules = {name: model.get_submodule(name) for name in fold.consumers}
     stack.enter_context(changed_inputs(modules, change))
-
-
-def _outputs(module: nn.Module) -> int:
-    return module.weight.shape[0] if isinstance(module, nn.Linear) else module.weight.shape[1]

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit._tables import text_table
 from ptqkit.errors import UnsupportedModuleError
-from ptqkit.nn.linear import is_conv1d
+from ptqkit.nn.linear import LinearView
 
 __all__ = ["Fold", "FoldPlan", "apply_fold"]
 
@@ -54,15 +55,15 @@ class Fold:
 
     @property
     def channels(self) -> int:
-        """Number of producer channels: of scales."""
+        """Number of producer channels, and of scales."""
         return len(self.rows)
 
     def spread(self, scales: np.ndarray) -> np.ndarray:
-        """Scales of the producer's channels (channels,) -> of the consumers' inputs (in,)."""
+        """Turn scales of the producer's channels (channels,) into those of the inputs (in,)."""
         return np.asarray(scales)[self.channel_of]
 
     def gather(self, scales: np.ndarray) -> np.ndarray:
-        """Scales of the inputs (in,), equal where inputs share a channel -> (channels,)."""
+        """Turn scales of the inputs (in,), equal if inputs share a channel, into (channels,)."""
         gathered = np.ones(self.channels, dtype=np.asarray(scales).dtype)
         gathered[self.channel_of] = scales
         return gathered
@@ -84,14 +85,10 @@ class FoldPlan:
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
-        """Plain text: a line per fold, then a line per group of layers that is left alone."""
+        """Return plain text: a line per fold, then one per group of layers that is left alone."""
         rows = [(f.kind, f.producer, ", ".join(f.consumers), str(f.channels)) for f in self.folds]
-        rows.insert(0, ("kind", "producer", "consumers", "channels"))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
+        header = ("kind", "producer", "consumers", "channels")
+        lines = [text_table(header, rows, left=range(4))]
         return "\n".join([*lines, *(f"left alone: {k}: {v}" for k, v in self.left_alone.items())])
 
     def __str__(self) -> str:
@@ -146,8 +143,8 @@ def apply_fold(model: nn.Module, fold: Fold, scales: Any) -> None:
 def _folded(
     model: nn.Module, fold: Fold, scales: np.ndarray
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Parameters a fold changes, with their new values."""
-    producer = model.get_submodule(fold.producer)
+    """Yield the parameters that a fold changes, with their owner's name and their new values."""
+    producer: Any = model.get_submodule(fold.producer)
     if fold.kind == "norm":
         for name, parameter in producer.named_parameters(recurse=False):
             shift = fold.offset if name == "weight" else 0.0
@@ -158,20 +155,21 @@ def _folded(
                 _like(parameter, gain / torch.from_numpy(scales), -shift),
             )
     else:
-        axis = 1 if is_conv1d(producer) else 0
-        inverse = np.ones(producer.weight.shape[axis])
+        view = LinearView(producer)
+        axis = 1 if view.transposed else 0
+        inverse = np.ones(view.shape[0])
         inverse[fold.rows] = 1.0 / scales
         yield fold.producer, producer.weight, _scaled(fold.producer, producer.weight, inverse, axis)
         if producer.bias is not None:
             yield fold.producer, producer.bias, _scaled(fold.producer, producer.bias, inverse, 0)
     for name in fold.consumers:
-        module = model.get_submodule(name)
-        axis = 0 if is_conv1d(module) else 1
-        yield name, module.weight, _scaled(name, module.weight, fold.spread(scales), axis)
+        view = LinearView(model.get_submodule(name))
+        axis, weight = 0 if view.transposed else 1, view.module.weight
+        yield name, weight, _scaled(name, weight, fold.spread(scales), axis)
 
 
 def _finite(values: torch.Tensor) -> bool:
-    """Whether every value is; a sum tells fast, unless it overflows itself."""
+    """Whether every value is finite; a sum shows it fast, unless it overflows itself."""
     wide = torch.promote_types(values.dtype, torch.float32)
     return math.isfinite(float(values.sum(dtype=wide))) or bool(torch.isfinite(values).all())
 
@@ -187,7 +185,7 @@ def _like(parameter: nn.Parameter, values: torch.Tensor, shift: float) -> torch.
 
 
 def _scaled(name: str, parameter: nn.Parameter, factors: np.ndarray, axis: int) -> torch.Tensor:
-    """Multiply along an axis, where the parameter is."""
+    """Multiply along an axis, on the parameter's device."""
     if parameter.device.type == "meta":
         raise UnsupportedModuleError(f"{name} is on the meta device; load the weights first")
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import CalibrationError, prefix_error
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.inputs import match_mask
@@ -38,7 +37,7 @@ class Inputs:
 
     @property
     def sample(self) -> torch.Tensor:
-        """The sampled vectors, in their order."""
+        """The sampled vectors in their order, shape (tokens, in)."""
         return torch.cat(self.parts)
 
     def add(self, value: torch.Tensor, mask: torch.Tensor | None, picks: np.ndarray) -> None:
@@ -75,7 +74,7 @@ def measure_inputs(
     Raises
     ------
     CalibrationError
-        If an input is not finite, or padding cannot be told from tokens; the message names the
+        If an input is not finite, or padding cannot be separated from tokens; the message names the
         layer.
     """
     found: dict[str, Inputs] = {}
@@ -84,7 +83,7 @@ def measure_inputs(
         picks = np.unique(np.linspace(0, calibration.tokens - 1, tokens).round().astype(np.int64))
     current: list[Any] = []
 
-    def see(name: str, value: torch.Tensor) -> None:
+    def record(name: str, value: torch.Tensor) -> None:
         if name not in found:
             found[name] = Inputs(range_accumulator(value.shape[-1], value.device))
         try:
@@ -92,11 +91,10 @@ def measure_inputs(
         except (ValueError, TypeError) as error:
             raise CalibrationError(str(prefix_error(error, name))) from error
 
-    with calibration_mode(model), hooks(modules, see):
+    with calibration_mode(model), hooks(modules, record):
         for batch, mask in zip(calibration.batches, calibration.masks(), strict=True):
             current[:] = batch, mask
             forward(model, batch)
     for inputs in found.values():
-        if not isinstance(inputs.ranges, ChannelRanges):
-            inputs.ranges = inputs.ranges.finish()
+        inputs.ranges = inputs.ranges.finish()
     return {name: inputs for name, inputs in found.items() if inputs.ranges.tokens}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -11,8 +12,8 @@ __all__ = ["channel_layouts", "head_sizes", "row_layouts"]
 
 
 def head_sizes(model: nn.Module) -> list[int]:
-    """Head sizes that the configuration suggests, most likely first; others are tried after."""
-    config = getattr(model, "config", None)
+    """Return the head sizes that the configuration suggests, the most likely first."""
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     found = [getattr(config, "head_dim", None), getattr(config, "d_kv", None)]

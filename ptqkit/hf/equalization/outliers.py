@@ -63,7 +63,7 @@ def inject_outliers(
     seed : int
         Of a generator of its own.
     blocks : tuple of str, optional
-        Paths of the lists of repeated blocks, where structure does not tell.
+        Paths of the lists of repeated blocks, if structure does not show them.
 
     Returns
     -------

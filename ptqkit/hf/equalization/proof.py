@@ -22,7 +22,7 @@ from ptqkit.hf.equalization.trace import (
     scaled_output,
     trace_block,
 )
-from ptqkit.nn.linear import is_linear
+from ptqkit.nn.linear import LinearView, is_linear
 
 __all__ = ["TOLERANCE", "BlockProver", "random_scales"]
 
@@ -45,12 +45,12 @@ def random_scales(channels: int, generator: np.random.Generator) -> np.ndarray:
 
 @dataclass
 class _Seen:
-    """What scaling some outputs of a layer did to what a group of consumers reads.
+    """Effect of scaling a producer's outputs on its consumers' inputs.
 
     Attributes
     ----------
     exponents : ndarray of float64, shape (in,), or None
-        Log2 of the factor of every input channel; NaN for channels that are all zero; None where
+        Log2 of the factor of every input channel; NaN for channels that are all zero; None if
         the inputs are not the old ones times a factor per channel.
     reached : bool
         Whether the inputs changed at all.
@@ -116,8 +116,8 @@ class BlockProver:
         self._prove_parameters()
 
     def tolerance(self, call: Call) -> float:
-        """Stated tolerance of a layer's dtype."""
-        return TOLERANCE.get(call.module.weight.dtype, TOLERANCE[torch.float32])
+        """Return the stated tolerance of a layer's dtype."""
+        return TOLERANCE.get(LinearView(call.module).weight.dtype, TOLERANCE[torch.float32])
 
     def _find(self, group: list[Call]) -> Fold | str:
         """Return the fold of a group of consumers, or the reason why there is none."""
@@ -142,7 +142,7 @@ class BlockProver:
         return self._why_not(group[0], through)
 
     def _candidates(self, consumer: Call) -> Iterator[Call]:
-        """Layers that may produce what a consumer reads, the likely ones first."""
+        """Return the layers that may produce what a consumer reads, the likely ones first."""
         calls = self.trace.calls
         before = calls[: calls.index(consumer)]
         width = consumer.inputs.shape[-1]
@@ -155,7 +155,7 @@ class BlockProver:
         yield from linears[:_CANDIDATES]
 
     def _try(self, producer: Call, group: list[Call]) -> Fold | str:
-        """Prove that a layer produces what a group reads; else say why not ("" for unrelated)."""
+        """Prove that a layer produces what a group reads; else return why not ("" if unrelated)."""
         names = tuple(c.name for c in group)
         width, outputs = group[0].inputs.shape[-1], producer.outputs.shape[-1]
         reached = False
@@ -178,7 +178,7 @@ class BlockProver:
         return "not proportional" if reached else ""
 
     def _match(self, exponents: np.ndarray, factors: np.ndarray, width: int) -> np.ndarray | None:
-        """The layout of channels that explains the factors seen at the consumers."""
+        """Return the layout of channels that explains the factors found at the consumers."""
         known = np.isfinite(exponents)
         if not known.any():
             return None
@@ -255,7 +255,7 @@ class BlockProver:
         self.folds = proven
 
     def _survives(self, folds: list[Fold]) -> bool:
-        """Whether the block returns the same with the folds applied; they are undone."""
+        """Return whether the block returns the same with the folds applied; they are undone."""
         parameters = list(_parameters(self.model, folds))
         saved = [p.detach().clone() for p in parameters]
         tolerance = min(TOLERANCE.get(p.dtype, 1e-5) for p in parameters)
@@ -300,7 +300,7 @@ class BlockProver:
 
 
 def _exponents(new: torch.Tensor, old: torch.Tensor, tolerance: float) -> np.ndarray | None:
-    """Log2 of new / old per channel where that is the same power of two for every token."""
+    """Return log2 of new / old per channel if it is the same power of two for every token."""
     if new.shape != old.shape:
         return None
     new = new.detach().reshape(-1, new.shape[-1]).double().cpu()

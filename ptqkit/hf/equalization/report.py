@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import plain
+from ptqkit._tables import text_table
 
 __all__ = ["EqualizationReport", "EqualizedGroup"]
 
@@ -21,7 +22,7 @@ class EqualizedGroup:
         See :class:`ptqkit.hf.equalization.fold.Fold`.
     consumers : list of str
     alpha : float
-        Of the scales; NaN where the search found that no equalization is best.
+        Of the scales; NaN if the search found that no equalization is best.
     error_none, error_closed_form, error : float
         Quantized output error on the sampled calibration inputs, summed over tokens and outputs:
         without equalization, with alpha = 0.5 (AWEQ, eq. 10), and with ``alpha``. Only of a search.
@@ -59,7 +60,7 @@ class EqualizationReport:
         Layers (joined by ", ") whose inputs were not equalized, and why.
     logits_difference : float
         Of the float model before and after, on a short batch: largest difference over the largest
-        value. NaN where nothing was folded.
+        value. NaN if nothing was folded.
     calibration_tokens : int
     search_tokens : int
         Tokens the search measured on; 0 without a search.
@@ -80,22 +81,19 @@ class EqualizationReport:
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> EqualizedGroup:
-        """Group of a consumer by name."""
+        """Return the group of a consumer by name."""
         for group in self.groups:
             if name in group.consumers:
                 return group
         raise KeyError(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values that are valid JSON (NaN becomes None)."""
+        """Return everything as plain values that are valid JSON (NaN becomes None)."""
         return plain(asdict(self))
 
     def table(self) -> str:
-        """Plain text: a line per group, then what was left alone, and totals."""
-        rows = [_HEADER, *(_cells(g) for g in self.groups)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-        lines = [_align(row, widths) for row in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
+        """Return plain text: a line per group, then what was left alone, and totals."""
+        lines = [text_table(_HEADER, map(_cells, self.groups), left=(0, 1, -1))]
         lines += ["", *(f"left alone: {k}: {v}" for k, v in self.left_alone.items())]
         lines.append(
             f"{self.method}, alpha {self.alpha}: {len(self.groups)} groups equalized; float logits "
@@ -135,13 +133,6 @@ def _cells(group: EqualizedGroup) -> tuple[str, ...]:
     )
 
 
-def _align(row: tuple[str, ...], widths: list[int]) -> str:
-    cells = [c.rjust(w) for c, w in zip(row, widths, strict=True)]
-    for i in (0, 1, len(row) - 1):
-        cells[i] = row[i].ljust(widths[i])
-    return "  ".join(cells).rstrip()
-
-
 def _relative(error: float, base: float) -> str:
-    """An error as a share of that without equalization."""
+    """Show an error as a share of that without equalization."""
     return f"{error / base:.3f}" if base > 0 else "-"

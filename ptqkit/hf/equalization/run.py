@@ -25,9 +25,9 @@ from ptqkit.hf.equalization.fold import Fold, FoldPlan, apply_fold, uninterrupte
 from ptqkit.hf.equalization.inputs import Inputs, measure_inputs
 from ptqkit.hf.equalization.report import EqualizationReport, EqualizedGroup
 from ptqkit.hf.equalization.trace import model_outputs, relative_difference, short_batch
-from ptqkit.hf.models.structure import Target
-from ptqkit.hf.progress import Progress, ProgressEvent
+from ptqkit.hf.progress import Progress, ProgressStage
 from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.linear import LinearView
 from ptqkit.recipe.options import Equalization
 from ptqkit.recipe.recipe import Recipe
 
@@ -56,7 +56,7 @@ def _wanted(plan: FoldPlan, equalization: Equalization, recipe: Recipe | None) -
 
 
 def _quantized(fold: Fold, recipe: Recipe | None) -> dict[str, Recipe | None]:
-    """Consumers that the recipe quantizes, with their options; all of them without a recipe."""
+    """Return the consumers that the recipe quantizes, with their options; all without a recipe."""
     if recipe is None:
         return dict.fromkeys(fold.consumers)
     options = {name: recipe.for_layer(name) for name in fold.consumers}
@@ -108,7 +108,7 @@ class EqualizationRun:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in before):
             raise CalibrationError(
                 "the float model's outputs on the first calibration tokens hold NaN or Inf: what "
-                "folds cannot be told from them"
+                "folds cannot be recognized in them"
             )
         plan = _wanted(plan, self.equalization, self.recipe)
         self.report.left_alone = plan.left_alone
@@ -133,30 +133,31 @@ class EqualizationRun:
         self.report.seconds[name] = time.perf_counter() - self.start - spent
 
     def _find_scales(self, plan: FoldPlan) -> list[_Choice]:
-        """Folds into linear layers first, the last ones before: they scale rows others look at."""
+        """Choose the scales of all folds.
+
+        Folds into linear layers come first, the last ones before: they scale rows that the choice
+        of others is based on.
+        """
         found: dict[int, _Choice] = {}
-        started = time.perf_counter()
         order = sorted(range(len(plan.folds)), key=lambda i: (plan.folds[i].kind == "norm", -i))
-        for done, index in enumerate(order, 1):
+        stage = ProgressStage(self.progress, "equalizing", len(order))
+        for index in order:
             fold = plan.folds[index]
             if fold.consumers[0] not in self.inputs:
                 names = ", ".join(fold.consumers)
                 plan.left_alone[names] = "it saw no token of the calibration data"
+                stage.skip()
                 continue
             try:
                 found[index] = self._choose(fold)
             except Exception as error:
                 raise prefix_error(error, fold.consumers[0]) from error
-            if self.progress is not None:
-                row, elapsed = found[index].row, time.perf_counter() - started
-                left = elapsed / done * (len(order) - done)
-                event = (row.consumers[0], done, len(order), row.error, elapsed, left)
-                self.progress(ProgressEvent(*event, stage="equalizing"))
+            stage.step(fold.consumers[0], found[index].row.error)
         return [found[i] for i in sorted(found)]
 
     def _weight(self, name: str) -> np.ndarray:
-        """Weight of a layer, float32 (out, in), its rows as they will be."""
-        weight = Target(name, self.model.get_submodule(name), Recipe(), None).read()
+        """Return the weight of a layer, float32 (out, in), with its rows as they will be."""
+        weight = LinearView(self.model.get_submodule(name)).read()
         if name in self.rows:
             weight = weight.copy()
             rows, factors = self.rows[name]
@@ -190,7 +191,7 @@ class EqualizationRun:
         return _Choice(fold, scales, row)
 
     def _note_options(self, quantized: Mapping[str, Recipe | None]) -> None:
-        """Warn where layers will be quantized in another way than the search measures."""
+        """Warn if layers will be quantized in another way than the search measures."""
         first, *others = quantized
         different = [n for n in others if _measured(quantized[n]) != _measured(quantized[first])]
         if different:
@@ -213,7 +214,7 @@ class EqualizationRun:
         options: Recipe | None,
         shared: np.ndarray | None,
     ) -> np.ndarray:
-        """Scales of the alpha with the least quantized output error, float32 (in,)."""
+        """Return the scales of the alpha with the least quantized output error, float32 (in,)."""
         assert options is not None
         inputs, activations = self.inputs[fold.consumers[0]], options.activations
         quantizing: dict[str, Any] = {}
@@ -252,7 +253,7 @@ class EqualizationRun:
 
 
 def _measured(options: Recipe | None) -> tuple[Any, ...]:
-    """What of a recipe the search measures."""
+    """Return the options of a recipe that the search measures."""
     if options is None:
         return ()
     o = options
@@ -260,7 +261,7 @@ def _measured(options: Recipe | None) -> tuple[Any, ...]:
 
 
 def owner_of_mark(model: nn.Module) -> Any:
-    """Where the mark of an equalized model stands: its configuration, if it has one."""
+    """Return the object that holds the mark of an equalized model: its configuration, if any."""
     config = getattr(model, "config", None)
     return model if config is None else config
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ptqkit.errors import CalibrationError
+from ptqkit.hf.models.inputs import short_batch as first_tokens
 from ptqkit.nn.forward import forward
 from ptqkit.nn.linear import is_linear
 
@@ -27,32 +28,22 @@ __all__ = [
     "trace_block",
 ]
 
-#: Tokens of the forward passes that find and prove folds.
-PROBE_TOKENS = 16
-
 Tensors = list[torch.Tensor]
 
 
 def short_batch(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """First tokens of the first row, every position counting.
+    """Return the first tokens of the first row, as if none of them were padding.
 
     Raises
     ------
     CalibrationError
         If the row has fewer than two tokens: one token shows no attention.
     """
-    length = batch["input_ids"].shape[1]
-    if length < 2:
+    if batch["input_ids"].shape[1] < 2:
         raise CalibrationError(
             "the calibration's first sequence has one token; finding folds needs at least 2"
         )
-    short = {}
-    for key, value in batch.items():
-        value = value[:1]
-        if value.dim() >= 2 and value.shape[1] == length:
-            value = value[:, :PROBE_TOKENS]
-        short[key] = torch.ones_like(value) if key == "attention_mask" else value
-    return short
+    return first_tokens(batch)
 
 
 def is_norm(module: nn.Module, width: int) -> bool:
@@ -243,7 +234,7 @@ def _replacing(
 
 
 def relative_difference(new: Tensors, old: Tensors) -> float:
-    """Largest difference over largest value, of the worst tensor; infinite where one is NaN."""
+    """Return the largest difference over the largest value; infinite if there is a NaN."""
     if [t.shape for t in new] != [t.shape for t in old]:
         return float("inf")
     worst = 0.0
@@ -260,7 +251,7 @@ def relative_difference(new: Tensors, old: Tensors) -> float:
 
 
 def identity(value: torch.Tensor) -> tuple[Any, ...]:
-    """Identity of a tensor's memory, whatever its view: the same for a flattened one."""
+    """Identify a tensor's memory, whatever its view: the same for a flattened one."""
     return (value.data_ptr(), value.dtype, value.numel(), value.shape[-1] if value.dim() else 0)
 
 

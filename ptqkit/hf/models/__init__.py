@@ -1,0 +1,1 @@
+"""See what a transformers model consists of and how it runs."""

@@ -1,17 +1,34 @@
-"""Match the inputs of a layer with the batch that they come from."""
+"""Batches of a model's inputs: a short one, and the padding mask of what a layer reads."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.data.calibration import padding_mask
 
-__all__ = ["match_mask"]
+__all__ = ["match_mask", "short_batch"]
+
+#: Tokens of the forward passes that only look at a model.
+PROBE_TOKENS = 16
+
+
+def short_batch(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the first tokens of the first row, as if none of them were padding."""
+    length = batch["input_ids"].shape[1]
+    short = {}
+    for key, value in batch.items():
+        value = value[:1]
+        if value.dim() >= 2 and value.shape[1] == length:
+            value = value[:, :PROBE_TOKENS]
+        short[key] = torch.ones_like(value) if key == "attention_mask" else value
+    return short
 
 
 def match_mask(
-    value: torch.Tensor, batch: dict[str, torch.Tensor], mask: torch.Tensor | None
+    value: torch.Tensor, batch: Mapping[str, torch.Tensor], mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Find the padding mask that belongs to an input of a layer, by its leading shape.
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import nn
 
 from ptqkit.errors import UnsupportedModuleError
-from ptqkit.nn.linear import is_conv1d, is_linear
+from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.recipe.recipe import Recipe, match_pattern
 
-__all__ = ["BLOCK_PATHS", "Structure", "Target", "find_blocks", "find_structure"]
-
-#: Where structure alone cannot tell: ``config.model_type`` -> paths of the block lists.
-BLOCK_PATHS: dict[str, tuple[str, ...]] = {}
+__all__ = ["Structure", "Target", "find_blocks", "find_structure"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LEFT_ALONE = (nn.Embedding, nn.LayerNorm, nn.GroupNorm)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Target:
     """One linear layer to quantize.
 
@@ -29,59 +25,22 @@ class Target:
     ----------
     name : str
         Full module name.
-    module : nn.Module
+    view : LinearView
     options : Recipe
         The recipe with the overrides for this layer applied.
     block : str or None
-        Name of the block it lies in; None outside the blocks.
+        Name of the block that holds the layer; None if it lies outside the blocks.
     """
 
     name: str
-    module: nn.Module
+    view: LinearView
     options: Recipe
     block: str | None
 
     @property
-    def transposed(self) -> bool:
-        """True where the module stores (in, out)."""
-        return is_conv1d(self.module)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in), whatever the module stores."""
-        rows, columns = self.module.weight.shape
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    def read(self) -> np.ndarray:
-        """Weight as float32 (out, in); a view of the module's memory where that is possible."""
-        weight = self.module.weight.detach()
-        if self.transposed:
-            weight = weight.T
-        return np.ascontiguousarray(weight.to(device="cpu", dtype=torch.float32).numpy())
-
-    @property
-    def needs_ranges(self) -> bool:
-        """Whether the channel ranges of the inputs are needed besides H."""
-        static = self.options.activations is not None and not self.options.activations.dynamic
-        return self.options.bias_correction or static
-
-    def subtract_bias(self, values: np.ndarray) -> None:
-        """Subtract values (out,) from the bias; a layer without one gains it."""
-        weight, new = self.module.weight, torch.from_numpy(-values)
-        if self.module.bias is not None:
-            new = new + self.module.bias.detach().to(device="cpu", dtype=torch.float64)
-        new = new.to(device=weight.device, dtype=weight.dtype)
-        if self.module.bias is None:
-            self.module.bias = nn.Parameter(new, requires_grad=weight.requires_grad)
-            return
-        with torch.no_grad():
-            self.module.bias.copy_(new)
-
-    def write(self, values: np.ndarray) -> None:
-        """Replace the weight in place by (out, in) values, cast to the weight's dtype."""
-        new = torch.from_numpy(values.T if self.transposed else values)
-        with torch.no_grad():
-            self.module.weight.copy_(new)
+    def module(self) -> nn.Module:
+        """The module itself, for hooks."""
+        return self.view.module
 
 
 @dataclass
@@ -98,6 +57,8 @@ class Structure:
         Modules with matrices that stay as they are, with the reason.
     problems : list of str
         Reasons why the model cannot be quantized as asked.
+    known_names : list of str
+        Names of all modules, for patterns that match none.
     """
 
     stacks: dict[str, list[str]]
@@ -116,13 +77,13 @@ def find_blocks(model: nn.Module, paths: tuple[str, ...] | None = None) -> dict[
     """Find the lists of repeated blocks.
 
     A stack is an outermost ``nn.ModuleList`` whose items share a class and hold linear layers;
-    lists of one item count only where there is no longer one.
+    lists of one item count only if there is no longer list.
 
     Parameters
     ----------
     model : nn.Module
     paths : tuple of str, optional
-        Names of the lists, where structure cannot tell.
+        Names of the lists, if structure cannot tell.
 
     Returns
     -------
@@ -134,8 +95,6 @@ def find_blocks(model: nn.Module, paths: tuple[str, ...] | None = None) -> dict[
     UnsupportedModuleError
         If there is no such list, or a given path is not a list of modules.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    paths = paths if paths is not None else BLOCK_PATHS.get(model_type)
     if paths is not None:
         return {path: _list_items(model, path) for path in paths}
     found: dict[str, list[str]] = {}
@@ -200,7 +159,7 @@ def find_structure(
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold each parameter (tied weights have several)."""
+    """Return the names of the modules that hold each parameter (tied weights have several)."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -241,11 +200,11 @@ def _add_linear(
             "quantized; add an override 'skip'"
         )
         return
-    structure.targets[name] = Target(name, module, options, block)
+    structure.targets[name] = Target(name, LinearView(module), options, block)
 
 
 def _note_other(structure: Structure, recipe: Recipe, name: str, module: nn.Module) -> None:
-    """Record matrices inside a block that are no linear layer: left float, or not supported."""
+    """Record matrices inside a block that are not linear layers: left float, or not supported."""
     if isinstance(module, _LEFT_ALONE):
         return
     shapes = {k: tuple(p.shape) for k, p in module._parameters.items() if p is not None}

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
+import torch
 from torch import nn
 
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.errors import UsageError
+from ptqkit.hf.checkpoint.formats import FORMATS
+from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
+from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
+from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, stored_as
 from ptqkit.hf.progress import Progress, make_progress
-from ptqkit.hf.quantization.preflight import FORMATS
+from ptqkit.hf.quantization.inspection import inspect_model
+from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.report import Report
-from ptqkit.hf.quantization.run import QuantizationInterrupted, Runner
+from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
 from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.nn.linear import LinearView
 from ptqkit.recipe import as_recipe
+from ptqkit.recipe.options import check_names
 from ptqkit.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    from ptqkit.hf.equalization.driver import EqualizationReport
-
 __all__ = ["QuantizationInterrupted", "QuantizationResult", "quantize"]
-
-_SCHEDULES = ("auto", "one-pass", "re-forward")
 
 
 @dataclass
@@ -35,36 +40,81 @@ class QuantizationResult:
     ----------
     model : nn.Module
         The model given, its linear weights replaced by their dequantized values.
-    layers : dict of str to QuantizedMatrix
+    matrices : dict of str to QuantizedMatrix
         Codes and grids, always (out, in): the transpose of what a ``Conv1D`` stores.
     report : Report
     recipe : Recipe
     activations : dict of str to ActivationQuantizer
-        What quantizes the inputs of layers in ``model``, where the recipe says so; it is installed
-        on them (:func:`ptqkit.nn.remove_quantizers` takes it off).
+        What quantizes the inputs of layers in ``model``, if the recipe says so; it is installed
+        on them (:func:`ptqkit.nn.remove_quantizers` removes it).
     equalization : EqualizationReport or None
-        Where scales were folded before the weights were quantized.
+        If scales were folded before the weights were quantized.
+    tokenizer : optional
+        Saved with the model.
+    stored_dtype : str
+        Type in which :meth:`save` writes the float values.
+    checkpoint : CheckpointInfo or None
+        What was written last.
     """
 
     model: nn.Module
-    layers: dict[str, QuantizedMatrix]
+    matrices: dict[str, QuantizedMatrix]
     report: Report
     recipe: Recipe
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
     equalization: EqualizationReport | None = None
     tokenizer: Any = field(default=None, repr=False)
+    stored_dtype: str = ""
+    checkpoint: CheckpointInfo | None = None
 
-    def save(self, directory: str | os.PathLike[str], format: str = "auto", **options: Any) -> Any:
-        """Write a checkpoint; see :func:`ptqkit.hf.checkpoint.save.save_checkpoint`."""
-        from ptqkit.hf.checkpoint.save import save_checkpoint
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        checkpoint_format: str = "auto",
+        *,
+        dtype: str | torch.dtype | None = None,
+        **options: Any,
+    ) -> CheckpointInfo:
+        """Write a checkpoint; see :func:`ptqkit.hf.checkpoint.save.save_checkpoint`.
 
+        Parameters
+        ----------
+        directory : path
+        checkpoint_format : str
+        dtype : str or torch.dtype, optional
+            Type of the float values in the files; ``stored_dtype`` by default. The model has its
+            own again afterwards, but float values that are not exact in this one are rounded.
+        **options
+            Of :func:`~ptqkit.hf.checkpoint.save.save_checkpoint`.
+        """
         options.setdefault("tokenizer", self.tokenizer)
         options.setdefault("report", self.report)
         if self.activations:
             options.setdefault("activations", self.activations)
-        return save_checkpoint(
-            self.model, self.layers, self.recipe, directory, format=format, **options
-        )
+        written = as_dtype(dtype or self.stored_dtype or dtype_of(self.model))
+        with self._converted(written):
+            self.checkpoint = save_checkpoint(
+                self.model,
+                self.matrices,
+                self.recipe,
+                directory,
+                checkpoint_format=checkpoint_format,
+                **options,
+            )
+        return self.checkpoint
+
+    @contextlib.contextmanager
+    def _converted(self, dtype: torch.dtype) -> Iterator[None]:
+        """Convert the model for its files; quantized weights are exact again on leaving."""
+        if dtype == dtype_of(self.model):
+            yield
+            return
+        try:
+            with stored_as(self.model, dtype):
+                yield
+        finally:
+            for name, matrix in self.matrices.items():
+                LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
 
 
 def quantize(
@@ -87,8 +137,9 @@ def quantize(
     on_error: str = "raise",
     progress: bool | Progress | None = None,
     out_dir: str | os.PathLike[str] | None = None,
-    format: str = "auto",
+    checkpoint_format: str = "auto",
     overwrite: bool = False,
+    stored_dtype: str | torch.dtype | None = None,
     **changes: Any,
 ) -> QuantizationResult:
     """Quantize the linear layers of a model in place, in one forward pass over calibration data.
@@ -107,35 +158,40 @@ def quantize(
         Text, tokens, batches or a dataset; see
         :func:`ptqkit.hf.data.calibration.prepare_calibration`, which also explains ``samples``,
         ``sequence_length`` (capped by what the model takes), ``seed`` and ``start_token``. Only
-        ``method="rtn"`` does without.
+        ``method="rtn"`` works without.
     tokenizer : optional
         Needed for text; saved with the checkpoint.
-    schedule : {"auto", "one-pass", "re-forward"}
-        Results are equal bit for bit; "auto" takes one pass where it can. Error propagation
-        needs one pass: where that cannot work it is an error.
+    schedule : {"auto", "one-pass", "replay"}
+        Results are equal bit for bit; "auto" takes one pass if memory and model allow it. Error
+        propagation needs one pass: if that is not possible it is an error.
     memory_budget : int or str, optional
-        Bytes (or ``"8GiB"``) for activations, H and the solver beyond the model; by default what
-        is free.
+        Bytes (or ``"8GiB"``) for activations, H and the solver in addition to the model; by
+        default the free memory.
     share_inputs : bool
         Let layers fed by one tensor share H and its factor.
     blocks : tuple of str, optional
-        Paths of the lists of repeated blocks, where structure does not tell.
+        Paths of the lists of repeated blocks, if structure does not show them.
     threads : int
         Of the solver; 0 is its own policy.
     diagnostics : bool
         Compute RTN's objective and the signal-to-noise ratios for the report.
     on_error : {"raise", "leave_float"}
-        "leave_float" leaves a layer that fails float and marks its row in the report.
+        "leave_float" leaves a layer that fails in float and marks its row in the report.
     progress : bool or callable, optional
         See :func:`ptqkit.hf.progress.make_progress`.
-    out_dir, format, overwrite : optional
+    out_dir, checkpoint_format, overwrite : optional
         Also write a checkpoint there; checked before anything runs.
+    stored_dtype : str or torch.dtype, optional
+        Type in which the model was stored, if it was widened to compute (float16 as float32 on a
+        CPU). Scales then have this type, and :meth:`QuantizationResult.save` writes it, unless the
+        recipe makes float values that it cannot hold: folded scales, corrected biases or grids of
+        activations.
 
     Raises
     ------
     PreflightError
-        With all problems found before the first forward; it is also an UnsupportedModuleError or
-        CalibrationError where one of them is.
+        With all problems found before the first forward pass; each has a ``kind``, such as
+        UnsupportedModuleError or CalibrationError.
     QuantizationInterrupted
         On Ctrl-C (a KeyboardInterrupt); it says which layers had been replaced.
 
@@ -146,42 +202,70 @@ def quantize(
     >>> result.save("model-w3")
     """
     for name, value, allowed in (
-        ("schedule", schedule, _SCHEDULES),
+        ("schedule", schedule, SCHEDULES),
         ("on_error", on_error, ("raise", "leave_float")),
-        ("format", format, FORMATS),
+        ("checkpoint_format", checkpoint_format, ("auto", *FORMATS)),
     ):
         if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
+            raise UsageError(f"{name} must be one of {allowed}, not {value!r}")
     budget = parse_bytes(memory_budget)
-    recipe = _change(as_recipe(recipe), changes, format)
-    run = Runner(model, recipe, threads, diagnostics, on_error, make_progress(progress))
-    run.prepare_data(
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_names(changes, "recipe", (f.name for f in fields(Recipe)))
+    recipe = replace(as_recipe(recipe), **changes)
+    written = _written_dtype(model, recipe, stored_dtype)
+    if checkpoint_format != "auto":
+        recipe = FORMATS[checkpoint_format].adapt(recipe)
+    if written != dtype_of(model):
+        recipe = recipe.with_scale_dtype(dtype_name(written))
+    options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
+    found = inspect_model(
+        model,
+        recipe,
         calibration,
         tokenizer,
+        blocks=blocks,
+        share_inputs=share_inputs,
+        checkpoint_format=checkpoint_format,
+        out_dir=out_dir,
+        overwrite=overwrite,
         samples=samples,
         sequence_length=sequence_length,
         batch_size=batch_size,
         seed=seed,
         start_token=start_token,
     )
-    run.check(blocks, format, out_dir, overwrite, share_inputs)
-    run.choose_schedule(schedule, budget)
-    run.equalize(blocks)
-    run.execute(schedule)
+    plan = plan_schedule(model, found, schedule, budget, recipe.error_propagation)
+    equalized = None
+    if recipe.equalization is not None and found.calibration is not None:
+        equalized = equalize_calibrated(
+            model,
+            found.calibration,
+            recipe.equalization,
+            recipe,
+            blocks,
+            threads,
+            options.progress,
+        )
+    run = QuantizationRun(model, recipe, found, plan, options, equalized)
+    run.execute()
     result = QuantizationResult(
-        model, run.matrices, run.report, recipe, run.activations, run.equalization, tokenizer
+        model, run.matrices, run.report, recipe, run.activations, equalized, tokenizer
     )
+    result.stored_dtype = dtype_name(written)
     if out_dir is not None:
-        result.save(out_dir, format=format, overwrite=overwrite)
+        result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
     return result
 
 
-def _change(recipe: Recipe, changes: Mapping[str, Any], out_format: str) -> Recipe:
-    if changes:
-        recipe = Recipe.from_dict({**recipe.to_dict(), **changes})
-    if out_format in ("gptq", "gptq_v2"):
-        # The format stores float16 scales, and version 1 cannot store a zero-point of 0.
-        recipe = replace(recipe, scale_dtype="float16")
-        if out_format == "gptq":
-            recipe = replace(recipe, min_zero_point=1)
-    return recipe
+def _written_dtype(
+    model: nn.Module, recipe: Recipe, stored: str | torch.dtype | None
+) -> torch.dtype:
+    """Return the type for the files: that of the model, or of the files it came from if exact."""
+    own = dtype_of(model)
+    if stored is None:
+        return own
+    held = as_dtype(stored)
+    inexact = recipe.equalization or recipe.activations or recipe.bias_correction
+    narrower = held.itemsize < own.itemsize
+    return held if narrower and not inexact else own

@@ -1,4 +1,4 @@
-"""Everything that can be known to go wrong is found before the first calibration forward."""
+"""Find everything that can be known to go wrong before the first calibration forward."""
 
 from __future__ import annotations
 
@@ -6,48 +6,41 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleError
+from ptqkit.errors import CalibrationError, PreflightError, Problem, UnsupportedModuleError
 from ptqkit.hf.checkpoint.biases import plan_biases
+from ptqkit.hf.checkpoint.formats import FORMATS
+from ptqkit.hf.checkpoint.inputs import measure_flat_inputs
+from ptqkit.hf.checkpoint.spec import describe_targets
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions
-from ptqkit.hf.data.text import MissingTextError
 from ptqkit.hf.models.probe import Probe
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.nn.activations import installed_quantizer
+from ptqkit.nn.linear import is_linear
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["FORMATS", "Problems", "check_model", "check_output", "check_probe", "check_tokens"]
-
-FORMATS = ("auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit")
+__all__ = ["Problems", "check_model", "check_output", "check_probe", "check_tokens"]
 
 
 class Problems:
-    """Collects problems and raises them together, as every kind of error they are."""
+    """Collects problems and raises them together."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
-        self._kinds: list[type[Exception]] = []
+        self.found: list[Problem] = []
 
-    def add(self, text: str, kind: type[Exception] | None = None) -> None:
-        """Note a problem; ``kind`` is an error class that the caller may want to catch."""
-        self.texts.append(text)
-        if kind is not None and kind not in self._kinds:
-            self._kinds.append(kind)
+    def add(self, text: str, kind: type[Exception] = ValueError) -> None:
+        """Note a problem; ``kind`` is the class of error that it is."""
+        self.found.append(Problem(text, kind))
 
     def raise_if_any(self) -> None:
-        """Raise PreflightError with all problems; it also is an instance of each one's kind."""
-        if not self.texts:
-            return
-        # A class may not be listed as a base beside its own subclass.
-        every = self._kinds
-        kinds = [k for k in every if not any(o is not k and issubclass(o, k) for o in every)]
-        if not kinds:
-            raise PreflightError(self.texts)
-        raise type("PreflightError", (PreflightError, *kinds), {})(self.texts)
+        """Raise PreflightError with all problems."""
+        if self.found:
+            raise PreflightError(self.found)
 
 
 def check_model(
@@ -56,9 +49,9 @@ def check_model(
     structure: Structure,
     recipe: Recipe,
     calibrated: bool,
-    out_format: str,
+    checkpoint_format: str,
 ) -> None:
-    """Check what the model and the recipe tell: shapes, patterns, weights, format."""
+    """Check what the model and the recipe show by themselves: shapes, patterns, weights, format."""
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
     for text in structure.problems:
@@ -83,70 +76,59 @@ def check_model(
         return
     for target in structure.targets.values():
         _check_target(problems, target, calibrated)
-        for text in _format_conflicts(target, out_format):
-            problems.add(f"{target.name}: the format {out_format!r} {text}")
+    for text in _format_conflicts(model, structure.targets, checkpoint_format):
+        problems.add(f"checkpoint_format={checkpoint_format!r}: {text}")
     gaining = [n for n, t in structure.targets.items() if t.options.bias_correction]
-    if gaining and out_format not in ("auto", "ptqkit"):
+    if gaining and checkpoint_format != "auto" and FORMATS[checkpoint_format].foreign:
         for text in plan_biases(model, gaining).problems():
             problems.add(text)
 
 
 def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
-    options, (rows, columns) = target.options, target.shape
+    options, (rows, columns) = target.options, target.view.shape
     if options.group_size is not None and columns % options.group_size:
         problems.add(
             f"{target.name}: group_size {options.group_size} does not divide its {columns} inputs; "
             "use a divisor or None (per channel), for this layer alone by an override"
         )
-    if not calibrated and options.method == "gptq":
-        problems.add(f"{target.name}: method 'gptq' needs calibration data", CalibrationError)
-    if not calibrated and options.method == "rtn" and options.grid == "hessian":
-        problems.add(
-            f"{target.name}: the 'hessian' grid needs calibration data; use 'minmax' or 'mse'",
-            CalibrationError,
-        )
-    if not calibrated and target.needs_ranges:
-        what = "bias_correction" if options.bias_correction else "a static grid of activations"
-        problems.add(f"{target.name}: {what} needs calibration data", CalibrationError)
+    needed_for = replace(options, equalization=None).needs_calibration()
+    if needed_for and not calibrated:
+        problems.add(f"{target.name}: {needed_for} needs calibration data", CalibrationError)
     if installed_quantizer(target.module) is not None:
         problems.add(
             f"{target.name}: its activations are quantized already; load the model again, or take "
             "the quantizers off with ptqkit.nn.remove_quantizers(model)",
             UnsupportedModuleError,
         )
-    weight = target.module.weight.detach()
-    # A sum is finite only where every term is; it may overflow, so look twice before complaining.
+    weight = target.view.weight
+    # A sum is finite only if every term is; it may overflow, so look twice before complaining.
     if not math.isfinite(float(weight.sum(dtype=torch.float32))):
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
             problems.add(f"{target.name}: {bad} of its {rows}x{columns} weights are not finite")
 
 
-def _format_conflicts(target: Target, out_format: str) -> list[str]:
-    """Why a checkpoint format cannot hold a layer quantized with these options."""
-    o = target.options
-    if out_format in ("auto", "ptqkit"):
+def _format_conflicts(
+    model: nn.Module, targets: Mapping[str, Target], checkpoint_format: str
+) -> list[str]:
+    """Ask a checkpoint format why it could not hold the layers once they are quantized."""
+    if checkpoint_format == "auto" or not targets:
         return []
+    chosen = FORMATS[checkpoint_format]
+    recipes = {name: target.options.activations for name, target in targets.items()}
+    dynamic = [name for name, a in recipes.items() if a is not None and a.dynamic]
+    flat_inputs = measure_flat_inputs(model, dynamic) if chosen.foreign else {}
+    specs = describe_targets(targets, flat_inputs)
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     found = []
-    if target.transposed:
-        found.append("cannot hold transformers' Conv1D; use 'ptqkit'")
-    if o.bits == "ternary":
-        found.append("has no ternary codes; use 'ptqkit'")
-    permuted = o.order == "act" and not o.static_groups and o.group_size is not None
-    if out_format == "compressed-tensors":
-        # With quantized activations the library reads asymmetric weights as they are meant.
-        if not o.symmetric and o.bits != "ternary" and o.activations is None:
-            found.append("loads exactly only with symmetric=True")
-        if o.activations is not None and o.activations.outlier_threshold is not None:
-            found.append("cannot leave outlier columns in float; use 'ptqkit'")
-        if permuted and o.method == "gptq":
-            found.append("has no g_idx; use static_groups=True with order='act'")
-        return found
-    if o.bits != "ternary" and o.bits not in (2, 3, 4, 8):
-        found.append(f"holds 2, 3, 4 or 8 bits, not {o.bits}")
-    if o.activations is not None:
-        found.append("has no place for quantized activations; use 'compressed-tensors' or 'ptqkit'")
-    return found
+    for spec in specs:
+        # A group size that does not divide is refused already, whatever the format.
+        size = spec.grid.group_size
+        if size is not None and spec.in_features % size:
+            spec = replace(spec, grid=replace(spec.grid, group_size=None))
+        found += chosen.problems(spec)
+        found += chosen.forecast(spec)
+    return found + chosen.joint_problems(specs, linears)
 
 
 def check_tokens(problems: Problems, model: nn.Module, calibration: CalibrationSet) -> None:
@@ -159,7 +141,7 @@ def check_tokens(problems: Problems, model: nn.Module, calibration: CalibrationS
             CalibrationError,
         )
     try:
-        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        vocabulary = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
         return
     low = min(int(b["input_ids"].min()) for b in calibration.batches)
@@ -197,13 +179,13 @@ def check_output(
 
 
 def checkpoint_bytes(model: nn.Module, targets: Mapping[str, Target]) -> int:
-    """Size of the checkpoint, about: float parameters as they are, codes, scales, zero-points."""
+    """Estimate the checkpoint's size: float parameters as they are, codes, scales, zero-points."""
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     for target in targets.values():
-        rows, columns = target.shape
+        rows, columns = target.view.shape
         bits = 2 if target.options.bits == "ternary" else int(target.options.bits)
         groups = columns // min(target.options.group_size or columns, columns)
-        total -= target.module.weight.numel() * target.module.weight.element_size()
+        total -= rows * columns * target.view.weight.element_size()
         total += rows * columns * bits // 8 + rows * groups * 5 + 4 * columns
     return total
 
@@ -223,21 +205,16 @@ def check_probe(problems: Problems, structure: Structure, found: Probe) -> set[s
             "add an override 'skip'",
             UnsupportedModuleError,
         )
-    late = set()
+    unprobed = set()
     for name in found.uncalled:
         block = structure.targets[name].block
         inside = name[len(block) + 1 :].split(".") if block is not None else []
         if any(part.isdigit() for part in inside):
-            late.add(name)
+            unprobed.add(name)
         else:
             problems.add(
                 f"{name} is never called by the model's forward on this calibration data (its "
                 "weight may be used directly); add an override 'skip'",
                 UnsupportedModuleError,
             )
-    return late
-
-
-def missing_kind(error: Exception) -> type[Exception]:
-    """The error class under which a calibration problem is raised."""
-    return MissingTextError if isinstance(error, MissingTextError) else CalibrationError
+    return unprobed

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import plain
+from ptqkit._tables import text_table
 from ptqkit.hf.models.structure import Target
-from ptqkit.hf.quantization.solve import Solved
+from ptqkit.hf.quantization.solve import LayerResult
 from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["LayerReport", "Report", "layer_report"]
@@ -29,7 +30,7 @@ class LayerReport:
     objective, objective_rtn : float
         tr((W - Q) H (W - Q)^T) with H = (2/N) sum x x^T, of the result and of rounding to nearest
         on the same grid. With error propagation W is the corrected weight, which the solver was
-        given, in these and in the decibels; H is of the quantized model's inputs as ever.
+        given, in these and in the decibels; H is of the quantized model's inputs in any case.
     improvement : float
         ``1 - objective / objective_rtn``.
     weight_sqnr_db, output_sqnr_db : float
@@ -37,7 +38,7 @@ class LayerReport:
     bits_per_weight : float
         With scales, zero-points and group indices.
     activations : str
-        How the layer's inputs are quantized, such as ``"8 token"``; empty where they are not.
+        How the layer's inputs are quantized, such as ``"8 token"``; empty if they are not.
     bias_share : float
         Share of the output error's power on the calibration inputs that was its mean, which bias
         correction takes away; the objective is without it.
@@ -89,22 +90,23 @@ class Report:
     Attributes
     ----------
     layers : list of LayerReport
-        In order of execution, then what was left alone.
+        In order of execution, then the modules that were left alone.
     equalization : dict or None
-        :meth:`EqualizationReport.to_dict`, where the float model was equalized first.
+        :meth:`EqualizationReport.to_dict`, if the float model was equalized first.
     schedule : str
-        ``"one-pass"``, ``"re-forward"``, ``"one-pass, then re-forward"`` or ``"no calibration"``.
+        ``"one-pass"``, ``"replay"``, ``"one-pass, then replay"`` or ``"no calibration"``.
     schedule_reason : str
-        Why it was not one pass; empty where it was.
+        Why it was not one pass; empty if it was.
     calibration : dict
         Source, samples, sequence length, tokens, start token.
     seconds : dict of str to float
-        ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``, with
-        error propagation ``propagation`` (G and the correction), and ``forward``: the rest,
-        mostly the model (both models).
-    memory : dict
-        ``estimate`` of the schedule used and of the other one, ``budget``, and ``peak`` resident
-        (or device) memory of the process, in bytes.
+        ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``,
+        ``propagation`` (G and the correction, with error propagation), ``equalization`` (if the
+        recipe has one), and ``forward``: the rest, mostly the model (both models).
+    memory : dict of str to int or None
+        In bytes: ``peak`` resident (or device) memory of the process, and with calibration
+        ``estimate_one_pass`` and ``estimate_replay`` (what each schedule needs in addition to the
+        model), ``budget`` (None if none was given) and ``available`` (free before the run).
     recipe : dict
     warnings : list of str
     """
@@ -120,7 +122,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> LayerReport:
-        """Row of a layer by name."""
+        """Return the row of a layer by name."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
@@ -137,7 +139,7 @@ class Report:
         return [layer for layer in self.layers if layer.status.startswith("failed")]
 
     def totals(self) -> dict[str, Any]:
-        """Sums over the quantized layers; ``bits_per_weight`` is weighted by size."""
+        """Return sums over the quantized layers; ``bits_per_weight`` is weighted by size."""
         rows = self.quantized
         weights = [r.shape[0] * r.shape[1] for r in rows]
         total = sum(weights)
@@ -163,7 +165,7 @@ class Report:
         return [asdict(layer) for layer in self.layers]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values that are valid JSON (NaN becomes None)."""
+        """Return everything as plain values that are valid JSON (NaN becomes None)."""
         return plain({**asdict(self), "totals": self.totals()})
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -175,13 +177,10 @@ class Report:
         return text
 
     def table(self, skipped: bool = False) -> str:
-        """Plain text table: a line per layer (``skipped``: also those left alone) and totals."""
+        """Return plain text: a line per layer (``skipped``: also those left alone) and totals."""
         rows = [r for r in self.layers if skipped or not r.status.startswith("skipped")]
-        cells = [_HEADER, *(_cells(r) for r in rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
-        lines = [_align(row, widths) for row in cells]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join([*lines, "", *self._summary()])
+        lines = [text_table(_HEADER, map(_cells, rows), left=(0, -1)), "", *self._summary()]
+        return "\n".join(lines)
 
     def _summary(self) -> list[str]:
         t = self.totals()
@@ -257,12 +256,6 @@ def _group(r: LayerReport) -> str:
     return str(r.group_size) if r.group_size else "tensor" if r.per_tensor else "channel"
 
 
-def _align(row: tuple[str, ...], widths: list[int]) -> str:
-    first = row[0].ljust(widths[0])
-    middle = (c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True))
-    return "  ".join([first, *middle, row[-1]]).rstrip()
-
-
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
@@ -292,15 +285,15 @@ def _activations(spec: ActivationQuantization | None) -> str:
     return f"{spec.bits} {spec.granularity}{outliers}"
 
 
-def _bias_share(solved: Solved) -> float:
-    """|eps E[x]|^2 in E|eps x|^2, which is half the objective."""
+def _bias_share(solved: LayerResult) -> float:
+    """Return |eps E[x]|^2 over E|eps x|^2, which is half the objective."""
     if solved.bias_shift is None or not solved.objective > 0:
         return math.nan
     return 2.0 * float(solved.bias_shift @ solved.bias_shift) / solved.objective
 
 
 def layer_report(
-    target: Target, solved: Solved, tokens: int, seconds_hessian: float, schedule: str
+    target: Target, solved: LayerResult, tokens: int, seconds_hessian: float, schedule: str
 ) -> LayerReport:
     """Build the row of a quantized layer."""
     matrix, options, notes = solved.matrix, target.options, []
@@ -308,11 +301,11 @@ def layer_report(
         notes.append(
             f"H not positive definite at damping {options.damping:g}, raised to {matrix.damping:g}"
         )
-    if 0 < tokens < target.shape[1]:
-        notes.append(f"only {tokens} tokens for {target.shape[1]} inputs")
+    if 0 < tokens < target.view.shape[1]:
+        notes.append(f"only {tokens} tokens for {target.view.shape[1]} inputs")
     return LayerReport(
         name=target.name,
-        shape=target.shape,
+        shape=target.view.shape,
         method=options.method,
         bits=options.bits,
         group_size=options.group_size,

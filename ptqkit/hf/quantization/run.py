@@ -1,41 +1,33 @@
-"""One quantization run: its checks, its schedule, and the report as it grows."""
+"""Go through a plan: solve a group, write it into the model, report it, ask for the next."""
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import CalibrationError, UnsupportedModuleError, prefix_error
-from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
-from ptqkit.hf.models.probe import Probe, probe
-from ptqkit.hf.models.structure import Structure, Target, find_structure
-from ptqkit.hf.progress import Progress, ProgressEvent
-from ptqkit.hf.quantization.float_model import Moments
-from ptqkit.hf.quantization.memory import peak_memory
-from ptqkit.hf.quantization.plan import only_one_pass, why_not_one_pass
-from ptqkit.hf.quantization.preflight import (
-    Problems,
-    check_model,
-    check_output,
-    check_probe,
-    check_tokens,
-    missing_kind,
-)
+from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.equalization.report import EqualizationReport
+from ptqkit.hf.models.structure import Structure, Target
+from ptqkit.hf.progress import Progress, ProgressStage, close_progress
+from ptqkit.hf.quantization.inspection import Inspection
+from ptqkit.hf.quantization.moments import Moments
+from ptqkit.hf.quantization.one_pass import one_pass_groups
+from ptqkit.hf.quantization.plan import Plan, only_one_pass, peak_memory
+from ptqkit.hf.quantization.replay import replay_groups
 from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
-from ptqkit.hf.quantization.schedule import Run, run_one_pass, run_reforward
-from ptqkit.hf.quantization.solve import solve_group
+from ptqkit.hf.quantization.solve import LayerResult, solve_group
+from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
 from ptqkit.nn.forward import calibration_mode
 from ptqkit.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    from ptqkit.hf.equalization.driver import EqualizationReport
-
-__all__ = ["QuantizationInterrupted", "Runner"]
+__all__ = ["QuantizationInterrupted", "QuantizationRun", "RunOptions"]
 
 
 class QuantizationInterrupted(KeyboardInterrupt):
@@ -53,7 +45,7 @@ class QuantizationInterrupted(KeyboardInterrupt):
 
 
 def _partial_text(what: str, quantized: list[str], total: int, folds: int = 0) -> str:
-    """What an unfinished run has left in the model."""
+    """Say what an unfinished run has left in the model."""
     if not quantized and folds:
         return (
             f"{what}: no layer had been quantized, but the model is equalized ({folds} folds), "
@@ -67,219 +59,167 @@ def _partial_text(what: str, quantized: list[str], total: int, folds: int = 0) -
     )
 
 
-class Runner:
-    """One run: checks, schedule, and the report as it grows."""
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run works, other than the recipe; see :func:`ptqkit.quantize`."""
+
+    threads: int = 0
+    diagnostics: bool = True
+    on_error: str = "raise"
+    progress: Progress | None = None
+    start: float = field(default_factory=time.perf_counter)
+
+
+class QuantizationRun:
+    """What a run has done so far, and the loop that does it.
+
+    Attributes
+    ----------
+    matrices : dict of str to QuantizedMatrix
+    activations : dict of str to ActivationQuantizer
+    report : Report
+    """
 
     def __init__(
         self,
         model: nn.Module,
         recipe: Recipe,
-        threads: int,
-        diagnostics: bool,
-        on_error: str,
-        progress: Progress | None,
+        inspection: Inspection,
+        plan: Plan,
+        options: RunOptions,
+        equalization: EqualizationReport | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        self.model, self.recipe = model, recipe
-        self.threads, self.diagnostics = threads, diagnostics
-        self.on_error, self.progress = on_error, progress
-        self.start = time.perf_counter()
-        self.problems = Problems()
-        self.calibration: CalibrationSet | None = None
-        self.structure = Structure({})
-        self.probe = Probe()
-        self.late: set[str] = set()
-        self.not_one_pass: str | None = None
+        self.model, self.recipe, self.plan, self.options = model, recipe, plan, options
+        self.inspection, self.equalization = inspection, equalization
         self.matrices: dict[str, QuantizedMatrix] = {}
         self.activations: dict[str, ActivationQuantizer] = {}
-        self.equalization: EqualizationReport | None = None
-        self.report = Report(recipe=recipe.to_dict())
+        self.report = Report(
+            recipe=recipe.to_dict(), memory=dict(plan.estimate), warnings=list(plan.warnings)
+        )
+        if equalization is not None:
+            self.report.equalization = equalization.to_dict()
+            self.report.warnings += [f"equalization: {w}" for w in equalization.warnings]
         self.propagate = recipe.error_propagation > 0
         steps = ("hessian", "solve", "diagnostics", *(["propagation"] if self.propagate else []))
         self.seconds = dict.fromkeys(steps, 0.0)
-        self.work_done = self.total_work = 0.0
-        self.rows_told = 0
-
-    def prepare_data(self, source: Any, tokenizer: Any, **options: Any) -> None:
-        """Read the calibration data; a problem with it is kept for the pre-flight check."""
-        if source is None:
-            return
-        try:
-            self.calibration = prepare_calibration(
-                source, tokenizer, max_length=max_positions(self.model), **options
-            )
-        except (CalibrationError, ValueError, TypeError) as error:
-            self.problems.add(str(error), missing_kind(error))
-            return
-        check_tokens(self.problems, self.model, self.calibration)
-
-    def check(
-        self,
-        blocks: tuple[str, ...] | None,
-        out_format: str,
-        out_dir: str | os.PathLike[str] | None,
-        overwrite: bool,
-        share_inputs: bool,
-    ) -> None:
-        """Raise every problem at once: first what needs no forward, then what a probe shows."""
-        try:
-            self.structure = find_structure(self.model, self.recipe, blocks)
-        except UnsupportedModuleError as error:
-            self.problems.add(str(error), UnsupportedModuleError)
-        # Data that is there but unusable is one problem, not one more for every layer.
-        calibrated = self.calibration is not None or bool(self.problems.texts)
-        check_model(self.problems, self.model, self.structure, self.recipe, calibrated, out_format)
-        if out_dir is not None:
-            check_output(self.problems, self.model, self.structure.targets, out_dir, overwrite)
-        self.problems.raise_if_any()
-        if self.calibration is None:
-            return
-        targets = self.structure.targets
-        self.probe = probe(
-            self.model,
-            {n: t.module for n, t in targets.items()},
-            self.calibration.batches[0],
-            {b: self.model.get_submodule(b) for b in self.structure.blocks},
-            share_inputs,
+        targets = inspection.structure.targets
+        self.costs = {n: _cost(t, inspection.calibration) for n, t in targets.items()}
+        self.stage = ProgressStage(
+            options.progress,
+            "quantizing",
+            len(targets),
+            cost=sum(self.costs.values()),
+            start=options.start,
         )
-        self.late = check_probe(self.problems, self.structure, self.probe)
-        self.problems.raise_if_any()
 
-    def choose_schedule(self, schedule: str, budget: int | None) -> None:
-        """Choose the schedule, or raise, before anything in the model changes."""
-        if self.calibration is not None:
-            self.not_one_pass = why_not_one_pass(self, schedule, budget)
-
-    def equalize(self, blocks: tuple[str, ...] | None) -> None:
-        """Equalize the float model, where the recipe says so."""
-        if self.recipe.equalization is None:
-            return
-        from ptqkit.hf.equalization.driver import equalize_calibrated
-
-        assert self.calibration is not None
-        start = time.perf_counter()
-        self.equalization = equalize_calibrated(
-            self.model,
-            self.calibration,
-            self.recipe.equalization,
-            self.recipe,
-            blocks,
-            self.threads,
-            self.progress,
-        )
-        self.report.equalization = self.equalization.to_dict()
-        self.report.warnings += [f"equalization: {w}" for w in self.equalization.warnings]
-        self.seconds["equalization"] = time.perf_counter() - start
-
-    def execute(self, schedule: str) -> None:
-        """Run the schedule and complete the report."""
-        setup = time.perf_counter() - self.start - self.seconds.get("equalization", 0.0)
-        self.total_work = sum(map(self._work, self.structure.targets.values()))
-        try:
-            if self.calibration is None:
-                self._without_data()
-            else:
-                self._with_data(schedule)
-        except KeyboardInterrupt as error:
-            raise QuantizationInterrupted(*self._done_so_far()) from error
-        except Exception as error:
-            if hasattr(error, "add_note"):
-                error.add_note(_partial_text("stopped by an error", *self._done_so_far()))
-            raise
-        finally:
-            if hasattr(self.progress, "close"):
-                self.progress.close()
-        for name, why in self.structure.skipped.items():
-            self.report.layers.append(_skipped_row(self.model, name, why))
-        total = time.perf_counter() - self.start
+    def execute(self) -> None:
+        """Quantize every group, and complete the report."""
+        setup = time.perf_counter() - self.options.start
+        if self.equalization is not None:
+            self.seconds["equalization"] = self.equalization.seconds["total"]
+            setup -= self.seconds["equalization"]
+        with self._telling_what_is_done():
+            self._all_groups()
+        self.report.layers += _skipped_rows(self.model, self.inspection.structure)
+        total = time.perf_counter() - self.options.start
         rest = total - setup - sum(self.seconds.values())
         self.report.seconds = {"total": total, "setup": setup, "forward": rest, **self.seconds}
-        device = next(self.model.parameters()).device
-        self.report.memory["peak"] = peak_memory(device)
+        self.report.memory["peak"] = peak_memory(next(self.model.parameters()).device)
 
-    def _done_so_far(self) -> tuple[list[str], int, int]:
+    @contextlib.contextmanager
+    def _telling_what_is_done(self) -> Iterator[None]:
+        """Say of an error, or of Ctrl-C, what has been quantized by then."""
         folds = 0 if self.equalization is None else len(self.equalization.groups)
-        return list(self.matrices), len(self.structure.targets), folds
+        total = len(self.inspection.structure.targets)
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise QuantizationInterrupted(list(self.matrices), total, folds) from error
+        except Exception as error:
+            if hasattr(error, "add_note"):
+                text = _partial_text("stopped by an error", list(self.matrices), total, folds)
+                error.add_note(text)
+            raise
+        finally:
+            close_progress(self.options.progress)
 
-    def _without_data(self) -> None:
-        self.report.schedule = "no calibration"
-        for name, target in self.structure.targets.items():
-            try:
-                self._quantize([target], Moments(None), "no calibration")
-            except Exception as error:
-                self._fail([target], prefix_error(error, name), "no calibration")
-            self._notify([target])
-
-    def _with_data(self, schedule: str) -> None:
-        assert self.calibration is not None
-        data = self.calibration
-        self.report.calibration = {
-            "source": data.source,
-            "samples": data.samples,
-            "sequence_length": data.sequence_length,
-            "tokens": data.tokens,
-            "batches": len(data.batches),
-            "start_token": data.start_token,
-        }
-        run = Run(
+    def _all_groups(self) -> None:
+        """Go through all groups as planned; replay takes over if one pass cannot go on."""
+        data, found = self.inspection.calibration, self.inspection
+        self.report.schedule = self.plan.schedule
+        if data is None:
+            self._each(_without_data(found.structure), "no calibration")
+            return
+        self.report.calibration = _described(data)
+        work = Work(
             self.model,
-            self.structure.targets,
-            self.probe.groups,
+            found.structure.targets,
+            found.probe.groups,
+            found.probe.blocks,
             data,
-            self.probe.blocks,
-            self._quantize,
-            self._fail,
-            self._notify,
             self.propagate,
         )
-        reason, used = self.not_one_pass, []
+        reason: str | None = self.plan.reason
         with calibration_mode(self.model):
-            if reason is None:
-                used.append("one-pass")
-                reason = run_one_pass(run)
-                if reason is not None and self.propagate:
-                    raise UnsupportedModuleError(only_one_pass(self.recipe, reason))
-                if reason is not None and schedule == "one-pass":
+            if self.plan.schedule == "one-pass":
+                reason = self._each(one_pass_groups(work), "one-pass")
+                if reason is None:
+                    return
+                if self.propagate:
+                    alpha = self.recipe.error_propagation
+                    raise UnsupportedModuleError(only_one_pass(alpha, reason))
+                if self.plan.strict:
                     raise UnsupportedModuleError(f"schedule='one-pass' cannot go on: {reason}")
-            if reason is not None:
-                used.append("re-forward")
-                run_reforward(run)
-        self.report.schedule = ", then ".join(used)
+                self.report.schedule = "one-pass, then replay"
+            self._each(replay_groups(work), "replay")
         self.report.schedule_reason = reason or ""
 
-    def _work(self, target: Target) -> float:
-        """Share of a layer in the run's time, about: forward, H and solving."""
-        rows, columns = target.shape
-        tokens = self.calibration.tokens if self.calibration is not None else 1
-        return float(columns) * (2 * rows + columns) * tokens + float(rows) * columns * columns
+    def _each(self, steps: Steps, schedule: str) -> str | None:
+        """Quantize the groups that a schedule yields; return why it leaves the rest."""
+        with contextlib.closing(steps):
+            while True:
+                try:
+                    members, moments = next(steps)
+                except StopIteration as end:
+                    return end.value
+                self._group(members, moments, schedule)
+                del moments  # before the next ones are accumulated
 
-    def _quantize(self, members: list[Target], moments: Moments, schedule: str) -> None:
+    def _group(self, members: list[Target], moments: Moments | Exception, schedule: str) -> None:
+        """Quantize one group, or leave it float, and report it."""
+        try:
+            if isinstance(moments, Exception):
+                raise moments
+            self._solve(members, moments, schedule)
+        except Exception as error:
+            error = prefix_error(error, ", ".join(t.name for t in members))
+            if self.options.on_error == "raise":
+                raise error
+            for target in members:
+                self.report.warnings.append(f"{target.name} is left float: {error}")
+                self.report.layers.append(
+                    LayerReport(
+                        target.name, target.view.shape, f"failed: {error}", schedule=schedule
+                    )
+                )
+        for target in members:
+            loss = self.report[target.name].objective
+            self.stage.step(target.name, loss, self.costs[target.name])
+
+    def _solve(self, members: list[Target], moments: Moments, schedule: str) -> None:
         if moments.hessian is not None and moments.tokens == 0:
             raise CalibrationError(f"{members[0].name} saw no token of the calibration data")
         solved = solve_group(
-            members,
-            moments.hessian,
-            moments.moment,
-            moments.ranges,
-            threads=self.threads,
-            diagnostics=self.diagnostics,
+            members, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
         )
-        rows = sum(t.shape[0] for t in members)
+        rows = sum(t.view.shape[0] for t in members)
         self.seconds["hessian"] += moments.seconds
         for target in members:
-            result = solved[target.name]
+            result, share = solved[target.name], target.view.shape[0] / rows
+            self._write(target, result, moments)
+            result.seconds_propagation += share * moments.seconds_cross_moment
             self.seconds["solve"] += result.seconds_solve
             self.seconds["diagnostics"] += result.seconds_diagnostics
-            started = time.perf_counter()
-            target.write(result.dequantized)
-            self.seconds["solve"] += time.perf_counter() - started
-            self.matrices[target.name] = result.matrix
-            if result.bias_shift is not None:
-                target.subtract_bias(result.bias_shift)
-            self._quantize_activations(target, moments)
-            share = target.shape[0] / rows
-            result.seconds_propagation += share * moments.seconds_moment
             if self.propagate:
                 self.seconds["propagation"] += result.seconds_propagation
             row = layer_report(target, result, moments.tokens, share * moments.seconds, schedule)
@@ -288,40 +228,53 @@ class Runner:
                 self.report.warnings.append(f"{row.name}: {row.notes}")
             self.report.layers.append(row)
 
-    def _quantize_activations(self, target: Target, moments: Moments) -> None:
+    def _write(self, target: Target, result: LayerResult, moments: Moments) -> None:
+        """Put a layer's result into the model: weight, bias, and what quantizes its inputs."""
+        started = time.perf_counter()
+        target.view.write(result.dequantized)
+        self.seconds["solve"] += time.perf_counter() - started
+        self.matrices[target.name] = result.matrix
+        if result.bias_shift is not None:
+            target.view.subtract_bias(result.bias_shift)
         spec = target.options.activations
-        if spec is None:
-            return
-        dtype = target.module.weight.dtype
-        quantizer = ActivationQuantizer.calibrate(spec, moments.ranges, dtype)
-        install_quantizer(target.module, quantizer)
-        self.activations[target.name] = quantizer
-
-    def _fail(self, members: list[Target], error: Exception, schedule: str) -> None:
-        if self.on_error == "raise":
-            raise error
-        for target in members:
-            row = LayerReport(target.name, target.shape, f"failed: {error}", schedule=schedule)
-            self.report.warnings.append(f"{target.name} is left float: {error}")
-            self.report.layers.append(row)
-
-    def _notify(self, members: list[Target]) -> None:
-        """Tell the progress callback about layers that are finished."""
-        for target in members:
-            self.work_done += self._work(target)
-            self.rows_told += 1
-            if self.progress is None:
-                continue
-            elapsed = time.perf_counter() - self.start
-            left = elapsed * (self.total_work / self.work_done - 1.0)
-            loss = self.report[target.name].objective
-            total = len(self.structure.targets)
-            self.progress(
-                ProgressEvent(target.name, self.rows_told, total, loss, elapsed, max(0.0, left))
-            )
+        if spec is not None:
+            dtype = target.view.weight.dtype
+            quantizer = ActivationQuantizer.calibrate(spec, moments.ranges, dtype)
+            install_quantizer(target.module, quantizer)
+            self.activations[target.name] = quantizer
 
 
-def _skipped_row(model: nn.Module, name: str, why: str) -> LayerReport:
-    shapes = [p.shape for p in model.get_submodule(name).parameters(recurse=False) if p.dim() == 2]
-    shape = tuple(shapes[0]) if shapes else (0, 0)
-    return LayerReport(name, shape, f"skipped: {why}")  # type: ignore[arg-type]
+def _without_data(structure: Structure) -> Steps:
+    """Yield every layer alone, without moments."""
+    for target in structure.targets.values():
+        yield [target], Moments()
+    return None
+
+
+def _cost(target: Target, calibration: CalibrationSet | None) -> float:
+    """Estimate the cost of a layer (multiply-adds of forward, Hessian and solve)."""
+    rows, columns = target.view.shape
+    tokens = calibration.tokens if calibration is not None else 1
+    return float(columns) * (2 * rows + columns) * tokens + float(rows) * columns * columns
+
+
+def _described(data: CalibrationSet) -> dict[str, object]:
+    return {
+        "source": data.source,
+        "samples": data.samples,
+        "sequence_length": data.sequence_length,
+        "tokens": data.tokens,
+        "batches": len(data.batches),
+        "start_token": data.start_token,
+    }
+
+
+def _skipped_rows(model: nn.Module, structure: Structure) -> list[LayerReport]:
+    """Return the rows of the modules left alone, with the shape of their first matrix."""
+    rows = []
+    for name, why in structure.skipped.items():
+        parameters = model.get_submodule(name).parameters(recurse=False)
+        shapes = [(p.shape[0], p.shape[1]) for p in parameters if p.dim() == 2]
+        shape = shapes[0] if shapes else (0, 0)
+        rows.append(LayerReport(name, shape, f"skipped: {why}"))
+    return rows

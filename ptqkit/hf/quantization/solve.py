@@ -15,32 +15,36 @@ from ptqkit.arrays.factorization import factorize
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.arrays.solvers import gptq, objective, rtn
 from ptqkit.arrays.targets import propagate_error
+from ptqkit.hf.models.dtypes import dtype_name
 from ptqkit.hf.models.structure import Target
+from ptqkit.hf.quantization.moments import Moments
 from ptqkit.nn.on_grid import dequantize, row_blocks, rtn_on_grid
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["Solved", "rtn_on_grid", "solve_group"]
+__all__ = ["LayerResult", "rtn_on_grid", "solve_group"]
 
 
 @dataclass
-class Solved:
+class LayerResult:
     """Result for one layer.
 
     Attributes
     ----------
     matrix : QuantizedMatrix
+    dequantized : ndarray of float32, shape (out, in)
     seconds_solve : float
         This layer's share of the time, by rows.
     objective : float
         tr((W - Q) H (W - Q)^T) with the undamped H; with error propagation W is the corrected
         weight, here and in the diagnostics.
     objective_rtn, output_power, weight_power, weight_error : float
-        Diagnostics; NaN where they were not asked for.
+        Diagnostics; NaN if they were not asked for.
     bias_shift : ndarray of float64, shape (out,), or None
         Mean output error, with bias correction: to be subtracted from the bias.
     """
 
     matrix: QuantizedMatrix
+    dequantized: np.ndarray = field(repr=False)
     seconds_solve: float = 0.0
     objective: float = float("nan")
     objective_rtn: float = float("nan")
@@ -49,68 +53,50 @@ class Solved:
     weight_error: float = float("nan")
     seconds_diagnostics: float = 0.0
     seconds_propagation: float = 0.0
-    dequantized: np.ndarray | None = field(default=None, repr=False)
     bias_shift: np.ndarray | None = field(default=None, repr=False)
 
 
 def solve_group(
     targets: Sequence[Target],
-    hessian: Any,
-    moment: np.ndarray | None = None,
-    ranges: Any = None,
+    moments: Moments,
     *,
     threads: int = 0,
     diagnostics: bool = True,
-) -> dict[str, Solved]:
+) -> dict[str, LayerResult]:
     """Quantize all layers fed by one tensor; nothing is written to the model.
 
     Layers with equal options are stacked into one matrix and solved at once (each row depends on
-    nothing but itself and H); others share the factor of H where its options agree.
+    nothing but itself and H); others share the factor of H if its options agree.
 
     Parameters
     ----------
     targets : sequence of Target
-    hessian : Hessian or None
-        None only for round-to-nearest without calibration.
-    moment : ndarray of float64, shape (in, in), optional
-        G = (2/N) sum x x~^T, for layers with error propagation.
-    ranges : ChannelRanges, optional
-        Of the inputs, for layers with bias correction.
+    moments : Moments
+        Of their input; without H only rounding to nearest is possible.
     threads : int
     diagnostics : bool
-        Also compute what the report shows beyond the objective.
+        Also compute what the report shows in addition to the objective.
     """
-    stacks: list[list[Target]] = []
+    stacks: list[tuple[Recipe, list[Target]]] = []
     for target in targets:
-        options = _effective(target)
-        for stack in stacks:
-            # One scale for a whole matrix: not for several in one.
-            if not options.per_tensor and _effective(stack[0]) == options:
-                stack.append(target)
-                break
+        options = target.options.with_scale_dtype(dtype_name(target.view.weight.dtype))
+        # One scale for a whole matrix: not for several in one.
+        same = (s for o, s in stacks if o == options and not options.per_tensor)
+        stack = next(same, None)
+        if stack is None:
+            stacks.append((options, [target]))
         else:
-            stacks.append([target])
+            stack.append(target)
     factors: dict[tuple[Any, ...], Any] = {}
-    solved: dict[str, Solved] = {}
-    for stack in stacks:
+    solved: dict[str, LayerResult] = {}
+    for options, stack in stacks:
         name = ", ".join(t.name for t in stack)
-        source = hessian
-        shared = len(stacks) > 1 or moment is not None
-        if shared and hessian is not None and stack[0].options.method == "gptq":
-            source = _factor(factors, hessian, _effective(stack[0]), threads, name)
-        moments = (hessian, moment, ranges)
-        solved.update(_solve_stack(stack, name, source, moments, threads, diagnostics))
+        source = moments.hessian
+        shared = len(stacks) > 1 or moments.cross_moment is not None
+        if shared and source is not None and options.method == "gptq":
+            source = _factor(factors, source, options, threads, name)
+        solved.update(_solve_stack(stack, options, name, source, moments, threads, diagnostics))
     return solved
-
-
-def _effective(target: Target) -> Recipe:
-    """Options with the scales' dtype resolved to the weight's."""
-    options = target.options
-    if options.scale_dtype is not None:
-        return options
-    dtype = str(target.module.weight.dtype).removeprefix("torch.")
-    changed = {**options.to_dict(), "scale_dtype": "float32" if dtype == "float64" else dtype}
-    return Recipe(**changed)
 
 
 def _factor(
@@ -132,42 +118,46 @@ def _factor(
 
 def _solve_stack(
     stack: list[Target],
+    options: Recipe,
     name: str,
     source: Any,
-    moments: tuple[Any, np.ndarray | None, Any],
+    moments: Moments,
     threads: int,
     diagnostics: bool,
-) -> dict[str, Solved]:
-    hessian, moment, ranges = moments
+) -> dict[str, LayerResult]:
+    """Quantize layers as one matrix; ``source`` is H or its factor."""
     start = begin = time.perf_counter()
-    options = _effective(stack[0])
-    parts = [t.read() for t in stack]
+    parts = [t.view.read() for t in stack]
     weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
     del parts
-    if moment is not None:
+    if moments.cross_moment is not None:
         # With the damping that the solver's factor took, which may have been raised.
         weight = propagate_error(
-            weight, hessian, moment, options.error_propagation, source.damping, name=name
+            weight,
+            moments.hessian,
+            moments.cross_moment,
+            options.error_propagation,
+            source.damping,
+            name=name,
         )
         start = time.perf_counter()
     matrix = _quantize(weight, source, options, threads, name)
     dequantized = dequantize(matrix)
     shift = None
     if options.bias_correction:
-        shift = bias_correction(weight, dequantized, ranges.mean)
+        shift = bias_correction(weight, dequantized, moments.ranges.mean)
     middle = time.perf_counter()
     extra = None
     if diagnostics:
-        extra = _diagnose(weight, dequantized, matrix, hessian)
+        extra = _diagnose(weight, dequantized, matrix, moments.hessian)
     end = time.perf_counter()
     results, row = {}, 0
     for target in stack:
-        rows = slice(row, row + target.shape[0])
-        share = target.shape[0] / len(weight)
-        result = Solved(matrix.rows(rows.start, rows.stop), share * (middle - start))
+        rows = slice(row, row + target.view.shape[0])
+        share = target.view.shape[0] / len(weight)
+        own = matrix.rows(rows.start, rows.stop)
+        result = LayerResult(own, dequantized[rows], share * (middle - start), own.objective)
         result.seconds_propagation = share * (start - begin)
-        result.dequantized = dequantized[rows]
-        result.objective = result.matrix.objective
         result.bias_shift = None if shift is None else shift[rows]
         if extra is not None:
             for key, values in extra.items():
@@ -210,7 +200,7 @@ def _quantize(
 def _diagnose(
     weight: np.ndarray, dequantized: np.ndarray, matrix: QuantizedMatrix, hessian: Any
 ) -> dict[str, np.ndarray]:
-    """Per row: power of weights and error; with H also RTN's objective and the output's power."""
+    """Return per row: power of weights and error; with H also RTN's objective, output power."""
     values, found = torch.from_numpy(weight), torch.from_numpy(dequantized)
     power, error = torch.empty(len(values)), torch.empty(len(values))
     for rows in row_blocks(len(values)):

@@ -1,0 +1,1 @@
+"""Quantize the softmax of language models."""

@@ -3,132 +3,106 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import nn
 
 from ptqkit.arrays.softmax import softmax_grid
-from ptqkit.errors import CalibrationError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
-from ptqkit.nn.attention import (
-    AttentionModule,
-    attention_hooks,
-    find_attention,
-    install_attention,
-    installed_attention,
-    remove_attention,
+from ptqkit.hf.models import attention
+from ptqkit.hf.softmax.files import save_softmax
+from ptqkit.nn.attention import AttentionHook
+from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.softmax.file import SOFTMAX_FILE, read_values
+from ptqkit.nn.softmax.quantizer import CORRECTIONS, SoftmaxQuantizer
+from ptqkit.nn.softmax.search import SearchEnds
+from ptqkit.nn.softmax.statistics import Quantizer
+from ptqkit.nn.softmax.study import (
+    RANGES,
+    AttentionAccess,
+    SoftmaxStudy,
+    check_choice,
+    choose_modules,
+    refuse_installed,
 )
-from ptqkit.nn.attention_quantizer import AttentionQuantizer, AttentionRanges, measure_ranges
-from ptqkit.nn.forward import calibration_mode, forward
-from ptqkit.nn.softmax.quantizer import (
-    CORRECTIONS,
-    GRANULARITIES,
-    SoftmaxQuantizer,
-    SoftmaxStatistics,
-)
-from ptqkit.nn.softmax.report import (
-    SoftmaxComparison,
-    SoftmaxLayerReport,
-    SoftmaxReport,
-    compare_outputs,
-    describe,
-    softmax_row,
-)
-from ptqkit.nn.softmax.search import RangeSearch
-from ptqkit.recipe.recipe import match_pattern
+from ptqkit.nn.softmax.study import SoftmaxQuantization as _SoftmaxQuantization
 
-__all__ = ["SoftmaxCalibration", "SoftmaxQuantization", "quantize_softmax"]
+__all__ = [
+    "SoftmaxCalibration",
+    "SoftmaxQuantization",
+    "describe",
+    "load_softmax",
+    "quantize_softmax",
+]
 
-RANGES = ("fixed", "calibrated", "search")
+GRANULARITIES = ("tensor", "head")
 
 
-@dataclass
-class SoftmaxQuantization:
-    """A quantized softmax on a model.
+class _LanguageModel:
+    """A transformers model with calibration data; see SoftmaxBackend."""
 
-    Attributes
-    ----------
-    model : transformers.PreTrainedModel
-    quantizers : dict of str to SoftmaxQuantizer
-        By attention module.
-    report : SoftmaxReport or None
-        None where there was no calibration data.
-    """
+    attention: AttentionAccess = attention
+    corrections: tuple[str | None, ...] = CORRECTIONS
+    granularities: tuple[str, ...] = GRANULARITIES
+    # Shorter ranges were never better, at 4 to 8 bits.
+    ends = SearchEnds((1.0, 0.8, 0.6))
+    by_total = False
+    steps: tuple[int, ...] = ()
 
-    model: nn.Module = field(repr=False)
-    quantizers: dict[str, SoftmaxQuantizer]
-    report: SoftmaxReport | None = None
+    def __init__(self, model: nn.Module, calibration: CalibrationSet) -> None:
+        self.model, self.calibration = model, calibration
 
-    def install(self) -> None:
-        """Put the quantizers on the model.
+    def run(self, hooks: Mapping[str, AttentionHook]) -> None:
+        attention.run_calibration(self.model, self.calibration, hooks)
 
-        Raises
-        ------
-        ValueError
-            If the model has attention hooks already, or other heads than the quantizers.
-        """
-        check_heads(find_attention(self.model), self.quantizers)
-        hooks = {n: AttentionQuantizer({"softmax": q}) for n, q in self.quantizers.items()}
-        install_attention(self.model, hooks)
+    def outputs(
+        self, variants: Sequence[Mapping[str, AttentionHook]]
+    ) -> Iterator[Sequence[np.ndarray]]:
+        for batch, rows in zip(self.calibration.batches, self.calibration.masks(), strict=True):
+            found = [self._output(batch, rows)]
+            for hooks in variants:
+                with attention.attention_hooks(self.model, hooks):
+                    found.append(self._output(batch, rows))
+            yield found
 
-    def remove(self) -> int:
-        """Take the quantizers off: the model is as before; returns how many there were."""
-        return remove_attention(self.model)
+    def _output(self, batch: dict[str, torch.Tensor], rows: torch.Tensor | None) -> np.ndarray:
+        """Logits, or last hidden states, in float32, zero at padding."""
+        device = next(self.model.parameters()).device
+        with calibration_mode(self.model):
+            x = self.model(**{k: v.to(device) for k, v in batch.items()})[0].float()
+        if rows is not None and x.dim() == 3 and x.shape[:2] == rows.shape:
+            x = x * rows.to(device)[..., None]
+        return x.cpu().numpy()
 
-    @property
-    def installed(self) -> bool:
-        """Whether the model's attention has hooks now."""
-        return bool(installed_attention(self.model))
-
-    def save(self, directory: str | os.PathLike[str], **options: Any) -> Any:
-        """Write the corrections beside a model; see :func:`ptqkit.hf.save_softmax`."""
-        from ptqkit.nn.softmax.file import save_softmax
-
-        return save_softmax(self.model, self.quantizers, directory, **options)
+    def describe(self) -> dict[str, Any]:
+        return describe(self.calibration)
 
 
-def check_heads(
-    modules: Mapping[str, AttentionModule], quantizers: Mapping[str, SoftmaxQuantizer]
-) -> None:
-    """Refuse corrections that are for other modules or other numbers of heads."""
-    for name, quantizer in quantizers.items():
-        if name not in modules:
-            raise ValueError(
-                f"there is a softmax correction for {name}, but the model has no such attention "
-                f"module (its first is {next(iter(modules))})"
-            )
-        heads = modules[name].heads
-        if quantizer.heads is not None and quantizer.heads != heads:
-            raise ValueError(
-                f"{name} has {heads} heads, its softmax correction is for {quantizer.heads}"
-            )
+def describe(calibration: CalibrationSet) -> dict[str, Any]:
+    """Return what a report says about calibration data."""
+    return {
+        "source": calibration.source,
+        "samples": calibration.samples,
+        "sequence_length": calibration.sequence_length,
+        "tokens": calibration.tokens,
+        "start_token": calibration.start_token,
+    }
 
 
-class SoftmaxCalibration:
-    """What one pass over calibration data tells about the softmax of a model.
-
-    Any number of corrections can be made from it, at one bit width.
+class SoftmaxCalibration(SoftmaxStudy):
+    """Statistics of the softmax of a language model, from one pass over calibration data.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Its own probabilities are used, as in the paper: those of a model whose softmax is float.
     calibration : CalibrationSet
-    bits : int from 2 to 16
-    range : {"fixed", "calibrated", "search"}
-        [0, 1]; from the smallest to the largest probability (0 included), which needs one more
-        pass (in a causal model the first row is 1, so both are one); or for every module the one
-        of [0, 1], [0, 0.8] and [0, 0.6] with the least output error under the correction, which
-        needs one more pass for every correction.
-    layers : iterable of str, optional
-        Patterns of attention modules; by default all.
-
-    Attributes
-    ----------
-    statistics : dict of str to SoftmaxStatistics
-        Of the range chosen last.
+    bits, grid_range, layers
+        See :class:`ptqkit.nn.softmax.study.SoftmaxStudy`. "calibrated" equals "fixed" in a causal
+        model, whose first row is 1; "search" tries [0, 1], [0, 0.8] and [0, 0.6].
     """
 
     def __init__(
@@ -137,77 +111,38 @@ class SoftmaxCalibration:
         calibration: CalibrationSet,
         *,
         bits: int = 8,
-        range: str = "fixed",
+        grid_range: str = "fixed",
         layers: Iterable[str] | None = None,
     ) -> None:
-        modules = choose_modules(model, layers)
-        refuse_installed(model)
-        self.model, self.calibration = model, calibration
-        self._search: RangeSearch | None = None
-        if _check_range(range) == "search":
-            self._search = RangeSearch(modules, bits, self._run)
-            self.statistics = {n: found[0] for n, found in self._search.candidates.items()}
-        else:
-            seen = measure_ranges(model, calibration) if range == "calibrated" else {}
-            self.statistics = {
-                name: SoftmaxStatistics(name, m.heads, _grid(bits, seen.get(name)))
-                for name, m in modules.items()
-            }
-            self._run(self.statistics)
-        missed = [name for name, s in self.statistics.items() if not s.longest]
-        if missed:
-            raise CalibrationError(
-                f"no calibration token reached the softmax of {missed[0]} "
-                f"({len(missed)} of {len(modules)} attention modules); leave it out with layers="
-            )
+        backend = _LanguageModel(model, calibration)
+        super().__init__(backend, bits=bits, grid_range=grid_range, layers=layers)
 
-    def _run(self, hooks: Mapping[str, Any]) -> None:
-        with attention_hooks(self.model, hooks), calibration_mode(self.model):
-            for batch, rows in zip(self.calibration.batches, self.calibration.masks(), strict=True):
-                for hook in hooks.values():
-                    hook.rows = rows
-                forward(self.model, batch)
 
-    def quantizers(
-        self, correction: str | None = "bias", granularity: str = "head"
-    ) -> dict[str, SoftmaxQuantizer]:
-        """Quantizers with a correction; see :func:`quantize_softmax`."""
-        check_correction(correction, granularity)
-        if self._search is not None:
-            self.statistics = self._search.best(correction, granularity)
-        return {n: s.quantizer(correction, granularity) for n, s in self.statistics.items()}
+class SoftmaxQuantization(_SoftmaxQuantization):
+    """A quantized softmax on a transformers model."""
 
-    def compare(self, quantizers: dict[str, SoftmaxQuantizer], guard: bool = True) -> SoftmaxReport:
-        """Measure layers and model with and without corrections: one pass, then three forwards.
+    attention: ClassVar[AttentionAccess] = attention
 
-        With ``guard``, a correction that lowers the signal-to-noise ratio of its layer's output
-        on the calibration set is taken out of ``quantizers``, and all are where together they
-        lower that of the model's output; the report says so.
-        """
-        plain = {name: SoftmaxQuantizer(q.grid) for name, q in quantizers.items()}
-        hooks = {name: SoftmaxComparison([plain[name], q]) for name, q in quantizers.items()}
-        self._run(hooks)
-        report = SoftmaxReport(calibration=describe(self.calibration))
-        for name, hook in hooks.items():
-            row = softmax_row(self.statistics[name], quantizers[name], hook)
-            if guard and hook.sqnr[1].below(hook.sqnr[0]):
-                self._leave_out(quantizers, row)
-            report.layers.append(row)
-        without, corrected = compare_outputs(self.model, self.calibration, [plain, quantizers])
-        report.output_db, report.output_corrected_db = without.decibel, corrected.decibel
-        if guard and corrected.below(without):
-            report.notes = f"corrections left out: {report.output_corrected_db:.2f} dB with them"
-            report.output_corrected_db = report.output_db
-            for row in report.layers:
-                if row.correction is not None:
-                    self._leave_out(quantizers, row)
-        return report
+    def save(self, directory: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the corrections into the folder of a model; see :func:`ptqkit.hf.save_softmax`."""
+        return save_softmax(self.model, self.quantizers, directory, **options)
 
-    @staticmethod
-    def _leave_out(quantizers: dict[str, SoftmaxQuantizer], row: SoftmaxLayerReport) -> None:
-        row.notes = f"correction {row.correction!r} left out: {row.sqnr_corrected_db:.2f} dB"
-        row.correction, row.sqnr_corrected_db = None, row.sqnr_db
-        quantizers[row.name] = SoftmaxQuantizer(quantizers[row.name].grid)
+
+def load_softmax(model: nn.Module, directory: str | os.PathLike[str]) -> SoftmaxQuantization | None:
+    """Install what ``ptqkit_softmax.json`` in a folder says; None if there is no such file.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, from a later version, or for another model; it names the layer.
+    """
+    path = Path(directory) / SOFTMAX_FILE
+    if not path.is_file():
+        return None
+    values = read_values(path, attention.find_attention(model))
+    result = SoftmaxQuantization(model, dict(values.quantizers))
+    result.install()
+    return result
 
 
 def quantize_softmax(
@@ -217,7 +152,7 @@ def quantize_softmax(
     bits: int = 8,
     correction: str | None = "bias",
     granularity: str = "head",
-    range: str = "fixed",
+    grid_range: str = "fixed",
     layers: Iterable[str] | None = None,
     tokenizer: Any = None,
     samples: int = 32,
@@ -242,19 +177,19 @@ def quantize_softmax(
         fixed range; then there is no report.
     bits : int from 2 to 16
     correction : {"bias", "row_length", "row_sum", None}
-        See :mod:`ptqkit.nn.softmax.quantizer`. "bias" is the paper's, free where the offset of
-        the quantizer absorbs it, and so the default; "row_length" its refinement by the number of
+        See :mod:`ptqkit.nn.softmax.quantizer`. "bias" is the paper's, free if the offset of the
+        quantizer absorbs it, and so the default; "row_length" its refinement by the number of
         allowed keys; "row_sum" needs a sum per row at run time but no calibration, was the best
         in most of our measurements, and does not depend on the lengths calibrated on.
     granularity : {"head", "tensor"}
         Of "bias" and "row_length": one per head, or one per attention module.
-    range : {"fixed", "calibrated", "search"}
+    grid_range : {"fixed", "calibrated", "search"}
         See :class:`SoftmaxCalibration`.
     layers : iterable of str, optional
         Patterns of attention modules; by default all.
     diagnostics : bool
         Measure signal-to-noise ratios on the calibration set, and leave out corrections that
-        lower them: of a layer's output, or all where the model's output suffers.
+        lower them: that of a layer's output, or all if the model's output suffers.
 
     Raises
     ------
@@ -273,14 +208,17 @@ def quantize_softmax(
     >>> print(softmax.report.table())
     >>> softmax.remove()
     """
-    check_correction(correction, granularity)
-    modules = choose_modules(model, layers)
-    refuse_installed(model)
-    if calibration is None and correction in (None, "row_sum") and _check_range(range) == "fixed":
-        quantizers = {name: SoftmaxQuantizer(softmax_grid(bits), correction) for name in modules}
-        result = SoftmaxQuantization(model, quantizers)
+    check_choice(correction, "correction", CORRECTIONS)
+    check_choice(granularity, "granularity", GRANULARITIES)
+    check_choice(grid_range, "grid_range", RANGES)
+    # Before calibration data is prepared, which may take long.
+    modules = choose_modules(attention.find_attention(model), layers)
+    refuse_installed(attention.installed_attention(model))
+    grid = softmax_grid(bits)
+    if calibration is None and correction in (None, "row_sum") and grid_range == "fixed":
+        plain: dict[str, Quantizer] = {n: SoftmaxQuantizer(grid, correction) for n in modules}
+        result = SoftmaxQuantization(model, plain)
     else:
-        softmax_grid(bits)
         data = prepare_calibration(
             calibration,
             tokenizer,
@@ -291,56 +229,9 @@ def quantize_softmax(
             start_token=start_token,
             max_length=max_positions(model),
         )
-        study = SoftmaxCalibration(model, data, bits=bits, range=range, layers=layers)
+        study = SoftmaxCalibration(model, data, bits=bits, grid_range=grid_range, layers=layers)
         quantizers = study.quantizers(correction, granularity)
         report = study.compare(quantizers) if diagnostics else None
         result = SoftmaxQuantization(model, quantizers, report)
     result.install()
     return result
-
-
-def check_correction(correction: str | None, granularity: str) -> None:
-    """Refuse options that do not exist."""
-    if correction not in CORRECTIONS:
-        raise ValueError(f"correction must be one of {CORRECTIONS}, not {correction!r}")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {GRANULARITIES}, not {granularity!r}")
-
-
-def _check_range(range: str) -> str:
-    if range not in RANGES:
-        raise ValueError(f"range must be one of {RANGES}, not {range!r}")
-    return range
-
-
-def refuse_installed(model: nn.Module) -> None:
-    """Refuse a model whose probabilities another hook may change."""
-    if installed_attention(model):
-        raise ValueError(
-            "the attention of the model has hooks already (a quantized softmax?): remove them "
-            "first with .remove() or ptqkit.nn.remove_attention(model)"
-        )
-
-
-def choose_modules(model: nn.Module, layers: Iterable[str] | None) -> dict[str, AttentionModule]:
-    """Attention modules whose names match a pattern; all where there is none."""
-    modules = find_attention(model)
-    if layers is None:
-        return modules
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    for pattern in patterns:
-        if not any(match_pattern(pattern, name) for name in modules):
-            raise ValueError(
-                f"layers: {pattern!r} matches no attention module; the first is "
-                f"{next(iter(modules))}"
-            )
-    chosen = {n: m for n, m in modules.items() if any(match_pattern(p, n) for p in patterns)}
-    if not chosen:
-        raise ValueError("layers is empty: name at least one pattern, or leave it out for all")
-    return chosen
-
-
-def _grid(bits: int, seen: AttentionRanges | None) -> Any:
-    if seen is None:
-        return softmax_grid(bits)
-    return softmax_grid(bits, seen.minimum["softmax"], seen.maximum["softmax"])

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from ptqkit._tables import text_table
 from ptqkit.hf.data.calibration import CalibrationSet
-from ptqkit.hf.evaluation.perplexity import PerplexityResult, perplexity
-from ptqkit.hf.softmax.driver import SoftmaxCalibration
-from ptqkit.nn.attention import attention_hooks
-from ptqkit.nn.attention_quantizer import AttentionQuantizer
-from ptqkit.nn.softmax.report import SoftmaxReport, describe
+from ptqkit.hf.evaluation.likelihood import PerplexityResult, perplexity
+from ptqkit.hf.models.attention import attention_hooks
+from ptqkit.hf.softmax.driver import SoftmaxCalibration, describe
+from ptqkit.nn.softmax.compare import softmax_hooks
+from ptqkit.nn.softmax.report import SoftmaxReport
 
 __all__ = ["VARIANTS", "SoftmaxTable", "SoftmaxTableRow", "softmax_table"]
 
@@ -43,7 +44,7 @@ class SoftmaxTableRow:
     excess : float
         Above the float model's.
     recovered : float
-        Share of the excess without correction that the correction takes away; NaN where there is
+        Share of the excess without correction that the correction takes away; NaN if there is
         none.
     sqnr_db : float
         Mean over the layers, of the attention's output on the calibration set.
@@ -102,8 +103,8 @@ class SoftmaxTable:
 
     def table(self) -> str:
         """Plain text table."""
-        cells = [("softmax", "perplexity", "excess", "recovered", "attention dB", "logits dB")]
-        cells += [
+        header = ("softmax", "perplexity", "excess", "recovered", "attention dB", "logits dB")
+        cells = (
             (
                 row.name,
                 f"{row.perplexity:.4f}",
@@ -113,17 +114,9 @@ class SoftmaxTable:
                 "" if math.isinf(row.output_db) else f"{row.output_db:.2f}",
             )
             for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join(
-                [line[0].ljust(widths[0])]
-                + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
-            )
-            for line in cells
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join([*lines, "", *(self._zeros(bits) for bits in self.layers)])
+        )
+        zeros = [self._zeros(bits) for bits in self.layers]
+        return "\n".join([text_table(header, cells), "", *zeros])
 
     def _zeros(self, bits: int) -> str:
         zero = [row["zero_fraction"] for row in self.layers[bits]]
@@ -143,7 +136,7 @@ def softmax_table(
     *,
     bits: Sequence[int] = (8,),
     corrections: Sequence[str] = ("none", "bias", "bias/head", "row_length/head", "row_sum"),
-    range: str = "fixed",
+    grid_range: str = "fixed",
     guard: bool = False,
     progress: Callable[[str], None] | None = None,
     **windows: Any,
@@ -163,7 +156,7 @@ def softmax_table(
     bits : sequence of int from 2 to 16
     corrections : sequence of str
         Of :data:`VARIANTS`.
-    range : {"fixed", "calibrated", "search"}
+    grid_range : {"fixed", "calibrated", "search"}
     guard : bool
         Leave out corrections that lower signal-to-noise ratios, as :func:`quantize_softmax` does;
         here every line is by default what it says.
@@ -174,25 +167,24 @@ def softmax_table(
     if unknown:
         raise ValueError(f"corrections must be some of {', '.join(VARIANTS)}, not {unknown[0]!r}")
     chosen = list(dict.fromkeys(["none", *corrections]))
-    tell = progress or (lambda name: None)
+    report_next = progress or (lambda name: None)
 
     def score() -> PerplexityResult:
         return perplexity(model, tokenizer, text, **windows)
 
-    tell("float softmax")
+    report_next("float softmax")
     first = score()
     table = SoftmaxTable(first, describe(calibration))
     table.rows.append(SoftmaxTableRow(None, "none", first.perplexity))
     for width in bits:
-        tell(f"SM{width}: calibration")
-        study = SoftmaxCalibration(model, calibration, bits=width, range=range)
+        report_next(f"SM{width}: calibration")
+        study = SoftmaxCalibration(model, calibration, bits=width, grid_range=grid_range)
         plain = math.nan
         for name in chosen:
-            tell(f"SM{width} {name}")
+            report_next(f"SM{width} {name}")
             quantizers = study.quantizers(*VARIANTS[name])
             report = study.compare(quantizers, guard)
-            hooks = {n: AttentionQuantizer({"softmax": q}) for n, q in quantizers.items()}
-            with attention_hooks(model, hooks):
+            with attention_hooks(model, softmax_hooks(quantizers)):
                 found = score().perplexity
             excess = found - first.perplexity
             plain = excess if name == "none" else plain

@@ -1,0 +1,1 @@
+"""Quantize the softmax of any attention: estimate, correct, compare, store."""

@@ -1,8 +1,7 @@
-"""The quantized softmax on torch tensors, its corrections, and what they are estimated from.
+"""The quantized softmax on torch tensors and its corrections.
 
-The same as :func:`ptqkit.softmax_on_grid`, for a model that has computed the probabilities: codes
-``q = clamp(round(p * (1 / s)) + z, 0, 2**b - 1)`` stand for ``s*q - c`` with ``c = s*z``, and a
-correction only changes the offset (Pandey et al. 2023: ``c' = s*z - beta``).
+Codes ``q = clamp(round(p * (1 / s)) + z, 0, 2**b - 1)`` stand for ``s*q - c`` with ``c = s*z``, and
+a correction only changes the offset (Pandey et al. 2023: ``c' = s*z - beta``).
 Forbidden entries are exactly 0 and get nothing: otherwise a token would see later ones. With n
 the allowed keys of a row, every allowed entry gains
 
@@ -24,22 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.arrays.softmax import SoftmaxGrid
-from ptqkit.arrays.softmax_bias import SoftmaxBias
-from ptqkit.errors import CalibrationError
-from ptqkit.nn.attention import AttentionHook
-from ptqkit.reference import length_class
+from ptqkit.arrays.softmax import SoftmaxGrid, softmax_on_grid
 
-__all__ = ["CORRECTIONS", "GRANULARITIES", "SoftmaxQuantizer", "SoftmaxStatistics"]
+__all__ = ["CORRECTIONS", "SoftmaxQuantizer", "row_lengths"]
 
 CORRECTIONS = ("bias", "row_length", "row_sum", None)
-GRANULARITIES = ("tensor", "head")
-
-
-def length_edges(longest: int) -> list[int]:
-    """Last row length of every class that SoftmaxBias tells apart, up to ``longest``."""
-    classes = [length_class(n) for n in range(1, longest + 1)]
-    return [n for n, c in enumerate(classes, 1) if n == longest or classes[n] != c]
 
 
 class SoftmaxQuantizer:
@@ -79,20 +67,18 @@ class SoftmaxQuantizer:
         self.longest = longest
         self.edges = _check_edges(correction, edges, self.bias)
         self._tensors: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._table = np.empty(0)
 
     @property
     def heads(self) -> int | None:
-        """Heads that the correction is for; None where it is for the whole tensor."""
+        """Heads that the correction is for; None if it is for the whole tensor."""
         per_head = 2 if self.correction == "row_length" else 1
         return None if self.bias is None or self.bias.ndim < per_head else len(self.bias)
 
     @torch.no_grad()
     def __call__(self, p: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """Return the quantized and corrected probabilities (batch, heads, q, k), dtype as given."""
-        if self.heads is not None and self.heads != p.shape[1]:
-            raise ValueError(
-                f"the softmax correction is for {self.heads} heads, the module has {p.shape[1]}"
-            )
+        self._check_heads(p)
         grid = self.grid
         inverse = float(np.float32(1) / np.float32(grid.scale))
         steps = p.float() * inverse
@@ -106,8 +92,74 @@ class SoftmaxQuantizer:
                 y = y.masked_fill_(~allowed, 0.0)
         return y.to(p.dtype)
 
+    def fused(
+        self, scores: torch.Tensor, allowed: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Return the quantized and corrected softmax of scores, written over them.
+
+        One pass of :func:`ptqkit.softmax_on_grid` in place of PyTorch's softmax and the six or
+        seven passes of calling the quantizer. Both give the same codes, except for probabilities
+        within 1e-6 of their value from a tie; from equal codes, values without a correction are
+        equal, and corrected ones within 2 units in the last place of the larger of the value and
+        its correction.
+
+        Parameters
+        ----------
+        scores : Tensor, shape (batch, heads, q, k)
+        allowed : Tensor of bool, optional
+            Broadcastable to the scores.
+
+        Returns
+        -------
+        Tensor or None
+            None if the scores are not float32 on the CPU, or part of a gradient.
+
+        Raises
+        ------
+        ValueError
+            If an allowed score is NaN or +Inf.
+        """
+        if scores.dtype != torch.float32 or scores.device.type != "cpu" or scores.requires_grad:
+            return None
+        self._check_heads(scores)
+        correction, bias = self._by_length(scores.shape[-1])
+        scores = scores.contiguous()
+        softmax_on_grid(
+            scores.numpy(),
+            self.grid,
+            correction=correction,
+            bias=bias,
+            allowed=None if allowed is None else allowed.numpy(),
+            out=scores.numpy(),
+        )
+        return scores
+
+    def _by_length(self, keys: int) -> tuple[str | None, np.ndarray | None]:
+        """Correction and bias as :func:`ptqkit.softmax_on_grid` takes them, for rows of ``keys``.
+
+        There, a bias that depends on the row length is a table with an entry for every length.
+        """
+        if self.bias is None or (self.correction == "bias" and keys <= (self.longest or keys)):
+            return self.correction, self.bias
+        if self._table.shape[-1] <= keys:
+            # Longer than needed: a growing cache of keys needs no new table every time.
+            length = np.maximum(np.arange(1 << keys.bit_length()), 1)
+            if self.correction == "bias":
+                self._table = self.bias[..., None] * np.minimum((self.longest or 0) / length, 1)
+            else:
+                assert self.edges is not None
+                place = np.searchsorted(self.edges, length).clip(max=len(self.edges) - 1)
+                self._table = self.bias[..., place] / length
+        return "row_length", self._table
+
+    def _check_heads(self, x: torch.Tensor) -> None:
+        if self.heads is not None and self.heads != x.shape[1]:
+            raise ValueError(
+                f"the softmax correction is for {self.heads} heads, the module has {x.shape[1]}"
+            )
+
     def _offset(self, steps: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """What every allowed entry of a row gains, float32, broadcastable to ``steps``."""
+        """Return what every allowed entry of a row gains, float32, broadcastable to ``steps``."""
         count = row_lengths(allowed, steps)
         if self.correction == "row_sum":
             # A sum of whole numbers in double is exact: no order of addition shows.
@@ -147,7 +199,7 @@ class SoftmaxQuantizer:
 
 
 def row_lengths(allowed: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
-    """Allowed keys of every row, float32 (..., q, 1) and at least 1."""
+    """Return the allowed keys of every row, float32 (..., q, 1) and at least 1."""
     if allowed is None:
         return torch.full((1, 1), float(p.shape[-1]), device=p.device)
     count = allowed.expand(*allowed.shape[:-1], p.shape[-1]).sum(-1, keepdim=True)
@@ -185,56 +237,3 @@ def _check_edges(
     if len(values) != bins or any(b <= a for a, b in zip((0, *values), values, strict=False)):
         raise ValueError(f"edges must be {bins} rising positive integers, one per bin of bias")
     return values
-
-
-class SoftmaxStatistics(AttentionHook):
-    """Collects, in one pass, what corrections of one attention module are made from.
-
-    Probabilities are those of the model at hand and stay as they are.
-
-    Parameters
-    ----------
-    name : str
-        Of the module, for messages.
-    heads : int
-    grid : SoftmaxGrid
-
-    Attributes
-    ----------
-    bias : SoftmaxBias
-    longest : int
-        Most allowed keys of a row so far.
-    rows : Tensor or None
-        Which tokens of the batch at hand count, bool (batch, sequence).
-    """
-
-    def __init__(self, name: str, heads: int, grid: SoftmaxGrid) -> None:
-        self.name, self.heads, self.grid = name, heads, grid
-        self.bias = SoftmaxBias(heads, grid=grid)
-        self.longest = 0
-        self.rows: torch.Tensor | None = None
-
-    def softmax(self, p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """Count the probabilities in."""
-        if p.shape[1] != self.heads:
-            raise ValueError(f"{self.name} has {p.shape[1]} heads, not {self.heads}")
-        mask = None if allowed is None else allowed.cpu()
-        try:
-            self.bias.update(p.detach().cpu(), mask, queries=self.rows)
-        except ValueError as error:
-            raise CalibrationError(f"softmax of {self.name}: {error}") from error
-        # Rows of padding are no longer than those of the tokens beside it.
-        self.longest = max(self.longest, int(row_lengths(allowed, p).max()))
-        return p
-
-    def quantizer(self, correction: str | None, granularity: str) -> SoftmaxQuantizer:
-        """Quantizer with a correction from what was counted."""
-        if correction == "bias":
-            beta = self.bias.bias(granularity)
-            return SoftmaxQuantizer(self.grid, correction, beta, longest=self.longest)
-        if correction == "row_length":
-            edges = length_edges(self.longest)
-            # One value per class of lengths says all: n * beta(n) is the same in a class.
-            mass = self.bias.bias_by_length(self.longest, granularity)[..., edges] * edges
-            return SoftmaxQuantizer(self.grid, correction, mass, edges=edges)
-        return SoftmaxQuantizer(self.grid, correction)

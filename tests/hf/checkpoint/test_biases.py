@@ -94,14 +94,14 @@ def test_some_layers_of_a_kind_and_float_layers_too(tmp_path):
     )
     assert len(names) == 3 and not set(names) <= layers.keys()
     for format in ("compressed-tensors", "ptqkit"):
-        save_checkpoint(model, layers, None, tmp_path / format, format=format)
+        save_checkpoint(model, layers, None, tmp_path / format, checkpoint_format=format)
         _assert_loads(tmp_path / format, model, layers)
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
 def test_gptq_files(format, tmp_path):
     model, layers, _ = _case("llama", "down_proj", **GPTQ)
-    save_checkpoint(model, layers, None, tmp_path / "out", format=format)
+    save_checkpoint(model, layers, None, tmp_path / "out", checkpoint_format=format)
     assert _config(tmp_path / "out")["mlp_bias"] is True
     _assert_loads(tmp_path / "out", model, layers, stock=False)
 
@@ -111,7 +111,7 @@ def test_a_bias_that_the_class_never_creates(kind, tmp_path):
     model, layers, names = _case(kind, "o_proj", "down_proj", **W4)
     for format in ("compressed-tensors", "gptq_v2"):
         with pytest.raises(ValueError) as caught:
-            save_checkpoint(model, layers, None, tmp_path / "no", format=format)
+            save_checkpoint(model, layers, None, tmp_path / "no", checkpoint_format=format)
         for name in names:
             assert f"{name}: it gained a bias, and no setting" in str(caught.value)
         assert not (tmp_path / "no").exists()
@@ -214,5 +214,5 @@ def test_equalized_models(name, format, tmp_path):
     assert not torch.equal(model.model.layers[0].input_layernorm.weight, norm)
     torch.testing.assert_close(logits(model), plain, rtol=1e-3, atol=1e-4)
     layers = fake_quantize(model, bits=4, group_size=4, symmetric=True)
-    save_checkpoint(model, layers, None, tmp_path / "out", format=format)
+    save_checkpoint(model, layers, None, tmp_path / "out", checkpoint_format=format)
     _assert_loads(tmp_path / "out", model, layers)

@@ -15,10 +15,12 @@ import transformers
 from helpers.checkpoint_models import assert_same_matrices, build, fake_quantize, logits
 
 from ptqkit import _files
-from ptqkit.hf.checkpoint import files
+from ptqkit.arrays.matrix import WeightGrid
+from ptqkit.hf.checkpoint import compressed_tensors, files
+from ptqkit.hf.checkpoint.formats import format_problems
 from ptqkit.hf.checkpoint.reader import load, read_matrices
 from ptqkit.hf.checkpoint.save import save_checkpoint
-from ptqkit.hf.checkpoint.spec import LayerSpec, format_problems
+from ptqkit.hf.checkpoint.spec import LayerSpec
 
 SYMMETRIC = {"bits": 4, "group_size": 32, "symmetric": True}
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -36,7 +38,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 def _refused(model, layers, folder, format, *patterns):
     with pytest.raises(ValueError) as caught:
-        save_checkpoint(model, layers, None, folder / "out", format=format)
+        save_checkpoint(model, layers, None, folder / "out", checkpoint_format=format)
     for pattern in patterns:
         assert pattern in str(caught.value), str(caught.value)
     assert list(folder.iterdir()) == []
@@ -78,7 +80,7 @@ def test_gptq_refuses_what_it_cannot_carry(tmp_path):
     _refused(
         model, layers, tmp_path, "gptq", "1 problem(s)", name, "zero-point of 0", "min_zero_point=1"
     )
-    assert save_checkpoint(model, layers, None, tmp_path / "v2", format="gptq_v2").format
+    assert save_checkpoint(model, layers, None, tmp_path / "v2", checkpoint_format="gptq_v2").format
     assert_same_matrices(read_matrices(tmp_path / "v2"), layers)
 
 
@@ -132,7 +134,7 @@ def test_false_fields_are_refused(quantized, tmp_path):
         model, {"model.nothing": q}, tmp_path, "auto", "'model.nothing', which is not a module"
     )
     _refused(model, {Q_PROJ: q.rows(0, 3)}, tmp_path, "auto", "codes have shape (3, 64)")
-    _refused(model, layers, tmp_path, "awq", "format must be 'auto' or one of", "'awq'")
+    _refused(model, layers, tmp_path, "awq", "checkpoint_format must be 'auto' or one of", "'awq'")
     wrong = dataclasses.replace(q, zero_points=q.zero_points + np.uint8(1))
     _refused(model, {Q_PROJ: wrong}, tmp_path, "auto", "not the middle of the grid")
     wrong = dataclasses.replace(q, scales=q.scales * np.float32("nan"))
@@ -150,11 +152,11 @@ def test_tied_layers_are_refused(tmp_path):
 
 
 def test_problems_are_known_from_the_recipe_alone():
-    spec = LayerSpec("a.0.b", 64, 48, 4, 32, True)
+    spec = LayerSpec("a.0.b", 64, 48, WeightGrid(4, 32, True))
     assert format_problems([spec], "ptqkit") == []
     [problem] = format_problems([spec], "compressed-tensors")
     assert problem == "a.0.b: group_size 32 does not divide 48 inputs"
-    odd = LayerSpec("a.0.b", 63, 60, 3, None, False)
+    odd = LayerSpec("a.0.b", 63, 60, WeightGrid(3, None, False))
     problems = format_problems([odd], "gptq")
     assert len(problems) == 2 and all("not whole words" in p for p in problems)
 
@@ -190,9 +192,7 @@ def _fail_in_the_middle(monkeypatch, error):
         monkeypatch.setattr(files, "open", opener, raising=False)
         return "No space left"
 
-    from ptqkit.hf.checkpoint import formats
-
-    packed, calls = formats.compressed_pack, []
+    packed, calls = compressed_tensors.compressed_pack, []
 
     def pack(codes, bits):
         calls.append(1)
@@ -200,7 +200,7 @@ def _fail_in_the_middle(monkeypatch, error):
             raise error("stopped in the middle")
         return packed(codes, bits)
 
-    monkeypatch.setattr(formats, "compressed_pack", pack)
+    monkeypatch.setattr(compressed_tensors, "compressed_pack", pack)
     return "stopped in the middle"
 
 
@@ -294,7 +294,7 @@ def test_load_errors(quantized, tmp_path):
         with pytest.raises(FileNotFoundError, match="no config.json"):
             function(tmp_path)
     out = tmp_path / "out"
-    save_checkpoint(model, layers, None, out, format="ptqkit")
+    save_checkpoint(model, layers, None, out, checkpoint_format="ptqkit")
     config = json.loads((out / "config.json").read_text())
     (out / "model.safetensors").rename(tmp_path / "aside")
     for function in (load, read_matrices):
@@ -319,7 +319,7 @@ def test_load_errors(quantized, tmp_path):
 def test_a_checkpoint_that_does_not_fit_the_model_is_an_error(quantized, tmp_path):
     model, layers = quantized
     out = tmp_path / "out"
-    save_checkpoint(model, layers, None, out, format="ptqkit")
+    save_checkpoint(model, layers, None, out, checkpoint_format="ptqkit")
     config = json.loads((out / "config.json").read_text())
     for key, value, message in (
         ("num_hidden_layers", 1, "layers.1.* has no such module"),

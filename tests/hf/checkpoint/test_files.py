@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 
-from ptqkit.hf.checkpoint.files import TensorPlan, parse_size, write_tensors
+from ptqkit._units import parse_bytes
+from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
 
 
 def test_written_files_are_what_safetensors_writes(tmp_path):
@@ -66,7 +67,7 @@ def test_writer_errors(tmp_path):
         TensorPlan.of("a", torch.ones(2, device="meta"))
     with pytest.raises(ValueError, match="a: dtype torch.complex64"):
         TensorPlan.of("a", torch.ones(2, dtype=torch.complex64))
-    assert parse_size("5GB") == 5 * 10**9 and parse_size("1.5 MiB") == 3 << 19
+    assert parse_bytes("5GB") == 5 * 10**9 and parse_bytes("1.5 MiB") == 3 << 19
     for bad in ("much", "5 PB", 0, -1, True, 1.5):
         with pytest.raises(ValueError, match="max_shard_size"):
-            parse_size(bad)
+            parse_bytes(bad, "max_shard_size")

@@ -23,7 +23,7 @@ from ptqkit.hf.checkpoint.save import save_checkpoint
 def test_without_the_plugin_loading_fails_instead_of_guessing(kind, bits, tmp_path, monkeypatch):
     model = build(kind)
     layers = fake_quantize(model, bits=bits, group_size=8)
-    save_checkpoint(model, layers, None, tmp_path / "out", format="ptqkit")
+    save_checkpoint(model, layers, None, tmp_path / "out", checkpoint_format="ptqkit")
     monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "ptqkit")
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "ptqkit")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -104,7 +104,7 @@ def test_everything_comes_along(format, tmp_path):
         layers,
         _Recipe(),
         tmp_path / "out",
-        format=format,
+        checkpoint_format=format,
         tokenizer=tokenizer,
         report=_Report(),
     )

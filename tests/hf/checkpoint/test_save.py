@@ -103,7 +103,7 @@ def test_half_precision_models_are_exact(kind, grid, dtype, tmp_path):
 def test_gptq_files_load_without_gptqmodel(kind, options, format, tmp_path):
     model = build(kind)
     layers = fake_quantize(model, scale_dtype="float16", min_zero_point=1, **options)
-    info = save_checkpoint(model, layers, None, tmp_path / "out", format=format)
+    info = save_checkpoint(model, layers, None, tmp_path / "out", checkpoint_format=format)
     assert (info.format, info.reason) == (format, "asked for")
     settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert settings["checkpoint_format"] == format
@@ -117,7 +117,7 @@ def test_gptq_files_load_without_gptqmodel(kind, options, format, tmp_path):
 def test_gptq_files_of_half_precision_models(tmp_path):
     model = build("llama", torch.bfloat16)
     layers = fake_quantize(model, bits=4, group_size=32, scale_dtype="float16")
-    save_checkpoint(model, layers, None, tmp_path / "out", format="gptq_v2")
+    save_checkpoint(model, layers, None, tmp_path / "out", checkpoint_format="gptq_v2")
     loaded = load(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16 and torch.equal(logits(loaded), logits(model))
     wide = load(tmp_path / "out", dtype=torch.float32)
@@ -130,14 +130,14 @@ def test_gptq_says_which_linears_of_a_block_are_quantized(tmp_path):
     model = build("llama")
     grid = {"bits": 4, "group_size": 32, "scale_dtype": "float16"}
     layers = fake_quantize(model, overrides={"down_proj": None}, **grid)
-    save_checkpoint(model, layers, None, tmp_path / "out", format="gptq_v2")
+    save_checkpoint(model, layers, None, tmp_path / "out", checkpoint_format="gptq_v2")
     settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     [names] = settings["modules_in_block_to_quantize"]
     assert "mlp.up_proj" in names and "mlp.down_proj" not in names and len(names) == 6
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
     layers.pop("model.layers.1.mlp.up_proj")
     with pytest.raises(ValueError, match="same layers quantized in every block.*layers.1"):
-        save_checkpoint(model, layers, None, tmp_path / "other", format="gptq_v2")
+        save_checkpoint(model, layers, None, tmp_path / "other", checkpoint_format="gptq_v2")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -153,6 +153,7 @@ def test_mixed_precision_and_skipped_layers(kind, tmp_path):
         groups = settings["config_groups"].values()
         assert sorted(g["weights"]["num_bits"] for g in groups) == [4, 8]
         assert {t for g in groups for t in g["targets"]} == set(layers)
+        assert all(g["format"] == "pack-quantized" for g in groups)
         assert (
             "lm_head" in settings["ignore"]
             and "model.layers.0.self_attn.q_proj" in settings["ignore"]
@@ -167,21 +168,24 @@ def test_every_width_loads_in_stock_transformers(tmp_path):
     widths = {"q_proj": 2, "k_proj": 3, "v_proj": 5, "o_proj": 6, "up_proj": 7, "down_proj": 8}
     overrides = {name: {"bits": bits} for name, bits in widths.items()}
     layers = fake_quantize(model, bits=4, group_size=16, symmetric=True, overrides=overrides)
-    info = save_checkpoint(model, layers, None, tmp_path / "out", format="compressed-tensors")
+    info = save_checkpoint(
+        model, layers, None, tmp_path / "out", checkpoint_format="compressed-tensors"
+    )
     assert info.format == "compressed-tensors"
     loaded = _auto("llama").from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(model))
     assert_same_matrices(read_matrices(tmp_path / "out"), layers)
 
 
-def test_one_scheme_is_written_for_all_linears(tmp_path):
+def test_one_scheme_names_every_layer(tmp_path):
     model = build("llama")
     layers = fake_quantize(model, bits=4, group_size=32, symmetric=True)
     recipe = {"order": "act", "bits": 4}
     save_checkpoint(model, layers, recipe, tmp_path / "out")
     settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     [group] = settings["config_groups"].values()
-    assert group["targets"] == ["Linear"] and settings["ignore"] == ["lm_head"]
+    assert group["targets"] == list(layers) and settings["ignore"] == ["lm_head"]
+    assert group["format"] == settings["format"] == "pack-quantized"
     assert group["weights"]["actorder"] == "weight"
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
     assert json.loads((tmp_path / "out/ptqkit_recipe.json").read_text()) == recipe
@@ -203,7 +207,7 @@ def test_an_untied_head_can_be_quantized(grid, tmp_path):
             matrix(model.lm_head), bits=4, group_size=32, scale_dtype="float16"
         )
         assign(model.lm_head, layers["lm_head"])
-        save_checkpoint(model, layers, None, tmp_path / "gptq", format="gptq_v2")
+        save_checkpoint(model, layers, None, tmp_path / "gptq", checkpoint_format="gptq_v2")
     assert not (tmp_path / "gptq").exists()
 
 
@@ -293,9 +297,7 @@ def test_qlinear_dequantizes_as_numpy_does(bits):
             rng.uniform(0.01, 1, (6, groups)).astype(np.float32),
             rng.integers(0, top, (6, groups), dtype=np.uint8),
             rng.permutation(np.arange(inputs) // (size or inputs)).astype(np.int32),
-            bits,
-            size,
-            False,
+            ptqkit.WeightGrid(bits, size),
         )
         for permuted in (True, False):
             if not permuted:
@@ -306,7 +308,7 @@ def test_qlinear_dequantizes_as_numpy_does(bits):
 
 
 def _loaded(q, permuted):
-    from ptqkit.hf.checkpoint.formats import native_pack
+    from ptqkit.arrays.packing import native_pack
 
     module = QLinear(
         *q.shape[::-1],

@@ -19,10 +19,12 @@ from helpers.checkpoint_models import (
 from helpers.data import SHARED
 from safetensors.torch import load_file, save_file
 
-from ptqkit.hf.checkpoint import inputs as checkpoint_inputs
+from ptqkit.arrays.matrix import WeightGrid
+from ptqkit.hf.checkpoint.formats import format_problems
+from ptqkit.hf.checkpoint.inputs import measure_flat_inputs
 from ptqkit.hf.checkpoint.reader import load, read_matrices
 from ptqkit.hf.checkpoint.save import save_checkpoint
-from ptqkit.hf.checkpoint.spec import LayerSpec, format_problems
+from ptqkit.hf.checkpoint.spec import LayerSpec
 from ptqkit.nn.activations import ActivationQuantizer, installed_quantizer, remove_quantizers
 from ptqkit.nn.qlinear import QLinear
 from ptqkit.recipe.options import ActivationQuantization
@@ -126,7 +128,7 @@ def test_inputs_without_a_batch_axis_are_not_left_to_compressed_tensors(tmp_path
             layers,
             None,
             tmp_path / "no",
-            format="compressed-tensors",
+            checkpoint_format="compressed-tensors",
             activations=quantizers,
         )
     text = str(caught.value)
@@ -151,7 +153,7 @@ def test_inputs_without_a_batch_axis_are_not_left_to_compressed_tensors(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_quantizers_that_have_not_run_are_tried_once(kind, tmp_path):
+def test_the_model_is_run_once_to_see_its_inputs(kind, tmp_path):
     model = build(kind).train()
     layers = fake_quantize(model, **W8)
     quantizers = {name: ActivationQuantizer(ActivationQuantization(8)) for name in layers}
@@ -159,7 +161,6 @@ def test_quantizers_that_have_not_run_are_tried_once(kind, tmp_path):
     info = save_checkpoint(model, layers, None, tmp_path / "out", activations=quantizers)
     assert info.format == ("ptqkit" if kind == "opt" else "compressed-tensors")
     assert torch.equal(torch.get_rng_state(), state) and model.training
-    assert all(q.saw_2d is None for q in quantizers.values())
 
 
 def test_an_input_shape_that_cannot_be_found_is_refused(tmp_path, monkeypatch):
@@ -171,17 +172,17 @@ def test_an_input_shape_that_cannot_be_found_is_refused(tmp_path, monkeypatch):
         raise ValueError("needs pixels")
 
     monkeypatch.setattr(model, "forward", fails)
-    with pytest.raises(ValueError, match=r"14 problem\(s\):\n.*shape of its inputs is not known"):
+    with pytest.raises(ValueError, match=r"14 problem\(s\):\n.*shape of its inputs could not be"):
         save_checkpoint(
             model,
             layers,
             None,
             tmp_path / "out",
-            format="compressed-tensors",
+            checkpoint_format="compressed-tensors",
             activations=quantizers,
         )
     info = save_checkpoint(model, layers, None, tmp_path / "out", activations=quantizers)
-    assert info.format == "ptqkit" and "not known" in info.reason
+    assert info.format == "ptqkit" and "could not be measured" in info.reason
 
 
 def test_layers_with_and_without_quantized_inputs(tmp_path):
@@ -284,7 +285,9 @@ def test_own_format_of_every_spec_and_casts(tmp_path):
     for number, inputs in enumerate(INPUTS.values()):
         model, layers, quantizers = _simulate("llama", W8, inputs)
         out = tmp_path / str(number)
-        save_checkpoint(model, layers, None, out, format="ptqkit", activations=quantizers)
+        save_checkpoint(
+            model, layers, None, out, checkpoint_format="ptqkit", activations=quantizers
+        )
         _assert_loads(out, model, layers)
         moved, asked = load(out).to(torch.bfloat16), load(out, dtype=torch.bfloat16)
         # The simulated model cast the same way: grids round to the type of the inputs.
@@ -323,18 +326,20 @@ def test_gptq_files_have_no_quantized_inputs(format, tmp_path):
     model, layers, quantizers = _simulate("llama", weights, ActivationQuantization(8))
     with pytest.raises(ValueError, match=r"14 problem\(s\)[^$]*has no quantized activations"):
         save_checkpoint(
-            model, layers, None, tmp_path / "out", format=format, activations=quantizers
+            model, layers, None, tmp_path / "out", checkpoint_format=format, activations=quantizers
         )
     assert not (tmp_path / "out").exists()
 
 
 def test_specs_alone_tell_the_problems():
-    spec = LayerSpec("a.0.b", 64, 64, 8, None, False)
+    spec = LayerSpec("a.0.b", 64, 64, WeightGrid(8, None, False))
     assert "asymmetric" in format_problems([spec], "compressed-tensors")[0]
     for activations in (ActivationQuantization(8), ActivationQuantization(8, "tensor")):
-        spec = LayerSpec("a.0.b", 64, 64, 8, None, False, activations=activations)
+        spec = LayerSpec("a.0.b", 64, 64, WeightGrid(8, None, False), activations=activations)
         assert format_problems([spec], "compressed-tensors") == []
-        flat = LayerSpec("a.0.b", 64, 64, 8, None, True, activations=activations, flat_input=True)
+        flat = LayerSpec(
+            "a.0.b", 64, 64, WeightGrid(8, None, True), activations=activations, flat_input=True
+        )
         assert bool(format_problems([flat], "compressed-tensors")) == activations.dynamic
         assert format_problems([flat], "ptqkit") == []
 
@@ -390,7 +395,7 @@ def test_a_grid_that_the_dtype_cannot_hold_goes_to_the_own_format(tmp_path):
 def test_damaged_input_grids(format, tmp_path):
     model, layers, quantizers = _simulate("llama", W8, ActivationQuantization(8, "tensor"))
     out = tmp_path / "out"
-    save_checkpoint(model, layers, None, out, format=format, activations=quantizers)
+    save_checkpoint(model, layers, None, out, checkpoint_format=format, activations=quantizers)
     file = out / "model.safetensors"
     # Copies: what load_file returns lies in the very file that is written over.
     tensors = {k: v.clone() for k, v in load_file(file).items()}
@@ -411,11 +416,11 @@ def test_damaged_input_grids(format, tmp_path):
 def test_damaged_descriptions(tmp_path):
     model, layers, quantizers = _simulate("llama", W8, ActivationQuantization(8, "tensor"))
     out = tmp_path / "out"
-    save_checkpoint(model, layers, None, out, format="ptqkit", activations=quantizers)
+    save_checkpoint(model, layers, None, out, checkpoint_format="ptqkit", activations=quantizers)
     path = out / "config.json"
     good = path.read_text()
     for change, match in (
-        ({"activations": {"bits": 8, "per": "token"}}, f"{NAME}: activations have no option 'per'"),
+        ({"activations": {"bits": 8, "per": "token"}}, f"{NAME}: activations has no option 'per'"),
         ({"activations": {"bits": 40}}, f"{NAME}: activation bits must be"),
         (
             {"activations": "token"},
@@ -454,15 +459,16 @@ def test_unreadable_int_quantized_files(tmp_path):
         read_matrices(out)
 
 
-def test_flat_inputs_of_layers_that_have_run_are_not_asked_again(monkeypatch):
-    model, _, quantizers = _simulate("llama", W8, ActivationQuantization(8))
-
-    def never(*args, **kwargs):
-        raise AssertionError("the model ran")
-
-    monkeypatch.setattr(model, "forward", never)
-    found = checkpoint_inputs.find_flat_inputs(model, quantizers)
-    assert found == dict.fromkeys(quantizers, False)
+def test_inputs_without_a_batch_axis_are_found():
+    found = {}
+    for kind in ("llama", "opt"):
+        model = build(kind)
+        for name, flat in measure_flat_inputs(model, targets(model)).items():
+            found[kind, name.rsplit(".")[-1]] = flat
+    assert {name for (kind, name), flat in found.items() if flat} == {"fc1", "fc2"}
+    assert not any(flat for (kind, _), flat in found.items() if kind == "llama")
+    assert len(found) == 7 + 6
+    assert measure_flat_inputs(torch.nn.Sequential(torch.nn.Linear(2, 2)), ["0"]) == {}
 
 
 @pytest.mark.parametrize("inputs", ["token", "tensor"])

@@ -46,7 +46,7 @@ def test_without_a_start_token():
         assert data.start_token == "none" and data.tokens == 32
     data = prepare_calibration([numbers(64)], WordTokenizer(), **SIZE, start_token=5)
     assert (all_ids(data)[:, 0] == 5).all()
-    with pytest.raises(CalibrationError, match="leaves no room beside the start token"):
+    with pytest.raises(CalibrationError, match="leaves no room next to the start token"):
         prepare_calibration([numbers(9)], WordTokenizer(), samples=1, sequence_length=1)
 
 

@@ -23,7 +23,7 @@ from ptqkit.hf.diagnostics.diagnosis import DiagnosisReport
 from ptqkit.hf.diagnostics.figures import FIGURES
 from ptqkit.hf.diagnostics.maxima import read_activation_maxima
 from ptqkit.hf.equalization.outliers import inject_outliers
-from ptqkit.nn.attention import installed_attention
+from ptqkit.hf.models.attention import installed_attention
 
 
 def inputs_of(model, batches, name):
@@ -117,11 +117,9 @@ def test_attention_by_hand():
         assert all(0 <= z <= 1 for z in row.zero_fraction)
 
 
-@pytest.mark.parametrize("name", ["bloom", "t5"])
+@pytest.mark.parametrize("name", ["bloom"])
 def test_attention_that_cannot_be_hooked_is_noted(name):
     batch = {"input_ids": tokens(2)}
-    if name == "t5":
-        batch["decoder_input_ids"] = tokens(2)
     report = diagnose(build(name), [batch], sensitivity=("kind",))
     assert report.attention == [] and "attention was not measured" in report.notes[0]
     assert math.isnan(report.sink_share) and report.inputs
@@ -391,6 +389,5 @@ def test_fused_attention_is_watched_as_the_hooked_one(name, monkeypatch):
         assert mine.depth == other.depth
         for key in ("sink", "mass_lost", "zero_fraction", "key_error", "value_error"):
             a, b = getattr(mine, key), getattr(other, key)
-            if len(a) != len(b):  # keys repeated for the queries' heads before the call
-                a = a[:: len(a) // len(b)]
+            b = np.repeat(b, len(a) // len(b))  # grouped heads are repeated before the call
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

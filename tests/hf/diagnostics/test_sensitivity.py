@@ -12,10 +12,10 @@ from helpers.driver_models import build, padded_batches, tokens
 import ptqkit
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.diagnostics.sensitivity import KINDS, sensitivity
-from ptqkit.hf.evaluation.perplexity import perplexity
+from ptqkit.hf.evaluation.likelihood import perplexity
+from ptqkit.hf.models.attention import installed_attention
 from ptqkit.hf.softmax.driver import quantize_softmax
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer, installed_quantizer
-from ptqkit.nn.attention import installed_attention
 from ptqkit.recipe.options import ActivationQuantization
 
 

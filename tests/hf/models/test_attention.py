@@ -13,16 +13,17 @@ from helpers.driver_models import build, padded_batches, tokens
 
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import prepare_calibration
-from ptqkit.nn.activations import ActivationQuantizer
-from ptqkit.nn.attention import (
-    AttentionHook,
+from ptqkit.hf.models.attention import (
     attention_hooks,
     find_attention,
     install_attention,
     installed_attention,
+    measure_ranges,
     remove_attention,
 )
-from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer, measure_ranges
+from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.nn.attention import AttentionHook
+from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer
 from ptqkit.recipe.options import ActivationQuantization
 
 SUPPORTED = (
@@ -59,23 +60,23 @@ class Recorder(AttentionHook):
     def __init__(self):
         self.seen = {}
 
-    def query(self, x):
+    def query(self, x, call):
         self.seen["query"] = x.clone()
         return x
 
-    def key(self, x):
+    def key(self, x, call):
         self.seen["key"] = x.clone()
         return x
 
-    def value(self, x):
+    def value(self, x, call):
         self.seen["value"] = x.clone()
         return x
 
-    def scores(self, x, allowed):
-        self.seen["scores"], self.seen["allowed"] = x.clone(), allowed
+    def scores(self, x, call):
+        self.seen["scores"], self.seen["allowed"] = x.clone(), call.allowed
         return x
 
-    def softmax(self, p, allowed):
+    def softmax(self, p, call):
         self.seen["softmax"] = p.clone()
         return p
 
@@ -180,7 +181,7 @@ def test_mistakes():
         install_attention(model, {"mlp": AttentionHook()})
     with pytest.raises(TypeError, match="must be an AttentionHook"):
         install_attention(model, {name: print})
-    with pytest.raises(UnsupportedModuleError, match="no transformers model"):
+    with pytest.raises(UnsupportedModuleError, match="not a transformers model"):
         find_attention(torch.nn.Linear(2, 2))
     install_attention(model, {name: AttentionHook()})
     with pytest.raises(ValueError, match="hooks already"):
@@ -193,7 +194,7 @@ def test_an_error_inside_leaves_nothing_behind():
     model = build()
 
     class Failing(AttentionHook):
-        def softmax(self, p, allowed):
+        def softmax(self, p, call):
             raise RuntimeError("stop")
 
     before = logits(model)
@@ -247,7 +248,7 @@ def test_copies_and_files(tmp_path):
 
 
 def grid_quantizer(bits, low, high):
-    """Float64 twin of a per-tensor asymmetric quantizer (NUMERICS 1)."""
+    """Float64 twin of a per-tensor asymmetric quantizer."""
     scale = np.float32((max(high, 0) - min(low, 0)) / (2**bits - 1))
     zero = np.rint(-min(low, 0) / scale)
 
@@ -304,8 +305,8 @@ def test_forbidden_scores_stay_forbidden():
     seen = {}
 
     class Spy(AttentionQuantizer):
-        def softmax(self, p, allowed):
-            seen["p"], seen["allowed"] = p, allowed
+        def softmax(self, p, call):
+            seen["p"], seen["allowed"] = p, call.allowed
             return p
 
     quantizers = {
@@ -373,7 +374,7 @@ def test_values_that_are_not_finite():
     model = build("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
-    with pytest.raises(CalibrationError, match="query of an attention module is not finite"):
+    with pytest.raises(CalibrationError, match="query of model.layers.1.self_attn is not finite"):
         measure_ranges(model, prepare_calibration(tokens(2)))
     assert not installed_attention(model)
 

@@ -14,10 +14,11 @@ import ptqkit
 from ptqkit import RTN, ActivationQuantization, BiasCorrection
 from ptqkit.errors import CalibrationError, PreflightError
 from ptqkit.hf import quantize
-from ptqkit.hf.models.probe import probe
-from ptqkit.hf.models.structure import Target, find_structure
+from ptqkit.hf.models.probe import probe_model
+from ptqkit.hf.models.structure import find_structure
 from ptqkit.nn import remove_quantizers
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer, installed_quantizer
+from ptqkit.nn.linear import LinearView
 from ptqkit.nn.statistics import TorchRanges
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.recipe import Recipe
@@ -37,7 +38,7 @@ def by_hand(model, parts, batches):
     structure = find_structure(model, recipe)
     modules = {n: t.module for n, t in structure.targets.items()}
     blocks = {b: model.get_submodule(b) for b in structure.blocks}
-    for group in probe(model, modules, batches[0], blocks).groups:
+    for group in probe_model(model, modules, batches[0], blocks).groups:
         ranges = None
         for batch in batches:
             seen = []
@@ -52,20 +53,20 @@ def by_hand(model, parts, batches):
             x = seen[0]
             ranges.update(x, None if mask is None else mask.bool().reshape(x.shape[:-1]))
         for name in group:
-            target = Target(name, modules[name], recipe.for_layer(name), None)
-            weight = target.read().copy()
+            view = LinearView(modules[name])
+            weight = view.read().copy()
             options = {"bits": recipe.bits, "symmetric": True, "group_size": recipe.group_size}
             matrix = ptqkit.rtn(weight, per_tensor=recipe.per_tensor, **options)
-            target.write(matrix.dequantize())
+            view.write(matrix.dequantize())
             if recipe.bias_correction:
                 error = matrix.dequantize().astype(np.float64) - weight
-                target.subtract_bias(error @ ranges.mean)
+                view.subtract_bias(error @ ranges.mean)
             if recipe.activations is not None:
                 spec, dtype = recipe.activations, torch.float32
-                install_quantizer(target.module, ActivationQuantizer.calibrate(spec, ranges, dtype))
+                install_quantizer(view.module, ActivationQuantizer.calibrate(spec, ranges, dtype))
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
 @pytest.mark.parametrize(
     "activations", [STATIC, ActivationQuantization(6, "token")], ids=["static", "token"]
@@ -91,13 +92,13 @@ def test_schedules_agree_bit_for_bit(name):
     parts = [RTN(bits=4, group_size=8), STATIC, BiasCorrection()]
     models = [M.build(name) for _ in range(2)]
     results = [
-        run(m, parts, schedule=s) for m, s in zip(models, ("one-pass", "re-forward"), strict=True)
+        run(m, parts, schedule=s) for m, s in zip(models, ("one-pass", "replay"), strict=True)
     ]
-    assert [r.report.schedule for r in results] == ["one-pass", "re-forward"]
+    assert [r.report.schedule for r in results] == ["one-pass", "replay"]
     for key, value in models[0].state_dict().items():
         assert torch.equal(value, models[1].state_dict()[key]), key
     first, second = (r.activations for r in results)
-    assert first.keys() == second.keys() == results[0].layers.keys()
+    assert first.keys() == second.keys() == results[0].matrices.keys()
     for key, quantizer in first.items():
         assert torch.equal(quantizer.scale, second[key].scale), key
         assert torch.equal(quantizer.zero_point, second[key].zero_point), key
@@ -126,7 +127,7 @@ def test_layers_that_share_an_input_keep_their_own_tensor_scale():
     shared = [r for r in result.report.quantized if r.shares_input_with]
     assert shared
     for row in shared:
-        matrix = result.layers[row.name]
+        matrix = result.matrices[row.name]
         assert matrix.per_tensor and np.unique(matrix.scales).size == 1
         weight = M.build().get_submodule(row.name).weight.detach().abs().max()
         assert matrix.scales[0, 0] == pytest.approx(float(weight) / 127.5, rel=1e-6)
@@ -202,7 +203,7 @@ def test_a_failed_layer_stays_float_altogether(monkeypatch):
             raise ValueError("no luck")
         return np.zeros(len(weight))
 
-    monkeypatch.setattr(solve.ptqkit, "bias_correction", fail)
+    monkeypatch.setattr(solve, "bias_correction", fail)
     model = M.build()
     parts = [RTN(**PER_TENSOR), STATIC, BiasCorrection()]
     result = run(model, parts, on_error="leave_float")
@@ -238,7 +239,7 @@ def test_ranges_by_torch_equal_the_core():
             "llama",
             [RTN(**PER_TENSOR), ActivationQuantization()],
             "gptq",
-            "no place for quantized activations",
+            "has no quantized activations",
         ),
         ("llama", [RTN(bits=4, group_size=8), BiasCorrection()], "compressed-tensors", "symmetric"),
         (
@@ -251,7 +252,7 @@ def test_ranges_by_torch_equal_the_core():
 )
 def test_what_a_format_cannot_hold_is_found_before_the_run(name, parts, out_format, message):
     with pytest.raises(PreflightError, match=message):
-        run(M.build(name), parts, format=out_format)
+        run(M.build(name), parts, checkpoint_format=out_format)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mistral"])
@@ -327,11 +328,11 @@ def test_a_model_that_gives_nan_is_not_equalized():
 
 
 def test_compressed_tensors_with_activations_before_and_after_the_run(tmp_path):
-    with pytest.raises(PreflightError, match="cannot leave outlier columns in float"):
-        run(M.build(), "llm.int8", format="compressed-tensors")
+    with pytest.raises(PreflightError, match="cannot leave outlier columns of activations"):
+        run(M.build(), "llm.int8", checkpoint_format="compressed-tensors")
     model = M.build()
     parts = [RTN(bits=4, group_size=16), ActivationQuantization()]
-    run(model, parts, format="compressed-tensors", out_dir=tmp_path / "q")
+    run(model, parts, checkpoint_format="compressed-tensors", out_dir=tmp_path / "q")
     loaded = ptqkit.load(tmp_path / "q")
     with torch.no_grad():
         expected, found = (m(input_ids=M.tokens()).logits for m in (model, loaded))

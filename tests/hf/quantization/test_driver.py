@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 
 import numpy as np
@@ -20,6 +21,7 @@ from ptqkit.errors import (
     CalibrationError,
     NotPositiveDefiniteError,
     PreflightError,
+    Problem,
     UnsupportedModuleError,
 )
 from ptqkit.hf import quantize
@@ -52,7 +54,7 @@ def problems(*args, **kwargs):
 def test_weights_are_the_dequantized_codes():
     for name in ("llama", "gpt2"):
         result = run(build(name), "quality")
-        for key, matrix in result.layers.items():
+        for key, matrix in result.matrices.items():
             module = result.model.get_submodule(key)
             weight = module.weight.detach().numpy()
             if name == "gpt2":
@@ -65,7 +67,7 @@ def test_weights_are_the_dequantized_codes():
 def test_half_precision_models_are_exact(dtype):
     result = run(build().to(dtype), "quality")
     assert result.report.schedule == "one-pass"
-    for key, matrix in result.layers.items():
+    for key, matrix in result.matrices.items():
         assert matrix.scale_dtype == str(dtype).removeprefix("torch.")
         expected = torch.from_numpy(matrix.dequantize()).to(dtype)
         assert torch.equal(result.model.get_submodule(key).weight, expected)
@@ -87,7 +89,7 @@ def test_report_numbers_are_the_definitions():
     row = result.report["model.layers.0.self_attn.q_proj"]
     x = seen[0].double().reshape(-1, 32).numpy()
     h = 2 * x.T @ x / len(x)
-    matrix = result.layers[row.name]
+    matrix = result.matrices[row.name]
     error = weight - matrix.dequantize()
     rounded = weight - rtn_on_grid(weight.astype(np.float32), matrix)
     y, dy = x @ weight.T, x @ error.T
@@ -179,14 +181,14 @@ def test_rtn_without_calibration():
     model = build()
     weight = model.model.layers[1].mlp.up_proj.weight.detach().numpy().copy()
     result = quantize(model, "rtn", **OPTIONS)
-    assert result.report.schedule == "no calibration" and len(result.layers) == 14
+    assert result.report.schedule == "no calibration" and len(result.matrices) == 14
     expected = ptqkit.rtn(weight, bits=3, group_size=16)
-    got = result.layers["model.layers.1.mlp.up_proj"]
+    got = result.matrices["model.layers.1.mlp.up_proj"]
     np.testing.assert_array_equal(got.codes, expected.codes)
     row = result.report.quantized[0]
     assert math.isnan(row.objective) and row.weight_sqnr_db > 5
     measured = run(recipe="rtn")
-    np.testing.assert_array_equal(measured.layers["model.layers.1.mlp.up_proj"].codes, got.codes)
+    np.testing.assert_array_equal(measured.matrices["model.layers.1.mlp.up_proj"].codes, got.codes)
     assert measured.report.quantized[0].objective > 0
 
 
@@ -198,7 +200,7 @@ def test_overrides_and_mixed_options_in_a_group():
         "*.0.mlp.gate_proj": "skip",
     }
     one = run(recipe="quality", overrides=overrides)
-    layers = one.layers
+    layers = one.matrices
     assert layers["model.layers.0.self_attn.q_proj"].bits == 3
     assert layers["model.layers.0.self_attn.k_proj"].bits == 4
     assert layers["model.layers.0.self_attn.v_proj"].group_size == 8
@@ -208,14 +210,14 @@ def test_overrides_and_mixed_options_in_a_group():
     assert one.report["model.layers.1.mlp.down_proj"].method == "rtn"
     alone = run(recipe="quality", overrides=overrides, share_inputs=False)
     for name, matrix in layers.items():
-        np.testing.assert_array_equal(matrix.codes, alone.layers[name].codes, err_msg=name)
+        np.testing.assert_array_equal(matrix.codes, alone.matrices[name].codes, err_msg=name)
 
 
 def test_include_takes_an_untied_head():
     result = run(include=("lm_head",))
-    assert "lm_head" in result.layers and len(result.layers) == 15
-    again = run(include=("lm_head",), schedule="re-forward")
-    np.testing.assert_array_equal(result.layers["lm_head"].codes, again.layers["lm_head"].codes)
+    assert "lm_head" in result.matrices and len(result.matrices) == 15
+    again = run(include=("lm_head",), schedule="replay")
+    np.testing.assert_array_equal(result.matrices["lm_head"].codes, again.matrices["lm_head"].codes)
     found = problems(build("qwen2"), include=("lm_head",))
     assert len(found) == 1 and "lm_head shares its weight with model.embed_tokens" in found[0]
 
@@ -223,11 +225,11 @@ def test_include_takes_an_untied_head():
 def test_layers_outside_the_blocks_that_run_first():
     names = ("model.decoder.project_in", "model.decoder.project_out")
     one = run(build("opt"), include=names)
-    two = run(build("opt"), include=names, schedule="re-forward")
+    two = run(build("opt"), include=names, schedule="replay")
     assert one.report.quantized[0].name == names[0]
     assert one.report.quantized[-1].name == names[1]
-    for name, matrix in one.layers.items():
-        np.testing.assert_array_equal(matrix.codes, two.layers[name].codes, err_msg=name)
+    for name, matrix in one.matrices.items():
+        np.testing.assert_array_equal(matrix.codes, two.matrices[name].codes, err_msg=name)
 
 
 def test_every_problem_at_once(tmp_path):
@@ -242,7 +244,7 @@ def test_every_problem_at_once(tmp_path):
         group_size=24,
         overrides={"*.w1": "skip"},
         out_dir=tmp_path / "out",
-        format="compressed-tensors",
+        checkpoint_format="compressed-tensors",
     )
     text = "\n".join(found)
     assert "token ids from 43 to 103, but the model's vocabulary has 64" in text
@@ -250,21 +252,43 @@ def test_every_problem_at_once(tmp_path):
     assert text.count("group_size 24 does not divide its 32 inputs") == 12
     assert "model.layers.0.mlp.up_proj: 1 of its 64x32 weights are not finite" in text
     assert "out_dir 'out' exists already" in text
-    assert text.count("'compressed-tensors' loads exactly only with symmetric=True") == 14
+    assert text.count("compressed-tensors loads asymmetric grids only") == 14
 
 
-def test_preflight_kinds_can_be_caught():
-    with pytest.raises(CalibrationError, match="needs calibration data"):
+def refused(kind, message, *args, **kwargs):
+    """The error of a run that stops with exactly this kind of problem."""
+    with pytest.raises(PreflightError, match=message) as error:
+        run(*args, **kwargs)
+    assert error.value.has(kind) and {type(p) for p in error.value.problems} == {Problem}
+    assert all(issubclass(p.kind, kind) for p in error.value.problems)
+    return error
+
+
+def test_preflight_problems_have_kinds():
+    with pytest.raises(PreflightError, match="needs calibration data") as error:
         quantize(build(), "quality", **OPTIONS)
-    with pytest.raises(FileNotFoundError, match="neither a file nor") as error:
-        quantize(build(), "quality", "none.txt", **OPTIONS, tokenizer=WordTokenizer())
-    assert isinstance(error.value, PreflightError) and len(error.value.problems) == 1
-    with pytest.raises(CalibrationError, match="'hessian' grid needs calibration data"):
+    assert {p.kind for p in error.value.problems} == {CalibrationError}
+    error = refused(
+        FileNotFoundError, "neither a file nor", data="none.txt", tokenizer=WordTokenizer()
+    )
+    assert error.value.has(CalibrationError) and len(error.value.problems) == 1
+    with pytest.raises(PreflightError, match="grid 'hessian' needs calibration data") as error:
         quantize(build(), "rtn", grid="hessian", **OPTIONS)
-    with pytest.raises(CalibrationError, match="holds 100 tokens"):
-        run(data=[numbers(100)], tokenizer=WordTokenizer())
-    with pytest.raises(CalibrationError, match="sequences of 40 tokens, but the model takes"):
-        run(data=tokens(2, 40))
+    assert error.value.has(CalibrationError)
+    refused(CalibrationError, "holds 100 tokens", data=[numbers(100)], tokenizer=WordTokenizer())
+    refused(
+        CalibrationError, "sequences of 40 tokens, but the model takes at most", data=tokens(2, 40)
+    )
+    error = refused(ValueError, "does not divide its 32 inputs", group_size=24)
+    assert not error.value.has(CalibrationError)
+
+
+def test_preflight_errors_can_be_pickled():
+    error = PreflightError([Problem("no data", CalibrationError), "too wide"])
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is PreflightError and str(again) == str(error)
+    assert again.problems == ["no data", "too wide"]
+    assert [p.kind for p in again.problems] == [CalibrationError, ValueError]
 
 
 def test_disk_space_is_checked(monkeypatch, tmp_path):
@@ -278,30 +302,30 @@ def test_disk_space_is_checked(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("out_format", "options", "message"),
     [
-        ("gptq", {"bits": 5}, "holds 2, 3, 4 or 8 bits, not 5"),
-        ("gptq_v2", {"bits": "ternary"}, "has no ternary codes"),
+        ("gptq", {"bits": 5}, "no 5-bit layout"),
+        ("gptq_v2", {"bits": "ternary"}, "has no ternary type"),
         (
             "compressed-tensors",
             {"symmetric": True, "order": "act", "static_groups": False},
-            "has no g_idx",
+            "cannot carry g_idx",
         ),
     ],
 )
 def test_format_conflicts(out_format, options, message):
-    found = problems(format=out_format, **options)
+    found = problems(checkpoint_format=out_format, **options)
     assert len(found) == 14 and all(message in f for f in found)
 
 
 def test_format_cannot_hold_conv1d():
-    found = problems(build("gpt2"), format="gptq")
-    assert len(found) == 8 and all("cannot hold transformers' Conv1D" in f for f in found)
+    found = problems(build("gpt2"), checkpoint_format="gptq")
+    assert len(found) == 8 and all("take nn.Linear only, not Conv1D" in f for f in found)
 
 
 def test_gptq_format_gets_scales_and_zero_points_it_can_hold():
-    result = run(format="gptq", bits=2)
+    result = run(checkpoint_format="gptq", bits=2)
     assert result.recipe.scale_dtype == "float16" and result.recipe.min_zero_point == 1
-    assert all(m.zero_points.min() >= 1 for m in result.layers.values())
-    assert all(m.scale_dtype == "float16" for m in result.layers.values())
+    assert all(m.zero_points.min() >= 1 for m in result.matrices.values())
+    assert all(m.scale_dtype == "float16" for m in result.matrices.values())
 
 
 def mixtral():
@@ -320,12 +344,11 @@ def mixtral():
 
 
 def test_fused_experts_are_named_and_can_be_left_float():
-    with pytest.raises(UnsupportedModuleError, match="fuses several linear layers into 3-D") as e:
-        run(mixtral())
+    e = refused(UnsupportedModuleError, "fuses several linear layers into 3-D", mixtral())
     assert "model.layers.0.mlp.experts (MixtralExperts)" in str(e.value)
     assert "overrides={'model.layers.*.mlp.experts': 'skip'}" in str(e.value)
     result = run(mixtral(), overrides={"model.layers.*.mlp.experts": "skip"})
-    assert len(result.layers) == 8
+    assert len(result.matrices) == 8
     assert result.report["model.layers.1.mlp.experts"].status == "skipped: override 'skip'"
     assert "is not a linear layer" in result.report["model.layers.0.mlp.gate"].status
 
@@ -342,8 +365,7 @@ def test_reused_layers_are_named():
     )
     with torch.random.fork_rng():
         model = transformers.AlbertForMaskedLM(config).eval()
-    with pytest.raises(UnsupportedModuleError, match=r"attention\.query runs 2 times"):
-        run(model)
+    refused(UnsupportedModuleError, r"attention\.query runs 2 times", model)
 
 
 def test_uncalled_and_shared_layers_are_named():
@@ -358,17 +380,15 @@ def test_uncalled_and_shared_layers_are_named():
     ]
     found = problems(model, overrides={"*.up_proj": "skip"})
     assert len(found) == 1 and "model.layers.0.mlp.spare is never called" in found[0]
-    assert len(run(model, overrides={"*.up_proj": "skip", "*.spare": "skip"}).layers) == 12
+    assert len(run(model, overrides={"*.up_proj": "skip", "*.spare": "skip"}).matrices) == 12
 
 
 def test_models_without_blocks_and_named_blocks():
-    with pytest.raises(UnsupportedModuleError, match=r"has no nn.ModuleList of equal blocks"):
-        run(torch.nn.Linear(4, 4))
-    with pytest.raises(UnsupportedModuleError, match=r"has no module 'model.blocks'"):
-        run(blocks=("model.blocks",))
-    with pytest.raises(UnsupportedModuleError, match=r"'model.norm' is not a non-empty list"):
-        run(blocks=("model.norm",))
-    assert len(run(blocks=("model.layers",)).layers) == 14
+    kind = UnsupportedModuleError
+    refused(kind, "has no nn.ModuleList of equal blocks", torch.nn.Linear(4, 4))
+    refused(kind, "has no module 'model.blocks'", blocks=("model.blocks",))
+    refused(kind, "'model.norm' is not a non-empty list", blocks=("model.norm",))
+    assert len(run(blocks=("model.layers",)).matrices) == 14
     assert list(find_blocks(build("t5"))) == ["encoder.block", "decoder.block"]
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         quantize("gpt2", "rtn")
@@ -393,7 +413,7 @@ def fail_at(monkeypatch, name, error):
     monkeypatch.setattr(solve_module, "gptq", gptq)
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
 def test_a_layer_that_fails(monkeypatch, schedule):
     name = "model.layers.1.mlp.gate_proj"
     fail_at(monkeypatch, name, NotPositiveDefiniteError("no luck", 3, 1.0))
@@ -408,7 +428,7 @@ def test_a_layer_that_fails(monkeypatch, schedule):
     assert "no luck" in result.report[name].status and "left float" in result.report.warnings[0]
     kept = build().get_submodule(name).weight
     assert torch.equal(result.model.get_submodule(name).weight, kept)
-    assert len(result.layers) == 12 and name not in result.layers
+    assert len(result.matrices) == 12 and name not in result.matrices
     assert result.report.totals()["failed"] == 2
 
 
@@ -420,7 +440,7 @@ def test_activations_that_are_not_finite_name_the_layer():
         run(model)
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
 def test_interruption_says_what_is_done(monkeypatch, schedule):
     fail_at(monkeypatch, "model.layers.0.mlp.down_proj", KeyboardInterrupt())
     model = build()
@@ -479,7 +499,12 @@ def test_silent_by_default_without_a_terminal(capsys):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("schedule", "fast"), ("on_error", "ignore"), ("format", "gguf"), ("memory_budget", "lots")],
+    [
+        ("schedule", "fast"),
+        ("on_error", "ignore"),
+        ("checkpoint_format", "gguf"),
+        ("memory_budget", "lots"),
+    ],
 )
 def test_bad_arguments(argument, value):
     with pytest.raises(ValueError, match=f"{argument} must be"):
@@ -542,13 +567,13 @@ def test_tf32_is_off_inside_and_as_before_outside():
 
 def test_a_model_elsewhere_uses_the_torch_accumulator(monkeypatch):
     """The same path as on a GPU, with the host playing the device."""
-    from ptqkit.hf.quantization import schedule
+    from ptqkit.hf.quantization import moments
 
     expected = run(data=padded_batches())
-    monkeypatch.setattr(schedule, "accumulator", TorchHessian)
+    monkeypatch.setattr(moments, "accumulator", TorchHessian)
     got = run(data=padded_batches())
-    for name, matrix in expected.layers.items():
-        different = np.mean(got.layers[name].codes != matrix.codes)
+    for name, matrix in expected.matrices.items():
+        different = np.mean(got.matrices[name].codes != matrix.codes)
         assert different < 0.02, name  # H differs in its last bits, so ties may fall otherwise
 
 
@@ -570,8 +595,9 @@ def test_masks_follow_the_shape_of_the_input():
 def test_a_quantized_model_is_refused(tmp_path):
     run(recipe="quality", symmetric=True, out_dir=tmp_path / "w3")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "w3")
-    with pytest.raises(UnsupportedModuleError, match="quantized already"):
+    with pytest.raises(PreflightError, match="quantized already") as error:
         run(model)
+    assert error.value.has(UnsupportedModuleError)
 
 
 def test_save_and_load(tmp_path):
@@ -584,6 +610,48 @@ def test_save_and_load(tmp_path):
     assert Recipe.from_dict(json.loads((tmp_path / "w3" / "ptqkit_recipe.json").read_text()))
     with pytest.raises(PreflightError, match="exists already"):
         run(recipe="quality", symmetric=True, out_dir=tmp_path / "w3")
+
+
+def widened():
+    """A model whose values are float16, in float32."""
+    model = build()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    return model
+
+
+def test_a_widened_model_is_saved_in_the_type_of_its_files(tmp_path):
+    result = run(widened(), "quality", symmetric=True, stored_dtype="float16")
+    assert result.stored_dtype == "float16" and result.recipe.scale_dtype == "float16"
+    assert next(result.model.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        expected = result.model(tokens()).logits
+        info = result.save(tmp_path / "w3")
+        assert torch.equal(result.model(tokens()).logits, expected)
+    assert result.checkpoint is info
+    config = json.loads((tmp_path / "w3" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "w3", dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, expected)
+    wide = result.save(tmp_path / "wide", dtype="float32")
+    assert wide.bytes > info.bytes
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "parts", [["AWE", "RTN"], ["RTN", "BiasCorrection"], ["RTN", "ActivationQuantization"]]
+)
+def test_values_that_the_files_type_cannot_hold_keep_the_models(parts):
+    result = run(widened(), parts, group_size=16, stored_dtype="float16")
+    assert result.stored_dtype == "float32" and result.recipe.scale_dtype is None
+
+
+def test_the_type_of_the_files_is_that_of_the_model_by_default():
+    assert run(widened()).stored_dtype == "float32"
+    assert run(build().bfloat16(), stored_dtype="float32").stored_dtype == "bfloat16"
+    with pytest.raises(ValueError, match="dtype must be a floating-point type"):
+        run(stored_dtype="int8")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data lies beside the repository only")

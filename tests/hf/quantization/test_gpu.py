@@ -18,7 +18,7 @@ OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
 def test_gpu_equals_host(name, schedule):
     host = quantize(build(name), "quality", padded_batches(name), **OPTIONS)
     device = quantize(
@@ -26,11 +26,11 @@ def test_gpu_equals_host(name, schedule):
     )
     assert device.report.schedule == schedule and device.report.memory["peak"] > 0
     first = host.report.quantized[0].name
-    for key, matrix in host.layers.items():
-        different = float(np.mean(device.layers[key].codes != matrix.codes))
+    for key, matrix in host.matrices.items():
+        different = float(np.mean(device.matrices[key].codes != matrix.codes))
         assert different < (0.01 if key == first else 0.1), key
         weight = device.model.get_submodule(key).weight
-        values = device.layers[key].dequantize()
+        values = device.matrices[key].dequantize()
         assert weight.is_cuda
         expected = torch.from_numpy(values.T if name == "gpt2" else values)
         assert torch.equal(weight.cpu(), expected)
@@ -38,9 +38,9 @@ def test_gpu_equals_host(name, schedule):
 
 def test_schedules_agree_on_the_gpu():
     one = quantize(build().cuda(), "quality", padded_batches(), **OPTIONS)
-    two = quantize(build().cuda(), "quality", padded_batches(), **OPTIONS, schedule="re-forward")
-    for key, matrix in one.layers.items():
-        np.testing.assert_array_equal(matrix.codes, two.layers[key].codes, err_msg=key)
+    two = quantize(build().cuda(), "quality", padded_batches(), **OPTIONS, schedule="replay")
+    for key, matrix in one.matrices.items():
+        np.testing.assert_array_equal(matrix.codes, two.matrices[key].codes, err_msg=key)
 
 
 def test_half_precision_and_perplexity():
@@ -62,8 +62,8 @@ def test_w8a8_on_the_gpu_equals_the_host(name):
     batches = padded_batches(name)
     host = quantize(build(name), parts, batches, progress=False)
     device = quantize(build(name).cuda(), parts, batches, progress=False)
-    for key, matrix in host.layers.items():
-        assert float(np.mean(device.layers[key].codes != matrix.codes)) < 0.02, key
+    for key, matrix in host.matrices.items():
+        assert float(np.mean(device.matrices[key].codes != matrix.codes)) < 0.02, key
         scale, expected = (r.activations[key].scale for r in (device, host))
         torch.testing.assert_close(scale.cpu(), expected, rtol=1e-2, atol=0, msg=key)
     ids = batches[0]["input_ids"][:1]

@@ -1,4 +1,4 @@
-"""One pass, re-forward and the same work by hand give the same codes; fallbacks are visible."""
+"""One pass, replay and the same work by hand give the same codes; fallbacks are visible."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
 
 
 def assert_same(first, second):
-    assert set(first.layers) == set(second.layers)
-    for name, matrix in first.layers.items():
-        other = second.layers[name]
+    assert set(first.matrices) == set(second.matrices)
+    for name, matrix in first.matrices.items():
+        other = second.matrices[name]
         for key in ("codes", "scales", "zero_points", "g_idx", "row_objectives"):
             np.testing.assert_array_equal(getattr(matrix, key), getattr(other, key), err_msg=name)
     for (name, a), b in zip(
@@ -39,10 +39,10 @@ def assert_same(first, second):
 def test_schedules_agree_bit_for_bit(name):
     batches = padded_batches(name)
     one = quantize(build(name), "quality", batches, **OPTIONS)
-    two = quantize(build(name), "quality", batches, **OPTIONS, schedule="re-forward")
+    two = quantize(build(name), "quality", batches, **OPTIONS, schedule="replay")
     assert one.report.schedule == "one-pass" and one.report.schedule_reason == ""
-    assert two.report.schedule == "re-forward" and two.report.schedule_reason == "asked for"
-    assert len(one.layers) == 2 * LAYERS_PER_BLOCK.get(name, 7)
+    assert two.report.schedule == "replay" and two.report.schedule_reason == "asked for"
+    assert len(one.matrices) == 2 * LAYERS_PER_BLOCK.get(name, 7)
     assert_same(one, two)
 
 
@@ -70,8 +70,8 @@ def test_equals_the_plain_form_by_hand(name, recipe):
     model = build(name)
     expected = by_hand(model, groups, batches, options)
     for key, matrix in expected.items():
-        np.testing.assert_array_equal(result.layers[key].codes, matrix.codes, err_msg=key)
-        np.testing.assert_array_equal(result.layers[key].scales, matrix.scales, err_msg=key)
+        np.testing.assert_array_equal(result.matrices[key].codes, matrix.codes, err_msg=key)
+        np.testing.assert_array_equal(result.matrices[key].scales, matrix.scales, err_msg=key)
     with torch.no_grad():
         assert torch.equal(model(**batches[1])[0], result.model(**batches[1])[0])
 
@@ -103,14 +103,14 @@ def test_sharing_groups_follow_the_tensor():
     assert ends["self_attn.o_proj"] == [] and ends["mlp.down_proj"] == []
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
 def test_sharing_changes_no_code(schedule):
     kwargs = {**OPTIONS, "schedule": schedule}
     shared = quantize(build(), "quality", padded_batches(), **kwargs)
     alone = quantize(build(), "quality", padded_batches(), **kwargs, share_inputs=False)
     assert not any(r.shares_input_with for r in alone.report.quantized)
-    for name, matrix in shared.layers.items():
-        np.testing.assert_array_equal(matrix.codes, alone.layers[name].codes, err_msg=name)
+    for name, matrix in shared.matrices.items():
+        np.testing.assert_array_equal(matrix.codes, alone.matrices[name].codes, err_msg=name)
 
 
 def test_padding_does_not_count():
@@ -123,8 +123,8 @@ def test_padding_does_not_count():
     second = quantize(build("gpt2"), "reference", other, **OPTIONS)
     real = int(sum(b["attention_mask"].sum() for b in batches))
     assert {r.tokens for r in first.report.quantized} == {real}
-    for name, matrix in first.layers.items():
-        np.testing.assert_array_equal(matrix.codes, second.layers[name].codes, err_msg=name)
+    for name, matrix in first.matrices.items():
+        np.testing.assert_array_equal(matrix.codes, second.matrices[name].codes, err_msg=name)
 
 
 def test_batches_may_differ_in_shape():
@@ -132,15 +132,15 @@ def test_batches_may_differ_in_shape():
     rows = [ids[0, :9], ids[1], ids[2, :20], ids[3, :9]]
     one = quantize(build(), "reference", rows, **OPTIONS)
     assert one.report.calibration["batches"] == 3 and one.report.schedule == "one-pass"
-    assert_same(one, quantize(build(), "reference", rows, **OPTIONS, schedule="re-forward"))
+    assert_same(one, quantize(build(), "reference", rows, **OPTIONS, schedule="replay"))
 
 
 def test_experts_that_batches_do_not_share_fall_back():
     rows = [tokens()[0], tokens()[1, :31], tokens()[2], tokens()[3, :31]]
     result = quantize(plain(experts=True), "reference", rows, **OPTIONS)
-    assert result.report.schedule == "re-forward"
+    assert result.report.schedule == "replay"
     assert "did not reach" in result.report.schedule_reason
-    assert len(result.layers) == 8
+    assert len(result.matrices) == 8
     seen = {r.name: r.tokens for r in result.report.quantized}
     assert seen["layers.0.experts.0"] == 64 and seen["layers.0.experts.1"] == 62
     assert seen["layers.1.down"] == 126
@@ -153,7 +153,7 @@ def test_experts_equal_the_work_by_hand():
     model = plain(experts=True)
     expected = _by_hand_reached(model, order, rows)
     for name, matrix in expected.items():
-        np.testing.assert_array_equal(result.layers[name].codes, matrix.codes, err_msg=name)
+        np.testing.assert_array_equal(result.matrices[name].codes, matrix.codes, err_msg=name)
 
 
 def _by_hand_reached(model, order, rows):
@@ -186,14 +186,14 @@ def test_expert_without_tokens_is_an_error_naming_it():
         quantize(plain(experts=True), "reference", tokens(), **OPTIONS)
     result = quantize(plain(experts=True), "reference", tokens(), **OPTIONS, on_error="leave_float")
     assert {r.name for r in result.report.failed} == {"layers.0.experts.1", "layers.1.experts.1"}
-    assert "layers.0.experts.1" not in result.layers
+    assert "layers.0.experts.1" not in result.matrices
     before = plain(experts=True).layers[0].experts[1].weight
     assert torch.equal(before, result.model.layers[0].experts[1].weight)
 
 
 def test_thread_local_mode_falls_back():
     result = quantize(plain(autocast=True), "reference", tokens(), **OPTIONS)
-    assert result.report.schedule == "re-forward"
+    assert result.report.schedule == "replay"
     assert "thread-local mode" in result.report.schedule_reason
     with pytest.raises(UnsupportedModuleError, match=r"thread-local.*autocast"):
         quantize(plain(autocast=True), "reference", tokens(), **OPTIONS, schedule="one-pass")
@@ -201,16 +201,16 @@ def test_thread_local_mode_falls_back():
 
 def test_falls_back_in_the_middle_and_keeps_what_is_done():
     result = quantize(late(), "reference", tokens(), **OPTIONS)
-    assert result.report.schedule == "one-pass, then re-forward"
+    assert result.report.schedule == "one-pass, then replay"
     assert "layers.1.up runs inside a thread-local mode" in result.report.schedule_reason
-    assert {r.schedule for r in result.report.quantized} == {"one-pass", "re-forward"}
-    assert_same(result, quantize(late(), "reference", tokens(), **OPTIONS, schedule="re-forward"))
+    assert {r.schedule for r in result.report.quantized} == {"one-pass", "replay"}
+    assert_same(result, quantize(late(), "reference", tokens(), **OPTIONS, schedule="replay"))
 
 
 def test_a_caller_may_hold_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         one = quantize(plain(), "reference", tokens(), **OPTIONS)
-        two = quantize(plain(), "reference", tokens(), **OPTIONS, schedule="re-forward")
+        two = quantize(plain(), "reference", tokens(), **OPTIONS, schedule="replay")
         assert torch.is_autocast_enabled("cpu")
     assert one.report.schedule == "one-pass"
     assert_same(one, two)
@@ -224,11 +224,11 @@ def test_memory_budget_chooses_the_schedule():
     ids = tokens(60)
     small = quantize(build(), "reference", ids, **OPTIONS, batch_size=1, memory_budget=1_000_000)
     needs = small.report.memory
-    assert needs["estimate_re_forward"] < 1_000_000 < needs["estimate_one_pass"]
-    assert small.report.schedule == "re-forward"
+    assert needs["estimate_replay"] < 1_000_000 < needs["estimate_one_pass"]
+    assert small.report.schedule == "replay"
     assert "memory budget" in small.report.schedule_reason
     assert_same(small, quantize(build(), "reference", ids, **OPTIONS, batch_size=1))
-    with pytest.raises(PreflightError, match=r"memory_budget: re-forward needs about"):
+    with pytest.raises(PreflightError, match=r"memory_budget: replay needs about"):
         quantize(build(), "reference", ids, **OPTIONS, memory_budget=1000)
 
 
@@ -237,7 +237,7 @@ def test_without_greenlet_it_falls_back(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "greenlet", None)
     result = quantize(build(), "reference", tokens(), **OPTIONS)
-    assert result.report.schedule == "re-forward" and "greenlet" in result.report.schedule_reason
+    assert result.report.schedule == "replay" and "greenlet" in result.report.schedule_reason
 
 
 def test_shared_input_that_the_probe_saw_wrongly():
@@ -257,10 +257,12 @@ def test_shared_input_that_the_probe_saw_wrongly():
 
     with pytest.raises(UnsupportedModuleError, match=r"share_inputs=False"):
         quantize(Holder(), "reference", tokens(), **OPTIONS)
-    assert len(quantize(Holder(), "reference", tokens(), **OPTIONS, share_inputs=False).layers) == 6
+    assert (
+        len(quantize(Holder(), "reference", tokens(), **OPTIONS, share_inputs=False).matrices) == 6
+    )
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
 def test_everything_is_restored_after_an_error(schedule, monkeypatch):
     model = build()
     model.train()
@@ -293,7 +295,7 @@ def test_everything_is_restored_after_an_error(schedule, monkeypatch):
     assert torch.get_default_dtype() == torch.float32
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
 def test_everything_is_restored_after_success(schedule):
     model = build()
     model.train()
@@ -307,7 +309,7 @@ def test_everything_is_restored_after_success(schedule):
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "re-forward"])
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
 def test_the_model_runs_without_gradients_dropout_or_cache(schedule):
     model = build("gpt2")
     model.train()

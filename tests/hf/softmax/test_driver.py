@@ -17,12 +17,14 @@ import ptqkit
 from ptqkit.arrays.softmax import SoftmaxGrid, softmax_grid
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import prepare_calibration
-from ptqkit.hf.softmax.driver import SoftmaxCalibration, quantize_softmax
+from ptqkit.hf.models.attention import attention_hooks, find_attention, installed_attention
+from ptqkit.hf.softmax.driver import SoftmaxCalibration, load_softmax, quantize_softmax
+from ptqkit.hf.softmax.files import save_softmax
 from ptqkit.hf.softmax.table import softmax_table
-from ptqkit.nn.attention import attention_hooks, find_attention, installed_attention
 from ptqkit.nn.attention_quantizer import AttentionQuantizer
-from ptqkit.nn.softmax.file import SOFTMAX_FILE, load_softmax, save_softmax
-from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer, length_edges
+from ptqkit.nn.softmax.file import SOFTMAX_FILE
+from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
+from ptqkit.nn.softmax.statistics import length_edges
 
 VARIANTS = [
     (None, "tensor"),
@@ -41,159 +43,6 @@ def logits(model, batch=None):
         return model(**batch).logits
 
 
-def causal(q, k):
-    return torch.ones(q, k).tril(k - q).bool()
-
-
-def probabilities(shape, allowed=None, seed=0, spread=3.0):
-    """Random softmax outputs over the allowed entries."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = spread * torch.randn(shape, generator=generator)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(torch.float32).min)
-    return scores.softmax(-1)
-
-
-def twin(p, allowed, bits, low, high, correction, bias=None, longest=None, edges=None):
-    """Float64 form of the quantized and corrected softmax (NUMERICS 8), entry by entry."""
-    scale = float(np.float32((high - low) / (2**bits - 1)))
-    zero = round(-low / scale)
-    p = p.astype(np.float64)
-    out = np.zeros_like(p)
-    for index in np.ndindex(*p.shape[:-1]):
-        keys = np.flatnonzero(allowed[index])
-        if len(keys) == 0:
-            continue
-        codes = np.clip(np.rint(p[index][keys] / np.float64(scale)) + zero, 0, 2**bits - 1)
-        y = scale * (codes - zero)
-        n, head = len(keys), index[1]
-        if correction == "row_sum":
-            y = y + (1 - y.sum()) / n
-        elif correction == "bias":
-            beta = bias if np.ndim(bias) == 0 else bias[head]
-            y = y + beta * min(1, longest / n)
-        elif correction == "row_length":
-            place = min(int(np.searchsorted(edges, n)), len(edges) - 1)
-            mass = np.asarray(bias) if np.ndim(bias) == 1 else np.asarray(bias)[head]
-            y = y + mass[place] / n
-        out[index][keys] = y
-    return out
-
-
-CASES = {
-    "none": (None, None, {}),
-    "bias": ("bias", 0.003, {"longest": 9}),
-    "bias per head": ("bias", [0.001, -0.002, 0.003], {"longest": 9}),
-    "row_length": ("row_length", [0.0, 0.1, 0.3], {"edges": [1, 5, 10]}),
-    "row_length per head": ("row_length", [[0.0, 0.1], [0.2, 0.3], [0.4, 0.5]], {"edges": [2, 7]}),
-    "row_sum": ("row_sum", None, {}),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("bits", "low", "high"), [(2, 0, 1), (4, 0, 1), (8, 0, 1), (8, -0.1, 0.7), (16, 0, 1)]
-)
-def test_twin(case, bits, low, high):
-    correction, bias, more = CASES[case]
-    allowed = causal(13, 13).expand(2, 1, 13, 13).clone()
-    allowed[1, 0, :, :4] = False  # padded on the left: rows without any key
-    p = probabilities((2, 3, 13, 13), allowed)
-    quantizer = SoftmaxQuantizer(softmax_grid(bits, low, high), correction, bias, **more)
-    found = quantizer(p, allowed)
-    full = allowed.expand(p.shape).numpy()
-    expected = twin(p.numpy(), full, bits, low, high, correction, bias, **more)
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=2e-7)
-    assert not found.numpy()[~full].any()
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("bits", [2, 8, 12])
-def test_same_as_the_array_functions(case, bits):
-    """Bit for bit, from the same probabilities; the fused routine has its own exponentials."""
-    correction, bias, more = CASES[case]
-    allowed = causal(9, 9)[None, None]
-    scores = 3 * torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(4))
-    p = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-    grid = softmax_grid(bits)
-    found = SoftmaxQuantizer(grid, correction, bias, **more)(p, allowed)
-    if correction is None:
-        plain = grid.dequantize(grid.quantize(p))
-        assert np.array_equal(found.numpy(), np.where(allowed.numpy(), plain, 0))
-    table = bias
-    if correction == "row_length":
-        edges = np.asarray(more["edges"])
-        place = np.minimum(np.searchsorted(edges, np.arange(10)), len(edges) - 1)
-        table = np.asarray(bias)[..., place] / np.maximum(np.arange(10), 1)
-    fused = ptqkit.softmax_on_grid(scores, grid, correction=correction, bias=table, allowed=allowed)
-    same = np.abs(found.numpy() - fused).max(-1) < 1e-6
-    # A row may have a probability at a tie; none of these seeds has many.
-    assert same.mean() > 0.97
-
-
-def test_everything_allowed_without_a_mask():
-    p = probabilities((1, 2, 5, 7))
-    for correction, bias, more in CASES.values():
-        if np.ndim(bias) and len(bias) == 3 and np.ndim(bias) + (correction == "bias") == 2:
-            continue  # three heads
-        q = SoftmaxQuantizer(softmax_grid(4), correction, bias, **more)
-        assert torch.equal(q(p), q(p, torch.ones(1, 1, 5, 7, dtype=torch.bool)))
-
-
-def test_half_precision_and_given_tensors():
-    p = probabilities((1, 2, 4, 9)).bfloat16()
-    before = p.clone()
-    q = SoftmaxQuantizer(softmax_grid(8), "row_sum")
-    assert q(p).dtype == torch.bfloat16
-    assert torch.equal(q(p), q(p.float()).bfloat16())
-    assert torch.equal(p, before)
-
-
-def test_row_sum_makes_rows_sum_to_one():
-    allowed = causal(40, 40)
-    p = probabilities((2, 4, 40, 40), allowed, spread=1.0)
-    plain = SoftmaxQuantizer(softmax_grid(5))(p, allowed).sum(-1)
-    fixed = SoftmaxQuantizer(softmax_grid(5), "row_sum")(p, allowed).sum(-1)
-    assert (plain - 1).abs().max() > 0.2
-    assert (fixed - 1).abs().max() < 1e-6
-
-
-def test_longer_rows_gain_no_more_mass():
-    q = SoftmaxQuantizer(softmax_grid(8), "bias", 0.004, longest=50)
-    for n in (10, 50, 51, 200, 1000):
-        p = torch.full((1, 1, 1, n), 1e-6)
-        assert q(p).sum().item() == pytest.approx(0.004 * min(n, 50), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "more", "message"),
-    [
-        (("beta",), {}, "correction must be one of"),
-        (("bias",), {}, "needs a bias"),
-        (("bias", []), {}, "at least one value"),
-        (("bias", [[0.1]]), {}, "must have 0 or 1 dimensions"),
-        (("bias", np.nan), {}, "finite"),
-        (("bias", 1.5), {}, "from -1 to 1"),
-        (("row_sum", 0.1), {}, "no place"),
-        ((None, 0.1), {}, "no place"),
-        (("row_length", [0.1, 0.2]), {}, "edges must be 2 rising"),
-        (("row_length", [0.1, 0.2]), {"edges": [3, 3]}, "edges must be 2 rising"),
-        (("row_length", [0.1, 0.2]), {"edges": [0, 3]}, "edges must be 2 rising"),
-        (("bias", 0.1), {"edges": [1]}, "edges have no place"),
-    ],
-)
-def test_quantizer_mistakes(arguments, more, message):
-    with pytest.raises(ValueError, match=message):
-        SoftmaxQuantizer(softmax_grid(8), *arguments, **more)
-
-
-def test_length_edges_cover_every_length_once():
-    for longest in (1, 2, 4, 5, 7, 100, 1024):
-        edges = length_edges(longest)
-        assert edges == sorted(set(edges)) and edges[0] == 1 and edges[-1] == longest
-
-
 def study(name="llama", bits=5, batches=None, **options):
     model = build(name)
     data = prepare_calibration(padded_batches(name) if batches is None else batches)
@@ -208,16 +57,17 @@ def allowed_probabilities(model, batches):
         def __init__(self):
             self.kept = []
 
-        def softmax(self, p, allowed):
-            full = torch.ones_like(p).bool() if allowed is None else allowed.expand_as(p)
-            self.kept.append((p, full & self.rows[:, None, :, None]))
+        def softmax(self, p, call):
+            full = torch.ones_like(p).bool()
+            if call.counted is not None:
+                full &= call.counted
+            self.kept.append((p, full))
             return p
 
     hooks = {name: Keep() for name in find_attention(model)}
-    with attention_hooks(model, hooks):
+    with attention_hooks(model, hooks) as facts:
         for batch in batches:
-            for hook in hooks.values():
-                hook.rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            facts.rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             logits(model, batch)
     return {name: hook.kept for name, hook in hooks.items()}
 
@@ -529,7 +379,7 @@ def test_masks_of_the_callers_own_are_masks(name, lowest):
 
 
 def test_calibrated_range():
-    model, found = study("bert", range="calibrated", batches=[{"input_ids": tokens(6)}])
+    model, found = study("bert", grid_range="calibrated", batches=[{"input_ids": tokens(6)}])
     kept = allowed_probabilities(model, [{"input_ids": tokens(6)}])
     for name, statistics in found.statistics.items():
         top = max(float(p.max()) for p, _ in kept[name])
@@ -543,7 +393,7 @@ def test_range_search_takes_the_best_of_its_ranges(correction):
     model = build("llama")
     data = prepare_calibration(padded_batches())
     fixed, found = (
-        SoftmaxCalibration(model, data, bits=3, range=range) for range in ("fixed", "search")
+        SoftmaxCalibration(model, data, bits=3, grid_range=span) for span in ("fixed", "search")
     )
     reports = [s.compare(s.quantizers(correction), guard=False) for s in (fixed, found)]
     pairs = list(zip(reports[0].layers, reports[1].layers, strict=True))
@@ -562,7 +412,7 @@ def test_no_calibration_where_none_is_needed():
     with pytest.raises(CalibrationError, match="calibration is missing"):
         quantize_softmax(model, correction="bias")
     with pytest.raises(CalibrationError, match="calibration is missing"):
-        quantize_softmax(model, correction="row_sum", range="calibrated")
+        quantize_softmax(model, correction="row_sum", grid_range="calibrated")
 
 
 @pytest.mark.parametrize(
@@ -573,7 +423,7 @@ def test_no_calibration_where_none_is_needed():
         ({"bits": True}, "bits"),
         ({"correction": "beta"}, "correction must be one of"),
         ({"granularity": "step"}, "granularity must be one of"),
-        ({"range": "auto"}, "range must be one of"),
+        ({"grid_range": "auto"}, "grid_range must be one of"),
         ({"layers": ["*.mlp"]}, "matches no attention module"),
         ({"layers": []}, "layers is empty"),
         ({"samples": 0}, "samples"),
@@ -633,7 +483,7 @@ def test_saved_and_loaded(tmp_path, correction, granularity):
         assert (found.grid, found.correction) == (given.grid, given.correction)
         assert (found.longest, found.edges) == (given.longest, given.edges)
         assert np.array_equal(found.bias, given.bias)
-    assert ptqkit.nn.remove_attention(loaded) == 2
+    assert ptqkit.hf.remove_attention(loaded) == 2
     result.remove()
     assert torch.equal(logits(loaded), logits(model))
     # Beside a model that is there: the one file anew.
@@ -661,9 +511,9 @@ def test_with_quantized_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_weights_are_quantized_under_a_quantized_softmax(name):
-    """One forward pass with coroutines, hooks inside attention: the same as re-forwarding."""
+    """One forward pass with coroutines, hooks inside attention: the same as replay."""
     found = []
-    for schedule in ("one-pass", "re-forward"):
+    for schedule in ("one-pass", "replay"):
         model = build(name)
         quantize_softmax(model, bits=4, correction="row_sum")
         result = ptqkit.quantize(
@@ -694,7 +544,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     model = build()
     quantize_softmax(model, bits=4, correction="row_sum").save(tmp_path / "m")
     before = (tmp_path / "m" / SOFTMAX_FILE).read_text(encoding="utf-8")
-    ptqkit.nn.remove_attention(model)
+    ptqkit.hf.remove_attention(model)
     result = quantize_softmax(model, bits=3, correction="row_sum")
 
     def fail(*_):
@@ -742,7 +592,7 @@ def edited(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v, x: v.update(format="x"), "is no ptqkit-softmax file"),
+        (lambda v, x: v.update(format="x"), "is not a ptqkit-softmax file"),
         (lambda v, x: v.update(version=2), "version 2; this ptqkit reads 1"),
         (lambda v, x: v.update(layers={}), "names no layers"),
         (lambda v, x: v["layers"].update(a=3), "layer a: it must be an object"),

@@ -1,0 +1,17 @@
+"""Sizes used if nothing else is asked for."""
+
+from __future__ import annotations
+
+__all__ = ["BATCH_SIZE", "FORWARD_BATCH_SIZE", "SAMPLES", "SEQUENCE_LENGTH"]
+
+SAMPLES = 128
+"""Windows of calibration text, as many as in the GPTQ paper."""
+
+SEQUENCE_LENGTH = 512
+"""Tokens per window of calibration text, the start token included."""
+
+BATCH_SIZE = 4
+"""Windows per forward pass while activations are kept for a quantizer, and on the command line."""
+
+FORWARD_BATCH_SIZE = 8
+"""Windows per forward pass if nothing but the logits is kept: there is room for more of them."""

@@ -1,0 +1,100 @@
+"""What the arguments name: models, texts and tokens."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ptqkit.cli.options import prefixed
+from ptqkit.cli.output import no_bars
+from ptqkit.demo import DEMO, MODEL_DIR, text
+from ptqkit.errors import UsageError
+
+__all__ = ["load_model", "pick_device", "read_text"]
+
+
+def pick_device(args: argparse.Namespace) -> str:
+    """Resolve ``--device``."""
+    from ptqkit.hf.models import loading
+
+    with prefixed("--"):
+        return loading.pick_device(args.device)
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
+    """Load the model and tokenizer that the arguments name.
+
+    Returns
+    -------
+    model, tokenizer, facts
+        See :func:`ptqkit.hf.load_model`.
+    """
+    from ptqkit.hf import workbench
+    from ptqkit.hf.models.loading import model_folder
+
+    device = pick_device(args)
+    with prefixed("MODEL "):
+        folder = MODEL_DIR if args.model == DEMO else model_folder(args.model)
+    # A checkpoint that is damaged or of an unknown kind is data that cannot be used.
+    with no_bars(), prefixed():
+        model, tokenizer, facts = workbench.load_model(folder, args.dtype, device)
+    if getattr(model.config, "quantization_config", None) is not None:
+        _first_forward(model)
+    return model, tokenizer, facts
+
+
+def _first_forward(model: Any) -> None:
+    """Run one token: compressed-tensors decompresses a model, with a bar, when it first runs."""
+    import torch
+
+    with no_bars(), torch.no_grad():
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+
+
+def read_text(option: str, name: str | None, tokenizer: Any, split: str = "test") -> Any:
+    """Read what an option names.
+
+    Parameters
+    ----------
+    option : str
+        Name of the option, for messages.
+    name : str or None
+        A text or ``.jsonl`` file (``.gz`` too), or token ids (``.npy``); None is the demo's text.
+    tokenizer
+    split : {"test", "calibration"}
+        Of the demo's text.
+
+    Returns
+    -------
+    list of str or Tensor
+        Documents, or token ids of shape (samples, sequence).
+    """
+    if name is None:
+        return [text(split)]
+    if name.endswith(".npy"):
+        return _read_tokens(option, name)
+    if tokenizer is None:
+        raise UsageError(f"{option} {name} is text, but MODEL has no tokenizer; give tokens (.npy)")
+    from ptqkit.hf.data.text import read_documents
+
+    documents = list(read_documents(name))
+    if not any(document.strip() for document in documents):
+        raise UsageError(f"{option} {name}: the file is empty")
+    return documents
+
+
+def _read_tokens(option: str, name: str) -> Any:
+    import numpy as np
+    import torch
+
+    try:
+        tokens = np.load(Path(name), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"{option} {name} is not a .npy file: {error}") from None
+    if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 2:
+        raise UsageError(
+            f"{option} {name}: tokens must be integers of shape (samples, sequence), not "
+            f"{tokens.dtype} of shape {tokens.shape}"
+        )
+    return torch.from_numpy(tokens.astype(np.int64))

@@ -1,0 +1,108 @@
+"""What a run is about to work on, found and checked before anything changes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
+from ptqkit.hf.models.probe import Probe, probe_model
+from ptqkit.hf.models.structure import Structure, find_structure
+from ptqkit.hf.quantization.preflight import (
+    Problems,
+    check_model,
+    check_output,
+    check_probe,
+    check_tokens,
+)
+from ptqkit.recipe.recipe import Recipe
+
+__all__ = ["Inspection", "inspect_model"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's structure, the calibration data, and what a short forward pass showed.
+
+    Attributes
+    ----------
+    structure : Structure
+    calibration : CalibrationSet or None
+    probe : Probe
+        Empty without calibration.
+    unprobed : set of str
+        Layers that the probe did not reach, but that may still see tokens.
+    """
+
+    structure: Structure
+    calibration: CalibrationSet | None = None
+    probe: Probe = field(default_factory=Probe)
+    unprobed: set[str] = field(default_factory=set)
+
+
+def inspect_model(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Any,
+    tokenizer: Any,
+    *,
+    blocks: tuple[str, ...] | None,
+    share_inputs: bool,
+    checkpoint_format: str,
+    out_dir: str | os.PathLike[str] | None,
+    overwrite: bool,
+    **windows: Any,
+) -> Inspection:
+    """Read the data, find the structure, check both, and run a short probe.
+
+    Parameters are those of :func:`ptqkit.quantize`; ``**windows`` are the options of
+    :func:`~ptqkit.hf.data.calibration.prepare_calibration`.
+
+    Raises
+    ------
+    PreflightError
+        With every problem at once: first what needs no forward pass, then what the probe shows.
+    """
+    problems = Problems()
+    data = None
+    if calibration is not None:
+        data = _read_data(problems, model, calibration, tokenizer, windows)
+    structure = Structure({})
+    try:
+        structure = find_structure(model, recipe, blocks)
+    except UnsupportedModuleError as error:
+        problems.add(str(error), UnsupportedModuleError)
+    # Data that is there but unusable is one problem, not one more for every layer.
+    check_model(problems, model, structure, recipe, calibration is not None, checkpoint_format)
+    if out_dir is not None:
+        check_output(problems, model, structure.targets, out_dir, overwrite)
+    problems.raise_if_any()
+    if data is None:
+        return Inspection(structure)
+    shown = probe_model(
+        model,
+        {name: target.module for name, target in structure.targets.items()},
+        data.batches[0],
+        {block: model.get_submodule(block) for block in structure.blocks},
+        share_inputs,
+    )
+    unprobed = check_probe(problems, structure, shown)
+    problems.raise_if_any()
+    return Inspection(structure, data, shown, unprobed)
+
+
+def _read_data(
+    problems: Problems, model: nn.Module, source: Any, tokenizer: Any, windows: dict[str, Any]
+) -> CalibrationSet | None:
+    try:
+        data = prepare_calibration(source, tokenizer, max_length=max_positions(model), **windows)
+    except (CalibrationError, ValueError, TypeError) as error:
+        kind = type(error) if isinstance(error, CalibrationError) else CalibrationError
+        problems.add(str(error), kind)
+        return None
+    check_tokens(problems, model, data)
+    return data

@@ -1,0 +1,154 @@
+"""What the layers of a group are quantized with, accumulated batch by batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ptqkit.errors import UnsupportedModuleError, prefix_error
+from ptqkit.hf.models.inputs import match_mask
+from ptqkit.nn.statistics import InputDrift, accumulator, range_accumulator
+
+__all__ = ["MomentAccumulator", "Moments", "check_same_tokens"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a group's layers are quantized with.
+
+    Attributes
+    ----------
+    hessian : Hessian or None
+        H = (2/N) sum x x^T of the inputs; None without calibration.
+    cross_moment : ndarray of float64, shape (in, in), or None
+        G = (2/N) sum x x~^T, with error propagation.
+    ranges : ChannelRanges or None
+        Of the inputs, if a layer's activation grid or bias correction needs them.
+    seconds, seconds_cross_moment : float
+        Spent on H and on G.
+    """
+
+    hessian: Any = None
+    cross_moment: np.ndarray | None = None
+    ranges: Any = None
+    seconds: float = 0.0
+    seconds_cross_moment: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens behind H."""
+        return 0 if self.hessian is None else int(self.hessian.tokens)
+
+
+class MomentAccumulator:
+    """H (and G, and ranges) of one group, gathered batch by batch.
+
+    The first error is kept for :meth:`finish`: all batches must go on to the next layer first.
+
+    Parameters
+    ----------
+    name : str
+        Layer whose inputs are added, for messages.
+    needs_ranges : bool
+    """
+
+    def __init__(self, name: str, needs_ranges: bool) -> None:
+        self.name, self.needs_ranges = name, needs_ranges
+        self.error: Exception | None = None
+        self._hessian: Any = None
+        self._ranges: Any = None
+        self._drift: InputDrift | None = None
+        self._seconds = self._seconds_drift = 0.0
+
+    @property
+    def empty(self) -> bool:
+        """Whether no input has come, not even one that failed."""
+        return self._hessian is None and self.error is None
+
+    def add(
+        self,
+        value: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        mask: torch.Tensor | None,
+        floats: torch.Tensor | None = None,
+    ) -> None:
+        """Add one batch's input of the layer.
+
+        Parameters
+        ----------
+        value : Tensor, shape (..., in)
+        batch : mapping of str to Tensor
+            What the model was called with.
+        mask : Tensor of bool, shape (batch, sequence), or None
+            False where ``input_ids`` are padding; None if nothing is.
+        floats : Tensor, shape (..., in), optional
+            The same input in the float model.
+        """
+        if self.error is not None:
+            return
+        start = middle = time.perf_counter()
+        try:
+            channels, device = value.shape[-1], value.device
+            if self._hessian is None:
+                self._hessian = accumulator(channels, device)
+            rows = match_mask(value, batch, mask)
+            self._hessian.update(value, rows)
+            if self.needs_ranges:
+                if self._ranges is None:
+                    self._ranges = range_accumulator(channels, device)
+                self._ranges.update(value, rows)
+            middle = time.perf_counter()
+            if floats is not None:
+                check_same_tokens(self.name, floats, value, batch)
+                if self._drift is None:
+                    self._drift = InputDrift(channels, device)
+                self._drift.update(floats, value, rows)
+                self._seconds_drift += time.perf_counter() - middle
+        except Exception as error:
+            self.error = prefix_error(error, self.name)
+        self._seconds += middle - start
+
+    def finish(self) -> Moments | Exception:
+        """Return H (and G, and ranges) on the host, or the error that prevents it."""
+        if self.error is not None:
+            return self.error
+        try:
+            return self._moments()
+        except Exception as error:
+            return error
+
+    def _moments(self) -> Moments:
+        start = time.perf_counter()
+        hessian = self._hessian.finish()
+        ranges = None if self._ranges is None else self._ranges.finish()
+        middle = time.perf_counter()
+        seconds = self._seconds + middle - start
+        if self._drift is None or not hessian.tokens:
+            return Moments(hessian, ranges=ranges, seconds=seconds)
+        crossed = self._drift.cross_moment(hessian.matrix)
+        spent = self._seconds_drift + time.perf_counter() - middle
+        return Moments(hessian, crossed, ranges, seconds, spent)
+
+
+def check_same_tokens(
+    name: str, floats: torch.Tensor, quantized: torch.Tensor, batch: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise UnsupportedModuleError unless row t of both inputs belongs to the same token.
+
+    That holds if every token of the batch, or one value per sample, comes in order; an expert for
+    which each path chooses other tokens has other leading shapes.
+    """
+    leading = tuple(quantized.shape[:-1])
+    shapes = [tuple(batch[k].shape) for k in ("input_ids", "decoder_input_ids") if k in batch]
+    in_order = any(leading[:1] == s[:1] or leading == (s[0] * s[1],) for s in shapes)
+    if floats.shape != quantized.shape or not in_order:
+        raise UnsupportedModuleError(
+            f"{name}: error_propagation needs every token's input in both models, but the inputs "
+            f"have shapes {tuple(floats.shape)} and {tuple(quantized.shape)}; leave this layer out "
+            "with an override 'skip', or quantize with error_propagation=0"
+        )

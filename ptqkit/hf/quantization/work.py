@@ -1,0 +1,82 @@
+"""What a schedule runs through: a model, its groups of layers, and the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.models.structure import Target
+from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
+
+__all__ = ["Steps", "Work"]
+
+#: Groups of layers in order, each with its moments or the error that prevents them. The consumer
+#: quantizes a group before it asks for the next one. Returned at the end: why the rest is left.
+Steps = Generator[tuple[list[Target], Moments | Exception], None, "str | None"]
+
+
+@dataclass
+class Work:
+    """What both schedules run through.
+
+    Attributes
+    ----------
+    model : nn.Module
+    targets : dict of str to Target
+    groups : list of list of str
+        In order of execution; layers fed by one tensor together.
+    blocks : list of str
+        In order of execution.
+    calibration : CalibrationSet
+    propagate : bool
+        Also run the float model (one pass only).
+    done : set of str
+        Layers whose turn is over, quantized or failed.
+    """
+
+    model: nn.Module
+    targets: dict[str, Target]
+    groups: list[list[str]]
+    blocks: list[str]
+    calibration: CalibrationSet
+    propagate: bool = False
+    done: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.masks = self.calibration.masks()
+        self.batches = self.calibration.batches
+        self.group_of = {name: i for i, group in enumerate(self.groups) for name in group}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the modules of all layers not yet quantized."""
+        return {n: t.module for n, t in self.targets.items() if n not in self.done}
+
+    def members(self, group: list[str]) -> list[Target]:
+        """Return the layers of a group."""
+        return [self.targets[name] for name in group]
+
+    def accumulator(self, group: list[str]) -> MomentAccumulator:
+        """Return an empty accumulator for the inputs of a group."""
+        needs_ranges = any(target.options.needs_ranges for target in self.members(group))
+        return MomentAccumulator(group[0], needs_ranges)
+
+    def positions(self) -> list[int]:
+        """Return per group how many blocks have ended before it runs."""
+        result, last = [], -1
+        for group in self.groups:
+            block = self.targets[group[0]].block
+            position = last + 1 if block is None else self.blocks.index(block)
+            last = max(last, position - (block is None))
+            result.append(position)
+        return result
+
+    def unprobed(self, block: str) -> list[str]:
+        """Return the layers of a block that are in no group: the probe did not reach them."""
+        return [
+            n
+            for n, t in self.targets.items()
+            if t.block == block and n not in self.group_of and n not in self.done
+        ]

@@ -1,0 +1,286 @@
+"""Load a model once, quantize copies of it, and measure them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptqkit.errors import UsageError
+from ptqkit.hf.checkpoint.reader import load
+from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
+from ptqkit.hf.data.text import CachedTokenizer
+from ptqkit.hf.evaluation.likelihood import PerplexityResult, perplexity
+from ptqkit.hf.models.loading import (
+    compute_dtype,
+    load_tokenizer,
+    model_folder,
+    pick_device,
+    stored_dtype,
+)
+from ptqkit.hf.quantization.driver import QuantizationResult, quantize
+from ptqkit.recipe import as_recipe
+
+__all__ = ["Workbench", "WorkbenchRow", "load_model"]
+
+
+def load_model(
+    name: str | os.PathLike[str], dtype: str = "auto", device: str = "auto"
+) -> tuple[nn.Module, Any, dict[str, str]]:
+    """Load a float or quantized model and its tokenizer.
+
+    Parameters
+    ----------
+    name : str or path
+        Folder, or name on the Hugging Face Hub.
+    dtype : str
+        Arithmetic, such as ``"float32"``; ``"auto"`` is that of the files, but float16 runs as
+        float32 on a CPU.
+    device : str
+        As torch names it; ``"auto"`` is a GPU if there is one.
+
+    Returns
+    -------
+    model : nn.Module
+        In eval mode.
+    tokenizer
+        None if the folder holds none.
+    facts : dict of str to str
+        ``folder``, ``stored_dtype``, ``dtype``, ``device``, ``class``.
+
+    Raises
+    ------
+    UsageError
+        If there is no such model, or dtype or device cannot be used.
+    """
+    folder = model_folder(name)
+    stored, device = stored_dtype(folder), pick_device(device)
+    dtype = compute_dtype(dtype, stored, torch.device(device).type)
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UsageError(f"{folder / 'config.json'} states an unknown dtype {dtype!r}; give dtype")
+    model = load(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    facts = {
+        "folder": str(folder),
+        "stored_dtype": stored,
+        "dtype": dtype,
+        "device": device,
+        "class": type(model).__name__,
+    }
+    return model, load_tokenizer(folder), facts
+
+
+@dataclass(frozen=True)
+class WorkbenchRow:
+    """One quantization of a model and what it costs.
+
+    Attributes
+    ----------
+    recipe : str
+        Name of the preset or the parts; ``"float"`` for the model itself.
+    bits : int or "ternary"
+    symmetric : bool
+    perplexity, excess : float
+        ``excess`` is the perplexity above the float model's.
+    bits_per_weight : float
+        Of the quantized layers, with scales and zero-points.
+    megabytes : float
+        Of all tensors; what is not quantized counts in the dtype of the model's files.
+    seconds, seconds_solve : float
+        Of the quantization as a whole, and of solving for the codes in it.
+    """
+
+    recipe: str
+    bits: int | str
+    symmetric: bool
+    perplexity: float
+    excess: float
+    bits_per_weight: float
+    megabytes: float
+    seconds: float
+    seconds_solve: float
+
+
+class Workbench:
+    """A causal language model with its texts, for one quantization after another.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Never changed: what is quantized are copies of it.
+    tokenizer : optional
+        Needed unless all texts are tokens.
+    calibration : optional
+        What :func:`ptqkit.hf.prepare_calibration` takes, or a function that returns it; read when
+        it is first needed.
+    calibration_options : mapping, optional
+        Options of :func:`ptqkit.hf.prepare_calibration`.
+    test : optional
+        Text to measure on, as :func:`ptqkit.hf.perplexity` takes it.
+    test_options : mapping, optional
+        Options of :func:`ptqkit.hf.perplexity`.
+    stored_dtype : str, optional
+        Dtype of the model's files, by default that of the model. If it is ``"float16"``, scales
+        are float16 unless the recipe names their dtype: a checkpoint would hold them so.
+    threads : int
+        Of the solver; 0 is its own policy.
+
+    Examples
+    --------
+    >>> bench = Workbench.load("./model", calibration="train.txt", test=[text])
+    >>> bench.measure("quality", bits=3, group_size=64).excess
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        calibration: Any | Callable[[], Any] = None,
+        calibration_options: Mapping[str, Any] | None = None,
+        test: Any = None,
+        test_options: Mapping[str, Any] | None = None,
+        stored_dtype: str | None = None,
+        threads: int = 0,
+    ) -> None:
+        self.model, self.tokenizer, self.threads = model, tokenizer, threads
+        #: The tokenizer, which keeps the tokens of every text.
+        self.cached_tokenizer = None if tokenizer is None else CachedTokenizer(tokenizer)
+        self.stored_dtype = stored_dtype or str(model.dtype).removeprefix("torch.")
+        self.test, self.test_options = test, dict(test_options or {})
+        self._source = calibration
+        self._options = {"max_length": max_positions(model), **(calibration_options or {})}
+        self._calibration: CalibrationSet | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        **options: Any,
+    ) -> Workbench:
+        """Load the model with :func:`load_model`; ``**options`` are those of the class."""
+        model, tokenizer, facts = load_model(name, dtype, device)
+        return cls(model, tokenizer, stored_dtype=facts["stored_dtype"], **options)
+
+    def calibrate(self, **changes: Any) -> None:
+        """Draw other calibration windows for what follows, such as ``seed=1``."""
+        self._options.update(changes)
+        self._calibration = None
+
+    @property
+    def calibration(self) -> CalibrationSet:
+        """The calibration windows in use."""
+        if self._calibration is None:
+            source = self._source() if callable(self._source) else self._source
+            self._calibration = (
+                source
+                if isinstance(source, CalibrationSet)
+                else prepare_calibration(source, self.cached_tokenizer, **self._options)
+            )
+        return self._calibration
+
+    @cached_property
+    def float_result(self) -> PerplexityResult:
+        """Perplexity of the model itself."""
+        return self.perplexity_of(self.model)
+
+    @property
+    def float_bits(self) -> float:
+        """Bits per weight of the model's files: 32 or 16."""
+        return 32.0 if self.stored_dtype == "float32" else 16.0
+
+    @property
+    def float_row(self) -> WorkbenchRow:
+        """The model itself."""
+        bits, value = self.float_bits, self.float_result.perplexity
+        size = 1e-6 * bits / 8 * sum(p.numel() for p in self.model.parameters())
+        return WorkbenchRow("float", int(bits), True, value, 0.0, bits, size, 0.0, 0.0)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How measurements are made: tokens, window, stride, start token, Python, threads."""
+        first = self.float_result
+        start = first.start_token
+        named = start is not None and self.tokenizer is not None
+        return {
+            "test_tokens": first.tokens,
+            "window": first.window,
+            "stride": first.stride,
+            "start_token": self.tokenizer.convert_ids_to_tokens(start) if named else start,
+            "calibration_tokens": self.calibration.tokens,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def measure(self, recipe: Any, **changes: Any) -> WorkbenchRow:
+        """Quantize a copy of the model and measure its perplexity.
+
+        Parameters
+        ----------
+        recipe, **changes
+            As :meth:`quantize` takes them.
+        """
+        result = self.quantize(recipe, **changes)
+        value = self.perplexity_of(result.model).perplexity
+        totals = result.report.totals()
+        others = sum(p.numel() for p in result.model.parameters()) - totals["weights"]
+        size = totals["weights"] * totals["bits_per_weight"] / 8 + self.float_bits / 8 * others
+        return WorkbenchRow(
+            _name(recipe),
+            result.recipe.bits,
+            result.recipe.symmetric,
+            value,
+            value - self.float_result.perplexity,
+            totals["bits_per_weight"],
+            1e-6 * size,
+            result.report.seconds["total"],
+            result.report.seconds["solve"],
+        )
+
+    def quantize(
+        self, recipe: Any, *, diagnostics: bool = False, **changes: Any
+    ) -> QuantizationResult:
+        """Quantize a copy of the model.
+
+        Parameters
+        ----------
+        recipe : Recipe, preset name, dict or list of parts
+            As :func:`ptqkit.quantize` takes it.
+        diagnostics : bool
+            Compute what the report compares with, which costs time.
+        **changes
+            Options of the recipe, such as ``bits=3``.
+        """
+        chosen = replace(as_recipe(recipe), **changes)
+        if chosen.scale_dtype is None and self.stored_dtype == "float16":
+            chosen = replace(chosen, scale_dtype="float16")
+        batches = self.calibration.batches if chosen.needs_calibration() else None
+        return quantize(
+            copy.deepcopy(self.model),
+            chosen,
+            batches,
+            tokenizer=self.tokenizer,
+            threads=self.threads,
+            diagnostics=diagnostics,
+            progress=False,
+            stored_dtype=self.stored_dtype,
+        )
+
+    def perplexity_of(self, model: nn.Module) -> PerplexityResult:
+        """Perplexity of a model on the test text."""
+        return perplexity(model, self.cached_tokenizer, self.test, **self.test_options)
+
+
+def _name(recipe: Any) -> str:
+    if isinstance(recipe, str):
+        return recipe
+    return " + ".join(map(repr, recipe)) if isinstance(recipe, (list, tuple)) else repr(recipe)

@@ -1,0 +1,99 @@
+"""What a quantized softmax does to the output of its attention module and of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ptqkit.arrays.metrics import SQNR
+from ptqkit.nn.attention import AttentionCall, AttentionHook
+from ptqkit.nn.attention_quantizer import AttentionQuantizer
+from ptqkit.nn.softmax.statistics import Quantizer, as_calibration_error
+
+__all__ = ["OutputSQNR", "SoftmaxComparison", "softmax_hooks"]
+
+
+def softmax_hooks(quantizers: Mapping[str, Quantizer]) -> dict[str, AttentionHook]:
+    """Return hooks that apply quantizers to the softmax of their modules."""
+    return {name: AttentionQuantizer({"softmax": q}) for name, q in quantizers.items()}  # type: ignore[dict-item]
+
+
+class OutputSQNR:
+    """Signal-to-quantization-noise ratio of an output.
+
+    Pandey et al. 2023, eq. 1, a mean of ratios over samples, next to the ratio of the sums. One
+    sample without any error makes the first infinite; decisions then take the second.
+
+    Parameters
+    ----------
+    name : str
+        Name of the output, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._samples, self._total = SQNR("sample"), SQNR("tensor")
+
+    def update(self, reference: np.ndarray, quantized: np.ndarray) -> None:
+        """Add a batch of samples (n, ...)."""
+        with as_calibration_error(self.name):
+            self._samples.update(reference, quantized)
+            self._total.update(reference, quantized)
+
+    @property
+    def decibel(self) -> float:
+        """Decibels as in eq. 1."""
+        return float(self._samples.decibel)
+
+    @property
+    def total(self) -> float:
+        """Decibels of the sums over all samples."""
+        return float(self._total.decibel)
+
+    def below(self, other: OutputSQNR, by_total: bool) -> bool:
+        """Whether this output is worse, by the sums over all samples or as in eq. 1."""
+        if by_total or self._samples.infinite or other._samples.infinite:
+            return self.total < other.total
+        return self.decibel < other.decibel
+
+
+class SoftmaxComparison(AttentionHook):
+    """Computes one module's output, probabilities times values, float and quantized.
+
+    The float result goes on through the model.
+
+    Parameters
+    ----------
+    name : str
+        Name of the module, for messages.
+    quantizers : sequence of SoftmaxQuantizer or StepSoftmaxQuantizer
+
+    Attributes
+    ----------
+    sqnr : list of OutputSQNR
+        SQNR of the output (batch, heads, q, width) of real tokens, one per quantizer.
+    """
+
+    def __init__(self, name: str, quantizers: Sequence[Quantizer]) -> None:
+        self.hooks = [AttentionQuantizer({"softmax": q}) for q in quantizers]  # type: ignore[dict-item]
+        self.sqnr = [OutputSQNR(f"attention output of {name}") for _ in quantizers]
+
+    def softmax(self, p: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        """Compare the outputs."""
+        assert call.value is not None
+        # The probabilities may be upcast, and several heads may share their values.
+        value = call.value.to(p.dtype)
+        value = value.repeat_interleave(p.shape[1] // value.shape[1], dim=1)
+        reference = _output(p, value, call)
+        for hook, sqnr in zip(self.hooks, self.sqnr, strict=True):
+            sqnr.update(reference, _output(hook.softmax(p, call), value, call))
+        return p
+
+
+def _output(p: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> np.ndarray:
+    y = (p @ value).detach().float()
+    if call.rows is not None:
+        y = y * call.rows.to(y.device)[:, None, :, None]
+    return y.cpu().numpy()

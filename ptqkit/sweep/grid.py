@@ -1,0 +1,95 @@
+"""The cells of a sweep, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ptqkit.errors import PtqkitError
+from ptqkit.sweep.cells import OK, Cell
+from ptqkit.sweep.digest import cell_inputs, key_of
+from ptqkit.sweep.plan import FLOAT, ModelPlan, Plan, RecipePlan
+
+__all__ = ["CellsFailed", "SweepInterrupted", "SweepResult", "plan_cells", "recipes_of"]
+
+
+class CellsFailed(PtqkitError):
+    """Some cells of a sweep could not be measured; the others are kept."""
+
+
+@dataclass
+class SweepResult:
+    """All cells of a sweep and what is known about the run.
+
+    Attributes
+    ----------
+    plan : Plan
+    out : Path
+    cells : list of Cell
+        In the order of the file; those not measured yet have status ``"missing"``.
+    skipped : list of str
+        Models and tasks whose files are not there.
+    todo : frozenset of str
+        Keys of the cells that were missing when the run began.
+    environment : dict
+    seconds : float
+    """
+
+    plan: Plan
+    out: Path
+    cells: list[Cell]
+    skipped: list[str] = field(default_factory=list)
+    todo: frozenset[str] = frozenset()
+    environment: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def count(self, status: str) -> int:
+        """Cells with a status."""
+        return sum(c.status == status for c in self.cells)
+
+
+class SweepInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a sweep; ``result`` has what was finished."""
+
+    def __init__(self, result: SweepResult) -> None:
+        self.result = result
+        super().__init__(
+            f"interrupted; {result.count(OK)} finished cells are kept in {result.out}, and the "
+            "same command goes on from there"
+        )
+
+
+def plan_cells(plan: Plan, device: str = "cpu") -> tuple[list[Cell], list[str]]:
+    """Cells of a plan, not measured, and a line for everything that has to be skipped.
+
+    Parameters
+    ----------
+    plan : Plan
+    device : str
+        Type of the device, part of every key.
+    """
+    cells, skipped = [], []
+    for task in plan.tasks:
+        if task.missing:
+            skipped.append(f"task {task.name}: there is no {task.source.path}")
+    for model in plan.models:
+        if model.missing:
+            skipped.append(f"model {model.name}: there is no {model.path}")
+            continue
+        for recipe in recipes_of(plan, model):
+            for task in (plan.task(name) for name in model.tasks):
+                if not task.missing:
+                    inputs = cell_inputs(model, recipe, task, device)
+                    name = recipe.name if recipe is not None else FLOAT
+                    cells.append(
+                        Cell(model.name, name, task.name, task.kind, key_of(inputs), inputs)
+                    )
+    return cells, skipped
+
+
+def recipes_of(plan: Plan, model: ModelPlan) -> Iterator[RecipePlan | None]:
+    """Yield None, for the model as it is, and the recipes of a model."""
+    yield None
+    yield from (r for r in plan.recipes if model.name in r.models)

@@ -1,0 +1,52 @@
+"""Folders of models: dtype and device they run with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ptqkit.errors import UsageError
+
+pytest.importorskip("torch")
+
+from ptqkit.hf.models.loading import (
+    compute_dtype,
+    load_tokenizer,
+    model_folder,
+    pick_device,
+    stored_dtype,
+)
+
+
+def test_arithmetic_follows_the_stored_dtype():
+    assert compute_dtype("auto", "float16", "cpu") == "float32"
+    assert compute_dtype("auto", "float16", "cuda") == "float16"
+    assert compute_dtype("auto", "bfloat16", "cpu") == "bfloat16"
+    assert compute_dtype("float16", "float32", "cpu") == "float16"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "float16"}, "float16"), ({}, "float32")],
+)
+def test_stored_dtype(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert stored_dtype(tmp_path) == expected
+    assert model_folder(tmp_path) == tmp_path and load_tokenizer(tmp_path) is None
+
+
+def test_what_is_not_a_model(tmp_path):
+    with pytest.raises(UsageError, match="has no config.json, so it is not a model"):
+        model_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UsageError, match="is not valid JSON"):
+        stored_dtype(tmp_path)
+    with pytest.raises(UsageError, match="there is no such folder"):
+        model_folder(tmp_path / "config.json")
+
+
+def test_device():
+    assert pick_device("cpu") == "cpu"
+    with pytest.raises(UsageError, match="device nowhere cannot be used here"):
+        pick_device("nowhere")

@@ -1,0 +1,109 @@
+"""Schedules are chosen from values: what a probe showed, memory, what was asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.driver_models import build, tokens
+
+from ptqkit.errors import PreflightError, UnsupportedModuleError
+from ptqkit.hf.models.probe import Probe
+from ptqkit.hf.quantization import plan as plan_module
+from ptqkit.hf.quantization.inspection import Inspection, inspect_model
+from ptqkit.hf.quantization.plan import (
+    Plan,
+    available_memory,
+    estimate_memory,
+    peak_memory,
+    plan_schedule,
+)
+from ptqkit.recipe.recipe import Recipe
+
+HOST = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def seen(model):
+    recipe = Recipe(group_size=16)
+    return inspect_model(
+        model,
+        recipe,
+        tokens(60),
+        None,
+        blocks=None,
+        share_inputs=True,
+        checkpoint_format="auto",
+        out_dir=None,
+        overwrite=False,
+        batch_size=1,
+    )
+
+
+def test_an_inspection_changes_nothing(model, seen):
+    assert len(seen.structure.targets) == 14 and len(seen.probe.groups) == 8
+    assert seen.calibration.tokens > 0 and seen.unprobed == set()
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_without_data_there_is_nothing_to_choose(model, seen):
+    assert plan_schedule(model, Inspection(seen.structure), "auto", None, 0.0) == Plan()
+
+
+def test_one_pass_unless_something_is_in_the_way(model, seen):
+    found = plan_schedule(model, seen, "auto", None, 0.0)
+    assert (found.schedule, found.reason, found.strict) == ("one-pass", "", False)
+    assert found.estimate["budget"] is None and found.estimate["available"] > 0
+    assert plan_schedule(model, seen, "one-pass", None, 0.0).strict
+    found = plan_schedule(model, seen, "replay", None, 0.0)
+    assert (found.schedule, found.reason) == ("replay", "asked for")
+
+
+def altered(seen, inside_mode=None, unprobed=()):
+    shown = Probe(seen.probe.groups, {}, [], inside_mode, seen.probe.blocks)
+    return Inspection(seen.structure, seen.calibration, shown, set(unprobed))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"inside_mode": "x.y"}, r"x\.y runs inside a thread-local mode"),
+        ({"unprobed": ["b", "a"]}, r"did not reach 2 layers \(a, \.\.\.\)"),
+    ],
+)
+def test_what_the_probe_showed_decides(model, seen, changes, reason):
+    inspection = altered(seen, **changes)
+    found = plan_schedule(model, inspection, "auto", None, 0.0)
+    assert found.schedule == "replay"
+    with pytest.raises(UnsupportedModuleError, match=f"is not possible: .*{reason}"):
+        plan_schedule(model, inspection, "one-pass", None, 0.0)
+    with pytest.raises(PreflightError, match=f"error_propagation=0.5 needs .*{reason}") as error:
+        plan_schedule(model, inspection, "auto", None, 0.5)
+    assert error.value.has(UnsupportedModuleError)
+
+
+def test_memory_decides(model, seen, monkeypatch):
+    targets, groups, data = seen.structure.targets, seen.probe.groups, seen.calibration
+    needed = estimate_memory(model, targets, groups, data)
+    assert 0 < needed.replay < needed.one_pass
+    between = (needed.replay + needed.one_pass) // 2
+    found = plan_schedule(model, seen, "auto", between, 0.0)
+    assert found.schedule == "replay" and "the memory budget is" in found.reason
+    with pytest.raises(PreflightError, match="memory_budget: replay needs about"):
+        plan_schedule(model, seen, "auto", 1000, 0.0)
+    # What is free is no promise: too little of it is a warning.
+    monkeypatch.setattr(plan_module, "available_memory", lambda device: 1000)
+    found = plan_schedule(model, seen, "auto", None, 0.0)
+    assert found.schedule == "replay" and "the free memory is" in found.reason
+    assert len(found.warnings) == 1 and "replay needs about" in found.warnings[0]
+
+
+def test_memory_of_the_process():
+    before = peak_memory(HOST)
+    block = torch.ones(8 * 2**20)
+    assert available_memory(HOST) > 0 and before > 2**20
+    assert peak_memory(HOST) >= before and block.sum() > 0
