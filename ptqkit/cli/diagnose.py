@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ptqkit.cli import diagnose_report
 from ptqkit.cli.inputs import load_model, read_text
 from ptqkit.cli.options import (
     add_batch_size,
@@ -25,7 +26,9 @@ __all__ = ["add_parser"]
 _KINDS = ("query", "key", "value", "scores", "softmax", "weights", "inputs")
 
 _DESCRIPTION = """\
-Diagnostics of a model. Each is a flag; at least one is needed.
+Diagnostics of a model. Without a flag the full diagnosis: per layer the errors of its input on int8
+grids, its spread, kurtosis and outliers, the gain of the norm before it, the spectral norm of its
+weight; attention sinks, what an 8-bit softmax loses, the key-value cache's error; sensitivity.
 
 --sensitivity quantizes one thing at a time, all else in float, and ranks by the signal-to-noise
 ratio of the final logits, worst first (with --text also by perplexity). Things are the tensors
@@ -36,6 +39,8 @@ others have one asymmetric grid per tensor, fixed by the calibration data (softm
 
 _EPILOG = """\
 examples:
+  ptqkit diagnose demo --out diagnosis --recipe
+  ptqkit diagnose ./one --compare ./other --calibration train.txt
   ptqkit diagnose demo --sensitivity
   ptqkit diagnose ./model --sensitivity --calibration train.txt --bits 6 --picture six.png
   ptqkit diagnose ./model --sensitivity --by module --kinds softmax --calibration train.txt
@@ -113,6 +118,7 @@ def add_parser(commands: Any) -> None:
     data.add_argument("--samples", type=int, default=8, metavar="N", help="windows (8)")
     data.add_argument("--sequence-length", type=int, default=256, metavar="N", help="tokens (256)")
     add_batch_size(data)
+    diagnose_report.add_options(parser)
     add_model_options(parser)
     add_common(parser)
     parser.set_defaults(run=run)
@@ -121,8 +127,6 @@ def add_parser(commands: Any) -> None:
 def _check(args: argparse.Namespace) -> list[str]:
     check_json(args)
     asked = [name for name in _DIAGNOSTICS if getattr(args, name)]
-    if not asked:
-        raise UsageError("name a diagnostic: " + ", ".join(f"--{name}" for name in _DIAGNOSTICS))
     if args.picture is not None:
         path = Path(args.picture)
         if len(asked) > 1:
@@ -146,7 +150,9 @@ def _check(args: argparse.Namespace) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the diagnostics asked for, and print."""
+    """Run the diagnostics asked for, or else the full diagnosis, and print."""
+    if not any(getattr(args, name) for name in _DIAGNOSTICS):
+        return diagnose_report.run(args)
     asked = _check(args)
     values: dict[str, Any] = {"model": args.model}
     with quiet_transformers():

@@ -54,6 +54,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     check_json(args)
+    if args.picture is not None:
+        raise UsageError("--picture shows a sensitivity: take --out DIR, which gets all figures")
+    if args.text is not None:
+        raise UsageError("--text goes with --sensitivity")
     if not 2 <= args.bits <= 8:
         raise UsageError(f"--bits must be from 2 to 8, not {args.bits}")
     if args.published is not None and not args.compare:

@@ -119,7 +119,8 @@ def test_diagnose(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "name a diagnostic: --sensitivity"),
+        (["--picture", "x.png"], "--picture shows a sensitivity"),
+        (["--text", "x.txt"], "--text goes with --sensitivity"),
         (["--sensitivity"], "--calibration FILE is needed"),
         (["--sensitivity", "--calibration", "TRAIN", "--bits", "17"], "--bits must be"),
         (["--sensitivity", "--calibration", "TRAIN", "--bits", "9"], "weights take at most 8"),
