@@ -159,6 +159,22 @@ def test_threads_may_share_an_accumulator(kind):
         np.testing.assert_allclose(found, want, rtol=1e-12)
 
 
+def test_an_update_waits_while_another_thread_changes_the_object(kind):
+    make, update, values, _ = kind
+    seen = make()
+    update(seen)
+    before = [np.copy(value) for value in values(seen)]
+    thread = threading.Thread(target=update, args=(seen,))
+    with seen._lock:  # as a thread inside an update does
+        thread.start()
+        thread.join(timeout=0.2)
+        assert thread.is_alive()
+        for found, want in zip(values(seen), before, strict=True):
+            np.testing.assert_array_equal(found, want)
+    thread.join(timeout=30)
+    assert values(seen)[0] == 2 * before[0]
+
+
 def test_objects_that_are_merged_into_each_other_do_not_wait_for_each_other():
     left, right = ptqkit.Hessian(24), ptqkit.Hessian(24)
     left.update(X)
