@@ -20,7 +20,7 @@ PER = ("sample", "tensor", "channel")
 class _Seen(NamedTuple):
     """State of an SQNR; also what one batch adds to it."""
 
-    count: int = 0
+    samples: int = 0
     infinite: int = 0
     ratio: float = 0.0  # sum over the samples whose error is not zero
     energy: np.ndarray | None = None  # signal, noise: (2,) or (2, channels)
@@ -65,7 +65,7 @@ class SQNR(Accumulator):
     @property
     def count(self) -> int:
         """Samples seen."""
-        return self._seen.count
+        return self._seen.samples
 
     def update(self, reference: Any, quantized: Any) -> None:
         """Add samples.
@@ -113,7 +113,7 @@ class SQNR(Accumulator):
                     )
                 energy = seen.energy + batch.energy
             self._seen = _Seen(
-                seen.count + batch.count,
+                seen.samples + batch.samples,
                 seen.infinite + batch.infinite,
                 seen.ratio + batch.ratio,
                 energy,
@@ -163,7 +163,7 @@ class SQNR(Accumulator):
 
     def _state(self) -> _Seen:
         seen = self._seen
-        if seen.count == 0:
+        if seen.samples == 0:
             raise CalibrationError("the SQNR has seen no sample; call update() first")
         return seen
 
@@ -175,7 +175,7 @@ class SQNR(Accumulator):
         """
         seen = self._state()
         if self.per == "sample":
-            return math.inf if seen.infinite else _decibel(seen.ratio / seen.count)
+            return math.inf if seen.infinite else _decibel(seen.ratio / seen.samples)
         assert seen.energy is not None
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(seen.energy[1] == 0, np.inf, seen.energy[0] / seen.energy[1])
@@ -188,7 +188,7 @@ class SQNR(Accumulator):
         if self.per != "sample":
             raise ValueError(f"finite_decibel is of an SQNR per sample, not per {self.per}")
         seen = self._state()
-        finite = seen.count - seen.infinite
+        finite = seen.samples - seen.infinite
         return _decibel(seen.ratio / finite) if finite else math.nan
 
     def __repr__(self) -> str:
