@@ -436,4 +436,5 @@ def obq(
     inverse: np.ndarray = np.linalg.inv(damped)
     _core.obq(W.astype(np.float64), inverse, scale, zero, grids.max_code, codes, threads)
     q = replace(grids, codes=codes, damping=F.damping, dead_inputs=int(F.dead.sum()))
-    return replace(q, row_objectives=_objective(W, q, F.matrix, threads)[None])
+    found = _objective(W, q, F.matrix, threads)
+    return replace(q, row_objectives=found[None], rtn_objectives=grids.rtn_objectives)
