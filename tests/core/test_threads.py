@@ -86,7 +86,8 @@ timer.start()
 calls = 0
 while not widened.is_set() or calls < 3:  # some call is running when the mask widens
     ptqkit.search_equalization([W], X, ranges, bits=8, per_tensor=True, symmetric=True,
-                               activation_bits=8, activation_granularity="tensor")
+                               activation_bits=8, activation_granularity="tensor",
+                               alphas=[0.2, 0.5, 0.8])
     calls += 1
 """
 
