@@ -34,7 +34,7 @@ def configure(environ: Mapping[str, str] = os.environ) -> None:
         raise ImportError(f"PTQKIT_BLAS must be scipy or builtin, not {blas!r}")
     _core.use_builtin_blas()
     if blas == "scipy" and not _core.use_scipy_blas() and "PTQKIT_BLAS" in environ:
-        raise ImportError("PTQKIT_BLAS=scipy, but SciPy offers no 32-bit ssyrk and spotrf")
+        raise ImportError("PTQKIT_BLAS=scipy, but SciPy offers no 32-bit BLAS and LAPACK")
 
 
 def show_config() -> dict[str, object]:

@@ -52,7 +52,7 @@ def hessian_update(
     rows: _I64 | None,  # (count,), tokens that count
     threads: int,
     /,
-) -> None: ...  # FloatingPointError: NaN or Inf, S is left as it was
+) -> None: ...  # FloatingPointError (NaN or Inf), OverflowError: S is left as it was
 def hessian_finish(
     S: _F32,  # (n, n), upper triangle read
     out: _F32,  # (n, n), written: factor * S, symmetric; may be S
@@ -284,7 +284,7 @@ def energy_columns(
     threads: int,
     /,
 ) -> None: ...
-def use_scipy_blas() -> bool: ...  # False where SciPy offers no fitting ssyrk and spotrf
+def use_scipy_blas() -> bool: ...  # False where SciPy offers no fitting routines
 def use_builtin_blas() -> None: ...
 def set_cpu_level(name: str, /) -> str: ...  # "" means the best; ValueError
 def cpu_supports(name: str, /) -> bool: ...

@@ -299,6 +299,9 @@ int args_raise(ptq_status status) {
             PyErr_SetString(PyExc_FloatingPointError,
                             "an input holds NaN or Inf, or the result overflows float32");
             return -1;
+        case PTQ_OVERFLOW:
+            PyErr_SetString(PyExc_OverflowError, "a sum of squares overflows float32");
+            return -1;
         case PTQ_NOT_PD:
             PyErr_SetString(PyExc_ArithmeticError,
                             "H is not positive definite: add more to its diagonal");

@@ -3,6 +3,7 @@
 #include "bind.h"
 
 #include <stdatomic.h>
+#include <stddef.h>
 
 /* Called by the thread that entered the core, between its tasks. */
 static int poll_signals(void) {
@@ -12,12 +13,16 @@ static int poll_signals(void) {
     return stop;
 }
 
-/* The C signatures of the two routines, the names of SciPy's capsules (tested by SciPy as its ABI).
+/* The C signatures of the routines, the names of SciPy's capsules (tested by SciPy as its ABI).
  * An ILP64 SciPy, which takes 64-bit integers behind the same name, has others. */
 #define BLAS_S "__pyx_t_5scipy_6linalg_11cython_blas_s *"
 #define LAPACK_S "__pyx_t_5scipy_6linalg_13cython_lapack_s *"
 static const char SSYRK[] = "void (char *, char *, int *, int *, " BLAS_S ", " BLAS_S
                             ", int *, " BLAS_S ", " BLAS_S ", int *)";
+static const char SGEMM[] = "void (char *, char *, int *, int *, int *, " BLAS_S ", " BLAS_S
+                            ", int *, " BLAS_S ", int *, " BLAS_S ", " BLAS_S ", int *)";
+static const char STRSM[] = "void (char *, char *, char *, char *, int *, int *, " BLAS_S
+                            ", " BLAS_S ", int *, " BLAS_S ", int *)";
 static const char SPOTRF[] = "void (char *, int *, " LAPACK_S ", int *, int *)";
 
 /* A routine from a SciPy module's capsules, or NULL without an exception if its signature is not
@@ -37,17 +42,29 @@ static void *scipy_routine(const char *module_name, const char *name, const char
 static PyObject *use_scipy_blas(PyObject *self, PyObject *ignored) {
     (void)self;
     (void)ignored;
-    void *ssyrk = scipy_routine("scipy.linalg.cython_blas", "ssyrk", SSYRK);
-    void *spotrf = ssyrk ? scipy_routine("scipy.linalg.cython_lapack", "spotrf", SPOTRF) : NULL;
-    if (!spotrf) Py_RETURN_FALSE;
-    ptq_blas_set((ptq_ssyrk_fn)ssyrk, (ptq_spotrf_fn)spotrf);
+    static ptq_blas blas; /* written anew with the same values, if at all */
+    static const struct {
+        const char *module, *name, *signature;
+        size_t field;
+    } wanted[] = {
+        {"scipy.linalg.cython_blas", "sgemm", SGEMM, offsetof(ptq_blas, sgemm)},
+        {"scipy.linalg.cython_blas", "ssyrk", SSYRK, offsetof(ptq_blas, ssyrk)},
+        {"scipy.linalg.cython_blas", "strsm", STRSM, offsetof(ptq_blas, strsm)},
+        {"scipy.linalg.cython_lapack", "spotrf", SPOTRF, offsetof(ptq_blas, spotrf)},
+    };
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        void *routine = scipy_routine(wanted[i].module, wanted[i].name, wanted[i].signature);
+        if (!routine) Py_RETURN_FALSE;
+        memcpy((char *)&blas + wanted[i].field, &routine, sizeof routine);
+    }
+    ptq_blas_set(&blas);
     Py_RETURN_TRUE;
 }
 
 static PyObject *use_builtin_blas(PyObject *self, PyObject *ignored) {
     (void)self;
     (void)ignored;
-    ptq_blas_set(NULL, NULL);
+    ptq_blas_set(NULL);
     Py_RETURN_NONE;
 }
 
@@ -83,7 +100,7 @@ static PyMethodDef methods[] = {
     /* clang-format on */
     {"use_scipy_blas", use_scipy_blas, METH_NOARGS,
      "use_scipy_blas($module, /)\n--\n\n"
-     "Take ssyrk and spotrf from SciPy; return False if it offers none that fit."},
+     "Take SciPy's BLAS and LAPACK; return False if it offers no routines that fit."},
     {"use_builtin_blas", use_builtin_blas, METH_NOARGS,
      "use_builtin_blas($module, /)\n--\n\nFactorize and multiply with the core's own kernels."},
     {"set_cpu_level", set_cpu_level, METH_O,

@@ -1,4 +1,5 @@
 /* activations.c - signed integer grids of activations, their codes, and outlier columns. */
+#include <math.h>
 #include <stdatomic.h>
 
 #include "internal.h"
@@ -59,7 +60,7 @@ static ptq_status reader_make(token_reader *r, const void *X, int64_t n, ptq_dty
 /* Row t as floats, or NULL if it is not finite. */
 static const float *reader_row(token_reader *r, int64_t t, int thread) {
     const char *x = r->X + t * r->row_bytes;
-    if (!r->k->tokens.all_finite(r->dtype, x, r->n)) {
+    if (!r->k->tokens.all_below(r->dtype, x, r->n, INFINITY)) {
         r->nonfinite = 1;
         return NULL;
     }

@@ -1,4 +1,5 @@
 /* checks.c - what is asked of a matrix before it is used. */
+#include <math.h>
 #include <stdatomic.h>
 
 #include "internal.h"
@@ -17,7 +18,7 @@ static void symmetry_task(void *ctx, int64_t b, int thread) {
     (void)thread;
     symmetry_scan *c = ctx;
     const int64_t n = c->n, i0 = b * BLOCK, i1 = ptq_min64(i0 + BLOCK, n);
-    if (!c->k->tokens.all_finite(PTQ_F32, c->H + i0 * n, (i1 - i0) * n)) c->bad = 1;
+    if (!c->k->tokens.all_below(PTQ_F32, c->H + i0 * n, (i1 - i0) * n, INFINITY)) c->bad = 1;
     for (int64_t j0 = i0; j0 < n; j0 += BLOCK)
         for (int64_t i = i0; i < i1; i++)
             for (int64_t j = j0; j < ptq_min64(j0 + BLOCK, n); j++) {
@@ -45,7 +46,8 @@ static void finite_task(void *ctx, int64_t b, int thread) {
     (void)thread;
     finite_scan *c = ctx;
     const int64_t from = b << 16;
-    if (!c->k->tokens.all_finite(PTQ_F32, c->x + from, ptq_min64(1 << 16, c->count - from)))
+    if (!c->k->tokens.all_below(PTQ_F32, c->x + from, ptq_min64(1 << 16, c->count - from),
+                                INFINITY))
         c->bad = 1;
 }
 

@@ -200,28 +200,116 @@ static ptq_status factor_blocks(factor *f, int64_t *info, int threads) {
     return ptq_parallel_for(ptq_ceil_div(f->n, 64), threads, store_task, f);
 }
 
-static ptq_status factor_blas(factor *f, ptq_spotrf_fn spotrf, int64_t *info) {
-    const int64_t n = f->n;
-    float *A = ptq_alloc(n * n, sizeof *A);
-    if (!A) return PTQ_NOMEM;
-    for (int64_t i = 0; i < n; i++) {
-        const float *row = f->H + source(f, i) * n;
-        for (int64_t j = 0; j <= i; j++) A[i * n + j] = row[source(f, j)];
-        A[i * n + i] = (float)((double)A[i * n + i] + f->shift[source(f, i)]);
+/* ---- by BLAS -------------------------------------------------------------------------------
+ * Right-looking, on A as row-major lower, which is column-major upper: A = U^T U. */
+
+typedef struct {
+    const factor *f;
+    const ptq_blas *blas;
+    float *A;      /* (n, n) */
+    int64_t k, k1; /* rows of U that are computed */
+    int64_t tiles; /* along the rest of a row */
+    int info;
+} blas_factor;
+
+/* Rows [64 b, 64 b + 64) of the lower triangle of A. */
+static void gather_task(void *ctx, int64_t b, int thread) {
+    (void)thread;
+    const blas_factor *g = ctx;
+    const factor *f = g->f;
+    for (int64_t i = b * 64; i < ptq_min64(b * 64 + 64, f->n); i++) {
+        const int64_t from = source(f, i);
+        const float *row = f->H + from * f->n;
+        float *a = g->A + i * f->n;
+        for (int64_t j = 0; j <= i; j++) a[j] = row[source(f, j)];
+        a[i] = (float)((double)a[i] + f->shift[from]);
     }
-    char uplo = 'U'; /* row-major lower is column-major upper */
-    int size = (int)n, result = 0;
-    spotrf(&uplo, &size, A, &size, &result);
+}
+
+/* The block at k on the diagonal. */
+static void pivot_block(blas_factor *g) {
+    char upper = 'U';
+    int size = (int)(g->k1 - g->k), n = (int)g->f->n, result = 0;
+    g->blas->spotrf(&upper, &size, g->A + g->k * g->f->n + g->k, &n, &result);
+    g->info = result > 0 ? (int)g->k + result : result;
+}
+
+/* Tile j of the block row: U_kj = U_kk^-T A_kj. */
+static void solve_tile(const blas_factor *g, int64_t j) {
+    const int64_t n = g->f->n;
+    char left = 'L', upper = 'U', turned = 'T', plain = 'N';
+    int height = (int)(g->k1 - g->k), width = (int)ptq_min64(PTQ_BLAS_TILE, n - j), ld = (int)n;
+    float one = 1.0f;
+    g->blas->strsm(&left, &upper, &turned, &plain, &height, &width, &one, g->A + g->k * n + g->k,
+                   &ld, g->A + j * n + g->k, &ld);
+}
+
+/* A_ij -= U_ki^T U_kj. */
+static void subtract_tile(const blas_factor *g, int64_t i, int64_t j) {
+    const int64_t n = g->f->n;
+    char upper = 'U', turned = 'T', plain = 'N';
+    int height = (int)ptq_min64(PTQ_BLAS_TILE, n - i), width = (int)ptq_min64(PTQ_BLAS_TILE, n - j);
+    int depth = (int)(g->k1 - g->k), ld = (int)n;
+    float one = 1.0f, minus = -1.0f, *Ui = g->A + i * n + g->k, *A = g->A + j * n + i;
+    if (i == j) g->blas->ssyrk(&upper, &turned, &width, &depth, &minus, Ui, &ld, &one, A, &ld);
+    else
+        g->blas->sgemm(&turned, &plain, &height, &width, &depth, &minus, Ui, &ld,
+                       g->A + j * n + g->k, &ld, &one, A, &ld);
+}
+
+/* Task 0, then `tiles` tasks, then those of the rest of A, in this order. */
+static void blas_task(void *ctx, int64_t task, int thread) {
+    (void)thread;
+    blas_factor *g = ctx;
+    if (task == 0) pivot_block(g);
+    if (task == 0 || g->info) return;
+    if (task <= g->tiles) {
+        solve_tile(g, g->k1 + (task - 1) * PTQ_BLAS_TILE);
+        return;
+    }
+    const int64_t t = task - 1 - g->tiles;
+    int64_t tj = 0;
+    while ((tj + 1) * (tj + 2) / 2 <= t) tj++;
+    const int64_t ti = t - tj * (tj + 1) / 2;
+    subtract_tile(g, g->k1 + ti * PTQ_BLAS_TILE, g->k1 + tj * PTQ_BLAS_TILE);
+}
+
+/* Rows [64 b, 64 b + 64) of R from A. */
+static void turn_task(void *ctx, int64_t b, int thread) {
+    (void)thread;
+    const blas_factor *g = ctx;
+    const int64_t n = g->f->n;
+    for (int64_t k = b * 64; k < ptq_min64(b * 64 + 64, n); k++)
+        for (int64_t j = k; j < n; j++) g->f->R[k * n + j] = g->A[(n - 1 - k) * n + (n - 1 - j)];
+}
+
+static ptq_status blas_blocks(blas_factor *g, int64_t *info, int threads) {
+    const factor *f = g->f;
+    const int64_t n = f->n, stripes = ptq_ceil_div(n, 64);
+    ptq_status status = ptq_parallel_for(stripes, threads, gather_task, g);
+    for (; g->k < n && !status && !g->info; g->k = g->k1) {
+        g->k1 = ptq_min64(g->k + PTQ_BLAS_DEPTH, n);
+        g->tiles = ptq_ceil_div(n - g->k1, PTQ_BLAS_TILE);
+        const int64_t tasks = 1 + g->tiles + g->tiles * (g->tiles + 1) / 2;
+        status = ptq_parallel_for(tasks, 1, blas_task, g);
+    }
+    if (status || g->info < 0) return status ? status : PTQ_BLAS;
     /* A pivot at the level of rounding is noise here too, see factor_tile. */
-    for (int64_t i = 0; i < n && !result; i++) {
-        const double root = A[i * n + i];
-        if (!(root * root > 4.0 * FLT_EPSILON * pivot_scale(f, i))) result = (int)(i + 1);
+    for (int64_t i = 0; i < n && !g->info; i++) {
+        const double root = (double)g->A[i * n + i];
+        if (!(root * root > 4.0 * FLT_EPSILON * pivot_scale(f, i))) g->info = (int)(i + 1);
     }
-    if (result > 0) *info = source(f, result - 1);
-    for (int64_t k = 0; k < n && !result; k++)
-        for (int64_t j = k; j < n; j++) f->R[k * n + j] = A[(n - 1 - k) * n + (n - 1 - j)];
-    free(A);
-    return result > 0 ? PTQ_NOT_PD : result < 0 ? PTQ_BLAS : PTQ_OK;
+    if (!g->info) return ptq_parallel_for(stripes, threads, turn_task, g);
+    *info = source(f, g->info - 1);
+    return PTQ_NOT_PD;
+}
+
+static ptq_status factor_blas(const factor *f, const ptq_blas *blas, int64_t *info, int threads) {
+    blas_factor g = {.f = f, .blas = blas, .A = ptq_alloc(f->n * f->n, sizeof(float))};
+    if (!g.A) return PTQ_NOMEM;
+    const ptq_status status = blas_blocks(&g, info, threads);
+    free(g.A);
+    return status;
 }
 
 ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const double *shift, float *R,
@@ -230,9 +318,9 @@ ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const doub
     if (n < 1) return PTQ_INVALID;
     const ptq_kernels *k = ptq_kernels_get();
     factor f = {.k = k, .H = H, .shift = shift, .perm = perm, .n = n, .R = R};
-    const ptq_spotrf_fn spotrf = ptq_blas_spotrf();
-    if (spotrf && n <= INT_MAX) return factor_blas(&f, spotrf, info);
     threads = ptq_threads_for_work(threads, (double)n * (double)n * (double)n / 16.0);
+    const ptq_blas *blas = ptq_blas_get();
+    if (blas && n <= INT_MAX) return factor_blas(&f, blas, info, threads);
     f.padded = ptq_ceil_div(n, k->gemm.nr) * k->gemm.nr;
     f.width = ptq_max64(1, 2 * PTQ_MAX_NR / k->gemm.nr) * k->gemm.nr;
     const int64_t slots = threads + f.width / k->gemm.nr;

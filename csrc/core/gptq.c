@@ -174,6 +174,23 @@ static void store_history(solver *v, const panel *p, int64_t row, int pass) {
     }
 }
 
+/* The last objective anew if its terms have cancelled, and with it the ones before: what a pass
+ * gains comes from H itself. */
+static void repair_history(const solver *v, const panel *p, int64_t row) {
+    const ptq_gptq_args *a = v->a;
+    double least[PTQ_MAX_NR], objective[PTQ_MAX_NR];
+    for (int64_t r = 0; r < v->k->gemm.nr; r++) {
+        least[r] = 1e-3 * a->shift * p->error2[r]; /* was taken off */
+        objective[r] = p->objective[r];
+    }
+    ptq_objective_repair(a->H, a->n, a->perm, p->E, v->k->gemm.nr, least, objective);
+    for (int64_t r = 0; r < v->k->gemm.nr && row + r < a->rows; r++) {
+        const double change = objective[r] - p->objective[r];
+        for (int pass = 0; pass <= a->refine_passes && change != 0.0; pass++)
+            a->history[pass * a->rows + row + r] += change;
+    }
+}
+
 static void store_panel(const solver *v, const panel *p, int64_t row) {
     const ptq_gptq_args *a = v->a;
     const int64_t nr = v->k->gemm.nr, present = ptq_min64(nr, a->rows - row), groups = a->n / a->G;
@@ -237,7 +254,10 @@ static void solve_task(void *ctx, int64_t task, int thread) {
         for (int64_t q = 0; q < count; q++)
             store_history(v, &p[q], (first + q) * v->k->gemm.nr, pass);
     }
-    for (int64_t q = 0; q < count; q++) store_panel(v, &p[q], (first + q) * v->k->gemm.nr);
+    for (int64_t q = 0; q < count; q++) {
+        if (a->feedback) repair_history(v, &p[q], (first + q) * v->k->gemm.nr);
+        store_panel(v, &p[q], (first + q) * v->k->gemm.nr);
+    }
 }
 
 /* Cut the strips into blocks of whole groups (dynamic grids) of about `block` columns. */

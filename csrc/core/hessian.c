@@ -1,5 +1,7 @@
 /* hessian.c - S += X^T X by output tiles over packed tokens; one triangle only. */
+#include <float.h>
 #include <limits.h>
+#include <math.h>
 #include <stdatomic.h>
 
 #include "blas.h"
@@ -24,7 +26,8 @@ typedef struct {
     void *packed;         /* (panels, CHUNK or CHUNK / 2, nr) 32-bit values */
     int64_t tile;         /* panels per tile side */
     int64_t tiles;
-    atomic_int bad;
+    float limit; /* below it, no sum of squares can overflow */
+    atomic_int bad, large;
 } update;
 
 static int64_t panel_depth(const update *u) {
@@ -89,18 +92,78 @@ static void finite_task(void *ctx, int64_t i, int thread) {
     const int64_t size = u->dtype == PTQ_F32 ? 4 : 2, end = ptq_min64((i + 1) * 64, u->count);
     for (int64_t t = i * 64; t < end; t++) {
         const int64_t row = u->rows ? u->rows[t] : t;
-        if (!u->k->tokens.all_finite(u->dtype, (const char *)u->X + row * u->ldx * size, u->n))
-            u->bad = 1;
+        const char *x = (const char *)u->X + row * u->ldx * size;
+        if (u->k->tokens.all_below(u->dtype, x, u->n, u->limit)) continue;
+        if (u->k->tokens.all_below(u->dtype, x, u->n, INFINITY)) u->large = 1;
+        else u->bad = 1;
     }
 }
 
-static void update_blas(ptq_ssyrk_fn ssyrk, float *S, int64_t n, const float *X, int64_t ldx,
-                        int64_t tokens) {
-    /* Row-major S upper is column-major lower; row-major X is column-major X^T. */
-    char uplo = 'L', trans = 'N';
-    int in = (int)n, ik = (int)tokens, lda = (int)ldx;
-    float one = 1.0f;
-    ssyrk(&uplo, &trans, &in, &ik, &one, (float *)(uintptr_t)X, &lda, &one, S, &in);
+enum { SQUARES = 256 }; /* columns of a task */
+
+/* Set `bad` if twice a sum of squares of some columns would overflow: H of one token has it. */
+static void squares_task(void *ctx, int64_t i, int thread) {
+    (void)thread;
+    update *u = ctx;
+    const int64_t size = u->dtype == PTQ_F32 ? 4 : 2, c = i * SQUARES;
+    const int64_t columns = ptq_min64(SQUARES, u->n - c);
+    float x[SQUARES];
+    double sum[SQUARES];
+    for (int64_t j = 0; j < columns; j++) sum[j] = (double)u->S[(c + j) * u->n + c + j];
+    for (int64_t t = 0; t < u->count; t++) {
+        if (t % 1024 == 1023 && ptq_should_stop()) return;
+        const int64_t row = u->rows ? u->rows[t] : t;
+        u->k->tokens.widen(u->dtype, (const char *)u->X + (row * u->ldx + c) * size, NULL, columns,
+                           x);
+        for (int64_t j = 0; j < columns; j++) sum[j] += (double)x[j] * (double)x[j];
+    }
+    for (int64_t j = 0; j < columns; j++)
+        if (!(2.001 * sum[j] < (double)FLT_MAX)) u->bad = 1;
+}
+
+/* Whether all that is to be added is finite and leaves finite sums. */
+static ptq_status check_tokens(update *u, int threads) {
+    double most = 0.0;
+    for (int64_t i = 0; i < u->n; i++) most = fmax(most, (double)u->S[i * u->n + i]);
+    const double room = (double)FLT_MAX / 2.002 - most, tokens = (double)u->count;
+    u->limit = room > 0.0 && tokens > 0.0 ? (float)sqrt(room / tokens) : 0.0f;
+    const int scanners = ptq_worth_threads(tokens * (double)u->n) ? threads : 1;
+    ptq_status status = ptq_parallel_for(ptq_ceil_div(u->count, 64), scanners, finite_task, u);
+    if (status || u->bad) return status ? status : PTQ_NONFINITE;
+    if (!u->large) return PTQ_OK;
+    status = ptq_parallel_for(ptq_ceil_div(u->n, SQUARES), scanners, squares_task, u);
+    return status ? status : u->bad ? PTQ_OVERFLOW : PTQ_OK;
+}
+
+typedef struct {
+    const ptq_blas *blas;
+    const update *u;
+    int64_t chunks; /* of tokens */
+} blas_update;
+
+/* A chunk of tokens of a tile. Row-major S upper is column-major lower; row-major X is X^T. */
+static void blas_task(void *ctx, int64_t task, int thread) {
+    (void)thread;
+    const blas_update *b = ctx;
+    const update *u = b->u;
+    const int64_t t = task / b->chunks, first = task % b->chunks * PTQ_BLAS_DEPTH;
+    int64_t tj = 0;
+    while ((tj + 1) * (tj + 2) / 2 <= t) tj++;
+    const int64_t j = tj * PTQ_BLAS_TILE, i = (t - tj * (tj + 1) / 2) * PTQ_BLAS_TILE;
+    char lower = 'L', plain = 'N', turned = 'T';
+    int height = (int)ptq_min64(PTQ_BLAS_TILE, u->n - j), width = PTQ_BLAS_TILE;
+    int depth = (int)ptq_min64(PTQ_BLAS_DEPTH, u->count - first), ldx = (int)u->ldx, n = (int)u->n;
+    float one = 1.0f, *X = (float *)(uintptr_t)u->X + first * u->ldx, *S = u->S + i * u->n + j;
+    if (i == j) b->blas->ssyrk(&lower, &plain, &height, &depth, &one, X + j, &ldx, &one, S, &n);
+    else
+        b->blas->sgemm(&plain, &turned, &height, &width, &depth, &one, X + j, &ldx, X + i, &ldx,
+                       &one, S, &n);
+}
+
+static ptq_status update_blas(const ptq_blas *blas, const update *u) {
+    blas_update b = {blas, u, ptq_ceil_div(u->count, PTQ_BLAS_DEPTH)};
+    const int64_t side = ptq_ceil_div(u->n, PTQ_BLAS_TILE);
+    return ptq_parallel_for(side * (side + 1) / 2 * b.chunks, 1, blas_task, &b);
 }
 
 static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
@@ -137,15 +200,12 @@ ptq_status ptq_hessian_update(float *S, int64_t n, const void *X, int64_t ldx, p
     u.mr = u.pairs ? u.k->pairs.mr : u.k->gemm.mr;
     u.nr = u.pairs ? u.k->pairs.nr : u.k->gemm.nr;
     threads = ptq_thread_count(threads);
-    const int scanners = ptq_worth_threads((double)tokens * (double)n) ? threads : 1;
-    ptq_status status = ptq_parallel_for(ptq_ceil_div(tokens, 64), scanners, finite_task, &u);
+    const ptq_status status = check_tokens(&u, threads);
     if (status) return status;
-    if (u.bad) return PTQ_NONFINITE;
-    const ptq_ssyrk_fn ssyrk = ptq_blas_ssyrk();
-    if (!ssyrk || dtype != PTQ_F32 || rows || n > INT_MAX || tokens > INT_MAX || ldx > INT_MAX)
+    const ptq_blas *blas = ptq_blas_get();
+    if (!blas || dtype != PTQ_F32 || rows || n > INT_MAX || ldx > INT_MAX)
         return update_builtin(&u, tokens, threads);
-    update_blas(ssyrk, S, n, X, ldx, tokens);
-    return PTQ_OK;
+    return update_blas(blas, &u);
 }
 
 typedef struct {

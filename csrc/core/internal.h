@@ -61,6 +61,14 @@ void ptq_grid_fit(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const f
 void ptq_panel_load(const ptq_kernels *k, const float *W, int64_t rows, int64_t n, int64_t row,
                     float *panel);
 
+/* Replace objective (nr), sums e H e^T of the columns e of E (n, nr), by values computed in double
+ * where their terms have cancelled so far that little but rounding is left: below `least` (nr), or
+ * far below what the diagonal of H allows. What is below 0 by no more than rounding becomes 0; an
+ * H that is not positive semidefinite gives its negative values. index: the rows of H in the order
+ * of E, NULL: as they are. */
+void ptq_objective_repair(const float *H, int64_t n, const int64_t *index, const float *E,
+                          int64_t nr, const double *least, double *objective);
+
 /* ptq_channel_ranges on given kernels and resolved threads. */
 ptq_status ptq_column_ranges(const ptq_kernels *k, const void *X, int64_t n, int64_t ldx,
                              ptq_dtype dtype, const int64_t *rows, int64_t tokens, float *low,

@@ -39,6 +39,7 @@ typedef enum {
     PTQ_BLAS,          /* an external BLAS/LAPACK call failed */
     PTQ_NOT_SYMMETRIC, /* mirrored entries differ by more than the tolerance */
     PTQ_ROW_REFUSED,   /* a row breaks the function's condition; see info */
+    PTQ_OVERFLOW,      /* finite inputs give a sum beyond float32 */
 } ptq_status;
 
 /* PTQ_F64 only for the arguments that name it. */
@@ -89,8 +90,9 @@ ptq_status ptq_parallel_for(int64_t tasks, int threads, ptq_task task, void *ctx
  * scratch, tiles on the diagonal write below it too.
  * S (n, n) float32; X tokens of n values at stride ldx elements, of type `dtype`;
  * rows: indices of the tokens that count, or NULL for all `tokens`. bf16 products are exact in
- * float32 and are accumulated without widening if the CPU can. PTQ_NONFINITE leaves S as is.
- * BLAS: ssyrk for float32 without `rows`, on its own threads. */
+ * float32 and are accumulated without widening if the CPU can. PTQ_NONFINITE, and PTQ_OVERFLOW if
+ * twice a sum of squares would be beyond float32, leave S as is; PTQ_INTERRUPTED does not.
+ * BLAS: for float32 without `rows`, on its own threads. */
 ptq_status ptq_hessian_update(float *S, int64_t n, const void *X, int64_t ldx, ptq_dtype dtype,
                               const int64_t *rows, int64_t tokens, int threads);
 /* out (n, n) full symmetric = factor * S, from S's upper triangle. out may be S. */
@@ -143,7 +145,7 @@ ptq_status ptq_equalization_errors(const ptq_equalization_args *args, int thread
 /* R (n, n) upper triangular, float32, with R R^T = P H P^T + diag(shift), where
  * row i of the permuted matrix is row perm[i] of H. shift (n) is in the original order. The strict
  * lower triangle of R is not written. On PTQ_NOT_PD *info is the original index of the pivot.
- * BLAS: spotrf for any n that an int holds, on its own threads. */
+ * BLAS: for any n that an int holds, on its own threads. */
 ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const double *shift, float *R,
                       int64_t *info, int threads);
 
@@ -182,7 +184,8 @@ typedef struct {
 ptq_status ptq_gptq(const ptq_gptq_args *args, int threads);
 
 /* ---- objective.c ----------------------------------------------------------------------- */
-/* out (rows) = e H e^T of each row of E (rows, n). */
+/* out (rows) = e H e^T of each row of E (rows, n). Where the terms cancel, as they do for a
+ * rank-deficient H, in double; what is below 0 by no more than rounding is 0. */
 ptq_status ptq_objective(const float *E, int64_t rows, int64_t n, const float *H, double *out,
                          int threads);
 
@@ -380,11 +383,16 @@ const char *ptq_cpu_level(void);
 /* 1 if the CPU can run what the name says. */
 int ptq_cpu_supports(const char *name);
 
-typedef void (*ptq_ssyrk_fn)(char *, char *, int *, int *, float *, float *, int *, float *,
-                             float *, int *);
-typedef void (*ptq_spotrf_fn)(char *, int *, float *, int *, int *);
-/* Hand over SciPy's routines; NULL keeps the built-in ones. */
-void ptq_blas_set(ptq_ssyrk_fn ssyrk, ptq_spotrf_fn spotrf);
+typedef struct {
+    void (*sgemm)(char *, char *, int *, int *, int *, float *, float *, int *, float *, int *,
+                  float *, float *, int *);
+    void (*ssyrk)(char *, char *, int *, int *, float *, float *, int *, float *, float *, int *);
+    void (*strsm)(char *, char *, char *, char *, int *, int *, float *, float *, int *, float *,
+                  int *);
+    void (*spotrf)(char *, int *, float *, int *, int *);
+} ptq_blas;
+/* Hand over SciPy's routines, which must stay where they are; NULL: the built-in ones. */
+void ptq_blas_set(const ptq_blas *blas);
 const char *ptq_blas_name(void);
 
 #endif

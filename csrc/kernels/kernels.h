@@ -110,8 +110,9 @@ typedef struct {
     /* Columns [c, c + gemm.nr) of `count` tokens into (count, nr); absent columns are zero. */
     void (*pack)(ptq_dtype dtype, const void *X, int64_t ldx, const int64_t *rows, int64_t first,
                  int64_t count, int64_t c, int64_t columns, float *out);
-    /* 1 if all `count` values are finite. */
-    int (*all_finite)(ptq_dtype dtype, const void *x, int64_t count);
+    /* 1 if all `count` values are below the limit, rounded down to the dtype, in absolute value;
+     * INFINITY: if all are finite. */
+    int (*all_below)(ptq_dtype dtype, const void *x, int64_t count, float limit);
     /* n values, 0 if skip (may be NULL) is non-zero. */
     void (*widen)(ptq_dtype dtype, const void *x, const uint8_t *skip, int64_t n, float *out);
 } ptq_tokens_kernels;

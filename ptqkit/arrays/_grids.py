@@ -9,7 +9,15 @@ import numpy as np
 from ptqkit.arrays._inputs import check_count, check_number, label
 from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid
 
-__all__ = ["GridSpec", "check_scales", "grid_spec", "group_width", "named_grid", "outputs"]
+__all__ = [
+    "GridSpec",
+    "check_scales",
+    "grid_spec",
+    "group_width",
+    "named_grid",
+    "outputs",
+    "row_exponents",
+]
 
 LARGEST_SCALE = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}
 
@@ -94,6 +102,20 @@ def outputs(rows: int, n: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.
         np.empty((rows, groups), np.float32),
         np.empty((rows, groups), np.uint8),
     )
+
+
+def row_exponents(W: np.ndarray, scale_dtype: str = "float32") -> np.ndarray | None:
+    """Return k (rows, 1) for which ``2^-k W`` is neither huge nor tiny, or None if W is neither.
+
+    The core squares errors in float32, where those of such rows overflow or vanish. A power of two
+    changes nothing else: the same codes, ``2^k`` times the scales, ``4^k`` times the objectives.
+    Tiny weights stay if their scales are to be float16, which rounds them otherwise there.
+    """
+    largest = np.maximum(W.max(axis=1), -W.min(axis=1))
+    far = largest > 2.0**30
+    if scale_dtype != "float16":
+        far |= (largest < 2.0**-30) & (largest > 2.0**-100)
+    return np.where(far, np.frexp(largest)[1], 0)[:, None] if far.any() else None
 
 
 def check_scales(scales: np.ndarray, scale_dtype: str, name: str | None) -> None:

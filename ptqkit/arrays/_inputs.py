@@ -16,6 +16,10 @@ NOT_FINITE = (
     "X holds NaN or Inf; the batch was not added. Check the calibration data and the model's "
     "dtype (float16 overflows easily)"
 )
+TOO_LARGE = (
+    "X holds values so large (about 1e19) that their squares add up beyond float32; the batch was "
+    "not added. Check the calibration data, or scale it down"
+)
 
 
 def label(name: str | None) -> str:

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import NOT_FINITE, as_batch, as_matrix, check_count, check_threads
+from ptqkit.arrays._inputs import (
+    NOT_FINITE,
+    TOO_LARGE,
+    as_batch,
+    as_matrix,
+    check_count,
+    check_threads,
+)
+from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.errors import CalibrationError
 
 __all__ = ["SYMMETRY_TOLERANCE", "Hessian"]
@@ -15,11 +23,12 @@ __all__ = ["SYMMETRY_TOLERANCE", "Hessian"]
 SYMMETRY_TOLERANCE = 1e-4  # of the largest entry of H
 
 
-class Hessian:
+class Hessian(Accumulator):
     """Accumulate the Hessian of a linear layer, ``H = (2/N) * sum_t x_t x_t^T`` [GPTQ, section 3].
 
     Only one triangle is accumulated, in float32. If the CPU can, bfloat16 inputs are multiplied
-    without being widened (the products are exact in float32).
+    without being widened (the products are exact in float32). Several threads may update one
+    object.
 
     Parameters
     ----------
@@ -37,13 +46,15 @@ class Hessian:
     (400, (64, 64))
     """
 
+    _quantity = "Hessian"
+
     def __init__(self, in_features: int, *, threads: int = 0) -> None:
+        super().__init__()
         self.in_features = check_count(in_features, "in_features", 1, 1 << 24)
         self.threads = check_threads(threads)
         self.tokens = 0
         self._sum = np.zeros((self.in_features, self.in_features), np.float32)
         self._matrix: np.ndarray | None = None
-        self._interrupted = False  # an interrupted update has left part of a batch in the sum
 
     @classmethod
     def from_matrix(cls, matrix: Any, tokens: int, *, threads: int = 0) -> Hessian:
@@ -56,15 +67,11 @@ class Hessian:
             raise ValueError("matrix must be symmetric: it is the Hessian (2/N) X^T X")
         result = cls(len(matrix), threads=threads)
         result.tokens = check_count(tokens, "tokens", 1, 1 << 62)
-        result._sum = matrix * np.float32(tokens / 2.0)
+        with np.errstate(over="ignore"):
+            result._sum = matrix * np.float32(tokens / 2.0)
+        if not np.isfinite(result._sum.diagonal()).all():
+            raise ValueError(f"matrix * tokens / 2 overflows float32 at {tokens} tokens")
         return result
-
-    def _check_whole(self) -> None:
-        if self._interrupted:
-            raise CalibrationError(
-                "an update of the Hessian was interrupted and part of its batch is in the sum; "
-                "accumulate into a new Hessian"
-            )
 
     def update(self, X: Any, mask: Any = None) -> None:
         """Add a batch of inputs.
@@ -79,21 +86,28 @@ class Hessian:
         Raises
         ------
         ValueError
-            Wrong shape, or NaN or Inf in X; the accumulated value is left as it was.
+            Wrong shape, NaN or Inf in X, or sums of squares beyond float32; the accumulated value
+            is left as it was.
         TypeError
             X is not floating point.
+        CalibrationError
+            An earlier update was interrupted, by Ctrl-C or an exception of a signal handler.
         """
-        self._check_whole()
         X, dtype, rows, tokens = as_batch(X, mask, self.in_features)
-        try:
-            _core.hessian_update(self._sum, X, dtype, rows, self.threads)
-        except FloatingPointError:
-            raise ValueError(NOT_FINITE) from None
-        except KeyboardInterrupt:
-            self._interrupted = True
-            raise
-        self.tokens += tokens
-        self._matrix = None
+        with self._lock:
+            self._check_whole()
+            self._torn = True
+            try:
+                _core.hessian_update(self._sum, X, dtype, rows, self.threads)
+            except FloatingPointError:
+                self._torn = False
+                raise ValueError(NOT_FINITE) from None
+            except OverflowError:
+                self._torn = False
+                raise ValueError(TOO_LARGE) from None
+            self.tokens += tokens
+            self._matrix = None
+            self._torn = False
 
     def merge(self, other: Hessian) -> None:
         """Add what ``other`` has seen: H = (N1 H1 + N2 H2) / (N1 + N2)."""
@@ -101,19 +115,32 @@ class Hessian:
             raise TypeError(f"other must be a Hessian, not {type(other).__name__}")
         if other.in_features != self.in_features:
             raise ValueError(f"cannot merge {other.in_features} inputs into {self.in_features}")
-        self._check_whole()
-        other._check_whole()
-        self._sum += other._sum
-        self.tokens += other.tokens
-        self._matrix = None
+        first, second = sorted((self._lock, other._lock), key=id)  # one order for all threads
+        with first, second:
+            self._check_whole()
+            other._check_whole()
+            with np.errstate(over="ignore"):
+                diagonal = self._sum.diagonal() + other._sum.diagonal()
+            if not np.isfinite(diagonal).all():
+                raise ValueError("the two sums together overflow float32; nothing was added")
+            self._torn = True
+            self._sum += other._sum
+            self.tokens += other.tokens
+            self._matrix = None
+            self._torn = False
 
     def copy(self) -> Hessian:
         """Return an independent copy."""
         result = Hessian(self.in_features, threads=self.threads)
-        result._sum[...] = self._sum
-        result.tokens = self.tokens
-        result._interrupted = self._interrupted
+        with self._lock:
+            result._sum[...] = self._sum
+            result.tokens = self.tokens
+            result._torn = self._torn
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {**super().__getstate__(), "_sum": self._sum.copy(), "_matrix": None}
 
     def finish(self) -> Hessian:
         """Return the Hessian itself: accumulators on other devices return one."""
@@ -128,15 +155,16 @@ class Hessian:
         CalibrationError
             If no token has been seen, or an update was interrupted.
         """
-        self._check_whole()
-        if self.tokens == 0:
-            raise CalibrationError("the Hessian has seen no token; call update(X) first")
-        if self._matrix is None:
-            out = np.empty_like(self._sum)
-            _core.hessian_finish(self._sum, out, 2.0 / self.tokens, self.threads)
-            out.flags.writeable = False
-            self._matrix = out
-        return self._matrix
+        with self._lock:
+            self._check_whole()
+            if self.tokens == 0:
+                raise CalibrationError("the Hessian has seen no token; call update(X) first")
+            if self._matrix is None:
+                out = np.empty_like(self._sum)
+                _core.hessian_finish(self._sum, out, 2.0 / self.tokens, self.threads)
+                out.flags.writeable = False
+                self._matrix = out
+            return self._matrix
 
     def __repr__(self) -> str:
         return f"Hessian(in_features={self.in_features}, tokens={self.tokens})"

@@ -100,6 +100,9 @@ class QuantizedMatrix:
     grid : WeightGrid
     row_objectives : ndarray of float64, shape (refine_passes + 1, out), or None
         Objective of each output row after the solve and after each coordinate-descent sweep.
+    rtn_objectives : ndarray of float64, shape (out,), or None
+        Objective of each output row if it is rounded to nearest by :func:`ptqkit.rtn` with the
+        same options, on grids of consecutive inputs. Their sum is ``objective_rtn``.
     damping : float
         Damping used, as a fraction of the mean diagonal of H (0 if none was needed).
     damping_raised : int
@@ -114,6 +117,7 @@ class QuantizedMatrix:
     g_idx: np.ndarray
     grid: WeightGrid
     row_objectives: np.ndarray | None = None
+    rtn_objectives: np.ndarray | None = None
     damping: float = 0.0
     damping_raised: int = 0
     dead_inputs: int = 0
@@ -129,6 +133,11 @@ class QuantizedMatrix:
     def objective(self) -> float:
         """tr((W - Q) H (W - Q)^T) with the undamped H; NaN if no H was given."""
         return float("nan") if self.row_objectives is None else float(self.row_objectives[-1].sum())
+
+    @property
+    def objective_rtn(self) -> float:
+        """Objective of rounding to nearest with the same options; NaN if it was not computed."""
+        return float("nan") if self.rtn_objectives is None else float(self.rtn_objectives.sum())
 
     @property
     def sweep_objectives(self) -> tuple[float, ...]:
@@ -178,4 +187,5 @@ class QuantizedMatrix:
             row_objectives=None
             if self.row_objectives is None
             else self.row_objectives[:, start:stop],
+            rtn_objectives=None if self.rtn_objectives is None else self.rtn_objectives[start:stop],
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import ptqkit._core as _core
 from ptqkit.arrays._inputs import as_pair, check_count, check_threads
+from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.errors import CalibrationError
 
 __all__ = ["SQNR", "sqnr"]
@@ -16,8 +17,20 @@ __all__ = ["SQNR", "sqnr"]
 PER = ("sample", "tensor", "channel")
 
 
-class SQNR:
+class _Seen(NamedTuple):
+    """State of an SQNR; also what one batch adds to it."""
+
+    samples: int = 0
+    infinite: int = 0
+    ratio: float = 0.0  # sum over the samples whose error is not zero
+    energy: np.ndarray | None = None  # signal, noise: (2,) or (2, channels)
+
+
+class SQNR(Accumulator):
     """Accumulate a signal-to-quantization-noise ratio in decibels [SBC, eq. 1], sums in double.
+
+    An update that fails or is interrupted leaves everything as it was. Several threads may update
+    one object.
 
     Parameters
     ----------
@@ -41,15 +54,18 @@ class SQNR:
     """
 
     def __init__(self, per: str = "sample", *, channel_axis: int = -1, threads: int = 0) -> None:
+        super().__init__()
         if per not in PER:
             raise ValueError(f"per must be one of {', '.join(PER)}, not {per!r}")
         self.per = per
         self.channel_axis = check_count(channel_axis, "channel_axis", -64, 64)
         self.threads = check_threads(threads)
-        self.count = 0
-        self._infinite = 0
-        self._ratio = 0.0  # sum over the samples whose error is not zero
-        self._energy: np.ndarray | None = None  # signal, noise: (2,) or (2, channels)
+        self._seen = _Seen()  # replaced in one assignment, its array never written to
+
+    @property
+    def count(self) -> int:
+        """Samples seen."""
+        return self._seen.samples
 
     def update(self, reference: Any, quantized: Any) -> None:
         """Add samples.
@@ -78,17 +94,30 @@ class SQNR:
                 "the batch was not added"
             )
         if self.per != "sample":
-            if self._energy is not None and self._energy.shape != energy.shape:
-                raise ValueError(
-                    f"there were {self._energy.shape[1]} channels before, now {energy.shape[1]}"
-                )
-            self._energy = energy if self._energy is None else self._energy + energy
+            self._add(_Seen(len(x), energy=energy))
         else:
             signal, noise = energy.T
             exact = noise == 0
-            self._ratio += math.fsum(signal[~exact] / noise[~exact])
-            self._infinite += int(exact.sum())
-        self.count += len(x)
+            ratio = math.fsum(signal[~exact] / noise[~exact])
+            self._add(_Seen(len(x), int(exact.sum()), ratio))
+
+    def _add(self, batch: _Seen) -> None:
+        with self._lock:
+            seen = self._seen
+            energy = batch.energy if seen.energy is None else seen.energy
+            if seen.energy is not None and batch.energy is not None:
+                if seen.energy.shape != batch.energy.shape:
+                    raise ValueError(
+                        f"there were {seen.energy.shape[1]} channels before, now "
+                        f"{batch.energy.shape[1]}"
+                    )
+                energy = seen.energy + batch.energy
+            self._seen = _Seen(
+                seen.samples + batch.samples,
+                seen.infinite + batch.infinite,
+                seen.ratio + batch.ratio,
+                energy,
+            )
 
     def _samples(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Return the energies of signal and noise, (samples, 2), or (2,) of all."""
@@ -122,26 +151,21 @@ class SQNR:
             other.per == "channel" and other.channel_axis,
         ):
             raise ValueError(f"cannot merge an SQNR per {other.per} into one per {self.per}")
-        if self._energy is not None and other._energy is not None:
-            if self._energy.shape != other._energy.shape:
-                raise ValueError("cannot merge: the numbers of channels differ")
-            self._energy = self._energy + other._energy
-        elif other._energy is not None:
-            self._energy = other._energy
-        self._ratio += other._ratio
-        self._infinite += other._infinite
-        self.count += other.count
+        self._add(other._seen)
 
     @property
     def infinite(self) -> int:
         """Samples (channels; 1 for the tensor) with zero error: one makes the mean +Inf."""
+        seen = self._seen
         if self.per == "sample":
-            return self._infinite
-        return 0 if self._energy is None else int(np.sum(self._energy[1] == 0))
+            return seen.infinite
+        return 0 if seen.energy is None else int(np.sum(seen.energy[1] == 0))
 
-    def _check_seen(self) -> None:
-        if self.count == 0:
+    def _state(self) -> _Seen:
+        seen = self._seen
+        if seen.samples == 0:
             raise CalibrationError("the SQNR has seen no sample; call update() first")
+        return seen
 
     @property
     def decibel(self) -> float | np.ndarray:
@@ -149,12 +173,12 @@ class SQNR:
 
         A signal of zero with a nonzero error is -Inf.
         """
-        self._check_seen()
+        seen = self._state()
         if self.per == "sample":
-            return math.inf if self._infinite else _decibel(self._ratio / self.count)
-        assert self._energy is not None
+            return math.inf if seen.infinite else _decibel(seen.ratio / seen.samples)
+        assert seen.energy is not None
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(self._energy[1] == 0, np.inf, self._energy[0] / self._energy[1])
+            ratio = np.where(seen.energy[1] == 0, np.inf, seen.energy[0] / seen.energy[1])
             found = 10.0 * np.log10(ratio)
         return float(found) if self.per == "tensor" else found
 
@@ -163,9 +187,9 @@ class SQNR:
         """SQNR per sample over the samples whose error is not zero; NaN if there are none."""
         if self.per != "sample":
             raise ValueError(f"finite_decibel is of an SQNR per sample, not per {self.per}")
-        self._check_seen()
-        finite = self.count - self._infinite
-        return _decibel(self._ratio / finite) if finite else math.nan
+        seen = self._state()
+        finite = seen.samples - seen.infinite
+        return _decibel(seen.ratio / finite) if finite else math.nan
 
     def __repr__(self) -> str:
         return f"SQNR(per={self.per!r}, count={self.count})"

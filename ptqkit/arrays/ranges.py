@@ -8,6 +8,7 @@ import numpy as np
 
 import ptqkit._core as _core
 from ptqkit.arrays._inputs import NOT_FINITE, as_batch, as_vector, check_count, check_threads
+from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.errors import CalibrationError
 
 __all__ = ["ChannelRanges", "batch_ranges", "span_of"]
@@ -32,12 +33,12 @@ def batch_ranges(
     return low, high, total
 
 
-class ChannelRanges:
+class ChannelRanges(Accumulator):
     """Accumulate minimum, maximum and mean of every input channel of a linear layer.
 
     Equalization and static activation grids are computed from them [AWEQ, section 3.2]. The
     activations themselves are not kept; sums are in float64. An update that fails or is interrupted
-    leaves everything as it was.
+    leaves everything as it was. Several threads may update one object.
 
     Parameters
     ----------
@@ -56,6 +57,7 @@ class ChannelRanges:
     """
 
     def __init__(self, channels: int, *, threads: int = 0) -> None:
+        super().__init__()
         self.channels = check_count(channels, "channels", 1, 1 << 24)
         self.threads = check_threads(threads)
         # (minimum, maximum, sum, tokens), replaced in one assignment: never half updated
@@ -122,10 +124,11 @@ class ChannelRanges:
         self._add(low, high, total, tokens)
 
     def _add(self, low: np.ndarray, high: np.ndarray, total: np.ndarray, tokens: int) -> None:
-        if self._seen is not None:
-            low, high = np.minimum(low, self._seen[0]), np.maximum(high, self._seen[1])
-            total, tokens = total + self._seen[2], tokens + self._seen[3]
-        self._seen = (_read_only(low), _read_only(high), total, tokens)
+        with self._lock:
+            if self._seen is not None:
+                low, high = np.minimum(low, self._seen[0]), np.maximum(high, self._seen[1])
+                total, tokens = total + self._seen[2], tokens + self._seen[3]
+            self._seen = (_read_only(low), _read_only(high), total, tokens)
 
     def merge(self, other: ChannelRanges) -> None:
         """Add what ``other`` has seen."""
@@ -133,8 +136,9 @@ class ChannelRanges:
             raise TypeError(f"other must be ChannelRanges, not {type(other).__name__}")
         if other.channels != self.channels:
             raise ValueError(f"cannot merge {other.channels} channels into {self.channels}")
-        if other._seen is not None:
-            self._add(*other._seen)
+        seen = other._seen
+        if seen is not None:
+            self._add(*seen)
 
     def copy(self) -> ChannelRanges:
         """Return an independent copy."""
@@ -147,14 +151,16 @@ class ChannelRanges:
         return self
 
     def _state(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        if self._seen is None:
+        seen = self._seen
+        if seen is None:
             raise CalibrationError("the ranges have seen no token; call update(X) first")
-        return self._seen
+        return seen
 
     @property
     def tokens(self) -> int:
         """Tokens seen."""
-        return 0 if self._seen is None else self._seen[3]
+        seen = self._seen
+        return 0 if seen is None else seen[3]
 
     @property
     def minimum(self) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import ptqkit._core as _core
 from ptqkit.arrays._attention import allowed_entries, as_allowed, as_attention, as_queries
 from ptqkit.arrays._inputs import check_count, check_threads
+from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.arrays.softmax import SoftmaxGrid
 from ptqkit.errors import CalibrationError
 
@@ -23,14 +24,14 @@ LENGTH_CLASSES = 240
 ROWS, ENTRIES, CODES, ZEROS = range(4)
 
 
-class SoftmaxBias:
+class SoftmaxBias(Accumulator):
     """Accumulate the bias of a softmax on a grid, ``beta = E[p] - E[q(p)]`` [SBC, eq. 4].
 
     Both are means over the allowed entries: E[p] that of 1 / (allowed keys of the row), E[q(p)] is
     measured. Added to every allowed entry, or subtracted from the grid's offset
     (``grid.offset(beta)``), beta makes the mean error on the data seen zero. Only integers are
     kept, so neither the order of batches nor threads change anything. An update that fails or is
-    interrupted leaves everything as it was.
+    interrupted leaves everything as it was. Several threads may update one object.
 
     Parameters
     ----------
@@ -53,15 +54,24 @@ class SoftmaxBias:
     def __init__(
         self, heads: int, *, grid: SoftmaxGrid, steps: int | None = None, threads: int = 0
     ) -> None:
+        super().__init__()
         self.heads = check_count(heads, "heads", 1, 1 << 16)
         if not isinstance(grid, SoftmaxGrid):
             raise TypeError(f"grid must be a SoftmaxGrid, see softmax_grid(); not {grid!r}")
         self.grid = grid
         self.steps = None if steps is None else check_count(steps, "steps", 1, 1 << 20)
         self.threads = check_threads(threads)
-        self.empty_rows = 0
-        # (heads, classes, 4) of every step seen; its arrays are replaced, never written to
-        self._sums: dict[int, np.ndarray] = {}
+        # (heads, classes, 4) of every step seen, and the empty rows: replaced, never written to
+        self._state: tuple[dict[int, np.ndarray], int] = ({}, 0)
+
+    @property
+    def _sums(self) -> dict[int, np.ndarray]:
+        return self._state[0]
+
+    @property
+    def empty_rows(self) -> int:
+        """Rows without an allowed key."""
+        return self._state[1]
 
     def update(
         self,
@@ -113,10 +123,13 @@ class SoftmaxBias:
         )
         if bad >= 0:
             self._raise_row(P, bad, shape, mask, causal, tolerance)
-        if at in self._sums:
-            sums += self._sums[at]
-        self._sums[at] = sums
-        self.empty_rows += empty
+        self._add({at: sums}, empty)
+
+    def _add(self, batch: dict[int, np.ndarray], empty: int) -> None:
+        with self._lock:
+            seen, empty_before = self._state
+            added = {at: sums + seen[at] if at in seen else sums for at, sums in batch.items()}
+            self._state = ({**seen, **added}, empty_before + empty)
 
     def _check_step(self, step: int | None) -> int:
         if self.steps is None:
@@ -157,9 +170,7 @@ class SoftmaxBias:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ValueError(f"cannot merge: {name} is {mine!r} here and {theirs!r} there")
-        for at, sums in other._sums.items():
-            self._sums[at] = sums + self._sums[at] if at in self._sums else sums
-        self.empty_rows += other.empty_rows
+        self._add(*other._state)
 
     def copy(self) -> SoftmaxBias:
         """Return an independent copy."""

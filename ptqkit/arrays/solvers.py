@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._grids import GridSpec, check_scales, grid_spec, group_width, named_grid, outputs
+from ptqkit.arrays._grids import (
+    GridSpec,
+    check_scales,
+    grid_spec,
+    group_width,
+    named_grid,
+    outputs,
+    row_exponents,
+)
 from ptqkit.arrays._inputs import as_matrix, check_count, check_threads, label
 from ptqkit.arrays.factorization import Factorization, as_hessian, check_inputs, factorize
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -92,13 +101,20 @@ def rtn(
         codes, scales, zeros = _rtn_per_tensor(W, spec, threads)
     else:
         codes, scales, zeros = outputs(rows, n, n // size)
-        _core.rtn(W, size, spec, matrix, codes, scales, zeros, threads)
+        far, read = row_exponents(W, scale_dtype), matrix if grid == "hessian" else None
+        moderate = W if far is None else np.ldexp(W, -far)
+        if read is not None and (shift := _far_exponent(read)):
+            read = np.ldexp(read, -shift)
+        _core.rtn(moderate, size, spec, read, codes, scales, zeros, threads)
+        if far is not None:
+            scales = np.ldexp(scales, far)
     check_scales(scales, scale_dtype, name)
     g_idx = (np.arange(n) // size).astype(np.int32)
     q = QuantizedMatrix(codes, scales, zeros, g_idx, result_grid)
     if matrix is None:
         return q
-    return replace(q, row_objectives=_objective(W, q, matrix, threads)[None])
+    found = _objective(W, q, matrix, threads)
+    return replace(q, row_objectives=found[None], rtn_objectives=found)
 
 
 def _rtn_per_tensor(
@@ -116,9 +132,32 @@ def _rtn_per_tensor(
 
 
 def _objective(W: np.ndarray, q: QuantizedMatrix, matrix: np.ndarray, threads: int) -> np.ndarray:
-    out = np.empty(len(W), np.float64)
-    _core.objective(W - q.dequantize(), matrix, out, threads)
-    return out
+    return _quadratic(W - q.dequantize(), matrix, threads)
+
+
+def _quadratic(E: np.ndarray, matrix: np.ndarray, threads: int) -> np.ndarray:
+    """Return e H e^T of each row, float64 (rows,), of any size."""
+    far, shift = row_exponents(E), _far_exponent(matrix)
+    if far is not None:
+        E = np.ldexp(E, -far)
+    if shift:
+        matrix = np.ldexp(matrix, -shift)
+    out = np.empty(len(E), np.float64)
+    _core.objective(E, matrix, out, threads)
+    return _unscale(out, far, shift)
+
+
+def _unscale(objectives: np.ndarray, far: np.ndarray | None, shift: int) -> np.ndarray:
+    """Return the objectives (..., rows) of W and H from those of 2^-far W and 2^-shift H."""
+    if far is None and not shift:
+        return objectives
+    return np.ldexp(objectives, shift if far is None else shift + 2 * far[:, 0])
+
+
+def _far_exponent(matrix: np.ndarray) -> int:
+    """Return an even e for which 2^-e H is neither huge nor tiny, 0 if H is neither."""
+    exponent = int(np.frexp(np.abs(np.diagonal(matrix)).max())[1])
+    return exponent // 2 * 2 if abs(exponent) > 40 else 0
 
 
 def objective(W: Any, W_hat: Any, H: Any, *, threads: int = 0) -> np.ndarray:
@@ -143,9 +182,7 @@ def objective(W: Any, W_hat: Any, H: Any, *, threads: int = 0) -> np.ndarray:
         if W_hat.shape != W.shape:
             raise ValueError(f"W_hat must have the shape {W.shape} of W, not {W_hat.shape}")
         E = W - W_hat
-    out = np.empty(len(W), np.float64)
-    _core.objective(E, matrix, out, threads)
-    return out
+    return _quadratic(E, matrix, threads)
 
 
 def gptq(
@@ -169,6 +206,7 @@ def gptq(
     grid_norm: float = 2.4,
     grid_candidates: int = 4,
     block_size: int = 128,
+    compare_rtn: bool | None = None,
     threads: int = 0,
     name: str | None = None,
 ) -> QuantizedMatrix:
@@ -188,7 +226,8 @@ def gptq(
     order : {"natural", "act", "group-act"}
         As stored; by decreasing H_jj (act-order: with groups, ``g_idx`` is permuted
         unless ``static_groups``); or groups by importance and columns inside them by H_jj
-        (groups stay whole).
+        (groups stay whole). Act-order puts inputs of unlike groups on one grid: where weights or
+        inputs are of very unlike scale it may be worse than rounding to nearest.
     static_groups : bool
         Fit all grids to the original weights beforehand, groups of consecutive inputs.
     refine_passes : int
@@ -199,6 +238,9 @@ def gptq(
         False: every column is rounded as it is; with natural order and min-max grids this is RTN.
     block_size : int
         Columns per block of the solver. Changes its speed only.
+    compare_rtn : bool, optional
+        Compute ``objective_rtn`` of the result, which takes part of the solver's time again. By
+        default where act-order permutes the groups.
 
     Returns
     -------
@@ -239,6 +281,7 @@ def gptq(
     check_inputs(F.matrix, W.shape[1], name)
     if F.order_name == "group-act" and F.group_size != group_size:
         raise ValueError(f"{label(name)}the Factorization was ordered for another group_size")
+    original = W
     if F.dead.any():
         W = np.where(F.dead, np.float32(0), W)
     # No feedback has reached the weights when a channel's only grid is fitted: it is static.
@@ -252,7 +295,7 @@ def gptq(
         refine_passes=refine_passes,
         shift=F.damping_value,
     )
-    codes, scales, zeros, g_idx, history = _solve(W, F, options, spec, threads, name)
+    codes, scales, zeros, g_idx, history = _solve(W, F, options, spec, scale_dtype, threads, name)
     check_scales(scales, scale_dtype, name)
     q = QuantizedMatrix(
         codes,
@@ -267,7 +310,25 @@ def gptq(
     )
     if not feedback:  # the solver tracks differences only
         history += _objective(W, q, F.matrix, threads) - history[-1]
-    return q
+    if not (options.groups_follow_order if compare_rtn is None else compare_rtn):
+        return q
+    nearest = rtn(
+        original,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        grid=grid,
+        H=F,
+        scale_dtype=scale_dtype,
+        min_zero_point=min_zero_point,
+        grid_steps=grid_steps,
+        grid_min_shrink=grid_min_shrink,
+        grid_norm=grid_norm,
+        grid_candidates=grid_candidates,
+        threads=threads,
+        name=name,
+    )
+    return replace(q, rtn_objectives=nearest.rtn_objectives)
 
 
 class SolverOptions(NamedTuple):
@@ -287,6 +348,7 @@ def _solve(
     F: Factorization,
     options: SolverOptions,
     spec: GridSpec,
+    scale_dtype: str,
     threads: int,
     name: str | None,
 ) -> tuple[np.ndarray, ...]:
@@ -295,18 +357,29 @@ def _solve(
     codes, scales, zeros = outputs(rows, n, n // options.group_size)
     g_idx = np.empty(n, np.int32)
     history = np.empty((options.refine_passes + 1, rows), np.float64)
+    matrix, R, far, shift = F.matrix, F.R, row_exponents(W, scale_dtype), _far_exponent(F.matrix)
+    if far is not None:
+        W = np.ldexp(W, -far)
+    if shift:
+        with np.errstate(all="ignore"):  # below its diagonal R is undefined
+            matrix, R = np.ldexp(matrix, -shift), np.ldexp(R, -shift // 2)
+        options = options._replace(shift=math.ldexp(options.shift, -shift))
     try:
         _core.gptq(
-            W, F.matrix, F.R, F.order, options, spec, codes, scales, zeros, g_idx, history, threads
+            W, matrix, R, F.order, options, spec, codes, scales, zeros, g_idx, history, threads
         )
     except FloatingPointError:
+        if not (np.isfinite(np.triu(F.R)).all() and (np.diagonal(F.R) > 0).all()):
+            raise ValueError(f"{label(name)}R of the Factorization is no factor of H") from None
         raise NotPositiveDefiniteError(
             f"{label(name)}the solve overflowed: the Hessian is too close to singular at damping "
             f"{F.damping:g}. Raise damping",
             -1,
             F.damping,
         ) from None
-    return codes, scales, zeros, g_idx, history
+    if far is not None:
+        scales = np.ldexp(scales, far)
+    return codes, scales, zeros, g_idx, _unscale(history, far, shift)
 
 
 def obq(
@@ -363,4 +436,5 @@ def obq(
     inverse: np.ndarray = np.linalg.inv(damped)
     _core.obq(W.astype(np.float64), inverse, scale, zero, grids.max_code, codes, threads)
     q = replace(grids, codes=codes, damping=F.damping, dead_inputs=int(F.dead.sum()))
-    return replace(q, row_objectives=_objective(W, q, F.matrix, threads)[None])
+    found = _objective(W, q, F.matrix, threads)
+    return replace(q, row_objectives=found[None], rtn_objectives=grids.rtn_objectives)

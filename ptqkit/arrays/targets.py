@@ -80,7 +80,7 @@ def propagate_error(
     drift = _drift(G, matrix, name)
     if alpha == 0 or not drift.any():
         return W.copy()
-    correction = _solve(W.astype(np.float64) @ drift, matrix, damping, name)
+    correction = _solve(_product(W.astype(np.float64), drift), matrix, damping, name)
     with np.errstate(over="ignore"):
         result = (W + alpha * correction).astype(np.float32)
     if not np.isfinite(result).all():
@@ -104,26 +104,74 @@ def _drift(G: Any, matrix: np.ndarray, name: str | None) -> np.ndarray:
     return drift
 
 
+# Products are cut into calls of about a tenth of a second: an interrupt waits for the end of one.
+_TILE, _DEPTH = 1024, 512
+
+
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return left @ right."""
+    (rows, inner), columns = left.shape, right.shape[1]
+    out = np.zeros((rows, columns))
+    for i in _slices(0, rows, _TILE):
+        for j in _slices(0, columns, _TILE):
+            for k in _slices(0, inner, _DEPTH):
+                out[i, j] += left[i, k] @ right[k, j]
+    return out
+
+
+def _cholesky(A: np.ndarray) -> int:
+    """Put L into the lower triangle of A (Fortran order), A = L L^T; return -1 or a bad pivot."""
+    # Imported here: reading the array functions costs no start of scipy.linalg.
+    from scipy.linalg.blas import dtrsm
+    from scipy.linalg.lapack import dpotrf
+
+    n = len(A)
+    for k in _slices(0, n, _DEPTH):
+        block, failed = dpotrf(A[k, k], lower=1, clean=1)
+        if failed:
+            return k.start + int(failed) - 1
+        A[k, k] = block
+        rest = _slices(k.stop, n, _TILE)
+        for i in rest:
+            A[i, k] = dtrsm(1.0, block, A[i, k], side=1, lower=1, trans_a=1)
+            for j in rest:
+                if j.start <= i.start:
+                    A[i, j] -= A[i, k] @ A[j, k].T
+    return -1
+
+
 def _solve(right: np.ndarray, matrix: np.ndarray, damping: float, name: str | None) -> np.ndarray:
     """Return right (H + lambda I)^-1 by Cholesky in float64; ``right`` is overwritten."""
-    # Imported here: reading the array functions costs no start of scipy.linalg.
-    from scipy.linalg import cho_solve
-    from scipy.linalg.lapack import dpotrf
+    from scipy.linalg.blas import dtrsm
 
     diagonal = np.diagonal(matrix).astype(np.float64)
     dead = diagonal == 0
     shift = damping * float(diagonal[~dead].mean())
-    # Fortran order, so that LAPACK works in place. H is symmetric: its transpose is H.
-    damped = np.array(matrix, np.float64, order="C").T
-    damped[np.diag_indices_from(damped)] += np.where(dead, 1.0, shift)
-    factor, failed = dpotrf(damped, lower=1, clean=0, overwrite_a=1)
-    if failed:
+    # Fortran order, as LAPACK wants it. H is symmetric: its transpose is H.
+    L = np.array(matrix, np.float64, order="C").T
+    L[np.diag_indices_from(L)] += np.where(dead, 1.0, shift)
+    failed = _cholesky(L)
+    if failed >= 0:
         raise NotPositiveDefiniteError(
-            f"{label(name)}the Hessian is not positive definite: the pivot of input {failed - 1} "
+            f"{label(name)}the Hessian is not positive definite: the pivot of input {failed} "
             f"failed with damping {damping:g} of the mean diagonal. Use more calibration tokens "
             "or raise damping",
-            failed - 1,
+            failed,
             damping,
         )
-    solved = cho_solve((factor, True), right.T, overwrite_b=True, check_finite=False)
-    return solved.T
+    blocks = _slices(0, len(L), _DEPTH)
+    for rows in _slices(0, len(right), _TILE):
+        X = right[rows]
+        for k in blocks:  # Y L^T = X
+            for j in _slices(0, k.start, _DEPTH):
+                X[:, k] -= X[:, j] @ L[k, j].T
+            X[:, k] = dtrsm(1.0, L[k, k], X[:, k], side=1, lower=1, trans_a=1)
+        for k in reversed(blocks):  # Z L = Y
+            for i in _slices(k.stop, len(L), _DEPTH):
+                X[:, k] -= X[:, i] @ L[i, k]
+            X[:, k] = dtrsm(1.0, L[k, k], X[:, k], side=1, lower=1)
+    return right

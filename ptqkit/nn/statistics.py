@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import CalibrationError
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 
-class TorchRanges:
+class TorchRanges(Accumulator):
     """Minimum, maximum and mean of every channel, accumulated by torch on the inputs' device.
 
     The same interface as :class:`ptqkit.ChannelRanges`, for models on a GPU: only three vectors
@@ -31,11 +32,17 @@ class TorchRanges:
     """
 
     def __init__(self, channels: int, device: torch.device | str) -> None:
+        super().__init__()
         self.channels = channels
-        self.tokens = 0
-        self._minimum = torch.full((channels,), torch.inf, device=device)
-        self._maximum = torch.full((channels,), -torch.inf, device=device)
-        self._sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        infinite = torch.full((channels,), torch.inf, dtype=torch.float32, device=device)
+        zero = torch.zeros(channels, dtype=torch.float64, device=device)
+        # (minimum, maximum, sum, tokens), replaced in one assignment, never written to
+        self._seen = (infinite, -infinite, zero, 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self._seen[3]
 
     def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Add inputs of shape (..., channels); ``mask`` (...) is True where they count."""
@@ -44,10 +51,16 @@ class TorchRanges:
             values = values[mask.reshape(-1).to(values.device)]
         if len(values) == 0:
             return
-        self._minimum = torch.minimum(self._minimum, values.amin(0).float())
-        self._maximum = torch.maximum(self._maximum, values.amax(0).float())
-        self._sum += values.sum(0, dtype=torch.float64)
-        self.tokens += len(values)
+        low, high = values.amin(0).float(), values.amax(0).float()
+        total = values.sum(0, dtype=torch.float64)
+        with self._lock:
+            seen = self._seen
+            self._seen = (
+                torch.minimum(seen[0], low),
+                torch.maximum(seen[1], high),
+                seen[2] + total,
+                seen[3] + len(values),
+            )
 
     def finish(self) -> ChannelRanges:
         """Return the same on the host.
@@ -57,13 +70,11 @@ class TorchRanges:
         CalibrationError
             If an input was not finite.
         """
-        total = self._sum.cpu().numpy()
-        mean = total / max(1, self.tokens)
-        if not torch.isfinite(self._sum).all():
+        minimum, maximum, total, tokens = self._seen
+        if not torch.isfinite(total).all():
             raise CalibrationError("the inputs hold values that are not finite")
-        return ChannelRanges.from_arrays(
-            self._minimum.cpu().numpy(), self._maximum.cpu().numpy(), mean, self.tokens
-        )
+        mean = total.cpu().numpy() / max(1, tokens)
+        return ChannelRanges.from_arrays(minimum.cpu().numpy(), maximum.cpu().numpy(), mean, tokens)
 
 
 def range_accumulator(channels: int, device: torch.device) -> Any:
@@ -73,27 +84,66 @@ def range_accumulator(channels: int, device: torch.device) -> Any:
     return TorchRanges(channels, device)
 
 
-class TorchHessian:
+class _TorchSum(Accumulator):
+    """A sum of products (in, in) in float32 on the inputs' device, and the first bad update."""
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.tokens = 0
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        # Counted on the device, so that no update waits for it.
+        self._whole = torch.zeros((), dtype=torch.int64, device=device)
+        self._updates = 0
+
+    def _values(self, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return the rows that count as float32."""
+        values = values.reshape(-1, self.in_features)
+        if mask is not None:
+            values = values[mask.reshape(-1).to(values.device)]
+        return values.float()
+
+    def _add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add left^T right."""
+        with self._lock:
+            self._check_whole()
+            self._torn = True
+            with full_float32(right.device):
+                self._sum.addmm_(left.T, right)
+            # What is not finite stays so.
+            self._whole += torch.isfinite(self._sum.diagonal()).all()
+            self.tokens += len(right)
+            self._updates += 1
+            self._torn = False
+
+    def _mean(self, what: str) -> np.ndarray:
+        """Return (2 / N) times the sum on the host, or raise CalibrationError."""
+        with self._lock:
+            self._check_whole()
+            matrix = (self._sum * (2.0 / max(1, self.tokens))).cpu().numpy()
+            whole = int(self._whole)
+        if not np.isfinite(matrix).all():
+            first = f", first in batch {whole + 1} of {self._updates}"
+            raise CalibrationError(
+                f"{what} values that are not finite, or whose products overflow float32"
+                + (first if whole < self._updates else "")
+            )
+        return matrix
+
+
+class TorchHessian(_TorchSum):
     """H = (2/N) sum x x^T accumulated by torch in float32, where the activations are.
 
     The same interface as :class:`ptqkit.Hessian`, for models on a GPU: only the finished matrix
     travels to the host.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self.in_features = in_features
-        self.tokens = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+    _quantity = "Hessian"
 
     def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Add inputs of shape (..., in); ``mask`` (...) is True at the positions that count."""
-        values = values.reshape(-1, self.in_features)
-        if mask is not None:
-            values = values[mask.reshape(-1).to(values.device)]
-        values = values.float()
-        with full_float32(values.device):
-            self._sum.addmm_(values.T, values)
-        self.tokens += len(values)
+        values = self._values(values, mask)
+        self._add(values, values)
 
     def finish(self) -> Hessian:
         """Return the mean as a host :class:`ptqkit.Hessian`.
@@ -101,12 +151,9 @@ class TorchHessian:
         Raises
         ------
         CalibrationError
-            If an input was not finite.
+            If an input was not finite or overflowed; the message names the batch.
         """
-        matrix = (self._sum * (2.0 / max(1, self.tokens))).cpu().numpy()
-        if not np.isfinite(matrix.diagonal()).all():
-            raise CalibrationError("the inputs hold values that are not finite")
-        return Hessian.from_matrix(matrix, self.tokens)
+        return Hessian.from_matrix(self._mean("the inputs hold"), self.tokens)
 
 
 @contextlib.contextmanager
@@ -135,31 +182,21 @@ def accumulator(in_features: int, device: torch.device) -> Any:
     return TorchHessian(in_features, device)
 
 
-class InputDrift:
+class InputDrift(_TorchSum):
     """G - H = (2/N) sum (x - x~) x~^T, in float32, where the activations are.
 
     Their difference and not G alone: if the two paths are close, the rounding errors of G and H
     would be as large as what matters; if they are equal (the first layers), this is zero.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self.in_features = in_features
-        self.tokens = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+    _quantity = "drift of the inputs"
 
     def update(
         self, floats: torch.Tensor, quantized: torch.Tensor, mask: torch.Tensor | None = None
     ) -> None:
         """Add inputs of shape (..., in) of the float and of the quantized model."""
-        parts = []
-        for values in (floats, quantized):
-            values = values.reshape(-1, self.in_features)
-            if mask is not None:
-                values = values[mask.reshape(-1).to(values.device)]
-            parts.append(values.float())
-        with full_float32(parts[1].device):
-            self._sum.addmm_((parts[0] - parts[1]).T, parts[1])
-        self.tokens += len(parts[1])
+        right = self._values(quantized, mask)
+        self._add(self._values(floats, mask) - right, right)
 
     def cross_moment(self, hessian: np.ndarray) -> np.ndarray:
         """Return G = (2/N) sum x x~^T in float64, shape (in, in), given H.
@@ -167,12 +204,7 @@ class InputDrift:
         Raises
         ------
         CalibrationError
-            If an input was not finite.
+            If an input was not finite or overflowed; the message names the batch.
         """
-        drift = (self._sum * (2.0 / max(1, self.tokens))).cpu().numpy()
-        if not np.isfinite(drift).all():
-            raise CalibrationError(
-                "the inputs of the float and the quantized model differ by values that are not "
-                "finite"
-            )
+        drift = self._mean("the inputs of the float and the quantized model differ by")
         return np.add(hessian, drift, dtype=np.float64)

@@ -117,7 +117,11 @@ capsule = ctypes.pythonapi.PyCapsule_New
 capsule.restype = ctypes.py_object
 capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 S = "__pyx_t_5scipy_6linalg_11cython_blas_s *"
-ssyrk = f"void (char *, char *, INT, INT, {S}, {S}, INT, {S}, {S}, INT)"
+blas = {
+    "sgemm": f"void (char *, char *, INT, INT, INT, {S}, {S}, INT, {S}, INT, {S}, {S}, INT)",
+    "ssyrk": f"void (char *, char *, INT, INT, {S}, {S}, INT, {S}, {S}, INT)",
+    "strsm": f"void (char *, char *, char *, char *, INT, INT, {S}, {S}, INT, {S}, INT)",
+}
 spotrf = "void (char *, INT, __pyx_t_5scipy_6linalg_13cython_lapack_s *, INT, INT)"
 names = []
 def offer(name, **routines):
@@ -129,7 +133,7 @@ def offer(name, **routines):
     return module
 _core.use_builtin_blas()
 for integer, fits in (("int64_t *", False), ("long *", False), ("int *", True)):
-    offer("cython_blas", ssyrk=ssyrk.replace("INT", integer))
+    offer("cython_blas", **{name: s.replace("INT", integer) for name, s in blas.items()})
     offer("cython_lapack", spotrf=spotrf.replace("INT", integer))
     assert _core.use_scipy_blas() is fits, integer
     assert (_core.config()[1] == "scipy") is fits

@@ -86,7 +86,8 @@ timer.start()
 calls = 0
 while not widened.is_set() or calls < 3:  # some call is running when the mask widens
     ptqkit.search_equalization([W], X, ranges, bits=8, per_tensor=True, symmetric=True,
-                               activation_bits=8, activation_granularity="tensor")
+                               activation_bits=8, activation_granularity="tensor",
+                               alphas=[0.2, 0.5, 0.8])
     calls += 1
 """
 
@@ -258,6 +259,52 @@ print(late)
 def test_ctrl_c_stops_a_long_call_and_leaves_the_process_usable(script, what):
     slack = "1.0"  # for a loaded machine; without polling each of these calls goes on for longer
     script(INTERRUPT, what, slack, timeout=120)
+
+
+BLAS = """
+import signal, sys, threading, time
+import numpy as np, ptqkit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
+what = sys.argv[1]
+rng = np.random.default_rng(0)
+n = 4096
+if what == "hessian":
+    X = np.ones((8192, n), np.float32)
+    H = ptqkit.Hessian(n)
+    call = lambda: [H.update(X) for _ in range(100)]
+elif what == "factor":
+    H = np.eye(n, dtype=np.float32)
+    call = lambda: [ptqkit.factorize(H) for _ in range(100)]
+else:
+    n = 2048
+    W, H = np.ones((n, n), np.float32), np.eye(n, dtype=np.float32)
+    G = H + np.float32(0.5)
+    call = lambda: [ptqkit.propagate_error(W, H, G, 0.5) for _ in range(100)]
+assert ptqkit.show_config()["blas"] == "scipy"
+spent = []
+def fire():
+    spent.append(time.process_time())
+    signal.raise_signal(signal.SIGINT)
+timer = threading.Timer(1.5, fire)  # somewhere within a call
+timer.start()
+try:
+    call()
+except KeyboardInterrupt:
+    late = time.process_time() - spent[0]
+else:
+    sys.exit("not interrupted")
+assert late < 0.8, late  # seconds of all processors: whole calls take several times as much
+if what == "hessian":
+    try:
+        H.matrix
+    except ptqkit.CalibrationError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("what", ["hessian", "factor", "propagate"])
+def test_ctrl_c_does_not_wait_for_a_whole_product_of_blas(script, what):
+    script(BLAS, what, timeout=120, PTQKIT_BLAS="scipy")
 
 
 HANDLER = """

@@ -28,11 +28,13 @@ class LayerReport:
     shape : tuple of int
         (out, in).
     objective, objective_rtn : float
-        tr((W - Q) H (W - Q)^T) with H = (2/N) sum x x^T, of the result and of rounding to nearest
-        on the same grid. With error propagation W is the corrected weight, which the solver was
+        tr((W - Q) H (W - Q)^T) with H = (2/N) sum x x^T, of the result and of rounding to nearest:
+        on the same grid, or, where act-order permutes the groups, on grids of consecutive inputs.
+        With error propagation W is the corrected weight, which the solver was
         given, in these and in the decibels; H is of the quantized model's inputs in any case.
     improvement : float
-        ``1 - objective / objective_rtn``.
+        ``1 - objective / objective_rtn``. A layer that is worse than rounding to nearest stays as
+        it is, and ``notes`` says so: layers that share an input need one order of their groups.
     weight_sqnr_db, output_sqnr_db : float
         Signal to error of the weights, and of the layer's outputs on the calibration inputs.
     bits_per_weight : float
@@ -134,6 +136,11 @@ class Report:
         return [layer for layer in self.layers if layer.status == "quantized"]
 
     @property
+    def worse_than_rtn(self) -> list[LayerReport]:
+        """Rows whose objective is above that of rounding to nearest; their notes say so."""
+        return [layer for layer in self.quantized if _worse(layer.objective, layer.objective_rtn)]
+
+    @property
     def failed(self) -> list[LayerReport]:
         """Rows of the layers that were left float because of an error."""
         return [layer for layer in self.layers if layer.status.startswith("failed")]
@@ -194,6 +201,11 @@ class Report:
             + (f" ({self.schedule_reason})" if self.schedule_reason else ""),
             "seconds " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()),
         ]
+        if worse := self.worse_than_rtn:
+            lines.append(
+                f"warning: {len(worse)} layers are worse than round-to-nearest; try order "
+                "group-act, static_groups or smaller groups"
+            )
         alpha = self.recipe.get("error_propagation", 0)
         if alpha:
             lines.append(
@@ -264,6 +276,11 @@ def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}%"
 
 
+def _worse(objective: float, objective_rtn: float) -> bool:
+    """Whether the first is above the second by more than rounding; not if one is NaN."""
+    return objective > objective_rtn * (1 + 1e-4)
+
+
 def _improvement(objective: float, objective_rtn: float) -> float:
     if math.isnan(objective_rtn) or math.isnan(objective):
         return math.nan
@@ -301,6 +318,9 @@ def layer_report(
         notes.append(
             f"H not positive definite at damping {options.damping:g}, raised to {matrix.damping:g}"
         )
+    if _worse(solved.objective, solved.objective_rtn):
+        ratio = solved.objective / solved.objective_rtn if solved.objective_rtn else math.inf
+        notes.append(f"worse than rounding to nearest, {ratio:.4g} times its objective")
     if 0 < tokens < target.view.shape[1]:
         notes.append(f"only {tokens} tokens for {target.view.shape[1]} inputs")
     return LayerReport(

@@ -141,7 +141,7 @@ def _solve_stack(
             name=name,
         )
         start = time.perf_counter()
-    matrix = _quantize(weight, source, options, threads, name)
+    matrix = _quantize(weight, source, options, threads, diagnostics, name)
     dequantized = dequantize(matrix)
     shift = None
     if options.bias_correction:
@@ -169,7 +169,7 @@ def _solve_stack(
 
 
 def _quantize(
-    weight: np.ndarray, source: Any, options: Recipe, threads: int, name: str
+    weight: np.ndarray, source: Any, options: Recipe, threads: int, diagnostics: bool, name: str
 ) -> QuantizedMatrix:
     common: dict[str, Any] = {
         "bits": options.bits,
@@ -193,6 +193,7 @@ def _quantize(
         max_damping=options.max_damping,
         feedback=options.feedback,
         block_size=options.block_size,
+        compare_rtn=None if diagnostics else False,
         **common,
     )
 
@@ -208,8 +209,11 @@ def _diagnose(
         torch.linalg.vector_norm(values[rows] - found[rows], dim=1, out=error[rows])
     out = {"weight_power": power.double().numpy() ** 2, "weight_error": error.double().numpy() ** 2}
     if hessian is not None:
-        rounded = rtn_on_grid(weight, matrix)
-        out["objective_rtn"] = objective(np.subtract(weight, rounded, rounded), 0, hessian)
+        if matrix.rtn_objectives is None:
+            rounded = rtn_on_grid(weight, matrix)
+            out["objective_rtn"] = objective(np.subtract(weight, rounded, rounded), 0, hessian)
+        else:  # permuted groups, or rounding to nearest itself
+            out["objective_rtn"] = matrix.rtn_objectives
         if matrix.row_objectives is None:
             out["objective"] = objective(weight, dequantized, hessian)
         out["output_power"] = objective(weight, 0, hessian)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.arrays.metrics import SQNR
 from ptqkit.nn.attention import AttentionCall, AttentionHook
 from ptqkit.nn.attention_quantizer import AttentionQuantizer
@@ -20,7 +21,7 @@ def softmax_hooks(quantizers: Mapping[str, Quantizer]) -> dict[str, AttentionHoo
     return {name: AttentionQuantizer({"softmax": q}) for name, q in quantizers.items()}  # type: ignore[dict-item]
 
 
-class OutputSQNR:
+class OutputSQNR(Accumulator):
     """Signal-to-quantization-noise ratio of an output.
 
     Pandey et al. 2023, eq. 1, a mean of ratios over samples, next to the ratio of the sums. One
@@ -33,28 +34,34 @@ class OutputSQNR:
     """
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
-        self._samples, self._total = SQNR("sample"), SQNR("tensor")
+        self._meters = SQNR("sample"), SQNR("tensor")  # replaced together, never changed
 
     def update(self, reference: np.ndarray, quantized: np.ndarray) -> None:
         """Add a batch of samples (n, ...)."""
         with as_calibration_error(self.name):
-            self._samples.update(reference, quantized)
-            self._total.update(reference, quantized)
+            batch = SQNR("sample"), SQNR("tensor")
+            for meter in batch:
+                meter.update(reference, quantized)
+            with self._lock:
+                for meter, seen in zip(batch, self._meters, strict=True):
+                    meter.merge(seen)
+                self._meters = batch
 
     @property
     def decibel(self) -> float:
         """Decibels as in eq. 1."""
-        return float(self._samples.decibel)
+        return float(self._meters[0].decibel)
 
     @property
     def total(self) -> float:
         """Decibels of the sums over all samples."""
-        return float(self._total.decibel)
+        return float(self._meters[1].decibel)
 
     def below(self, other: OutputSQNR, by_total: bool) -> bool:
         """Whether this output is worse, by the sums over all samples or as in eq. 1."""
-        if by_total or self._samples.infinite or other._samples.infinite:
+        if by_total or self._meters[0].infinite or other._meters[0].infinite:
             return self.total < other.total
         return self.decibel < other.decibel
 

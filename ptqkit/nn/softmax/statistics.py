@@ -73,10 +73,11 @@ class SoftmaxStatistics(AttentionHook):
             raise ValueError(f"{self.name} has {p.shape[1]} heads, not {self.heads}")
         mask = None if call.allowed is None else call.allowed.cpu()
         step = nearest_steps(self.steps, call.steps)[0] if self.steps else None
+        # Rows of padding are not longer than those of the tokens next to it. Before the update: too
+        # long a table does no harm if that fails, too short a one would.
+        self.longest = max(self.longest, int(row_lengths(call.allowed, p).max()))
         with as_calibration_error(f"softmax of {self.name}"):
             self.bias.update(p.detach().cpu(), mask, step=step, queries=call.rows)
-        # Rows of padding are not longer than those of the tokens next to it.
-        self.longest = max(self.longest, int(row_lengths(call.allowed, p).max()))
         return p
 
     def quantizer(self, correction: str | None, granularity: str) -> Quantizer:
