@@ -33,8 +33,8 @@ class TorchRanges:
     def __init__(self, channels: int, device: torch.device | str) -> None:
         self.channels = channels
         self.tokens = 0
-        self._minimum = torch.full((channels,), torch.inf, device=device)
-        self._maximum = torch.full((channels,), -torch.inf, device=device)
+        self._minimum = torch.full((channels,), torch.inf, dtype=torch.float32, device=device)
+        self._maximum = torch.full((channels,), -torch.inf, dtype=torch.float32, device=device)
         self._sum = torch.zeros(channels, dtype=torch.float64, device=device)
 
     def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
