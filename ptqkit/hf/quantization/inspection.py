@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,8 +12,10 @@ from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models.probe import Probe, probe
 from ptqkit.hf.models.structure import Structure, find_structure
+from ptqkit.hf.models.wrappers import wrapper_problem
 from ptqkit.hf.quantization.preflight import (
     Problems,
+    check_float,
     check_model,
     check_output,
     check_probe,
@@ -55,6 +57,7 @@ def inspect_model(
     checkpoint_format: str,
     out_dir: str | os.PathLike[str] | None,
     overwrite: bool,
+    requantize: bool = False,
     **windows: Any,
 ) -> Inspection:
     """Read the data, find the structure, check both, and run a short probe.
@@ -68,6 +71,10 @@ def inspect_model(
         With every problem at once: first what needs no forward pass, then what the probe shows.
     """
     problems = Problems()
+    wrapped = wrapper_problem(model)
+    if wrapped is not None:
+        problems.add(wrapped, UnsupportedModuleError)
+        problems.raise_if_any()
     data = None
     if calibration is not None:
         data = _read_data(problems, model, calibration, tokenizer, windows)
@@ -76,6 +83,8 @@ def inspect_model(
         structure = find_structure(model, recipe, blocks)
     except UnsupportedModuleError as error:
         problems.add(str(error), UnsupportedModuleError)
+    if not requantize:
+        check_float(problems, structure)
     # Data that is there but unusable is one problem, not one more for every layer.
     check_model(problems, model, structure, recipe, calibration is not None, checkpoint_format)
     if out_dir is not None:
@@ -90,6 +99,10 @@ def inspect_model(
         {block: model.get_submodule(block) for block in structure.blocks},
         share_inputs,
     )
+    if data.sequence_length == 1:
+        # Of images and sounds only the model knows how many positions they have.
+        positions = data.samples * shown.positions
+        data = replace(data, tokens=positions, sequence_length=shown.positions)
     unprobed = check_probe(problems, structure, shown)
     problems.raise_if_any()
     return Inspection(structure, data, shown, unprobed)

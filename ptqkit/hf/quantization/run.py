@@ -15,6 +15,7 @@ from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.equalization.report import EqualizationReport
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress
+from ptqkit.hf.quantization.float_weights import mark_quantized
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.one_pass import one_pass_groups
@@ -232,6 +233,7 @@ class QuantizationRun:
         """Put a layer's result into the model: weight, bias, and what quantizes its inputs."""
         started = time.perf_counter()
         target.view.write(result.dequantized)
+        mark_quantized(target.module)
         self.seconds["solve"] += time.perf_counter() - started
         self.matrices[target.name] = result.matrix
         if result.bias_shift is not None:

@@ -19,7 +19,10 @@ RECIPES = {
     "rtn": ("rtn", GROUPED),
     "propagation": ("quality", {**GROUPED, "error_propagation": 0.5}),
     "search": ([Equalize(alpha="search"), GPTQ(bits=4, group_size=16)], {}),
-    "static": ([GPTQ(bits=8, group_size=16), ActivationQuantization(8, "tensor"), BiasCorrection()], {}),
+    "static": (
+        [GPTQ(bits=8, group_size=16), ActivationQuantization(8, "tensor"), BiasCorrection()],
+        {},
+    ),
 }
 
 
