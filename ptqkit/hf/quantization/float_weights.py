@@ -1,8 +1,4 @@
-"""Whether a model's weights are the float ones, and a way back to them.
-
-The mark of a quantized layer is a sample of its new weight, kept on the module: it holds for copies
-of the model too, and stops holding once other weights are loaded, by whatever way.
-"""
+"""A way back to the float weights of a model that was quantized in place."""
 
 from __future__ import annotations
 
@@ -16,37 +12,9 @@ from ptqkit.errors import UnsupportedModuleError
 from ptqkit.hf.equalization.run import owner_of_mark
 from ptqkit.nn.activations import installed_quantizer, remove_quantizers
 from ptqkit.nn.linear import is_linear
+from ptqkit.nn.quantized_mark import is_quantized, unmark_quantized
 
-__all__ = ["FloatWeights", "is_quantized", "mark_quantized"]
-
-_MARK = "_ptqkit_quantized"
-_SAMPLE = 64
-
-
-def _sample(linear: nn.Module) -> torch.Tensor:
-    """Return evenly spread entries of a weight, on the CPU."""
-    weight = linear.get_parameter("weight").detach()
-    count = weight.numel()
-    places = torch.arange(_SAMPLE, dtype=torch.long, device=weight.device) * (count - 1)
-    places = places.div(_SAMPLE - 1, rounding_mode="floor")
-    rows, columns = places.div(weight.shape[1], rounding_mode="floor"), places % weight.shape[1]
-    return weight[rows, columns].cpu()
-
-
-def mark_quantized(linear: nn.Module) -> None:
-    """Note that a layer's weight is a quantized one from now on."""
-    linear.__dict__[_MARK] = _sample(linear)
-
-
-def is_quantized(linear: nn.Module) -> bool:
-    """Whether the weight that :func:`mark_quantized` noted is still there, in whatever dtype."""
-    noted = linear.__dict__.get(_MARK)
-    if noted is None or linear.get_parameter("weight").device.type == "meta":
-        return False
-    found = _sample(linear)
-    # A conversion of the model rounds its weights; another one back leaves them rounded.
-    kinds = (noted.dtype, found.dtype, torch.bfloat16, torch.float16)
-    return any(torch.equal(found, noted.to(kind).to(found.dtype)) for kind in kinds)
+__all__ = ["FloatWeights"]
 
 
 class FloatWeights:
@@ -107,7 +75,7 @@ class FloatWeights:
                 module._parameters[name] = nn.Parameter(value.clone(), requires_grad=False)
             else:
                 parameter.detach().copy_(value)
-            module.__dict__.pop(_MARK, None)
+            unmark_quantized(module)
         remove_quantizers(self.model)
         owner = owner_of_mark(self.model)
         if self._equalized is None and hasattr(owner, "ptqkit_equalized"):

@@ -12,10 +12,10 @@ from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models.probe import Probe, probe
 from ptqkit.hf.models.structure import Structure, find_structure
-from ptqkit.hf.models.wrappers import wrapper_problem
 from ptqkit.hf.quantization.preflight import (
     Problems,
     check_float,
+    check_kind,
     check_model,
     check_output,
     check_probe,
@@ -71,10 +71,7 @@ def inspect_model(
         With every problem at once: first what needs no forward pass, then what the probe shows.
     """
     problems = Problems()
-    wrapped = wrapper_problem(model)
-    if wrapped is not None:
-        problems.add(wrapped, UnsupportedModuleError)
-        problems.raise_if_any()
+    check_kind(problems, model)
     data = None
     if calibration is not None:
         data = _read_data(problems, model, calibration, tokenizer, windows)

@@ -20,12 +20,21 @@ from ptqkit.hf.checkpoint.spec import describe_targets
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions
 from ptqkit.hf.models.probe import Probe
 from ptqkit.hf.models.structure import Structure, Target
-from ptqkit.hf.quantization.float_weights import is_quantized
+from ptqkit.hf.models.wrappers import wrapper_problem
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.linear import is_linear
+from ptqkit.nn.quantized_mark import is_quantized
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["Problems", "check_float", "check_model", "check_output", "check_probe", "check_tokens"]
+__all__ = [
+    "Problems",
+    "check_float",
+    "check_kind",
+    "check_model",
+    "check_output",
+    "check_probe",
+    "check_tokens",
+]
 
 
 class Problems:
@@ -53,8 +62,6 @@ def check_model(
     checkpoint_format: str,
 ) -> None:
     """Check what the model and the recipe show by themselves: shapes, patterns, weights, format."""
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
     for text in structure.problems:
         problems.add(text, UnsupportedModuleError)
     if recipe.equalization is not None:
@@ -83,6 +90,16 @@ def check_model(
     if gaining and checkpoint_format != "auto" and FORMATS[checkpoint_format].foreign:
         for text in plan_biases(model, gaining).problems():
             problems.add(text)
+
+
+def check_kind(problems: Problems, model: nn.Module) -> None:
+    """Refuse at once what is no float model by itself: everything else would follow from it."""
+    wrapped = wrapper_problem(model)
+    if wrapped is not None:
+        problems.add(wrapped, UnsupportedModuleError)
+    elif getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
+    problems.raise_if_any()
 
 
 def check_float(problems: Problems, structure: Structure) -> None:

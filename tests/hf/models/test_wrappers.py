@@ -137,6 +137,7 @@ def test_adapters_are_refused_before_the_run(run):
     assert "layers.1.self_attn.q_proj" in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_adapters_of_peft():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=16, target_modules=["q_proj"], init_lora_weights=False)

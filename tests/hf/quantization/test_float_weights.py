@@ -143,3 +143,21 @@ def test_float16_on_a_cpu_warns():
     assert any("float16 on a CPU" in text for text in result.report.warnings)
     result = ptqkit.quantize(build(), "rtn", bits=4, stored_dtype="float16", **OPTIONS)
     assert result.report.warnings == [] and result.stored_dtype == "float16"
+
+
+def test_a_loaded_checkpoint_that_comes_back_float_is_refused(tmp_path):
+    result = quantize(build(), checkpoint_format="gptq_v2")
+    result.save(tmp_path / "saved", checkpoint_format="gptq_v2")
+    loaded = ptqkit.load(tmp_path / "saved")
+    with pytest.raises(PreflightError, match="14 of 14 layers .* quantized already"):
+        quantize(loaded)
+    loaded.load_state_dict(build().state_dict())
+    assert len(quantize(loaded).matrices) == 14
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_loaded_checkpoint_is_one_problem(symmetric, tmp_path):
+    quantize(build(), symmetric=symmetric).save(tmp_path / "saved")
+    with pytest.raises(PreflightError, match="the model is quantized already; load the") as error:
+        quantize(ptqkit.load(tmp_path / "saved"))
+    assert len(error.value.problems) == 1
