@@ -13,6 +13,7 @@ from ptqkit.hf.equalization.report import EqualizationReport, EqualizedGroup
 from ptqkit.hf.equalization.run import EqualizationError, EqualizationRun, owner_of_mark
 from ptqkit.hf.models.wrappers import unwrap_compiled, wrapper_problem
 from ptqkit.hf.progress import Progress, close_progress, make_progress
+from ptqkit.nn.quantized_mark import is_quantized
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.options import Equalization
 from ptqkit.recipe.recipe import Recipe
@@ -128,6 +129,8 @@ def equalize(
     >>> print(report.table())
     """
     options = Equalization(method, alpha, tokens)
+    if isinstance(model, nn.Module) and any(map(is_quantized, model.modules())):
+        raise UnsupportedModuleError("the model is quantized already; equalize the float model")
     prepared = prepare_calibration(
         calibration,
         tokenizer,

@@ -38,6 +38,8 @@ def test_a_model_object_quantized_twice_is_refused():
         with pytest.raises(PreflightError, match=r"14 of 14 layers .* load the float model") as e:
             ptqkit.quantize(again, "rtn", bits=8, **OPTIONS)
         assert e.value.has(UnsupportedModuleError) and len(e.value.problems) == 1
+    with pytest.raises(UnsupportedModuleError, match="equalize the float model"):
+        ptqkit.equalize(model, tokens())
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert len(quantize(model, requantize=True).matrices) == 14
 
