@@ -1,7 +1,8 @@
-"""What no other tool checks: the C core is free of Python, exports one name, and the README."""
+"""What no other tool checks: the C core, its exports, dtypes of tensors, and the README."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -36,6 +37,32 @@ def test_only_the_module_is_exported():
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = {line.split()[0] for line in listed.splitlines() if line.strip()}
     assert names - {"_init", "_fini"} == {"PyInit__core"}
+
+
+# Without dtype= these take the caller's torch.set_default_dtype, some only for Python floats.
+FACTORIES = "arange empty eye full linspace logspace normal ones rand randn tensor zeros".split()
+
+
+def factories_without_dtype(source: str) -> list[int]:
+    """Lines of a Python source that make a tensor whose dtype is the caller's default."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name, named = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+        if name.startswith("torch.") and name[6:] in FACTORIES and "dtype" not in named:
+            found.append(node.lineno)
+        if name in ("torch.Tensor", "torch.FloatTensor", "torch.get_default_dtype"):
+            found.append(node.lineno)
+    return found
+
+
+def test_every_tensor_factory_names_its_dtype():
+    assert factories_without_dtype("torch.full(\n(3,), 1.0)\ntorch.ones(2, dtype=d)") == [1]
+    paths = sorted((ROOT / "ptqkit").rglob("*.py"))
+    assert len(paths) > 100
+    for path in paths:
+        assert factories_without_dtype(path.read_text(encoding="utf-8")) == [], relative(path)
 
 
 @pytest.mark.parametrize("mark", ["setup", "tests"])

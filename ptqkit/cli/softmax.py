@@ -153,7 +153,7 @@ def _split(
         )
     windows = ids[:used].view(-1, body)
     if bos is not None:
-        windows = torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
+        windows = torch.cat([torch.full((len(windows), 1), bos, dtype=torch.long), windows], dim=1)
     return windows, ids[used:]
 
 
@@ -242,9 +242,9 @@ def _demo_windows(tokenizer: Any, window: int, max_tokens: int | None) -> Any:
 
     ids = tokenizer(text("test"), add_special_tokens=False, verbose=False)["input_ids"]
     body = max(1, window - (tokenizer.bos_token_id is not None))
-    rows = torch.tensor(ids[: len(ids) // body * body]).view(-1, body)
+    rows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
     count = min(len(rows), max(1, (max_tokens or _DEMO_TOKENS) // body))
-    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
+    return rows[torch.linspace(0, len(rows) - 1, count, dtype=torch.float32).round().long()]
 
 
 def _save(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any) -> str:

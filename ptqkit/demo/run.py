@@ -124,7 +124,7 @@ def _round_trip(bench: Workbench, where: Path, log: Callable[[str], None]) -> di
     """Write a symmetric 4-bit checkpoint, load it with transformers alone, use it."""
     quantized = bench.quantize("quality", bits=4, group_size=GROUP_SIZE, symmetric=True)
     ids = bench.tokenizer(text("test"), add_special_tokens=False, verbose=False)
-    probe = torch.tensor([ids["input_ids"][: WINDOW - 1]])
+    probe = torch.tensor([ids["input_ids"][: WINDOW - 1]], dtype=torch.long)
     expected = _logits(quantized.model, probe)
     info = quantized.save(where)
     loaded = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()

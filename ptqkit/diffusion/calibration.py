@@ -108,7 +108,7 @@ def draw_calibration(
     if samples < least:
         raise ValueError(f"{count} latents over {steps} steps need {least} samples, not {samples}")
     draw = torch.Generator().manual_seed(seed)
-    share = torch.full((len(times),), count // len(times))
+    share = torch.full((len(times),), count // len(times), dtype=torch.long)
     share[torch.randperm(len(times), generator=draw)[: count % len(times)]] += 1
     wanted = {
         time: set(torch.randperm(samples, generator=draw)[: int(n)].tolist())
@@ -129,7 +129,7 @@ def draw_calibration(
     if options.get("guidance", 1.0) != 1:
         seen[1::2] = options["no_class"].to(seen)
     latents = torch.stack([latent for latent, _, _ in kept])
-    timesteps = torch.tensor([time for _, time, _ in kept])
+    timesteps = torch.tensor([time for _, time, _ in kept], dtype=torch.long)
     return CalibrationLatents(latents, timesteps, seen, batch_size)
 
 

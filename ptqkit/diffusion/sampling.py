@@ -39,7 +39,7 @@ class ClassConditionalUNet:
 
     def context(self, count: int) -> torch.Tensor:
         """Embeddings of ``count`` labels, the classes in turn: (count, tokens, width)."""
-        return self.labels[torch.arange(count) % (len(self.labels) - 1)]
+        return self.labels[torch.arange(count, dtype=torch.long) % (len(self.labels) - 1)]
 
     def noise(self, count: int, seed: int = 0) -> torch.Tensor:
         """Return starting noise for ``count`` samples of this UNet; see :func:`starting_noise`."""
@@ -74,9 +74,8 @@ def starting_noise(count: int, shape: tuple[int, ...], *, seed: int = 0) -> torc
     Sample i is the same whatever ``count``; the global seed is neither used nor changed.
     """
     draw = torch.Generator().manual_seed(seed)
-    return torch.stack(
-        [torch.randn(shape, generator=draw) for _ in range(check_positive(count, "count"))]
-    )
+    samples = range(check_positive(count, "count"))
+    return torch.stack([torch.randn(shape, generator=draw, dtype=torch.float32) for _ in samples])
 
 
 def sample(
@@ -125,7 +124,7 @@ def sample(
     device, dtype = device_and_dtype(unet)
     done = []
     with calibration_mode(unet):
-        for part in torch.arange(len(noise)).split(batch_size):
+        for part in torch.arange(len(noise), dtype=torch.long).split(batch_size):
             latents = noise[part].to(device, torch.float32) * schedule.init_noise_sigma
             seen = context[part.to(context.device)].to(device, dtype)
             for step in schedule.timesteps:

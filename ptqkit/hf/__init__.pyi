@@ -27,6 +27,7 @@ from .progress import ProgressEvent as ProgressEvent
 from .quantization.driver import QuantizationInterrupted as QuantizationInterrupted
 from .quantization.driver import QuantizationResult as QuantizationResult
 from .quantization.driver import quantize as quantize
+from .quantization.float_weights import FloatWeights as FloatWeights
 from .quantization.report import LayerReport as LayerReport
 from .quantization.report import Report as Report
 from .softmax.driver import SoftmaxCalibration as SoftmaxCalibration

@@ -93,7 +93,7 @@ def static_grid(
         If the range is not finite, or does not fit ``dtype``.
     """
     exact, zero_point = activation_grid(minimum, maximum, bits=bits, symmetric=symmetric)
-    scale = float(torch.tensor(float(exact)).to(dtype))
+    scale = float(torch.tensor(float(exact), dtype=torch.float32).to(dtype))
     if scale == float(exact):
         return scale, zero_point
     if not math.isfinite(scale):

@@ -152,7 +152,8 @@ class ActivationQuantizer:
 def _one_scale(value: Any) -> torch.Tensor:
     if value is None:
         raise ValueError("static activations (granularity 'tensor') need a scale")
-    scale = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+    given = isinstance(value, torch.Tensor)
+    scale = value.detach() if given else torch.tensor(float(value), dtype=torch.float32)
     if scale.numel() != 1 or not scale.is_floating_point():
         raise ValueError(
             f"the activation scale must be one floating-point number, not {scale.dtype} of shape "

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["StopForwardError", "calibration_mode", "forward", "hooks", "tensor_key", "thread_state"]
+__all__ = [
+    "StopForwardError",
+    "calibration_mode",
+    "eager",
+    "eager_attributes",
+    "forget_compiled",
+    "forward",
+    "hooks",
+    "tensor_key",
+    "thread_state",
+]
 
 # What it returns, if anything, replaces the module's input.
 PreHook = Callable[[str, torch.Tensor], "torch.Tensor | None"]
@@ -26,7 +38,10 @@ class StopForwardError(BaseException):
 
 @contextlib.contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode without gradients or KV cache; restore everything on leaving."""
+    """Switch to evaluation mode without gradients or KV cache; restore everything on leaving.
+
+    What :func:`torch.compile` has compiled runs eagerly.
+    """
     training = [(module, module.training) for module in model.modules()]
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     unique = list({id(c): c for c in configs if getattr(c, "use_cache", False)}.values())
@@ -35,13 +50,61 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
             module.training = False
         for config in unique:
             config.use_cache = False
-        with torch.no_grad():
+        with torch.no_grad(), eager(model):
             yield
     finally:
         for config in unique:
             config.use_cache = True
         for module, mode in training:
             module.training = mode
+
+
+@contextlib.contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run modules and functions eagerly that :func:`torch.compile` has compiled.
+
+    Compiled code would see neither hooks nor new weights; and while it runs, the thread is
+    Dynamo's, which a forward pass that pauses in the middle would leave so.
+    """
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        yield
+        return
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            for key, value in eager_attributes(module).items():
+                kept.append((module.__dict__, key, module.__dict__.get(key)))
+                module.__dict__[key] = value
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for attributes, key, value in kept:
+            if value is None:
+                del attributes[key]
+            else:
+                attributes[key] = value
+
+
+def eager_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes that make a compiled module run eagerly; none if it does."""
+    changes: dict[str, Any] = {}
+    if module._compiled_call_impl is not None:
+        changes["_compiled_call_impl"] = None
+    own = module.__dict__.get("forward")
+    found = type(module).forward if own is None else own
+    plain = found
+    # The second attribute tells a compiled function from one that wraps it and copied the first.
+    while getattr(plain, "_torchdynamo_wrapper_id", None) == id(plain):
+        plain = plain._torchdynamo_orig_callable
+    if plain is not found and not hasattr(module, "_orig_mod"):
+        changes["forward"] = plain if own is not None else types.MethodType(plain, module)
+    return changes
+
+
+def forget_compiled() -> None:
+    """Drop what :func:`torch.compile` has compiled: it does not notice hooks that come later."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @contextlib.contextmanager
@@ -98,4 +161,10 @@ def thread_state() -> tuple[Any, ...]:
         torch.is_autocast_cache_enabled(),
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
+        _dynamo_callback(),
     )
+
+
+def _dynamo_callback() -> Any:
+    """Return what Dynamo has put in the way of this thread's frames; None as a rule."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback()

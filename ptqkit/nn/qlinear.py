@@ -213,7 +213,8 @@ class QLinear(nn.Module):
         else:
             group = self.g_idx
             if group is None:
-                group = torch.arange(self.in_features, device=steps.device) // self.group_size
+                columns = torch.arange(self.in_features, dtype=torch.long, device=steps.device)
+                group = columns // self.group_size
             steps.sub_(zeros[:, group.long()]).mul_(scales[:, group.long()])
         return steps.to(self.dtype)
 

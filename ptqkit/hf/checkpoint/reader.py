@@ -15,6 +15,7 @@ from ptqkit.arrays.matrix import QuantizedMatrix, WeightGrid
 from ptqkit.hf.checkpoint.base import CheckpointFormat, with_suffix
 from ptqkit.hf.checkpoint.files import DTYPE_CODES, INDEX, SINGLE
 from ptqkit.hf.checkpoint.formats import FORMATS, stored_format
+from ptqkit.nn.quantized_mark import mark_quantized
 
 __all__ = ["load", "read_matrices"]
 
@@ -312,6 +313,10 @@ def _load_float(
         tensors.close()
     for name, q in layers.items():
         state[f"{name}.weight"] = torch.from_numpy(q.dequantize()).to(dtype)
-    return model_class.from_pretrained(
+    model, info = model_class.from_pretrained(
         None, config=config, state_dict=state, output_loading_info=True, **kwargs
     )
+    modules = dict(model.named_modules())
+    for name in layers.keys() & modules.keys():
+        mark_quantized(modules[name])
+    return model, info

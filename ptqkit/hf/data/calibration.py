@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ from ptqkit.hf.data.text import (
 )
 
 __all__ = [
+    "FEATURES",
     "CalibrationSet",
+    "batch_shape",
     "max_positions",
     "prepare_calibration",
 ]
+
+#: Inputs of models that read no token ids, or not them alone.
+FEATURES = ("inputs_embeds", "pixel_values", "input_features", "input_values")
 
 # Tokenizing stops at this multiple of the tokens that are needed.
 _SURPLUS = 16
@@ -40,9 +46,11 @@ class CalibrationSet:
     Attributes
     ----------
     batches : list of dict of str to Tensor
-        Keyword arguments of the model's forward; integer tensors of shape (batch, sequence).
+        Keyword arguments of the model's forward: integer tensors of shape (batch, sequence), or
+        whatever else the model takes, such as ``pixel_values``.
     tokens : int
-        Positions that count, padding excluded.
+        Positions that count, padding excluded. Of inputs without ``input_ids`` the number is known
+        only to the model: each sample counts as one.
     samples : int
     sequence_length : int
         The longest.
@@ -61,6 +69,21 @@ class CalibrationSet:
     def masks(self) -> list[torch.Tensor | None]:
         """Per batch the positions that count, bool (batch, sequence); None if all do."""
         return [padding_mask(batch) for batch in self.batches]
+
+
+def batch_shape(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Return the rows and positions of a batch; 1 position per row if it has no token ids."""
+    for key in ("input_ids", "decoder_input_ids"):
+        if key in batch:
+            return (batch[key].shape[0], batch[key].shape[1])
+    return len(batch[_main_input(batch) or next(iter(batch))]), 1
+
+
+def _main_input(batch: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of the tensor that a model reads first; None if there is none."""
+    known = [key for key in ("input_ids", *FEATURES) if key in batch]
+    other = (k for k, v in batch.items() if v.is_floating_point() and v.dim() >= 2)
+    return known[0] if known else next(other, None)
 
 
 def padding_mask(
@@ -109,9 +132,10 @@ def prepare_calibration(
 
     Parameters
     ----------
-    source : str, path, list of str, Tensor, list of Tensor, list of dict
-        A text or ``.jsonl`` file (``.gz`` too); texts; tokens of shape (samples, sequence) or a
-        list of 1-D sequences; a list of dicts with ``input_ids`` and ``attention_mask``; or
+    source : str, path, iterable of str, Tensor, iterable of Tensor, iterable of dict
+        A text or ``.jsonl`` file (``.gz`` too); texts, or dicts with ``text``, read no further than
+        needed; tokens of shape (samples, sequence) or 1-D sequences; dicts of the model's inputs,
+        such as ``input_ids`` and ``attention_mask``, or ``pixel_values``; or
         ``"name:config:split"`` of the package ``datasets``.
     tokenizer : optional
         Needed for text.
@@ -133,7 +157,7 @@ def prepare_calibration(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CalibrationError(f"{name} must be an integer of at least 1, not {value!r}")
-    documents, described = _as_documents(source)
+    documents, described, source = _as_documents(source)
     if documents is None:
         return _from_tokens(source, batch_size, samples)
     if tokenizer is None:
@@ -153,40 +177,72 @@ def prepare_calibration(
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     windows = windows[order[:samples].sort().values]
     if start is not None:
-        windows = torch.cat([torch.full((samples, 1), start), windows], dim=1)
+        windows = torch.cat([torch.full((samples, 1), start, dtype=torch.long), windows], dim=1)
     name = "none" if start is None else str(tokenizer.convert_ids_to_tokens(start))
     batches = [{"input_ids": part.contiguous()} for part in windows.split(batch_size)]
     return CalibrationSet(batches, windows.numel(), samples, length, name, described)
 
 
-def _as_documents(source: Any) -> tuple[Iterable[str] | None, str]:
-    """Return the texts of a source, or None if it holds tokens."""
+def _as_documents(source: Any) -> tuple[Iterable[str] | None, str, Any]:
+    """Return the texts of a source, or None and the source itself if it holds tokens."""
     if isinstance(source, os.PathLike):
-        return read_documents(source), Path(source).name
+        return read_documents(source), Path(source).name, None
     if isinstance(source, str):
         if os.path.exists(source):
-            return read_documents(source), Path(source).name
+            return read_documents(source), Path(source).name, None
         if DATASET_NAME.fullmatch(source):
-            return dataset_documents(source), source
+            return dataset_documents(source), source, None
         raise MissingTextError(
             f"calibration {source[:80]!r} is neither a file nor 'name:config:split' of datasets; "
             "give text itself as a list of strings"
         )
-    if isinstance(source, (list, tuple)) and source and all(isinstance(s, str) for s in source):
-        return source, f"{len(source)} texts"
-    return None, ""
+    if isinstance(source, Mapping):
+        source = [source]
+    if isinstance(source, np.ndarray) and source.dtype.kind in "USO":
+        source = source.ravel().tolist()
+    if isinstance(source, (torch.Tensor, np.ndarray)) or not isinstance(source, Iterable):
+        return None, "", source
+    items = iter(source)
+    # A generator gives its items once: the first is looked at and put back.
+    first = list(itertools.islice(items, 1))
+    whole = itertools.chain(first, items)
+    if first and _is_text(first[0]):
+        count = f"{len(source)} texts" if isinstance(source, Sized) else "texts"
+        return _texts(whole), count, None
+    return None, "", source if isinstance(source, (list, tuple)) else whole
+
+
+def _is_text(item: Any) -> bool:
+    tokenized = isinstance(item, Mapping) and "input_ids" in item
+    return isinstance(item, str) or (isinstance(item, Mapping) and "text" in item and not tokenized)
+
+
+def _texts(items: Iterable[Any]) -> Iterator[str]:
+    """Yield the texts of strings and of dicts with ``text``, which is a string or several."""
+    for index, item in enumerate(items):
+        text = item["text"] if _is_text(item) and not isinstance(item, str) else item
+        for part in [text] if isinstance(text, (str, bytes)) or not _listed(text) else text:
+            if not isinstance(part, str):
+                raise CalibrationError(
+                    f"calibration[{index}] is a {type(part).__name__}, not a text as the first is"
+                )
+            yield part
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray))
 
 
 def _from_tokens(source: Any, batch_size: int, samples: int) -> CalibrationSet:
     if source is None:
         raise CalibrationError("calibration is missing: give a text file, strings or tokens")
-    if isinstance(source, Mapping):
-        source = [source]
     if isinstance(source, (torch.Tensor, np.ndarray)):
         rows = torch.as_tensor(source)
         if rows.dim() != 2:
+            hint = "" if rows.dim() < 3 else "; name other inputs, as in {'pixel_values': images}"
             raise CalibrationError(
                 f"calibration tokens must have shape (samples, sequence), not {tuple(rows.shape)}"
+                f"{hint}"
             )
         source = list(rows[:samples])
     if not isinstance(source, (list, tuple)):
@@ -195,7 +251,7 @@ def _from_tokens(source: Any, batch_size: int, samples: int) -> CalibrationSet:
         except TypeError:
             raise CalibrationError(
                 f"calibration cannot be a {type(source).__name__}; give a text file, a list of "
-                "strings, tokens, or a list of dicts with input_ids"
+                "strings, tokens, or a list of dicts of the model's inputs"
             ) from None
     if not source:
         raise CalibrationError("calibration is empty")
@@ -204,15 +260,18 @@ def _from_tokens(source: Any, batch_size: int, samples: int) -> CalibrationSet:
     else:
         rows = [_check_row(row, i) for i, row in enumerate(source[:samples])]
         batches = _batch_rows(rows, batch_size)
-    ids = [b["input_ids"] for b in batches]
-    masks = [padding_mask(b) for b in batches]
-    tokens = sum(i.numel() if m is None else int(m.sum()) for i, m in zip(ids, masks, strict=True))
+    shapes = [batch_shape(b) for b in batches]
+    masks = [padding_mask(b) if "input_ids" in b else None for b in batches]
+    tokens = sum(
+        rows * length if mask is None else int(mask.sum())
+        for (rows, length), mask in zip(shapes, masks, strict=True)
+    )
     if tokens == 0:
         raise CalibrationError("calibration holds no token: the attention masks are all zero")
-    longest = max(i.shape[1] for i in ids)
-    return CalibrationSet(
-        batches, tokens, sum(len(i) for i in ids), longest, "as given", "tokens as given"
-    )
+    longest = max(length for _, length in shapes)
+    described = "tokens as given" if "input_ids" in batches[0] else "inputs as given"
+    samples = sum(rows for rows, _ in shapes)
+    return CalibrationSet(batches, tokens, samples, longest, "as given", described)
 
 
 def _check_row(row: Any, index: int) -> torch.Tensor:
@@ -246,13 +305,22 @@ def _batch_rows(rows: list[torch.Tensor], batch_size: int) -> list[dict[str, tor
 
 def _check_batch(batch: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
     where = f"calibration[{index}]"
-    if "input_ids" not in batch:
-        raise CalibrationError(f"{where} has no input_ids")
+    given = ", ".join(map(str, batch)) or "nothing"
     for key, value in batch.items():
-        if not isinstance(value, torch.Tensor):
-            batch[key] = value = torch.as_tensor(value)
-        if value.dim() == 1:
-            batch[key] = value[None]
+        batch[key] = _as_tensor(value, f"{where}: {key}")
+    batch.pop("labels", None)
+    main = _main_input(batch)
+    if main is None:
+        raise CalibrationError(
+            f"{where} has no input_ids, nor other inputs of a model such as {', '.join(FEATURES)}; "
+            f"it has {given}"
+        )
+    if main != "input_ids":
+        if batch[main].numel() == 0:
+            raise CalibrationError(f"{where}: {main} is empty")
+        return batch
+    # One sequence is a batch of one.
+    batch = {key: value[None] if value.dim() == 1 else value for key, value in batch.items()}
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
         raise CalibrationError(
@@ -263,5 +331,18 @@ def _check_batch(batch: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
         raise CalibrationError(
             f"{where}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}"
         )
-    batch.pop("labels", None)
     return batch
+
+
+def _as_tensor(value: Any, where: str) -> torch.Tensor:
+    """Return a tensor of a batch; Python floats become float32, whatever the default dtype is."""
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        array = np.asarray(value)
+        return torch.as_tensor(array, dtype=torch.float32 if array.dtype.kind == "f" else None)
+    except (TypeError, ValueError, RuntimeError):
+        raise CalibrationError(
+            f"{where} is a {type(value).__name__}, not a tensor; give the model's inputs alone, "
+            "each as a tensor of equal rows"
+        ) from None

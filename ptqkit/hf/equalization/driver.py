@@ -11,7 +11,9 @@ from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.equalization.report import EqualizationReport, EqualizedGroup
 from ptqkit.hf.equalization.run import EqualizationError, EqualizationRun, owner_of_mark
+from ptqkit.hf.models.wrappers import unwrap_compiled, wrapper_problem
 from ptqkit.hf.progress import Progress, close_progress, make_progress
+from ptqkit.nn.quantized_mark import is_quantized
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.options import Equalization
 from ptqkit.recipe.recipe import Recipe
@@ -127,6 +129,8 @@ def equalize(
     >>> print(report.table())
     """
     options = Equalization(method, alpha, tokens)
+    if isinstance(model, nn.Module) and any(map(is_quantized, model.modules())):
+        raise UnsupportedModuleError("the model is quantized already; equalize the float model")
     prepared = prepare_calibration(
         calibration,
         tokenizer,
@@ -139,7 +143,7 @@ def equalize(
     )
     parsed = None if recipe is None else as_recipe(recipe)
     return equalize_calibrated(
-        model, prepared, options, parsed, blocks, threads, make_progress(progress)
+        unwrap_compiled(model), prepared, options, parsed, blocks, threads, make_progress(progress)
     )
 
 
@@ -176,6 +180,9 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    wrapped = wrapper_problem(model)
+    if wrapped is not None:
+        raise UnsupportedModuleError(wrapped)
     config = owner_of_mark(model)
     if getattr(config, "ptqkit_equalized", None) is not None:
         raise UnsupportedModuleError(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.equalization.find import apply_fold, find_folds
 
 __all__ = ["Outliers", "inject_outliers"]
@@ -85,7 +85,7 @@ def inject_outliers(
     if not isinstance(factor, (int, float)) or not math.isfinite(factor) or factor <= 0:
         raise ValueError(f"factor must be a finite number above 0, not {factor!r}")
     if isinstance(batch, CalibrationSet):
-        batch = max(batch.batches, key=lambda b: b["input_ids"].shape[1])
+        batch = max(batch.batches, key=lambda b: batch_shape(b)[1])
     folds = [f for f in find_folds(model, batch, blocks).folds if f.kind == "norm"]
     if not folds:
         raise ValueError("no norm of the model folds into the layers after it")

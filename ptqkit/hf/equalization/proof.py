@@ -219,7 +219,7 @@ class BlockProver:
         """Tell by the signs: only a ReLU does not turn with them, only attention mixes tokens."""
         width = producer.outputs.shape[-1]
         tokens = producer.outputs.numel() // width
-        signs = torch.ones(tokens, width)
+        signs = torch.ones(tokens, width, dtype=torch.float32)
         signs[0, torch.from_numpy(rows)] = -1.0
         read: list[torch.Tensor] = []
 

@@ -19,7 +19,7 @@ from ptqkit.arrays.equalization import (
     weight_span,
 )
 from ptqkit.errors import CalibrationError, PtqkitError, prefix_error
-from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.equalization.find import find_folds
 from ptqkit.hf.equalization.fold import Fold, FoldPlan, apply_fold, uninterrupted
 from ptqkit.hf.equalization.inputs import Inputs, measure_inputs
@@ -100,7 +100,7 @@ class EqualizationRun:
     def execute(self) -> None:
         """Find the folds, measure, choose scales, fold them and compare."""
         model, searching = self.model, self.equalization.alpha == "search"
-        longest = max(self.calibration.batches, key=lambda b: b["input_ids"].shape[1])
+        longest = max(self.calibration.batches, key=lambda b: batch_shape(b)[1])
         batch = short_batch(longest)
         plan = find_folds(model, batch, self.blocks)
         with calibration_mode(model):

@@ -39,7 +39,7 @@ def short_batch(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     CalibrationError
         If the row has fewer than two tokens: one token shows no attention.
     """
-    if batch["input_ids"].shape[1] < 2:
+    if "input_ids" in batch and batch["input_ids"].shape[1] < 2:
         raise CalibrationError(
             "the calibration's first sequence has one token; finding folds needs at least 2"
         )

@@ -182,7 +182,7 @@ def _spread(texts: list[list[int]], windows: int, body: int) -> list[list[int]]:
         raise CalibrationError(
             f"windows = {windows} of {body} tokens are more than the {len(ids)} tokens of the text"
         )
-    places = torch.linspace(0, count - 1, windows).round().long().tolist()
+    places = torch.linspace(0, count - 1, windows, dtype=torch.float32).round().long().tolist()
     return [ids[place * body : (place + 1) * body] for place in places]
 
 

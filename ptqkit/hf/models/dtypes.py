@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["as_dtype", "dtype_name", "dtype_of", "stored_as"]
+__all__ = ["as_dtype", "dtype_name", "dtype_of", "slow_arithmetic", "stored_as"]
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -33,6 +33,17 @@ def as_dtype(value: str | torch.dtype) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type of torch, not {value!r}")
     return dtype
+
+
+def slow_arithmetic(model: nn.Module) -> list[str]:
+    """Return a warning if a model computes in float16 on a CPU, which is slow; else nothing."""
+    first = next(model.parameters(), None)
+    if first is None or first.device.type != "cpu" or dtype_of(model) != torch.float16:
+        return []
+    return [
+        "the model computes in float16 on a CPU, several times slower than in float32: load it "
+        "with dtype=torch.float32 and quantize it with stored_dtype='float16'"
+    ]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ptqkit.errors import CalibrationError
-from ptqkit.hf.data.calibration import padding_mask
+from ptqkit.hf.data.calibration import batch_shape, padding_mask
 
 __all__ = ["match_mask", "short_batch"]
 
@@ -16,15 +16,31 @@ PROBE_TOKENS = 16
 
 
 def short_batch(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the first tokens of the first row, as if none of them were padding."""
+    """Return the first tokens of the first row, as if none of them were padding.
+
+    Samples without token ids are not shortened, only the first is taken. Token ids together with
+    anything that is not (batch, ...) integers, such as the pixels of images whose places the ids
+    name, cannot be shortened consistently: such a batch stays whole.
+    """
+    rows = batch_shape(batch)[0]
+    if not all(value.dim() and len(value) == rows for value in batch.values()):
+        return dict(batch)
+    if "input_ids" not in batch:
+        return {key: value[:1] for key, value in batch.items()}
+    if any(value.dim() != 2 or _is_feature(key, value) for key, value in batch.items()):
+        return dict(batch)
     length = batch["input_ids"].shape[1]
     short = {}
     for key, value in batch.items():
         value = value[:1]
-        if value.dim() >= 2 and value.shape[1] == length:
+        if value.shape[1] == length:
             value = value[:, :PROBE_TOKENS]
         short[key] = torch.ones_like(value) if key == "attention_mask" else value
     return short
+
+
+def _is_feature(key: str, value: torch.Tensor) -> bool:
+    return value.is_floating_point() and not key.endswith("mask")
 
 
 def match_mask(
@@ -43,12 +59,13 @@ def match_mask(
     leading = tuple(value.shape[:-1])
     fitting = []
     for key, found in masks.items():
-        shape = tuple(batch[key].shape) if key in batch else None
+        like = batch.get(key, found)
+        shape = None if like is None else tuple(like.shape)
         if shape is not None and leading in (shape, (shape[0] * shape[1],)):
             fitting.append(found)
     if len(fitting) == 1:
         return None if fitting[0] is None else fitting[0].reshape(leading)
     raise CalibrationError(
         f"an input of shape {tuple(value.shape)} fits {len(fitting)} attention masks of the batch, "
-        "so padding cannot be left out; calibrate without padding"
+        "so padding cannot be left out; calibrate without padding, or skip the layer"
     )

@@ -104,7 +104,7 @@ def pick_device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=asked)
+        torch.empty(1, dtype=torch.float32, device=asked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {asked} cannot be used here: {reason}") from None

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptqkit.hf.models.inputs import short_batch
+from ptqkit.errors import CalibrationError, prefix_error
+from ptqkit.hf.data.calibration import batch_shape, padding_mask
+from ptqkit.hf.models.inputs import match_mask, short_batch
 from ptqkit.nn.forward import calibration_mode, forward, hooks, tensor_key, thread_state
 
 __all__ = ["Probe", "probe_model"]
@@ -31,6 +33,8 @@ class Probe:
         First layer that runs inside a thread-local mode which the caller had not entered.
     blocks : list of str
         Blocks in order of execution.
+    positions : int
+        Most rows that a layer was given per sample: of images and sounds nothing else tells it.
     """
 
     groups: list[list[str]] = field(default_factory=list)
@@ -38,6 +42,7 @@ class Probe:
     uncalled: list[str] = field(default_factory=list)
     inside_mode: str | None = None
     blocks: list[str] = field(default_factory=list)
+    positions: int = 1
 
 
 def probe_model(
@@ -54,6 +59,8 @@ def probe_model(
     # The inputs are kept until the end, so that no address is used twice.
     alive: list[torch.Tensor] = []
     counts = dict.fromkeys(modules, 0)
+    short = short_batch(batch)
+    samples, mask = batch_shape(short)[0], padding_mask(short)
 
     def record(name: str, value: torch.Tensor) -> None:
         counts[name] += 1
@@ -61,6 +68,12 @@ def probe_model(
             return
         if result.inside_mode is None and thread_state() != baseline:
             result.inside_mode = name
+        try:
+            match_mask(value, short, mask)
+        except CalibrationError as error:
+            raise prefix_error(error, name) from None
+        rows = value.numel() // value.shape[-1]
+        result.positions = max(result.positions, -(-rows // samples))
         alive.append(value)
         key = tensor_key(value) if share else (name,)
         if key not in inputs:
@@ -74,7 +87,7 @@ def probe_model(
 
     with calibration_mode(model), hooks(modules, record), hooks(blocks, record_block):
         baseline = thread_state()
-        forward(model, short_batch(batch))
+        forward(model, short)
     result.repeated = {k: n for k, n in counts.items() if n > 1}
     result.uncalled = [k for k, n in counts.items() if n == 0]
     return result

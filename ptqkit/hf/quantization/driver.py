@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -17,13 +18,15 @@ from ptqkit.errors import UsageError
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
-from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, stored_as
+from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithmetic, stored_as
+from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.quantization.inspection import inspect_model
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
 from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.nn.forward import forget_compiled
 from ptqkit.nn.linear import LinearView
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.options import check_names
@@ -140,6 +143,7 @@ def quantize(
     checkpoint_format: str = "auto",
     overwrite: bool = False,
     stored_dtype: str | torch.dtype | None = None,
+    requantize: bool = False,
     **changes: Any,
 ) -> QuantizationResult:
     """Quantize the linear layers of a model in place, in one forward pass over calibration data.
@@ -147,7 +151,8 @@ def quantize(
     Parameters
     ----------
     model : nn.Module
-        A transformers model, on CPU or GPU.
+        A transformers model, on CPU or GPU. A compiled one runs eagerly meanwhile; of
+        ``torch.compile(model)`` the result holds the model inside.
     recipe : Recipe, preset name, dict or list of parts
         A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"reference"``, ``"rtn"``,
         ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]`` (:mod:`ptqkit.recipe.parts`);
@@ -186,6 +191,9 @@ def quantize(
         CPU). Scales then have this type, and :meth:`QuantizationResult.save` writes it, unless the
         recipe makes float values that it cannot hold: folded scales, corrected biases or grids of
         activations.
+    requantize : bool
+        Go on from weights that a run on this model object has quantized before, which is an error
+        otherwise. To start from the float weights again see :class:`ptqkit.hf.FloatWeights`.
 
     Raises
     ------
@@ -211,6 +219,7 @@ def quantize(
     budget = parse_bytes(memory_budget)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    outer, model = model, unwrap_compiled(model)
     check_names(changes, "recipe", (f.name for f in fields(Recipe)))
     recipe = replace(as_recipe(recipe), **changes)
     written = _written_dtype(model, recipe, stored_dtype)
@@ -218,6 +227,9 @@ def quantize(
         recipe = FORMATS[checkpoint_format].adapt(recipe)
     if written != dtype_of(model):
         recipe = recipe.with_scale_dtype(dtype_name(written))
+    slow = slow_arithmetic(model)
+    for text in slow:
+        warnings.warn(text, stacklevel=2)
     options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
     found = inspect_model(
         model,
@@ -229,6 +241,7 @@ def quantize(
         checkpoint_format=checkpoint_format,
         out_dir=out_dir,
         overwrite=overwrite,
+        requantize=requantize,
         samples=samples,
         sequence_length=sequence_length,
         batch_size=batch_size,
@@ -248,7 +261,10 @@ def quantize(
             options.progress,
         )
     run = QuantizationRun(model, recipe, found, plan, options, equalized)
+    run.report.warnings += slow
     run.execute()
+    if run.activations and (outer is not model or is_compiled(model)):
+        forget_compiled()
     result = QuantizationResult(
         model, run.matrices, run.report, recipe, run.activations, equalized, tokenizer
     )

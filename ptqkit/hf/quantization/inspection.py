@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,8 @@ from ptqkit.hf.models.probe import Probe, probe_model
 from ptqkit.hf.models.structure import Structure, find_structure
 from ptqkit.hf.quantization.preflight import (
     Problems,
+    check_float,
+    check_kind,
     check_model,
     check_output,
     check_probe,
@@ -55,6 +57,7 @@ def inspect_model(
     checkpoint_format: str,
     out_dir: str | os.PathLike[str] | None,
     overwrite: bool,
+    requantize: bool = False,
     **windows: Any,
 ) -> Inspection:
     """Read the data, find the structure, check both, and run a short probe.
@@ -68,6 +71,7 @@ def inspect_model(
         With every problem at once: first what needs no forward pass, then what the probe shows.
     """
     problems = Problems()
+    check_kind(problems, model)
     data = None
     if calibration is not None:
         data = _read_data(problems, model, calibration, tokenizer, windows)
@@ -76,6 +80,8 @@ def inspect_model(
         structure = find_structure(model, recipe, blocks)
     except UnsupportedModuleError as error:
         problems.add(str(error), UnsupportedModuleError)
+    if not requantize:
+        check_float(problems, structure)
     # Data that is there but unusable is one problem, not one more for every layer.
     check_model(problems, model, structure, recipe, calibration is not None, checkpoint_format)
     if out_dir is not None:
@@ -90,6 +96,10 @@ def inspect_model(
         {block: model.get_submodule(block) for block in structure.blocks},
         share_inputs,
     )
+    if data.sequence_length == 1:
+        # Of images and sounds only the model knows how many positions they have.
+        positions = data.samples * shown.positions
+        data = replace(data, tokens=positions, sequence_length=shown.positions)
     unprobed = check_probe(problems, structure, shown)
     problems.raise_if_any()
     return Inspection(structure, data, shown, unprobed)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ptqkit.errors import UnsupportedModuleError, prefix_error
+from ptqkit.hf.data.calibration import batch_shape
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.nn.statistics import InputDrift, accumulator, range_accumulator
 
@@ -144,7 +145,8 @@ def check_same_tokens(
     which each path chooses other tokens has other leading shapes.
     """
     leading = tuple(quantized.shape[:-1])
-    shapes = [tuple(batch[k].shape) for k in ("input_ids", "decoder_input_ids") if k in batch]
+    keys = [k for k in ("input_ids", "decoder_input_ids") if k in batch]
+    shapes = [tuple(batch[k].shape) for k in keys] or [batch_shape(batch)]
     in_order = any(leading[:1] == s[:1] or leading == (s[0] * s[1],) for s in shapes)
     if floats.shape != quantized.shape or not in_order:
         raise UnsupportedModuleError(

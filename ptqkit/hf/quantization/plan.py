@@ -12,7 +12,7 @@ from torch import nn
 
 from ptqkit._units import show_bytes
 from ptqkit.errors import PreflightError, Problem, UnsupportedModuleError
-from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.inspection import Inspection
 
@@ -88,7 +88,9 @@ def plan_schedule(
     if inspection.calibration is None:
         return Plan()
     targets, groups = inspection.structure.targets, inspection.probe.groups
-    needed = estimate_memory(model, targets, groups, inspection.calibration, alpha > 0)
+    needed = estimate_memory(
+        model, targets, groups, inspection.calibration, alpha > 0, inspection.probe.positions
+    )
     free = available_memory(next(model.parameters()).device)
     limit, whose = (free, "free memory") if budget is None else (budget, "memory budget")
     estimate: dict[str, int | None] = {
@@ -175,6 +177,7 @@ def estimate_memory(
     groups: Sequence[Sequence[str]],
     calibration: CalibrationSet,
     propagate: bool = False,
+    positions: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory that each schedule needs, from shapes.
 
@@ -182,6 +185,7 @@ def estimate_memory(
     the outputs of the layers before it in the block, and the layer's input; one-pass holds that for
     all tokens, replay for one batch, with one block output (old and new) for all tokens.
     With error propagation (``propagate``) one-pass holds it twice: for the float model too.
+    ``positions`` are those of a sample in the probe, for inputs that show none themselves.
     """
     size = next(model.parameters()).element_size()
     hidden: dict[str | None, int] = {}
@@ -199,19 +203,21 @@ def estimate_memory(
         # Error propagation adds G and a factor in float64; the original, corrected weights in both.
         squares, weights = (8, 9) if propagate else (4, 4)
         work = max(work, 4 * inputs * (squares * inputs + weights * outputs))
-    tokens = [b["input_ids"].numel() for b in calibration.batches]
-    masks = _mask_bytes(model, calibration, size)
+    shapes = [(rows, max(n, positions)) for rows, n in map(batch_shape, calibration.batches)]
+    tokens = [rows * length for rows, length in shapes]
+    masks = _mask_bytes(model, calibration, shapes, size)
     largest = max(tokens)
     one_pass = (sum(tokens) * size * live + sum(masks)) * (2 if propagate else 1)
     replay = sum(tokens) * size * 2 * wide + 2 * largest * size * live + max(masks)
     return MemoryEstimate(int(_SLACK * one_pass) + work, int(_SLACK * replay) + work)
 
 
-def _mask_bytes(model: nn.Module, calibration: CalibrationSet, size: int) -> list[int]:
+def _mask_bytes(
+    model: nn.Module, calibration: CalibrationSet, shapes: list[tuple[int, int]], size: int
+) -> list[int]:
     """Return the bytes of the (batch, 1, sequence, sequence) masks that waiting batches hold."""
     eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
     result = []
-    for batch, mask in zip(calibration.batches, calibration.masks(), strict=True):
-        rows, length = batch["input_ids"].shape
+    for (rows, length), mask in zip(shapes, calibration.masks(), strict=True):
         result.append(rows * length * length * size if eager or mask is not None else 0)
     return result

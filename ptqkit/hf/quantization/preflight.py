@@ -20,11 +20,21 @@ from ptqkit.hf.checkpoint.spec import describe_targets
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions
 from ptqkit.hf.models.probe import Probe
 from ptqkit.hf.models.structure import Structure, Target
+from ptqkit.hf.models.wrappers import wrapper_problem
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.linear import is_linear
+from ptqkit.nn.quantized_mark import is_quantized
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["Problems", "check_model", "check_output", "check_probe", "check_tokens"]
+__all__ = [
+    "Problems",
+    "check_float",
+    "check_kind",
+    "check_model",
+    "check_output",
+    "check_probe",
+    "check_tokens",
+]
 
 
 class Problems:
@@ -52,8 +62,6 @@ def check_model(
     checkpoint_format: str,
 ) -> None:
     """Check what the model and the recipe show by themselves: shapes, patterns, weights, format."""
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
     for text in structure.problems:
         problems.add(text, UnsupportedModuleError)
     if recipe.equalization is not None:
@@ -82,6 +90,29 @@ def check_model(
     if gaining and checkpoint_format != "auto" and FORMATS[checkpoint_format].foreign:
         for text in plan_biases(model, gaining).problems():
             problems.add(text)
+
+
+def check_kind(problems: Problems, model: nn.Module) -> None:
+    """Refuse at once what is no float model by itself: everything else would follow from it."""
+    wrapped = wrapper_problem(model)
+    if wrapped is not None:
+        problems.add(wrapped, UnsupportedModuleError)
+    elif getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
+    problems.raise_if_any()
+
+
+def check_float(problems: Problems, structure: Structure) -> None:
+    """Check that no layer holds what an earlier run on this model object made of it."""
+    found = [name for name, target in structure.targets.items() if is_quantized(target.module)]
+    if found:
+        problems.add(
+            f"{len(found)} of {len(structure.targets)} layers (the first is {found[0]}) are "
+            "quantized already in this model object: load the float model again, restore a copy "
+            "of its weights (ptqkit.hf.FloatWeights), or give requantize=True to go on from the "
+            "quantized ones",
+            UnsupportedModuleError,
+        )
 
 
 def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
@@ -144,8 +175,10 @@ def check_tokens(problems: Problems, model: nn.Module, calibration: CalibrationS
         vocabulary = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
         return
-    low = min(int(b["input_ids"].min()) for b in calibration.batches)
-    high = max(int(b["input_ids"].max()) for b in calibration.batches)
+    ids = [b["input_ids"] for b in calibration.batches if "input_ids" in b]
+    if not ids:
+        return
+    low, high = min(int(i.min()) for i in ids), max(int(i.max()) for i in ids)
     if low < 0 or high >= vocabulary:
         problems.add(
             f"calibration holds token ids from {low} to {high}, but the model's vocabulary has "

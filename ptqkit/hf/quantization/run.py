@@ -25,6 +25,7 @@ from ptqkit.hf.quantization.solve import LayerResult, solve_group
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
 from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["QuantizationInterrupted", "QuantizationRun", "RunOptions"]
@@ -232,6 +233,7 @@ class QuantizationRun:
         """Put a layer's result into the model: weight, bias, and what quantizes its inputs."""
         started = time.perf_counter()
         target.view.write(result.dequantized)
+        mark_quantized(target.module)
         self.seconds["solve"] += time.perf_counter() - started
         self.matrices[target.name] = result.matrix
         if result.bias_shift is not None:

@@ -203,7 +203,7 @@ def _diagnose(
 ) -> dict[str, np.ndarray]:
     """Return per row: power of weights and error; with H also RTN's objective, output power."""
     values, found = torch.from_numpy(weight), torch.from_numpy(dequantized)
-    power, error = torch.empty(len(values)), torch.empty(len(values))
+    power, error = torch.empty((2, len(values)), dtype=torch.float32)
     for rows in row_blocks(len(values)):
         torch.linalg.vector_norm(values[rows], dim=1, out=power[rows])
         torch.linalg.vector_norm(values[rows] - found[rows], dim=1, out=error[rows])

@@ -174,7 +174,7 @@ class SoftmaxQuantizer:
         place = torch.bucketize(count, edges).clamp_(max=len(edges) - 1)  # type: ignore[arg-type]
         if self.heads is None:
             return bias[place] / count
-        heads = torch.arange(steps.shape[1], device=steps.device).view(-1, 1, 1)
+        heads = torch.arange(steps.shape[1], dtype=torch.long, device=steps.device).view(-1, 1, 1)
         return bias[heads, place] / count
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -201,7 +201,7 @@ class SoftmaxQuantizer:
 def row_lengths(allowed: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
     """Return the allowed keys of every row, float32 (..., q, 1) and at least 1."""
     if allowed is None:
-        return torch.full((1, 1), float(p.shape[-1]), device=p.device)
+        return torch.full((1, 1), float(p.shape[-1]), dtype=torch.float32, device=p.device)
     count = allowed.expand(*allowed.shape[:-1], p.shape[-1]).sum(-1, keepdim=True)
     return count.clamp_(min=1).to(torch.float32)
 

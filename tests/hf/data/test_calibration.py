@@ -205,3 +205,73 @@ def test_max_positions():
     assert max_positions(build("bloom")) is None
     # A table of 33 rows that starts behind the padding index 0 holds 32 positions.
     assert max_positions(build("roberta")) == 32
+
+
+def test_any_iterable_of_text():
+    text = numbers(100)
+    halves = [text[: len(text) // 2], text[len(text) // 2 :]]
+    expected = all_ids(prepare_calibration(halves, WordTokenizer(), **SIZE))
+    sources = {
+        "generator": (part for part in halves),
+        "array": np.array(halves),
+        "array of objects": np.array(halves, dtype=object),
+        "dicts": [{"text": part, "id": 3} for part in halves],
+        "generator of dicts": ({"text": part} for part in halves),
+        "a dict of lists": {"text": halves},
+        "dict view": dict.fromkeys(halves),
+    }
+    for name, source in sources.items():
+        if name == "dict view":
+            source = source.keys()
+        data = prepare_calibration(source, WordTokenizer(), **SIZE)
+        assert torch.equal(all_ids(data), expected), name
+
+
+def test_iterables_are_read_no_further_than_needed():
+    read = []
+
+    def endless():
+        while True:
+            read.append(1)
+            yield {"text": numbers(100)}
+
+    data = prepare_calibration(endless(), WordTokenizer(), **SIZE)
+    assert data.samples == 4 and len(read) < 10
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([numbers(5), None], r"calibration\[1\] is a NoneType, not a text as the first is"),
+        ([{"text": numbers(5)}, {"text": 3}], r"calibration\[1\] is a int, not a text"),
+        ([{"text": [numbers(5), b"x"]}], r"calibration\[0\] is a bytes, not a text"),
+        ([{"text": numbers(5)}, {"other": "x"}], r"calibration\[1\] is a dict, not a text"),
+    ],
+)
+def test_items_that_are_no_text(items, message):
+    for source in (items, iter(items)):
+        with pytest.raises(CalibrationError, match=message):
+            prepare_calibration(source, WordTokenizer(), **SIZE)
+
+
+def test_other_inputs_and_what_is_missing():
+    for key in ("pixel_values", "input_features", "input_values", "inputs_embeds", "signal"):
+        data = prepare_calibration([{key: torch.zeros(3, 2, 4), "labels": torch.ones(3)}] * 2)
+        assert data.samples == data.tokens == 6 and list(data.batches[0]) == [key]
+        assert data.masks() == [None, None] and data.source == "inputs as given"
+    bad = [
+        (
+            [{"labels": torch.ones(3), "idx": [3]}],
+            r"no input_ids, nor .* pixel_values.* has labels",
+        ),
+        ([{}], "it has nothing"),
+        ([{"pixel_values": torch.zeros(0, 3)}], "pixel_values is empty"),
+        (
+            [{"input_ids": [[3, 4]], "path": ["a"]}],
+            r"calibration\[0\]: path is a list, not a tensor",
+        ),
+        (torch.zeros(2, 3, 8, 8), r"not \(2, 3, 8, 8\); name other inputs, .*pixel_values"),
+    ]
+    for source, message in bad:
+        with pytest.raises(CalibrationError, match=message):
+            prepare_calibration(source)

@@ -63,6 +63,7 @@ def test_weights_are_the_dequantized_codes():
             assert matrix.bits == 3 and matrix.group_size == 16
 
 
+@pytest.mark.filterwarnings("ignore:the model computes in float16 on a CPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_exact(dtype):
     result = run(build().to(dtype), "quality")

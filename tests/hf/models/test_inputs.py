@@ -1,0 +1,146 @@
+"""Inputs other than token ids: a batch is shortened consistently or not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as T
+from helpers.driver_models import VOCABULARY, padded_batches, tokens
+
+import ptqkit
+from ptqkit.errors import CalibrationError
+from ptqkit.hf.models.inputs import short_batch
+
+_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+_VISION = {**_SIZES, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+_TEXT = {**_SIZES, "num_attention_heads": 4, "vocab_size": VOCABULARY, "pad_token_id": 0}
+_IMAGE, _PATCHES = 3, 16
+
+
+def vit():
+    return T.ViTForImageClassification(T.ViTConfig(**_VISION, num_labels=5))
+
+
+def whisper():
+    sizes = {"d_model": 32, "max_source_positions": 20, "num_mel_bins": 8}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    none = {"suppress_tokens": None, "begin_suppress_tokens": None}
+    config = T.WhisperConfig(**sizes, **ids, **none, vocab_size=VOCABULARY)
+    return T.WhisperForConditionalGeneration(config)
+
+
+def llava():
+    config = T.LlavaConfig(
+        vision_config=T.CLIPVisionConfig(**_VISION),
+        text_config=T.LlamaConfig(**_TEXT),
+        image_token_index=_IMAGE,
+        vision_feature_layer=-1,
+    )
+    return T.LlavaForConditionalGeneration(config)
+
+
+def images(count, seed=0):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(at, seed=0):
+    """A prompt of 40 tokens with an image at a place of its own."""
+    ids = tokens(1, 40, seed).clamp(min=_IMAGE + 1)
+    ids[0, at : at + _PATCHES] = _IMAGE
+    mask = torch.ones_like(ids)
+    return {"input_ids": ids, "pixel_values": images(1, seed), "attention_mask": mask}
+
+
+def quantize(model, batches, **options):
+    torch.manual_seed(0)
+    options = {"bits": 4, "group_size": 16, "progress": False, **options}
+    return ptqkit.quantize(model.eval(), "quality", batches, **options)
+
+
+def test_text_is_shortened_in_all_its_parts():
+    ids = tokens(2)
+    batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "token_type_ids": ids}
+    short = short_batch({**batch, "decoder_input_ids": ids[:, :20]})
+    assert {k: tuple(v.shape) for k, v in short.items()} == {
+        **dict.fromkeys(batch, (1, 16)),
+        "decoder_input_ids": (1, 20),
+    }
+    assert bool(short["attention_mask"].all())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"pixel_values": images(2)},
+        {"pixel_values": torch.zeros(7, 12), "image_grid_thw": torch.ones(3, 3, dtype=torch.long)},
+        {"attention_mask": torch.zeros(2, 1, 32, 32)},
+        {"position_ids": torch.zeros(3, 2, 32, dtype=torch.long)},
+    ],
+)
+def test_what_cannot_be_shortened_consistently_stays_whole(other):
+    batch = {"input_ids": tokens(2), **other}
+    short = short_batch(batch)
+    assert short.keys() == batch.keys()
+    assert all(torch.equal(short[key], value) for key, value in batch.items())
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
+def test_images_and_sounds_calibrate(schedule):
+    batches = [{"pixel_values": images(2)}, {"pixel_values": images(1, 1)}]
+    result = quantize(vit(), batches, schedule=schedule)
+    assert len(result.matrices) == 12
+    # 16 patches and the class token of 3 images.
+    assert {row.tokens for row in result.report.layers if row.status == "quantized"} == {51}
+    described = result.report.calibration
+    assert (described["tokens"], described["sequence_length"], described["samples"]) == (51, 17, 3)
+    sound = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": tokens(2, 10)}
+    result = quantize(whisper(), [sound], schedule=schedule)
+    seen = {row.tokens for row in result.report.layers if row.status == "quantized"}
+    assert len(result.matrices) == 32 and seen == {40, 20}
+
+
+def test_lists_of_floats_are_float32():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        data = ptqkit.hf.prepare_calibration([{"pixel_values": images(2).tolist()}])
+    finally:
+        torch.set_default_dtype(before)
+    assert data.batches[0]["pixel_values"].dtype == torch.float32 and data.samples == 2
+
+
+@pytest.mark.parametrize("at", [0, 10, 20])
+def test_an_image_may_stand_anywhere_in_the_prompt(at):
+    result = quantize(llava(), [prompt(at), prompt(at, 1)])
+    assert len(result.matrices) == 26
+    layers = [r for r in result.report.layers if "language_model.layers" in r.name]
+    assert len(layers) == 14 and {row.tokens for row in layers} == {80}
+
+
+def test_estimates_count_the_positions_of_images():
+    small, large = (
+        quantize(vit(), [{"pixel_values": images(n)}]).report.memory["estimate_one_pass"]
+        for n in (1, 101)
+    )
+    # Per position at least the residual stream twice, in float32.
+    assert large - small > 100 * 17 * 2 * 32 * 4
+
+
+def test_padding_that_fits_no_mask_is_found_before_anything_changes():
+    model = llava().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    batch = prompt(10)
+    batch["attention_mask"][0, 30:] = 0
+    with pytest.raises(CalibrationError, match=r"vision_tower.* fits 0 attention masks .* skip"):
+        quantize(model, [batch])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    result = quantize(model, [batch], overrides={"*vision_tower*": "skip"})
+    layers = [r for r in result.report.layers if "language_model.layers" in r.name]
+    assert {row.tokens for row in layers} == {30}
+
+
+def test_padded_text_is_shortened_as_before():
+    short = short_batch(padded_batches()[0])
+    assert short["input_ids"].shape == (1, 16) and bool(short["attention_mask"].all())
