@@ -6,19 +6,15 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.errors import CalibrationError, Problems, UnsupportedModuleError
+from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models.probe import Probe, probe
 from ptqkit.hf.models.structure import Structure, find_structure
-from ptqkit.hf.quantization.preflight import (
-    Problems,
-    check_model,
-    check_output,
-    check_probe,
-    check_tokens,
-)
+from ptqkit.hf.quantization.preflight import check_model, check_output, check_probe, check_tokens
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["Inspection", "inspect_model"]
@@ -46,10 +42,12 @@ class Inspection:
 
 def inspect_model(
     model: nn.Module,
-    recipe: Recipe,
+    recipe: Recipe | None,
     calibration: Any,
     tokenizer: Any,
     *,
+    problems: Problems | None = None,
+    written: torch.dtype | None = None,
     blocks: tuple[str, ...] | None,
     share_inputs: bool,
     checkpoint_format: str,
@@ -60,27 +58,33 @@ def inspect_model(
     """Read the data, find the structure, check both, and run a short probe.
 
     Parameters are those of :func:`ptqkit.quantize`; ``**windows`` are the options of
-    :func:`~ptqkit.hf.data.calibration.prepare_calibration`.
+    :func:`~ptqkit.hf.data.calibration.prepare_calibration`, ``written`` is the type of the float
+    values in the files, and ``problems`` holds what is wrong with the arguments themselves: then
+    the recipe may be None.
 
     Raises
     ------
     PreflightError
         With every problem at once: first what needs no forward pass, then what the probe shows.
     """
-    problems = Problems()
+    problems = problems or Problems()
     data = None
     if calibration is not None:
         data = _read_data(problems, model, calibration, tokenizer, windows)
     structure = Structure({})
-    try:
-        structure = find_structure(model, recipe, blocks)
-    except UnsupportedModuleError as error:
-        problems.add(str(error), UnsupportedModuleError)
-    # Data that is there but unusable is one problem, not one more for every layer.
-    check_model(problems, model, structure, recipe, calibration is not None, checkpoint_format)
+    if recipe is not None:
+        try:
+            structure = find_structure(model, recipe, blocks)
+        except UnsupportedModuleError as error:
+            problems.add(str(error), UnsupportedModuleError)
+        held: str | None = checkpoint_format
+        if held not in FORMATS:
+            held = "auto" if out_dir is not None else None
+        # Data that is there but unusable is one problem, not one more for every layer.
+        check_model(problems, model, structure, recipe, calibration is not None, held)
     if out_dir is not None:
-        check_output(problems, model, structure.targets, out_dir, overwrite)
-    problems.raise_if_any()
+        check_output(problems, model, structure.targets, out_dir, overwrite, tokenizer, written)
+    problems.raise_if_any(structure.targets)
     if data is None:
         return Inspection(structure)
     shown = probe(
@@ -91,7 +95,7 @@ def inspect_model(
         share_inputs,
     )
     unprobed = check_probe(problems, structure, shown)
-    problems.raise_if_any()
+    problems.raise_if_any(structure.targets)
     return Inspection(structure, data, shown, unprobed)
 
 

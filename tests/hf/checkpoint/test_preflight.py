@@ -18,6 +18,7 @@ from ptqkit.hf.checkpoint.formats import FORMATS, choose_format
 from ptqkit.hf.checkpoint.spec import describe_layers, describe_targets
 from ptqkit.hf.models.structure import Target
 from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.nn.linear import LinearView
 from ptqkit.recipe.options import ActivationQuantization
 from ptqkit.recipe.recipe import Recipe
 
@@ -110,7 +111,7 @@ def test_the_recipe_tells_what_saving_will_say(name, kind, dtype):
         for inputs, flat in SEEN:
             recipe = Recipe(**options, **method, scale_dtype=scale_dtype, activations=inputs)
             recipe = FORMATS[name].adapt(recipe)
-            target = Target(NAME, linear, recipe, None)
+            target = Target(NAME, LinearView(linear), recipe, None)
             [early] = describe_targets({NAME: target}, {NAME: flat})
             matrix = _matrix(
                 tuple(method.items()),
