@@ -64,7 +64,7 @@ def has_content(target: Path) -> bool:
 
 
 def check_path(target: Path, label: str = "") -> None:
-    """Check that a folder of this name can be made or replaced.
+    """Check that a folder of this name can be made, or renamed if it is there.
 
     Parameters
     ----------
@@ -97,16 +97,6 @@ def check_path(target: Path, label: str = "") -> None:
             )
         if whole > os.pathconf(above, "PC_PATH_MAX"):
             raise UsageError(f"{label}: the path is too long; give a shorter one")
-    if target.is_dir():
-        cwd = Path.cwd()
-        if cwd == target or target in cwd.parents:
-            what = "is" if cwd == target else "holds"
-            raise FileExistsError(f"{label} {what} the current directory, kept: give another name")
-        if os.path.ismount(target):
-            raise FileExistsError(
-                f"{label} is a mount point, which cannot be replaced: give the name of "
-                "a new folder inside it"
-            )
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=above))
     except OSError as error:

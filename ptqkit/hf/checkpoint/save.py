@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ptqkit._folders import atomic_directory, resolve
+from ptqkit._places import check_place, source_folder
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.base import CheckpointFormat
@@ -21,7 +22,6 @@ from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases
 from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
 from ptqkit.hf.checkpoint.formats import choose_format
 from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
-from ptqkit.hf.checkpoint.place import check_place, source_folder
 from ptqkit.hf.checkpoint.spec import LayerSpec, describe_layers
 from ptqkit.hf.softmax.files import check_installed, write_installed
 from ptqkit.nn.activations import ActivationQuantizer
@@ -99,7 +99,7 @@ def save_checkpoint(
         Written as ``ptqkit_report.json``.
     overwrite : bool
         Replace a quantized checkpoint, and nothing else: see
-        :func:`ptqkit.hf.checkpoint.place.check_place`.
+        :func:`ptqkit._places.check_place`.
     max_shard_size : int or str
         Largest safetensors file, as in transformers.
     activations : mapping of str to ActivationQuantizer, optional

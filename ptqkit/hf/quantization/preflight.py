@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqkit._places import claim_place, source_folder
 from ptqkit.errors import CalibrationError, Problems, UnsupportedModuleError
 from ptqkit.hf.checkpoint.biases import plan_biases
 from ptqkit.hf.checkpoint.formats import FORMATS, NATIVE
 from ptqkit.hf.checkpoint.inputs import measure_flat_inputs
-from ptqkit.hf.checkpoint.place import claim_place, source_folder
 from ptqkit.hf.checkpoint.save import check_savable, room_needed, saved_tensors
 from ptqkit.hf.checkpoint.spec import describe_targets
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions

@@ -87,6 +87,8 @@ def check_place(
                 f"{label} lies in the cache of the Hugging Face Hub, kept: give another name"
             )
     check_path(target, label)
+    if target.is_dir():
+        _check_exchange(target, label)
     if has_content(target):
         if not overwrite:
             raise FileExistsError(f"{label} {taken}")
@@ -94,7 +96,7 @@ def check_place(
 
 
 def _check_source(target: Path, source: Path, label: str) -> None:
-    if target == source or (target.exists() and os.path.samefile(target, source)):
+    if target == source or (os.path.exists(target) and os.path.samefile(target, source)):
         what = "is the folder of the model itself"
     elif target in source.parents:
         what = f"holds the folder of the model, {source}"
@@ -103,6 +105,19 @@ def _check_source(target: Path, source: Path, label: str) -> None:
     else:
         return
     raise FileExistsError(f"{label} {what}, kept: give another name")
+
+
+def _check_exchange(target: Path, label: str) -> None:
+    """Refuse a folder that another cannot take the place of, even if it is empty."""
+    cwd = Path(os.path.realpath("."))
+    if cwd == target or target in cwd.parents:
+        what = "is" if cwd == target else "holds"
+        raise FileExistsError(f"{label} {what} the current directory, kept: give another name")
+    if os.path.ismount(target):
+        raise FileExistsError(
+            f"{label} is a mount point, which cannot be replaced: give the name of "
+            "a new folder inside it"
+        )
 
 
 def _check_content(target: Path, label: str) -> None:
