@@ -12,7 +12,7 @@ from typing import Any
 from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH
 from ptqkit._places import claim_place
 from ptqkit._units import parse_bytes
-from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import (
     add_batch_size,
     add_common,
@@ -439,7 +439,7 @@ def _calibration(args: argparse.Namespace, tokenizer: Any, recipe: Recipe) -> An
         return read_text("--calibration", None, tokenizer, "calibration") if needed else None
     if ":" in name and not os.path.exists(name):
         return name
-    return read_text("--calibration", name, tokenizer)
+    return calibration_source("--calibration", name, tokenizer)
 
 
 def _progress(args: argparse.Namespace) -> bool | Callable[[Any], None]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import add_common, add_model_options, check_text
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
 from ptqkit.demo import DEMO
@@ -122,7 +122,7 @@ def calibration_of(
     }
     source: Any
     if args.calibration is not None:
-        source = read_text("--calibration", args.calibration, tokenizer)
+        source = calibration_source("--calibration", args.calibration, tokenizer)
     elif args.model == DEMO:
         from ptqkit.demo import text as demo_text
 
@@ -207,7 +207,9 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from ptqkit.hf.softmax.table import softmax_table
 
     if args.text is not None:
-        text = read_text("--text", args.text, tokenizer)
+        # Without text of its own the calibration takes the beginning, of any length.
+        limit = None if args.calibration is None else args.max_tokens
+        text = read_text("--text", args.text, tokenizer, max_tokens=limit)
     else:
         text = _demo_windows(tokenizer, args.window or _DEMO_WINDOW, args.max_tokens)
     started = time.perf_counter()
