@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -60,12 +61,12 @@ def _check_out(out: str) -> Path:
     """Refuse, before any work, a folder that could not be made."""
     try:
         target = resolve(out, f"--out {out}")
-        if not target.is_dir():
+        if has_content(target):
+            raise FileExistsError(f"--out {out} exists already; give another name")
+        if not os.path.isdir(target):
             check_path(target, f"--out {out}")
     except (OSError, ValueError) as error:
         raise PreflightError([str(error)]) from None
-    if has_content(target):
-        raise PreflightError([f"--out {out} exists already; give another name"])
     return target
 
 
