@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plain", "write_atomically"]
+from ptqkit.errors import UsageError
+
+__all__ = ["check_file", "plain", "write_atomically"]
 
 
 def plain(value: Any) -> Any:
@@ -21,6 +23,33 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, os.PathLike) else value
+
+
+def check_file(path: Path, label: str) -> None:
+    """Refuse, before any work, a file that :func:`write_atomically` could not or must not write.
+
+    Parameters
+    ----------
+    path : Path
+    label : str
+        What messages call it, such as the name of an option.
+
+    Raises
+    ------
+    UsageError
+        If it is a folder or a device, or no file can be made there.
+    """
+    name = os.path.abspath(path)
+    folder = os.path.dirname(name)
+    if not os.path.isdir(folder) or (os.path.exists(name) and not os.path.isfile(name)):
+        raise UsageError(f"{label}: it must be a file in a folder that exists")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(name)}.")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{label}: it cannot be written ({reason})") from None
+    os.close(handle)
+    os.unlink(temporary)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

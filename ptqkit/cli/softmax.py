@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from ptqkit._folders import check_path, resolve
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import add_common, add_model_options, check_text
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
@@ -175,8 +176,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.out is not None:
         if len(args.bits) != 1 or len(args.correction) != 1:
             raise UsageError("--out saves one variant: give one --bits and one --correction")
-        if Path(args.out).is_file():
-            raise UsageError(f"--out {args.out} is a file")
+        if not os.path.isdir(args.out):
+            check_path(resolve(args.out, f"--out {args.out}"), f"--out {args.out}")
 
 
 def run(args: argparse.Namespace) -> None:

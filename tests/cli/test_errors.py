@@ -125,6 +125,33 @@ def test_existing_folder_is_kept(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("json_file", "message"),
+    [
+        ("/dev/null", "it must be a file in a folder"),
+        ("model", "it must be a file in a folder"),
+        ("n" * 250 + ".json", "it cannot be written (File name too long)"),
+        ("/proc/x.json", "it cannot be written"),
+    ],
+)
+def test_json_files_that_cannot_be(folder, capsys, monkeypatch, json_file, message):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    check(capsys, main(["info", "--json", json_file]), 2, message)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("train.txt", "is a file"), ("train.txt/x", "is a file"), ("n" * 250, "too long")],
+)
+def test_softmax_checks_its_folder_first(folder, capsys, monkeypatch, out, message):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("ptqkit.cli.softmax.load_model", None)
+    given = ["--text", "test.txt", "--bits", "8", "--correction", "bias", "--out", out]
+    check(capsys, main(["softmax", "model", *given]), 2, message)
+
+
+@pytest.mark.parametrize(
     ("out", "message"),
     [
         ("model", "is the folder of the model itself, kept"),

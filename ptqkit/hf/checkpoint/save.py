@@ -30,6 +30,10 @@ from ptqkit.nn.linear import is_linear
 __all__ = ["CheckpointInfo", "check_savable", "room_needed", "save_checkpoint", "saved_tensors"]
 
 
+# Of the largest file, as in transformers.
+SHARD_BYTES = 5 * 10**9
+
+
 @dataclass(frozen=True)
 class CheckpointInfo:
     """What was written, and why in this form.
@@ -73,7 +77,7 @@ def save_checkpoint(
     tokenizer: Any = None,
     report: Any = None,
     overwrite: bool = False,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_BYTES,
     activations: Mapping[str, ActivationQuantizer] | None = None,
 ) -> CheckpointInfo:
     """Write ``model`` with the weights of ``layers`` replaced by their packed codes.
@@ -101,7 +105,7 @@ def save_checkpoint(
         Replace a quantized checkpoint, and nothing else: see
         :func:`ptqkit._places.check_place`.
     max_shard_size : int or str
-        Largest safetensors file, as in transformers.
+        Largest safetensors file, in bytes or text such as "5GB".
     activations : mapping of str to ActivationQuantizer, optional
         What quantizes the inputs, by module name; every name is one of ``layers``. The file loads
         as the model with these quantizers installed.
@@ -115,7 +119,7 @@ def save_checkpoint(
         If the name is taken, or there is not enough space.
     """
     check_savable(model, layers)
-    shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
+    shard_bytes = parse_bytes(max_shard_size or 0, "max_shard_size")
     activations = dict(activations or {})
     check_activations(model, layers, activations)
     dynamic = [name for name, q in activations.items() if q.spec.dynamic]

@@ -17,7 +17,7 @@ from ptqkit.errors import CalibrationError, Problems, UnsupportedModuleError
 from ptqkit.hf.checkpoint.biases import plan_biases
 from ptqkit.hf.checkpoint.formats import FORMATS, NATIVE
 from ptqkit.hf.checkpoint.inputs import measure_flat_inputs
-from ptqkit.hf.checkpoint.save import check_savable, room_needed, saved_tensors
+from ptqkit.hf.checkpoint.save import SHARD_BYTES, check_savable, room_needed, saved_tensors
 from ptqkit.hf.checkpoint.spec import describe_targets
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions
 from ptqkit.hf.models.dtypes import dtype_of
@@ -26,6 +26,11 @@ from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.linear import is_linear
 from ptqkit.recipe.recipe import Recipe
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["check_model", "check_output", "check_probe", "check_tokens"]
 
@@ -202,6 +207,15 @@ def check_output(
             f"{free / 2**20:,.0f} MiB free",
             OSError,
         )
+    largest = min(size, SHARD_BYTES)
+    if resource is not None:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if 0 <= limit < largest:
+            problems.add(
+                f"out_dir: a file of {largest:,} bytes is needed, but the limit of this process "
+                f"(ulimit -f) is {limit:,}",
+                OSError,
+            )
 
 
 def checkpoint_bytes(

@@ -271,6 +271,14 @@ def test_space_is_checked_before_writing(quantized, tmp_path, monkeypatch):
     assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", [0, None, "much"])
+def test_a_shard_size_that_cannot_be(quantized, tmp_path, size):
+    model, layers = quantized
+    with pytest.raises(ValueError, match="max_shard_size must be"):
+        save_checkpoint(model, layers, None, tmp_path / "out", max_shard_size=size)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_shards(quantized, tmp_path):
     model, layers = quantized
     info = save_checkpoint(model, layers, None, tmp_path / "out", max_shard_size="40KB")

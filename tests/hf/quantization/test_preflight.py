@@ -13,6 +13,7 @@ import ptqkit
 from ptqkit.errors import CalibrationError, PreflightError, Problems, UsageError, by_cause
 from ptqkit.hf.checkpoint import save as save_module
 from ptqkit.hf.models.structure import find_structure
+from ptqkit.hf.quantization import preflight
 from ptqkit.hf.quantization.preflight import checkpoint_bytes
 from ptqkit.recipe.options import ActivationQuantization
 from ptqkit.recipe.recipe import Recipe
@@ -214,6 +215,13 @@ def test_everything_the_writer_needs_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * size))
     [found] = problems(model, out_dir=tmp_path / "out")
     assert "the checkpoint needs about" in found
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_the_limit_of_file_sizes_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.resource, "getrlimit", lambda which: (30_000, 30_000))
+    [found] = problems(out_dir=tmp_path / "out")
+    assert "the limit of this process (ulimit -f) is 30,000" in found
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
