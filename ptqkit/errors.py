@@ -145,9 +145,9 @@ def by_cause(problems: Iterable[str], layers: Container[str]) -> list[Problem]:
         groups.setdefault((True, ": ".join(parts), kind), []).append(name)
     found = []
     for (named, words, kind), names in groups.items():
-        many = f"{names[0]} and {len(names) - 1} more layers" if len(names) > 2 else None
-        who = many or " and ".join(names)
-        found.append(Problem(words.replace("{}", who, 1) if named else words, kind))
+        more = f" (and {len(names) - 1} more layers)" if len(names) > 2 else ""
+        more = f" (and {names[1]})" if len(names) == 2 else more
+        found.append(Problem(words.replace("{}", names[0], 1) + more if named else words, kind))
     return found
 
 

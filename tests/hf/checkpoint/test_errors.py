@@ -57,12 +57,15 @@ def test_compressed_tensors_refuses_and_names_cause_and_layers(tmp_path):
         tmp_path,
         "compressed-tensors",
         "2 problem(s)",
-        f"{Q_PROJ} and model.layers.1.self_attn.q_proj: compressed-tensors loads asymmetric",
-        "model.layers.1.self_attn.k_proj: compressed-tensors has no ternary type",
+        f"{Q_PROJ}: compressed-tensors loads asymmetric",
+        "model.layers.0.self_attn.k_proj: compressed-tensors has no ternary type",
+        "(and model.layers.1.self_attn.k_proj)",
     )
     model = build("llama")
     layers = fake_quantize(model, act_order=True, **SYMMETRIC)
-    _refused(model, layers, tmp_path, "compressed-tensors", "cannot carry g_idx", "13 more layers")
+    _refused(
+        model, layers, tmp_path, "compressed-tensors", "cannot carry g_idx", "(and 13 more layers)"
+    )
     model = build("gpt2")
     layers = fake_quantize(model, **SYMMETRIC)
     _refused(model, layers, tmp_path, "compressed-tensors", "nn.Linear only, not Conv1D")

@@ -132,7 +132,8 @@ def test_the_models_own_folder_stays(tmp_path):
 
 def test_what_no_format_holds_is_one_line(tmp_path):
     [found] = problems(build().double(), out_dir=tmp_path / "out")
-    assert "self_attn.q_proj and 13 more layers: weights of dtype float64" in found
+    assert "model.layers.0.self_attn.q_proj: weights of dtype float64" in found
+    assert found.endswith("(and 13 more layers)")
     # In memory that is no problem.
     ptqkit.quantize(build().double(), "quality", tokens(), **OPTIONS)
 
@@ -247,11 +248,11 @@ def test_one_cause_is_one_line():
     texts += ["joint: of no layer", f"an option: {layers[0]}: {{}} odd", f"{layers[1]}: too thin"]
     texts += [f"{name}: pair" for name in layers[:2]]
     assert by_cause(texts, set(layers)) == [
-        "layers.0.linear and 55 more layers: too wide",
+        "layers.0.linear: too wide (and 55 more layers)",
         "joint: of no layer",
         "an option: layers.0.linear: {} odd",
         "layers.1.linear: too thin",
-        "layers.0.linear and layers.1.linear: pair",
+        "layers.0.linear: pair (and layers.1.linear)",
     ]
 
 
