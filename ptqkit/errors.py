@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "NotPositiveDefiniteError",
     "PreflightError",
     "Problem",
+    "Problems",
     "PtqkitError",
     "UnsupportedModuleError",
     "UsageError",
+    "by_cause",
     "prefix_error",
 ]
 
@@ -88,6 +91,64 @@ class PreflightError(PtqkitError, ValueError):
     def has(self, kind: type[Exception]) -> bool:
         """Whether a problem is of this kind of error."""
         return any(issubclass(problem.kind, kind) for problem in self.problems)
+
+
+class Problems:
+    """Collects problems and raises them together."""
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+        self._alone: dict[int, Exception] = {}
+
+    def add(self, text: str, kind: type[Exception] = ValueError) -> None:
+        """Note a problem; ``kind`` is the class of error that it is."""
+        self.found.append(Problem(text, kind))
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note an error that the block raises, and go on; alone it is raised as it was."""
+        try:
+            yield
+        except (PtqkitError, ValueError) as error:
+            self._alone[len(self.found)] = error
+            if isinstance(error, PreflightError):
+                self.found += error.problems
+            else:
+                self.add(str(error), type(error))
+
+    def raise_if_any(self, layers: Container[str] = ()) -> None:
+        """Raise PreflightError with all problems; those of many layers are one each.
+
+        Raises
+        ------
+        PreflightError
+            Or the error that :meth:`noting` noted, if there is no other problem.
+        """
+        if len(self.found) == 1 and self._alone:
+            raise self._alone[0]
+        if self.found:
+            raise PreflightError(by_cause(self.found, layers))
+
+
+def by_cause(problems: Iterable[str], layers: Container[str]) -> list[Problem]:
+    """Join what is said of several layers in the same words, ``"layer: words"``, into one line."""
+    groups: dict[tuple[bool, str, type[Exception]], list[str]] = {}
+    for problem in problems:
+        kind = problem.kind if isinstance(problem, Problem) else ValueError
+        # Words that stand before the name, such as an option's, are words too.
+        parts = problem.split(": ")
+        place = next((i for i, part in enumerate(parts[:-1]) if part in layers), None)
+        if place is None:
+            groups[False, problem, kind] = [problem]
+            continue
+        name, parts[place] = parts[place], "{}"
+        groups.setdefault((True, ": ".join(parts), kind), []).append(name)
+    found = []
+    for (named, words, kind), names in groups.items():
+        more = f" (and {len(names) - 1} more layers)" if len(names) > 2 else ""
+        more = f" (and {names[1]})" if len(names) == 2 else more
+        found.append(Problem(words.replace("{}", names[0], 1) + more if named else words, kind))
+    return found
 
 
 def prefix_error(error: Exception, name: str) -> Exception:

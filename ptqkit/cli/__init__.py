@@ -8,9 +8,12 @@ arguments have been checked, so that ``--help`` and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from ptqkit._version import __version__
 from ptqkit.cli import demo, diagnose, evaluate, info, quantize, softmax, sweep
@@ -35,7 +38,7 @@ exit codes:
   3    the checks before the run found problems: all of them are listed, nothing was computed
   4    a Hessian could not be factorized: raise --damping or give more calibration text; of
        sweep: some cells failed
-  130  interrupted by Ctrl-C; nothing half-written is left under the final name
+  130  interrupted by Ctrl-C, or ended by SIGTERM; nothing half-written is left under the final name
 
 environment:
   PTQKIT_DEBUG=1   show tracebacks, as --debug does
@@ -82,6 +85,24 @@ def exit_code(error: BaseException) -> int:
     return 2 if isinstance(error, (PtqkitError, *_OUTSIDE)) else 1
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM, and a terminal that goes, end a command as Ctrl-C does, if they would end it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [n for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    numbers = [getattr(signal, name) for name in names]
+    changed = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -103,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     debug = args.debug or os.environ.get("PTQKIT_DEBUG", "") not in ("", "0")
     try:
-        args.run(args)
+        with _ended_by_signals():
+            args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has gone (``| head``); keep the interpreter from flushing into it at exit.

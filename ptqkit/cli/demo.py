@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ptqkit._folders import check_path, has_content, new_parents, resolve
 from ptqkit.cli.options import add_common
 from ptqkit.cli.output import check_json, no_bars, quiet_transformers, say, write_json
 from ptqkit.errors import PreflightError, UsageError
@@ -52,14 +57,32 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _folder(args: argparse.Namespace) -> Path:
-    if args.out is None:
-        return Path(tempfile.mkdtemp(prefix="ptqkit-demo-"))
-    path = Path(args.out)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise PreflightError([f"--out {args.out} exists already; give another name"])
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def _check_out(out: str) -> Path:
+    """Refuse, before any work, a folder that could not be made."""
+    try:
+        target = resolve(out, f"--out {out}")
+        if has_content(target):
+            raise FileExistsError(f"--out {out} exists already; give another name")
+        if not os.path.isdir(target):
+            check_path(target, f"--out {out}")
+    except (OSError, ValueError) as error:
+        raise PreflightError([str(error)]) from None
+    return target
+
+
+@contextlib.contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """Give a folder, new or empty; if the demo ends early, it is gone unless it holds something."""
+    if out is not None:
+        with new_parents(out):
+            yield out
+        return
+    path = Path(tempfile.mkdtemp(prefix="ptqkit-demo-"))
+    try:
+        yield path
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,11 +90,11 @@ def run(args: argparse.Namespace) -> None:
     check_json(args)
     if args.picture is not None and not Path(args.picture).absolute().parent.is_dir():
         raise UsageError(f"--picture {args.picture}: its folder does not exist")
+    out = None if args.out is None else _check_out(args.out)
     with quiet_transformers():
         from ptqkit.demo.run import run_demo
 
-        folder = _folder(args)
-        with no_bars():
+        with _folder(out) as folder, no_bars():
             result = run_demo(
                 folder, quick=args.quick, picture=args.picture, log=lambda line: say(args, line)
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptqkit.cli import diagnose_report
-from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import (
     add_batch_size,
     add_common,
@@ -57,8 +57,10 @@ class _Diagnostic(NamedTuple):
 def _sensitivity(args: argparse.Namespace, model: Any, tokenizer: Any, source: Any) -> Any:
     from ptqkit.hf import sensitivity
 
-    text = None if args.text is None else read_text("--text", args.text, tokenizer)
-    windows = {"max_tokens": args.max_tokens} if text is not None else {}
+    text, windows = None, {}
+    if args.text is not None:
+        text = read_text("--text", args.text, tokenizer, max_tokens=args.max_tokens)
+        windows = {"max_tokens": args.max_tokens}
     return sensitivity(
         model,
         source,
@@ -158,7 +160,10 @@ def run(args: argparse.Namespace) -> None:
     with quiet_transformers():
         model, tokenizer, facts = load_model(args)
         values.update(facts)
-        source = read_text("--calibration", args.calibration, tokenizer, "calibration")
+        if args.calibration is None:
+            source = read_text("--calibration", None, tokenizer, "calibration")
+        else:
+            source = calibration_source("--calibration", args.calibration, tokenizer)
         for name in asked:
             started = time.perf_counter()
             result = _DIAGNOSTICS[name].run(args, model, tokenizer, source)

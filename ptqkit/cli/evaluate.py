@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from ptqkit.hf import perplexity
     from ptqkit.hf.data.calibration import max_positions
 
-    text = read_text("--text", args.text, tokenizer)
+    text = read_text("--text", args.text, tokenizer, max_tokens=args.max_tokens)
     limit = max_positions(model) or LONGEST_WINDOW
     started = time.perf_counter()
     result = perplexity(

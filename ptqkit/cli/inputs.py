@@ -11,7 +11,7 @@ from ptqkit.cli.output import no_bars
 from ptqkit.demo import DEMO, MODEL_DIR, text
 from ptqkit.errors import UsageError
 
-__all__ = ["load_model", "pick_device", "read_text"]
+__all__ = ["calibration_source", "load_model", "pick_device", "read_text"]
 
 
 def pick_device(args: argparse.Namespace) -> str:
@@ -52,7 +52,14 @@ def _first_forward(model: Any) -> None:
         model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
 
-def read_text(option: str, name: str | None, tokenizer: Any, split: str = "test") -> Any:
+def read_text(
+    option: str,
+    name: str | None,
+    tokenizer: Any,
+    split: str = "test",
+    *,
+    max_tokens: int | None = None,
+) -> Any:
     """Read what an option names.
 
     Parameters
@@ -64,6 +71,8 @@ def read_text(option: str, name: str | None, tokenizer: Any, split: str = "test"
     tokenizer
     split : {"test", "calibration"}
         Of the demo's text.
+    max_tokens : int, optional
+        Read no more text than so many tokens come from.
 
     Returns
     -------
@@ -74,14 +83,31 @@ def read_text(option: str, name: str | None, tokenizer: Any, split: str = "test"
         return [text(split)]
     if name.endswith(".npy"):
         return _read_tokens(option, name)
+    _refuse_empty(option, name, tokenizer)
+    from ptqkit.hf.data.text import read_beginning, read_documents
+
+    if max_tokens is not None:
+        return read_beginning(name, tokenizer, max_tokens)
+    return list(read_documents(name))
+
+
+def calibration_source(option: str, name: str, tokenizer: Any) -> Any:
+    """Return what a run calibrates on: a text file, read as far as it is needed, or token ids."""
+    if name.endswith(".npy"):
+        return _read_tokens(option, name)
+    _refuse_empty(option, name, tokenizer)
+    return Path(name)
+
+
+def _refuse_empty(option: str, name: str, tokenizer: Any) -> None:
+    """Refuse text that nobody can tokenize, and a file without any."""
     if tokenizer is None:
         raise UsageError(f"{option} {name} is text, but MODEL has no tokenizer; give tokens (.npy)")
-    from ptqkit.hf.data.text import read_documents
+    from ptqkit.hf.data.text import open_documents, text_pieces
 
-    documents = list(read_documents(name))
-    if not any(document.strip() for document in documents):
+    pieces = (piece for document in open_documents(name) for piece in text_pieces(document))
+    if not any(piece.strip() for piece in pieces):
         raise UsageError(f"{option} {name}: the file is empty")
-    return documents
 
 
 def _read_tokens(option: str, name: str) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ptqkit._files import plain, write_atomically
+from ptqkit._files import check_file, plain, write_atomically
 from ptqkit._version import __version__
 from ptqkit.errors import PreflightError, UsageError
 
@@ -52,11 +52,8 @@ def say(args: argparse.Namespace, text: str = "") -> None:
 
 def check_json(args: argparse.Namespace) -> None:
     """Refuse, before any work, a ``--json`` file that could not be written."""
-    if args.json in (None, "-"):
-        return
-    path = Path(args.json)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"--json {args.json}: it must be a file in a folder that exists")
+    if args.json not in (None, "-"):
+        check_file(Path(args.json), f"--json {args.json}")
 
 
 def write_json(args: argparse.Namespace, values: dict[str, Any]) -> None:

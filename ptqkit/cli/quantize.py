@@ -7,12 +7,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH
+from ptqkit._places import claim_place
 from ptqkit._units import parse_bytes
-from ptqkit.cli.inputs import load_model, read_text
+from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import (
     add_batch_size,
     add_common,
@@ -23,8 +23,8 @@ from ptqkit.cli.options import (
     prefixed,
 )
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
-from ptqkit.demo import DEMO
-from ptqkit.errors import PreflightError, UsageError
+from ptqkit.demo import DEMO, MODEL_DIR
+from ptqkit.errors import PreflightError, Problem, Problems, UsageError
 from ptqkit.recipe.options import ActivationQuantization
 from ptqkit.recipe.parts import Equalize
 from ptqkit.recipe.presets import PRESETS
@@ -130,7 +130,9 @@ def add_parser(commands: Any) -> None:
         default="auto",
         choices=("auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit"),
     )
-    group.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace a checkpoint if one is there"
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -393,26 +395,40 @@ def _other_parts(args: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
-def _check(args: argparse.Namespace, recipe: Recipe) -> None:
-    """Refuse everything that can be known to be wrong before PyTorch is imported."""
-    check_json(args)
-    parse_start_token(args.start_token)
-    with prefixed("--"):
+def _check(args: argparse.Namespace) -> Recipe:
+    """Refuse at once everything that can be known to be wrong before PyTorch is imported."""
+    problems, recipe = Problems(), None
+    with problems.noting():
+        recipe = _recipe(args)
+    with problems.noting():
+        check_json(args)
+    with problems.noting():
+        parse_start_token(args.start_token)
+    with problems.noting(), prefixed("--"):
         parse_bytes(args.memory_budget)
-    out = Path(args.out)
-    if out.exists() and not args.overwrite and not (out.is_dir() and not any(out.iterdir())):
-        raise PreflightError([f"--out {args.out} exists already; give --overwrite or another name"])
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise PreflightError([f"--out {args.out} cannot be created in {parent}"])
-    if args.calibration is not None:
-        check_text("--calibration", args.calibration)
-    elif args.model != DEMO and recipe.needs_calibration():
-        raise UsageError(
-            f"--calibration FILE is needed for {recipe.needs_calibration()}: some hundred "
-            "kilobytes of text like what the model will be used on (--method rtn alone works "
-            "without, at a loss of quality)"
-        )
+    source = MODEL_DIR if args.model == DEMO else args.model
+    with problems.noting():
+        _check_out(args, source if os.path.isdir(source) else None)
+    with problems.noting():
+        if args.calibration is not None:
+            check_text("--calibration", args.calibration)
+        elif args.model != DEMO and recipe is not None and recipe.needs_calibration():
+            raise UsageError(
+                f"--calibration FILE is needed for {recipe.needs_calibration()}: some hundred "
+                "kilobytes of text like what the model will be used on (--method rtn alone works "
+                "without, at a loss of quality)"
+            )
+    problems.raise_if_any()
+    assert recipe is not None  # or there had been a problem
+    return recipe
+
+
+def _check_out(args: argparse.Namespace, source: str | os.PathLike[str] | None) -> None:
+    taken = "exists already; give --overwrite or another name"
+    try:
+        claim_place(args.out, args.overwrite, source, taken, f"--out {args.out}")
+    except (OSError, ValueError) as error:
+        raise PreflightError([Problem(str(error), type(error))]) from None
 
 
 def _calibration(args: argparse.Namespace, tokenizer: Any, recipe: Recipe) -> Any:
@@ -423,7 +439,7 @@ def _calibration(args: argparse.Namespace, tokenizer: Any, recipe: Recipe) -> An
         return read_text("--calibration", None, tokenizer, "calibration") if needed else None
     if ":" in name and not os.path.exists(name):
         return name
-    return read_text("--calibration", name, tokenizer)
+    return calibration_source("--calibration", name, tokenizer)
 
 
 def _progress(args: argparse.Namespace) -> bool | Callable[[Any], None]:
@@ -435,8 +451,7 @@ def _progress(args: argparse.Namespace) -> bool | Callable[[Any], None]:
 
 def run(args: argparse.Namespace) -> None:
     """Quantize, write, print."""
-    recipe = _recipe(args)
-    _check(args, recipe)
+    recipe = _check(args)
     started = time.perf_counter()
     with quiet_transformers():
         result, facts = _quantize(args, recipe)
@@ -444,6 +459,13 @@ def run(args: argparse.Namespace) -> None:
     load = _load_lines(result.model, info, facts)
     if args.quiet and args.json != "-":
         print(info.directory)
+    if (args.quiet or args.json == "-") and args.format == "auto" and info.format == "ptqkit":
+        # What makes from_pretrained fail is never quiet.
+        print(
+            f"ptqkit quantize: {info.directory} has format {info.format}: {info.reason}; load it "
+            "with ptqkit.load, since transformers alone cannot",
+            file=sys.stderr,
+        )
     if result.equalization is not None:
         say(args, result.equalization.table() + "\n")
     say(args, result.report.table())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from ptqkit.cli.inputs import load_model, read_text
+from ptqkit._folders import check_path, resolve
+from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import add_common, add_model_options, check_text
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
 from ptqkit.demo import DEMO
@@ -122,7 +123,7 @@ def calibration_of(
     }
     source: Any
     if args.calibration is not None:
-        source = read_text("--calibration", args.calibration, tokenizer)
+        source = calibration_source("--calibration", args.calibration, tokenizer)
     elif args.model == DEMO:
         from ptqkit.demo import text as demo_text
 
@@ -175,8 +176,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.out is not None:
         if len(args.bits) != 1 or len(args.correction) != 1:
             raise UsageError("--out saves one variant: give one --bits and one --correction")
-        if Path(args.out).is_file():
-            raise UsageError(f"--out {args.out} is a file")
+        if not os.path.isdir(args.out):
+            check_path(resolve(args.out, f"--out {args.out}"), f"--out {args.out}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -207,7 +208,9 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from ptqkit.hf.softmax.table import softmax_table
 
     if args.text is not None:
-        text = read_text("--text", args.text, tokenizer)
+        # Without text of its own the calibration takes the beginning, of any length.
+        limit = None if args.calibration is None else args.max_tokens
+        text = read_text("--text", args.text, tokenizer, max_tokens=limit)
     else:
         text = _demo_windows(tokenizer, args.window or _DEMO_WINDOW, args.max_tokens)
     started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import ptqkit
 from ptqkit.cli import main
 from ptqkit.cli.output import SCHEMA, quiet_transformers
 from ptqkit.cli.quantize import parse_override
+from ptqkit.hf.data.text import TextFile
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -253,23 +255,83 @@ def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_interrupt_of_the_process(folder, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_interrupt_of_the_process(folder, tmp_path, name):
     root = Path(ptqkit.__file__).resolve().parents[1]
     command = [sys.executable, "-m", "ptqkit", "quantize", "demo", "--out", "q"]
     options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    number = getattr(signal, name)
     # tests that run as a background job inherit SIGINT ignored
-    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    options["preexec_fn"] = lambda: signal.signal(number, signal.SIG_DFL)
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with subprocess.Popen(command, env=environment, **options) as process:
         line = process.stderr.readline()
         assert line.startswith("[1/"), line + process.stderr.read()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         started = time.monotonic()
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert time.monotonic() - started < 30
     assert "Traceback" not in error and "interrupted" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_signals_are_as_before(capsys):
+    def mine(*args):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        assert main(["info"]) == 0
+        assert signal.getsignal(signal.SIGTERM) is mine
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert main(["info"]) == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("output", [["--quiet"], ["--json", "-"]])
+def test_the_own_format_is_never_quiet(folder, tmp_path, capsys, output):
+    given = ["--calibration", str(folder / "train.txt"), *SMALL[:-1], *output]
+    out = tmp_path / "q"
+    assert main(["quantize", model_of(folder), *given, "--out", str(out)]) == 0
+    printed, error = capsys.readouterr()
+    [line] = [line for line in error.splitlines() if line.startswith("ptqkit quantize: ")]
+    assert "has format ptqkit: compressed-tensors cannot carry" in line and "ptqkit.load" in line
+    # What a script reads is the folder, or the JSON, alone.
+    assert printed.strip() == str(out) or json.loads(printed)["checkpoint"]["format"] == "ptqkit"
+    for options in (["--symmetric"], ["--format", "ptqkit"]):  # nothing unexpected
+        given = ["--calibration", str(folder / "train.txt"), *SMALL, *options, "--overwrite"]
+        assert main(["quantize", model_of(folder), *given, "--out", str(out)]) == 0
+        assert capsys.readouterr().err == ""
+
+
+def bomb(path):
+    """Write 30 kB that expand to 30 MB: more than fits a test that reads it all."""
+    line = b"def read(path):\n    return path\n"
+    path.write_bytes(gzip.compress(line * (30_000_000 // len(line))))
+    return str(path)
+
+
+def test_no_more_text_is_read_than_is_needed(folder, tmp_path, capsys, monkeypatch):
+    file, read = bomb(tmp_path / "bomb.txt.gz"), []
+    real = TextFile.read
+    monkeypatch.setattr(
+        TextFile, "read", lambda self, size=-1: read.append(size) or real(self, size)
+    )
+    assert main(["eval", model_of(folder), "--text", file, "--max-tokens", "10", "--quiet"]) == 0
+    few = capsys.readouterr().out
+    (tmp_path / "few.txt").write_text("def read(path):\n    return path\n" * 20, encoding="utf-8")
+    text = str(tmp_path / "few.txt")
+    assert main(["eval", model_of(folder), "--text", text, "--max-tokens", "10", "--quiet"]) == 0
+    assert capsys.readouterr().out == few
+    out = str(tmp_path / "q")
+    assert main(["quantize", model_of(folder), "--calibration", file, *SMALL, "--out", out]) == 0
+    given = ["--text", str(folder / "test.txt"), "--max-tokens", "40", "--bits", "4"]
+    given += ["--samples", "2", "--sequence-length", "24", "--quiet"]
+    assert main(["softmax", model_of(folder), "--calibration", file, *given]) == 0
+    assert min(read) > 0 and sum(read) < 1_000_000
 
 
 def test_reader_that_goes_away(tmp_path):

@@ -124,6 +124,77 @@ def test_existing_folder_is_kept(folder, tmp_path, capsys):
     assert (tmp_path / "kept.txt").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize(
+    ("json_file", "message"),
+    [
+        ("/dev/null", "it must be a file in a folder"),
+        ("model", "it must be a file in a folder"),
+        ("n" * 250 + ".json", "it cannot be written (File name too long)"),
+        ("/proc/x.json", "it cannot be written"),
+    ],
+)
+def test_json_files_that_cannot_be(folder, capsys, monkeypatch, json_file, message):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    check(capsys, main(["info", "--json", json_file]), 2, message)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("train.txt", "is a file"), ("train.txt/x", "is a file"), ("n" * 250, "too long")],
+)
+def test_softmax_checks_its_folder_first(folder, capsys, monkeypatch, out, message):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("ptqkit.cli.softmax.load_model", None)
+    given = ["--text", "test.txt", "--bits", "8", "--correction", "bias", "--out", out]
+    check(capsys, main(["softmax", "model", *given]), 2, message)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("model", "is the folder of the model itself, kept"),
+        ("", "kept: give another name"),
+        (".", "kept: give another name"),
+        ("..", "kept: give another name"),
+        ("train.txt", "is a file"),
+        ("train.txt/x", "is a file"),
+        ("/dev/null", "is a device"),
+        ("n" * 250, "the name is too long"),
+        ("a\0b", "cannot be the name of a folder"),
+        ("/", "kept: give another name"),
+    ],
+)
+def test_places_that_stay(folder, capsys, monkeypatch, out, message):
+    monkeypatch.chdir(folder)
+    before = {p: p.stat().st_mtime for p in folder.rglob("*")}
+    monkeypatch.setattr("ptqkit.cli.quantize.load_model", None)  # nothing is loaded before
+    code = quantize(folder, "--overwrite", out=out)
+    check(capsys, code, 3, message)
+    assert {p: p.stat().st_mtime for p in folder.rglob("*")} == before
+
+
+def test_a_folder_with_other_files_stays(folder, tmp_path, capsys):
+    assert quantize(folder, out=tmp_path / "q") == 0
+    (tmp_path / "q/notes.md").write_text("mine", encoding="utf-8")
+    capsys.readouterr()
+    code = quantize(folder, "--overwrite", out=tmp_path / "q")
+    check(capsys, code, 3, "holds what no checkpoint consists of, kept: notes.md;")
+    assert (tmp_path / "q/notes.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_options_and_files_are_one_report(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--damping", "-1", "--json", "no/where.json", "--memory-budget", "much"]
+    options += ["--start-token", "x", "--calibration", "no.txt"]
+    assert quantize(folder, *options, out=folder / "train.txt") == 3
+    error = capsys.readouterr().err
+    for part in ("damping must be", "--json no/where", "--memory", "--start-token x", "no.txt"):
+        assert part in error
+    assert "is a file" in error and error.startswith("ptqkit quantize: cannot start, 6 problem(s)")
+
+
 def test_overwrite_replaces(folder, tmp_path, capsys):
     out = tmp_path / "q"
     assert quantize(folder, "--bits", "4", out=out) == 0

@@ -62,6 +62,27 @@ def test_every_quantization_starts_from_the_float_weights():
     assert again.perplexity == first.perplexity > bench.float_row.perplexity
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_demo_leaves_no_folder(tmp_path, capsys, monkeypatch, error):
+    def stop(*args, **kwargs):
+        raise error("stopped")
+
+    monkeypatch.setattr("ptqkit.demo.run.run_demo", stop)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    for out in ([], ["--out", str(tmp_path / "a/b")], ["--out", str(tmp_path / "mine")]):
+        assert main(["demo", *out]) == (130 if error is KeyboardInterrupt else 1)
+        assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_demo_checks_its_folder_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ptqkit.demo.run.run_demo", None)
+    (tmp_path / "file").touch()
+    for name, message in (("file", "exists already"), ("file/x", "is a file"), ("n" * 250, "long")):
+        assert main(["demo", "--out", str(tmp_path / name)]) == 3
+        assert message in capsys.readouterr().err
+
+
 def test_demo_keeps_what_is_there(tmp_path, capsys):
     (tmp_path / "mine").write_text("x", encoding="utf-8")
     assert main(["demo", "--out", str(tmp_path)]) == 3

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.errors import by_cause
 from ptqkit.hf.checkpoint.base import CheckpointFormat
 from ptqkit.hf.checkpoint.compressed_tensors import CompressedTensorsFormat
 from ptqkit.hf.checkpoint.gptq import GptqFormat
@@ -104,17 +105,18 @@ def choose_format(
     if name != "auto":
         found = problems(name)
         if found:
-            raise ValueError(_listing(f"format {name!r} cannot carry this model", found))
+            raise ValueError(_listing(f"format {name!r} cannot carry this model", found, layers))
         return FORMATS[name], "asked for"
     found = problems(_PREFERRED.name)
     if not found:
         return _PREFERRED, "every layer fits it exactly; stock transformers loads it"
     own = problems(NATIVE.name)
     if own:
-        raise ValueError(_listing("no checkpoint format can carry this model", own))
+        raise ValueError(_listing("no checkpoint format can carry this model", own, layers))
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return NATIVE, f"{_PREFERRED.name} cannot carry {found[0]}{more}"
 
 
-def _listing(head: str, problems: Sequence[str]) -> str:
+def _listing(head: str, found: Sequence[str], layers: Mapping[str, Any]) -> str:
+    problems = by_cause(found, layers)
     return f"{head}, {len(problems)} problem(s):\n" + "\n".join(f"  - {p}" for p in problems)

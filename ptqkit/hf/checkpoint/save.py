@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ptqkit._files import atomic_directory
+from ptqkit._folders import atomic_directory, resolve
+from ptqkit._places import check_place, source_folder
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.base import CheckpointFormat
@@ -22,14 +23,15 @@ from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
 from ptqkit.hf.checkpoint.formats import choose_format
 from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
 from ptqkit.hf.checkpoint.spec import LayerSpec, describe_layers
-from ptqkit.hf.softmax.files import write_installed
+from ptqkit.hf.softmax.files import check_installed, write_installed
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.linear import is_linear
 
-__all__ = ["CheckpointInfo", "save_checkpoint"]
+__all__ = ["CheckpointInfo", "check_savable", "room_needed", "save_checkpoint", "saved_tensors"]
 
-# Configuration, tokenizer and reports: what is asked for on top of the tensors.
-SMALL_FILES = 16 << 20
+
+# Of the largest file, as in transformers.
+SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def save_checkpoint(
     tokenizer: Any = None,
     report: Any = None,
     overwrite: bool = False,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_BYTES,
     activations: Mapping[str, ActivationQuantizer] | None = None,
 ) -> CheckpointInfo:
     """Write ``model`` with the weights of ``layers`` replaced by their packed codes.
@@ -100,9 +102,10 @@ def save_checkpoint(
     report : optional
         Written as ``ptqkit_report.json``.
     overwrite : bool
-        Replace an existing checkpoint directory.
+        Replace a quantized checkpoint, and nothing else: see
+        :func:`ptqkit._places.check_place`.
     max_shard_size : int or str
-        Largest safetensors file, as in transformers.
+        Largest safetensors file, in bytes or text such as "5GB".
     activations : mapping of str to ActivationQuantizer, optional
         What quantizes the inputs, by module name; every name is one of ``layers``. The file loads
         as the model with these quantizers installed.
@@ -111,13 +114,12 @@ def save_checkpoint(
     ------
     ValueError
         If the format cannot carry a layer, or a weight is not what its codes say, or the model
-        quantizes inputs otherwise; names every layer. Raised before anything is written.
+        quantizes inputs otherwise; names the layers. Raised before anything is written.
     FileExistsError, OSError
         If the name is taken, or there is not enough space.
     """
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError("model is loaded from a quantized checkpoint already: save_pretrained it")
-    shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
+    check_savable(model, layers)
+    shard_bytes = parse_bytes(max_shard_size or 0, "max_shard_size")
     activations = dict(activations or {})
     check_activations(model, layers, activations)
     dynamic = [name for name, q in activations.items() if q.spec.dynamic]
@@ -133,9 +135,10 @@ def save_checkpoint(
     if chosen.foreign:
         plans += _zero_plans(model, biases)
     tensor_bytes = sum(plan.nbytes for plan in plans)
-    needed = tensor_bytes + SMALL_FILES
-    target = Path(os.path.realpath(directory))
-    with atomic_directory(target, overwrite=overwrite, needed=needed) as folder:
+    needed = room_needed(tensor_bytes, len(layers), tokenizer)
+    target = resolve(directory)
+    check = partial(check_place, overwrite=overwrite, source=source_folder(model))
+    with atomic_directory(target, check=check, needed=needed) as folder:
         write_tensors(folder, plans, shard_bytes)
         config.save_pretrained(folder)
         if model.can_generate() and getattr(model, "generation_config", None) is not None:
@@ -150,6 +153,49 @@ def save_checkpoint(
         total = sum(path.stat().st_size for path in written.values())
     files = tuple(sorted(written))
     return CheckpointInfo(target, chosen.name, reason, files, total, tensor_bytes, len(specs))
+
+
+def check_savable(model: Any, layers: Container[str] = ()) -> None:
+    """Check what the writer needs of a model, as far as it does not depend on the format.
+
+    Parameters
+    ----------
+    layers : container of str
+        Modules whose weights are replaced by codes.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot be saved.
+    """
+    if getattr(model, "config", None) is None or not hasattr(model, "can_generate"):
+        raise ValueError(
+            f"{type(model).__name__} is no transformers model with a configuration, which a "
+            "checkpoint needs; quantize it without saving"
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("model is loaded from a quantized checkpoint already: save_pretrained it")
+    for name, tensor in saved_tensors(model).items():
+        if name.removesuffix(".weight") not in layers:
+            TensorPlan.of(name, tensor)
+    check_installed(model)
+
+
+def room_needed(tensor_bytes: int, layers: int, tokenizer: Any = None) -> int:
+    """Return the bytes of a checkpoint: of its tensors, configuration, tokenizer and reports."""
+    try:
+        words = 0 if tokenizer is None else len(tokenizer)
+    except TypeError:
+        words = 0
+    # Generous: a token is some 130 bytes of tokenizer.json, a layer less than 2 kB of the report
+    # and 300 bytes of a header.
+    return tensor_bytes + (16 << 20) + 256 * words + 4096 * layers
+
+
+def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors that a checkpoint of the float model would hold, by name."""
+    skipped = _tied_copies(model) | set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return {name: t for name, t in model.state_dict().items() if name not in skipped}
 
 
 def _plain(value: Any) -> Any:
@@ -217,7 +263,8 @@ def _check_weights(
     if different:
         raise ValueError(
             "the weights of the model are not the dequantized codes for "
-            f"{len(different)} layer(s): {', '.join(different)}; assign q.dequantize() first"
+            f"{len(different)} layer(s): {', '.join(different[:5])}"
+            f"{' ...' if len(different) > 5 else ''}; assign q.dequantize() first"
         )
 
 
@@ -229,14 +276,12 @@ def _plan(
     activations: Mapping[str, ActivationQuantizer],
 ) -> list[TensorPlan]:
     by_weight = {f"{spec.name}.weight": spec for spec in specs}
-    state = model.state_dict()
-    skipped = _tied_copies(model) | set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     plans: list[TensorPlan] = []
-    for name, tensor in state.items():
+    for name, tensor in saved_tensors(model).items():
         if name in by_weight:
             spec = by_weight[name]
             plans += chosen.plans(spec, layers[spec.name], activations.get(spec.name))
-        elif name not in skipped:
+        else:
             plans.append(TensorPlan.of(name, tensor))
     return plans
 

@@ -18,8 +18,9 @@ from ptqkit.errors import CalibrationError
 from ptqkit.hf.data.text import (
     DATASET_NAME,
     MissingTextError,
+    TextFile,
     dataset_documents,
-    read_documents,
+    open_documents,
     start_token_id,
     tokenize,
 )
@@ -183,13 +184,13 @@ def prepare_calibration(
     return CalibrationSet(batches, windows.numel(), samples, length, name, described)
 
 
-def _as_documents(source: Any) -> tuple[Iterable[str] | None, str, Any]:
+def _as_documents(source: Any) -> tuple[Iterable[str | TextFile] | None, str, Any]:
     """Return the texts of a source, or None and the source itself if it holds tokens."""
     if isinstance(source, os.PathLike):
-        return read_documents(source), Path(source).name, None
+        return open_documents(source), Path(source).name, None
     if isinstance(source, str):
         if os.path.exists(source):
-            return read_documents(source), Path(source).name, None
+            return open_documents(source), Path(source).name, None
         if DATASET_NAME.fullmatch(source):
             return dataset_documents(source), source, None
         raise MissingTextError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
+import itertools
 import json
 import os
 import re
@@ -17,9 +20,13 @@ __all__ = [
     "DATASET_NAME",
     "CachedTokenizer",
     "MissingTextError",
+    "TextFile",
     "dataset_documents",
+    "open_documents",
+    "read_beginning",
     "read_documents",
     "start_token_id",
+    "text_pieces",
     "tokenize",
 ]
 
@@ -29,6 +36,8 @@ DATASET_NAME = re.compile(r"[\w./-]+:[\w.-]*:\w+")
 # Text is tokenized in pieces of about this many characters, cut at line ends: some tokenizers
 # take time quadratic in the length of their input.
 _PIECE = 1 << 16
+# Characters of the longest line of a .jsonl file, and of the first look into a text.
+_LONGEST_LINE, _LEAST = 1 << 28, 1 << 12
 
 
 class MissingTextError(CalibrationError, FileNotFoundError):
@@ -68,27 +77,104 @@ def start_token_id(tokenizer: Any, start_token: str | int | None) -> int | None:
     raise UsageError(f"start_token must be 'auto', a token id or None, not {start_token!r}")
 
 
-def read_documents(path: str | os.PathLike[str]) -> Iterator[str]:
+class TextFile:
+    """A text file that is read as far as it is asked for, even if it expands without end.
+
+    Attributes
+    ----------
+    path : Path
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        opener = gzip.open if path.suffix == ".gz" else open
+        self._file: Any = opener(path, "rt", encoding="utf-8")
+
+    def __enter__(self) -> TextFile:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._file.close()
+
+    def read(self, size: int = -1) -> str:
+        """Return the next characters, at most so many."""
+        with self._explained():
+            return self._file.read(size)
+
+    def readline(self, size: int = -1) -> str:
+        """Return the next line, at most so many characters of it."""
+        with self._explained():
+            return self._file.readline(size)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise CalibrationError(
+                f"{self.path.name} is not readable as UTF-8 text: {error}"
+            ) from error
+
+
+def open_documents(path: str | os.PathLike[str]) -> Iterator[str | TextFile]:
     """Read a text file (one document) or a ``.jsonl`` file (one per line); ``.gz`` of both.
 
     A line of a ``.jsonl`` file is a string, or an object whose field ``text``, else its first
-    string field, is the document.
+    string field, is the document. A text file is given open, to be read before the next step.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingTextError(f"there is no file {str(path)!r}")
-    opener = gzip.open if path.suffix == ".gz" else open
-    lines = path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            if not lines:
-                yield file.read()
+    with TextFile(path) as file:
+        if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+            yield file
+            return
+        for number in itertools.count(1):
+            line = file.readline(_LONGEST_LINE)
+            if not line:
                 return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _document(line, f"{path.name}, line {number}")
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise CalibrationError(f"{path.name} is not readable as UTF-8 text: {error}") from error
+            if len(line) == _LONGEST_LINE:
+                raise CalibrationError(
+                    f"{path.name}, line {number} is longer than {_LONGEST_LINE:,} characters; "
+                    "give the text as .txt, or a line per document"
+                )
+            if line.strip():
+                yield _document(line, f"{path.name}, line {number}")
+
+
+def read_documents(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Read the documents of a file as :func:`open_documents` does, each as a whole."""
+    for document in open_documents(path):
+        yield document if isinstance(document, str) else document.read()
+
+
+def read_beginning(path: str | os.PathLike[str], tokenizer: Any, needed: int) -> list[str]:
+    """Read no more of a file's documents than their first ``needed`` tokens come from.
+
+    A text is tokenized as a whole, so its end may change tokens before it: twice as much text must
+    begin with the same tokens.
+    """
+    documents: list[str] = []
+    for document in open_documents(path):
+        text = ""
+        ids: list[int] | None = None
+        size = max(_LEAST, 8 * needed)
+        while isinstance(document, TextFile):
+            more = document.read(size)
+            text += more
+            before, ids = ids, _tokens(tokenizer, text)[:needed]
+            if len(more) < size or (len(ids) == needed and ids == before):
+                break
+            size = len(text)
+        documents.append(text if isinstance(document, TextFile) else document)
+        needed -= len(ids if ids is not None else _tokens(tokenizer, documents[-1]))
+        if needed <= 0:
+            break
+    return documents
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _document(line: str, where: str) -> str:
@@ -129,26 +215,30 @@ def dataset_documents(name: str) -> Iterator[str]:
             yield row[column]
 
 
-def tokenize(tokenizer: Any, documents: Iterable[str], needed: int | None = None) -> list[int]:
+def tokenize(
+    tokenizer: Any, documents: Iterable[str | TextFile], needed: int | None = None
+) -> list[int]:
     """Tokenize documents without special tokens and join them; stop at ``needed`` tokens."""
     ids: list[int] = []
     for document in documents:
-        for piece in _pieces(document):
-            ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+        for piece in text_pieces(document):
+            ids.extend(_tokens(tokenizer, piece))
             if needed is not None and len(ids) >= needed:
                 return ids
     return ids
 
 
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
+def text_pieces(document: str | TextFile) -> Iterator[str]:
+    """Cut a document at line ends into the pieces that are tokenized."""
+    file = io.StringIO(document) if isinstance(document, str) else document
+    text = file.read(_PIECE + 1)
+    while text:
         end = len(text)
-        if end - start > _PIECE:
-            end = text.rfind("\n", start, start + _PIECE) + 1
-            if end <= start:
-                end = text.rfind(" ", start + 1, start + _PIECE)
-            if end <= start:
-                end = start + _PIECE
-        yield text[start:end]
-        start = end
+        if end > _PIECE:
+            end = text.rfind("\n", 0, _PIECE) + 1
+            if end <= 0:
+                end = text.rfind(" ", 1, _PIECE)
+            if end <= 0:
+                end = _PIECE
+        yield text[:end]
+        text = text[end:] + file.read(end)

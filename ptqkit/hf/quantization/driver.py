@@ -14,7 +14,7 @@ from torch import nn
 
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import UsageError
+from ptqkit.errors import Problems, UsageError
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
@@ -199,9 +199,12 @@ def quantize(
     ------
     PreflightError
         With all problems found before the first forward pass; each has a ``kind``, such as
-        UnsupportedModuleError or CalibrationError.
+        UnsupportedModuleError or CalibrationError. An argument that is wrong by itself and the
+        only problem is a ValueError.
     QuantizationInterrupted
         On Ctrl-C (a KeyboardInterrupt); it says which layers had been replaced.
+    Exception
+        If saving fails all the same; its attribute ``result`` is what would have been returned.
 
     Examples
     --------
@@ -209,33 +212,41 @@ def quantize(
     >>> print(result.report.table())
     >>> result.save("model-w3")
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    # What is wrong is told at once, the arguments with the rest.
+    problems = Problems()
     for name, value, allowed in (
         ("schedule", schedule, SCHEDULES),
         ("on_error", on_error, ("raise", "leave_float")),
         ("checkpoint_format", checkpoint_format, ("auto", *FORMATS)),
     ):
         if value not in allowed:
-            raise UsageError(f"{name} must be one of {allowed}, not {value!r}")
-    budget = parse_bytes(memory_budget)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+            with problems.noting():
+                raise UsageError(f"{name} must be one of {allowed}, not {value!r}")
     outer, model = model, unwrap_compiled(model)
-    check_names(changes, "recipe", (f.name for f in fields(Recipe)))
-    recipe = replace(as_recipe(recipe), **changes)
-    written = _written_dtype(model, recipe, stored_dtype)
-    if checkpoint_format != "auto":
-        recipe = FORMATS[checkpoint_format].adapt(recipe)
-    if written != dtype_of(model):
-        recipe = recipe.with_scale_dtype(dtype_name(written))
+    budget = chosen = written = None
+    with problems.noting():
+        budget = parse_bytes(memory_budget)
+    with problems.noting():
+        chosen = _changed(recipe, changes, problems)
+    with problems.noting():
+        written = _written_dtype(model, chosen, stored_dtype)
+    if chosen is not None and checkpoint_format in FORMATS:
+        chosen = FORMATS[checkpoint_format].adapt(chosen)
+    if chosen is not None and written not in (None, dtype_of(model)):
+        chosen = chosen.with_scale_dtype(dtype_name(written))
     slow = slow_arithmetic(model)
     for text in slow:
         warnings.warn(text, stacklevel=2)
     options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
     found = inspect_model(
         model,
-        recipe,
+        chosen,
         calibration,
         tokenizer,
+        problems=problems,
+        written=written,
         blocks=blocks,
         share_inputs=share_inputs,
         checkpoint_format=checkpoint_format,
@@ -248,6 +259,8 @@ def quantize(
         seed=seed,
         start_token=start_token,
     )
+    assert chosen is not None and written is not None  # or there had been problems
+    recipe = chosen
     plan = plan_schedule(model, found, schedule, budget, recipe.error_propagation)
     equalized = None
     if recipe.equalization is not None and found.calibration is not None:
@@ -270,18 +283,46 @@ def quantize(
     )
     result.stored_dtype = dtype_name(written)
     if out_dir is not None:
-        result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
+        with _carrying(result):
+            result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
     return result
 
 
+@contextlib.contextmanager
+def _carrying(result: QuantizationResult) -> Iterator[None]:
+    """Let an error, or Ctrl-C, carry the result, which took so long, as its ``result``."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(AttributeError):
+            error.result = result  # type: ignore[attr-defined]
+            if hasattr(error, "add_note"):
+                error.add_note(
+                    "the model is quantized and not lost: the attribute result of this exception "
+                    "is what quantize() returns; error.result.save(another_folder) writes it"
+                )
+        raise
+
+
+def _changed(recipe: Any, changes: Mapping[str, Any], problems: Problems) -> Recipe | None:
+    """Return the recipe with the changes; None if there are names that it does not have."""
+    known = [f.name for f in fields(Recipe)]
+    with problems.noting():
+        check_names(changes, "recipe", known)
+    found = replace(as_recipe(recipe), **{k: v for k, v in changes.items() if k in known})
+    return found if changes.keys() <= set(known) else None
+
+
 def _written_dtype(
-    model: nn.Module, recipe: Recipe, stored: str | torch.dtype | None
+    model: nn.Module, recipe: Recipe | None, stored: str | torch.dtype | None
 ) -> torch.dtype:
     """Return the type for the files: that of the model, or of the files it came from if exact."""
     own = dtype_of(model)
     if stored is None:
         return own
     held = as_dtype(stored)
+    if recipe is None:
+        return own
     inexact = recipe.equalization or recipe.activations or recipe.bias_correction
     narrower = held.itemsize < own.itemsize
     return held if narrower and not inexact else own

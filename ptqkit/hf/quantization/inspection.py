@@ -6,14 +6,15 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.errors import CalibrationError, Problems, UnsupportedModuleError
+from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models.probe import Probe, probe_model
 from ptqkit.hf.models.structure import Structure, find_structure
 from ptqkit.hf.quantization.preflight import (
-    Problems,
     check_float,
     check_kind,
     check_model,
@@ -48,10 +49,12 @@ class Inspection:
 
 def inspect_model(
     model: nn.Module,
-    recipe: Recipe,
+    recipe: Recipe | None,
     calibration: Any,
     tokenizer: Any,
     *,
+    problems: Problems | None = None,
+    written: torch.dtype | None = None,
     blocks: tuple[str, ...] | None,
     share_inputs: bool,
     checkpoint_format: str,
@@ -63,30 +66,36 @@ def inspect_model(
     """Read the data, find the structure, check both, and run a short probe.
 
     Parameters are those of :func:`ptqkit.quantize`; ``**windows`` are the options of
-    :func:`~ptqkit.hf.data.calibration.prepare_calibration`.
+    :func:`~ptqkit.hf.data.calibration.prepare_calibration`, ``written`` is the type of the float
+    values in the files, and ``problems`` holds what is wrong with the arguments themselves: then
+    the recipe may be None.
 
     Raises
     ------
     PreflightError
         With every problem at once: first what needs no forward pass, then what the probe shows.
     """
-    problems = Problems()
+    problems = problems or Problems()
     check_kind(problems, model)
     data = None
     if calibration is not None:
         data = _read_data(problems, model, calibration, tokenizer, windows)
     structure = Structure({})
-    try:
-        structure = find_structure(model, recipe, blocks)
-    except UnsupportedModuleError as error:
-        problems.add(str(error), UnsupportedModuleError)
-    if not requantize:
-        check_float(problems, structure)
-    # Data that is there but unusable is one problem, not one more for every layer.
-    check_model(problems, model, structure, recipe, calibration is not None, checkpoint_format)
+    if recipe is not None:
+        try:
+            structure = find_structure(model, recipe, blocks)
+        except UnsupportedModuleError as error:
+            problems.add(str(error), UnsupportedModuleError)
+        if not requantize:
+            check_float(problems, structure)
+        held: str | None = checkpoint_format
+        if held not in FORMATS:
+            held = "auto" if out_dir is not None else None
+        # Data that is there but unusable is one problem, not one more for every layer.
+        check_model(problems, model, structure, recipe, calibration is not None, held)
     if out_dir is not None:
-        check_output(problems, model, structure.targets, out_dir, overwrite)
-    problems.raise_if_any()
+        check_output(problems, model, structure.targets, out_dir, overwrite, tokenizer, written)
+    problems.raise_if_any(structure.targets)
     if data is None:
         return Inspection(structure)
     shown = probe_model(
@@ -101,7 +110,7 @@ def inspect_model(
         positions = data.samples * shown.positions
         data = replace(data, tokens=positions, sequence_length=shown.positions)
     unprobed = check_probe(problems, structure, shown)
-    problems.raise_if_any()
+    problems.raise_if_any(structure.targets)
     return Inspection(structure, data, shown, unprobed)
 
 

@@ -7,17 +7,20 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ptqkit.errors import CalibrationError, PreflightError, Problem, UnsupportedModuleError
+from ptqkit._places import claim_place, source_folder
+from ptqkit.errors import CalibrationError, Problems, UnsupportedModuleError
 from ptqkit.hf.checkpoint.biases import plan_biases
-from ptqkit.hf.checkpoint.formats import FORMATS
+from ptqkit.hf.checkpoint.formats import FORMATS, NATIVE
 from ptqkit.hf.checkpoint.inputs import measure_flat_inputs
+from ptqkit.hf.checkpoint.save import SHARD_BYTES, check_savable, room_needed, saved_tensors
 from ptqkit.hf.checkpoint.spec import describe_targets
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions
+from ptqkit.hf.models.dtypes import dtype_of
 from ptqkit.hf.models.probe import Probe
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.models.wrappers import wrapper_problem
@@ -26,8 +29,12 @@ from ptqkit.nn.linear import is_linear
 from ptqkit.nn.quantized_mark import is_quantized
 from ptqkit.recipe.recipe import Recipe
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 __all__ = [
-    "Problems",
     "check_float",
     "check_kind",
     "check_model",
@@ -37,31 +44,21 @@ __all__ = [
 ]
 
 
-class Problems:
-    """Collects problems and raises them together."""
-
-    def __init__(self) -> None:
-        self.found: list[Problem] = []
-
-    def add(self, text: str, kind: type[Exception] = ValueError) -> None:
-        """Note a problem; ``kind`` is the class of error that it is."""
-        self.found.append(Problem(text, kind))
-
-    def raise_if_any(self) -> None:
-        """Raise PreflightError with all problems."""
-        if self.found:
-            raise PreflightError(self.found)
-
-
 def check_model(
     problems: Problems,
     model: nn.Module,
     structure: Structure,
     recipe: Recipe,
     calibrated: bool,
-    checkpoint_format: str,
+    checkpoint_format: str | None,
 ) -> None:
-    """Check what the model and the recipe show by themselves: shapes, patterns, weights, format."""
+    """Check what the model and the recipe show by themselves: shapes, patterns, weights, format.
+
+    Parameters
+    ----------
+    checkpoint_format : str or None
+        What must hold the result; None if it may stay in memory.
+    """
     for text in structure.problems:
         problems.add(text, UnsupportedModuleError)
     if recipe.equalization is not None:
@@ -84,10 +81,14 @@ def check_model(
         return
     for target in structure.targets.values():
         _check_target(problems, target, calibrated)
+    _check_finite(problems, structure.targets)
+    if checkpoint_format is None or not structure.targets:
+        return
     for text in _format_conflicts(model, structure.targets, checkpoint_format):
         problems.add(f"checkpoint_format={checkpoint_format!r}: {text}")
     gaining = [n for n, t in structure.targets.items() if t.options.bias_correction]
-    if gaining and checkpoint_format != "auto" and FORMATS[checkpoint_format].foreign:
+    foreign = checkpoint_format != "auto" and FORMATS[checkpoint_format].foreign
+    if gaining and foreign and getattr(model, "config", None) is not None:
         for text in plan_biases(model, gaining).problems():
             problems.add(text)
 
@@ -116,7 +117,7 @@ def check_float(problems: Problems, structure: Structure) -> None:
 
 
 def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
-    options, (rows, columns) = target.options, target.view.shape
+    options, columns = target.options, target.view.shape[1]
     if options.group_size is not None and columns % options.group_size:
         problems.add(
             f"{target.name}: group_size {options.group_size} does not divide its {columns} inputs; "
@@ -131,21 +132,34 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
             "the quantizers off with ptqkit.nn.remove_quantizers(model)",
             UnsupportedModuleError,
         )
-    weight = target.view.weight
-    # A sum is finite only if every term is; it may overflow, so look twice before complaining.
-    if not math.isfinite(float(weight.sum(dtype=torch.float32))):
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            problems.add(f"{target.name}: {bad} of its {rows}x{columns} weights are not finite")
+
+
+def _check_finite(problems: Problems, targets: Mapping[str, Target]) -> None:
+    bad = {}
+    for name, target in targets.items():
+        weight = target.view.weight
+        # A sum is finite only if every term is; it may overflow, so look twice before complaining.
+        if not math.isfinite(float(weight.sum(dtype=torch.float32))):
+            bad[name] = int((~torch.isfinite(weight)).sum())
+    found = [name for name, count in bad.items() if count]
+    if len(found) == 1:
+        rows, columns = targets[found[0]].view.shape
+        problems.add(f"{found[0]}: {bad[found[0]]} of its {rows}x{columns} weights are not finite")
+    elif found:
+        problems.add(
+            f"{found[0]} and {len(found) - 1} more layers: {sum(bad.values())} of their weights "
+            "are not finite"
+        )
 
 
 def _format_conflicts(
     model: nn.Module, targets: Mapping[str, Target], checkpoint_format: str
 ) -> list[str]:
-    """Ask a checkpoint format why it could not hold the layers once they are quantized."""
-    if checkpoint_format == "auto" or not targets:
-        return []
-    chosen = FORMATS[checkpoint_format]
+    """Ask a checkpoint format why it could not hold the layers once they are quantized.
+
+    "auto" ends with ptqkit's own format, so what that cannot hold nothing can.
+    """
+    chosen = NATIVE if checkpoint_format == "auto" else FORMATS[checkpoint_format]
     recipes = {name: target.options.activations for name, target in targets.items()}
     dynamic = [name for name, a in recipes.items() if a is not None and a.dynamic]
     flat_inputs = measure_flat_inputs(model, dynamic) if chosen.foreign else {}
@@ -193,33 +207,68 @@ def check_output(
     targets: Mapping[str, Target],
     out_dir: str | os.PathLike[str],
     overwrite: bool,
+    tokenizer: Any = None,
+    written: torch.dtype | None = None,
 ) -> None:
-    """Check that a checkpoint can be written: the place is free and the disk has room."""
-    path = Path(out_dir)
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        problems.add(f"out_dir {path.name!r} exists already; use overwrite=True or another name")
-    parent = next((p for p in [path.absolute(), *path.absolute().parents] if p.is_dir()), None)
-    if parent is None or not os.access(parent, os.W_OK):
-        problems.add(f"out_dir {str(path)!r} cannot be created there")
+    """Check that a checkpoint can be written: the model, the place, and room on the disk.
+
+    Parameters
+    ----------
+    written : torch.dtype, optional
+        Type of the float values in the files; that of the model by default.
+    """
+    meta = any(p.device.type == "meta" for p in model.parameters())
+    try:
+        if not meta:
+            check_savable(model, targets)
+    except ValueError as error:
+        problems.add(f"out_dir: {error}", UnsupportedModuleError)
+    taken = "exists already; use overwrite=True or another name"
+    label = f"out_dir {os.path.basename(os.path.normpath(out_dir))!r}"
+    try:
+        place = claim_place(out_dir, overwrite, source_folder(model), taken, label)
+    except (OSError, ValueError) as error:
+        problems.add(str(error), type(error))
         return
-    needed = checkpoint_bytes(model, targets)
-    free = shutil.disk_usage(parent).free
+    parent = next(p for p in place.parents if p.is_dir())
+    size = checkpoint_bytes(model, targets, written)
+    needed, free = room_needed(size, len(targets), tokenizer), shutil.disk_usage(parent).free
     if free < needed:
         problems.add(
             f"out_dir: the checkpoint needs about {needed / 2**20:,.0f} MiB, the disk has "
-            f"{free / 2**20:,.0f} MiB free"
+            f"{free / 2**20:,.0f} MiB free",
+            OSError,
         )
+    largest = min(size, SHARD_BYTES)
+    if resource is not None:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if 0 <= limit < largest:
+            problems.add(
+                f"out_dir: a file of {largest:,} bytes is needed, but the limit of this process "
+                f"(ulimit -f) is {limit:,}",
+                OSError,
+            )
 
 
-def checkpoint_bytes(model: nn.Module, targets: Mapping[str, Target]) -> int:
-    """Estimate the checkpoint's size: float parameters as they are, codes, scales, zero-points."""
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+def checkpoint_bytes(
+    model: nn.Module, targets: Mapping[str, Target], written: torch.dtype | None = None
+) -> int:
+    """Return the size of all tensors of a checkpoint in the widest format, or a little more."""
+    own = dtype_of(model)
+    total = 0
+    for name, tensor in saved_tensors(model).items():
+        if name.removesuffix(".weight") not in targets:
+            dtype = written if written is not None and tensor.dtype == own else tensor.dtype
+            total += tensor.numel() * dtype.itemsize
     for target in targets.values():
         rows, columns = target.view.shape
-        bits = 2 if target.options.bits == "ternary" else int(target.options.bits)
-        groups = columns // min(target.options.group_size or columns, columns)
-        total -= rows * columns * target.view.weight.element_size()
-        total += rows * columns * bits // 8 + rows * groups * 5 + 4 * columns
+        options = target.options
+        bits = 2 if options.bits == "ternary" else int(options.bits)
+        groups = -(-columns // min(options.group_size or columns, columns))
+        # Codes, which int-quantized files hold in bytes; scales; zero-points; g_idx; the shape.
+        total += rows * (-(-columns * (8 if options.activations else bits) // 32) * 4)
+        total += rows * groups * 4 + rows * -(-groups * bits // 8) + 4 * groups + 4 * columns + 64
+        total += 4 * rows if options.bias_correction else 0
     return total
 
 

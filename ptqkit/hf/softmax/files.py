@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ptqkit._files import atomic_directory, write_atomically
+from ptqkit._files import write_atomically
+from ptqkit._folders import atomic_directory, check_path, has_content
 from ptqkit.hf.models.attention import find_attention, installed_attention
 from ptqkit.nn.attention_quantizer import AttentionQuantizer
 from ptqkit.nn.softmax.file import SOFTMAX_FILE, SoftmaxValues, to_json
@@ -18,7 +19,7 @@ from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.statistics import Quantizer
 from ptqkit.nn.softmax.study import check_heads
 
-__all__ = ["save_softmax", "write_installed"]
+__all__ = ["check_installed", "save_softmax", "write_installed"]
 
 
 def save_softmax(
@@ -53,7 +54,7 @@ def save_softmax(
         write_atomically(target / SOFTMAX_FILE, text)
         return target / SOFTMAX_FILE
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
-    with atomic_directory(Path(os.path.realpath(target)), overwrite=False, needed=size) as folder:
+    with atomic_directory(target, check=_check_new, needed=size) as folder:
         saved: Any = model
         saved.save_pretrained(folder)
         if tokenizer is not None:
@@ -62,8 +63,8 @@ def save_softmax(
     return target / SOFTMAX_FILE
 
 
-def write_installed(model: nn.Module, folder: Path) -> None:
-    """Write the quantized softmax that is installed on a model, if one is, into a new folder.
+def check_installed(model: nn.Module) -> dict[str, Quantizer]:
+    """Return the quantized softmax that is installed on a model, by name; empty if none is.
 
     Raises
     ------
@@ -85,8 +86,21 @@ def write_installed(model: nn.Module, folder: Path) -> None:
                 "all heads can be saved): call ptqkit.hf.remove_attention(model) first"
             )
         quantizers[name] = softmax
+    return quantizers
+
+
+def write_installed(model: nn.Module, folder: Path) -> None:
+    """Write the quantized softmax that is installed on a model, if one is, into a new folder."""
+    quantizers = check_installed(model)
     if quantizers:
         write_atomically(folder / SOFTMAX_FILE, _to_json(model, quantizers))
+
+
+def _check_new(target: Path) -> None:
+    """Refuse a name that somebody has taken meanwhile."""
+    check_path(target)
+    if has_content(target):
+        raise FileExistsError(f"directory {target} is not empty: give a new name")
 
 
 def _to_json(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> str:

@@ -112,8 +112,8 @@ def test_a_bias_that_the_class_never_creates(kind, tmp_path):
     for format in ("compressed-tensors", "gptq_v2"):
         with pytest.raises(ValueError) as caught:
             save_checkpoint(model, layers, None, tmp_path / "no", checkpoint_format=format)
-        for name in names:
-            assert f"{name}: it gained a bias, and no setting" in str(caught.value)
+        assert f"{names[0]}: it gained a bias, and no setting" in str(caught.value)
+        assert f"(and {len(names) - 1} more layers)" in str(caught.value)
         assert not (tmp_path / "no").exists()
     out = tmp_path / "out"
     info = save_checkpoint(model, layers, None, out)

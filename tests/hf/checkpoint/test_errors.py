@@ -14,7 +14,7 @@ import torch
 import transformers
 from helpers.checkpoint_models import assert_same_matrices, build, fake_quantize, logits
 
-from ptqkit import _files
+from ptqkit import _folders
 from ptqkit.arrays.matrix import WeightGrid
 from ptqkit.hf.checkpoint import compressed_tensors, files
 from ptqkit.hf.checkpoint.formats import format_problems
@@ -44,7 +44,7 @@ def _refused(model, layers, folder, format, *patterns):
     assert list(folder.iterdir()) == []
 
 
-def test_compressed_tensors_refuses_and_lists_every_layer(tmp_path):
+def test_compressed_tensors_refuses_and_names_cause_and_layers(tmp_path):
     model = build("llama")
     overrides = {
         "q_proj": {"symmetric": False},
@@ -56,13 +56,16 @@ def test_compressed_tensors_refuses_and_lists_every_layer(tmp_path):
         layers,
         tmp_path,
         "compressed-tensors",
-        "4 problem(s)",
+        "2 problem(s)",
         f"{Q_PROJ}: compressed-tensors loads asymmetric",
-        "model.layers.1.self_attn.k_proj: compressed-tensors has no ternary type",
+        "model.layers.0.self_attn.k_proj: compressed-tensors has no ternary type",
+        "(and model.layers.1.self_attn.k_proj)",
     )
     model = build("llama")
     layers = fake_quantize(model, act_order=True, **SYMMETRIC)
-    _refused(model, layers, tmp_path, "compressed-tensors", "cannot carry g_idx", "14 problem(s)")
+    _refused(
+        model, layers, tmp_path, "compressed-tensors", "cannot carry g_idx", "(and 13 more layers)"
+    )
     model = build("gpt2")
     layers = fake_quantize(model, **SYMMETRIC)
     _refused(model, layers, tmp_path, "compressed-tensors", "nn.Linear only, not Conv1D")
@@ -234,7 +237,8 @@ def test_a_failed_rename_puts_the_old_checkpoint_back(quantized, tmp_path, monke
             raise PermissionError("no")
         rename(source, destination)
 
-    monkeypatch.setattr(_files.os, "rename", failing)
+    monkeypatch.setattr(_folders, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(_folders.os, "rename", failing)
     with pytest.raises(PermissionError):
         save_checkpoint(model, layers, {"run": 2}, target, overwrite=True)
     assert _contents(tmp_path) == before
@@ -264,10 +268,18 @@ def test_names_that_are_taken(quantized, tmp_path):
 def test_space_is_checked_before_writing(quantized, tmp_path, monkeypatch):
     model, layers = quantized
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(_files.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(_folders.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"bytes needed, 1,000 free") as caught:
         save_checkpoint(model, layers, None, tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, None, "much"])
+def test_a_shard_size_that_cannot_be(quantized, tmp_path, size):
+    model, layers = quantized
+    with pytest.raises(ValueError, match="max_shard_size must be"):
+        save_checkpoint(model, layers, None, tmp_path / "out", max_shard_size=size)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_shards(quantized, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 import torch
@@ -132,9 +131,8 @@ def test_inputs_without_a_batch_axis_are_not_left_to_compressed_tensors(tmp_path
             activations=quantizers,
         )
     text = str(caught.value)
-    assert "4 problem(s)" in text and "use static activations" in text
-    named = set(re.findall(r"layers\.(\d)\.(\w+): its inputs have no batch axis", text))
-    assert named == {(i, n) for i in "01" for n in ("fc1", "fc2")}
+    assert "1 problem(s)" in text and "use static activations" in text
+    assert "layers.0.fc1: its inputs have no batch axis" in text and "(and 3 more layers)" in text
     assert not (tmp_path / "no").exists()
     info = save_checkpoint(model, layers, None, tmp_path / "out", activations=quantizers)
     assert info.format == "ptqkit" and "no batch axis" in info.reason
@@ -172,7 +170,7 @@ def test_an_input_shape_that_cannot_be_found_is_refused(tmp_path, monkeypatch):
         raise ValueError("needs pixels")
 
     monkeypatch.setattr(model, "forward", fails)
-    with pytest.raises(ValueError, match=r"14 problem\(s\):\n.*shape of its inputs could not be"):
+    with pytest.raises(ValueError, match=r"q_proj: the shape of its inputs could not be.*13 more"):
         save_checkpoint(
             model,
             layers,
@@ -324,7 +322,7 @@ def test_files_without_quantized_inputs_are_as_before(tmp_path):
 def test_gptq_files_have_no_quantized_inputs(format, tmp_path):
     weights = {"bits": 4, "group_size": 32, "scale_dtype": "float16", "min_zero_point": 1}
     model, layers, quantizers = _simulate("llama", weights, ActivationQuantization(8))
-    with pytest.raises(ValueError, match=r"14 problem\(s\)[^$]*has no quantized activations"):
+    with pytest.raises(ValueError, match=r"has no quantized activations.*\(and 13 more layers\)"):
         save_checkpoint(
             model, layers, None, tmp_path / "out", checkpoint_format=format, activations=quantizers
         )
