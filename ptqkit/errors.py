@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Collection, Iterable
 from typing import Any
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "PtqkitError",
     "UnsupportedModuleError",
     "UsageError",
+    "check_choice",
+    "did_you_mean",
     "prefix_error",
 ]
 
@@ -88,6 +91,31 @@ class PreflightError(PtqkitError, ValueError):
     def has(self, kind: type[Exception]) -> bool:
         """Whether a problem is of this kind of error."""
         return any(issubclass(problem.kind, kind) for problem in self.problems)
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str | None]) -> None:
+    """Raise UsageError, in one line, unless the value is one of those allowed.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument or option.
+    value
+        Of any type: only strings, and None, are choices.
+    allowed : collection of str, or of str and None
+    """
+    if (value is None or isinstance(value, str)) and value in allowed:
+        return
+    known, shown = ", ".join(map(repr, allowed)), " ".join(repr(value).split())
+    shown = shown if len(shown) <= 80 else f"{shown[:80]} ..."
+    raise UsageError(f"{name} must be one of {known}, not {shown}{did_you_mean(value, allowed)}")
+
+
+def did_you_mean(value: Any, allowed: Iterable[str | None]) -> str:
+    """Return `` (did you mean 'x'?)`` for the allowed word that is closest; '' if none is close."""
+    words = {word.lower().replace("_", "-"): word for word in allowed if word is not None}
+    near = difflib.get_close_matches(str(value).lower().replace("_", "-"), words, 1)
+    return f" (did you mean {words[near[0]]!r}?)" if near else ""
 
 
 def prefix_error(error: Exception, name: str) -> Exception:

@@ -9,7 +9,7 @@ import numpy as np
 
 import ptqkit._core as _core
 from ptqkit.arrays._inputs import as_pair, check_count, check_threads
-from ptqkit.errors import CalibrationError
+from ptqkit.errors import CalibrationError, check_choice
 
 __all__ = ["SQNR", "sqnr"]
 
@@ -41,8 +41,7 @@ class SQNR:
     """
 
     def __init__(self, per: str = "sample", *, channel_axis: int = -1, threads: int = 0) -> None:
-        if per not in PER:
-            raise ValueError(f"per must be one of {', '.join(PER)}, not {per!r}")
+        check_choice("per", per, PER)
         self.per = per
         self.channel_axis = check_count(channel_axis, "channel_axis", -64, 64)
         self.threads = check_threads(threads)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ptqkit._files import atomic_directory
+from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.base import CheckpointFormat
@@ -49,6 +50,8 @@ class CheckpointInfo:
         Tensors alone.
     quantized_layers : int
     """
+
+    __repr__ = one_line_repr
 
     directory: Path
     format: str

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptqkit._defaults import FORWARD_BATCH_SIZE
+from ptqkit._repr import one_line_repr
 from ptqkit.errors import CalibrationError, UsageError
 from ptqkit.hf.data.calibration import max_positions
 from ptqkit.hf.data.text import start_token_id
@@ -47,6 +48,8 @@ class PerplexityResult:
     texts : int
         Texts that were measured.
     """
+
+    __repr__ = one_line_repr
 
     nll_per_token: float
     perplexity: float

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import UsageError
+from ptqkit.errors import check_choice
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
@@ -56,6 +57,8 @@ class QuantizationResult:
     checkpoint : CheckpointInfo or None
         What was written last.
     """
+
+    __repr__ = one_line_repr
 
     model: nn.Module
     matrices: dict[str, QuantizedMatrix]
@@ -206,8 +209,7 @@ def quantize(
         ("on_error", on_error, ("raise", "leave_float")),
         ("checkpoint_format", checkpoint_format, ("auto", *FORMATS)),
     ):
-        if value not in allowed:
-            raise UsageError(f"{name} must be one of {allowed}, not {value!r}")
+        check_choice(name, value, allowed)
     budget = parse_bytes(memory_budget)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
