@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "CalibrationError",
+    "NotFiniteError",
     "NotPositiveDefiniteError",
     "PreflightError",
     "Problem",
@@ -43,6 +44,10 @@ class NotPositiveDefiniteError(PtqkitError, ValueError):
 
 class CalibrationError(PtqkitError, ValueError):
     """Calibration data is missing, empty, too small or not finite."""
+
+
+class NotFiniteError(PtqkitError, ArithmeticError):
+    """A result is NaN or infinite: the model is damaged, or its arithmetic overflows."""
 
 
 class UsageError(PtqkitError, ValueError):

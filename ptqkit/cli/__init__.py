@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from ptqkit._version import __version__
 from ptqkit.cli import demo, diagnose, evaluate, info, quantize, softmax, sweep
+from ptqkit.cli.options import Parser
 from ptqkit.cli.output import one_line
 from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
 from ptqkit.sweep.grid import CellsFailed
@@ -58,7 +59,7 @@ _OUTSIDE = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ptqkit",
         description=_DESCRIPTION,
         epilog=_EPILOG,

@@ -134,7 +134,12 @@ class Recipe:
             check_choice(name, getattr(self, name), allowed)
         parse_bits(self.bits)
         if self.group_size is not None:
-            check_int("group_size", self.group_size, 1, hint="; None means per channel")
+            check_int(
+                "group_size",
+                self.group_size,
+                1,
+                hint="; None means per channel (on the command line: channel)",
+            )
         check_int("refine_passes", self.refine_passes, 0)
         check_int("block_size", self.block_size, 1)
         check_int("min_zero_point", self.min_zero_point, 0, 1)

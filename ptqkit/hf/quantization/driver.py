@@ -154,7 +154,7 @@ def quantize(
     recipe : Recipe, preset name, dict or list of parts
         A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"reference"``, ``"rtn"``,
         ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]`` (:mod:`ptqkit.recipe.parts`);
-        ``**changes`` are applied to it, such as ``bits=3``, or ``error_propagation=0.5``, which
+        ``**changes`` are applied to it, such as ``bits=3``, or ``error_propagation=0.75``, which
         corrects every weight for the errors of the layers before
         it at the price of a second forward pass and twice the activations.
     calibration

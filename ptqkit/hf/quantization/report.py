@@ -193,7 +193,7 @@ class Report:
         for name in _LESS_IMPORTANT:
             names = min(max(map(len, ("layer", *columns["layer"]))), _NAME)
             others = [(n, *column) for n, column in columns.items() if n != "layer"]
-            if names + 2 + table_width(others) > WIDTH and columns.pop(name, None):
+            if names + 2 + table_width(others) > WIDTH and columns.pop(name, ()):
                 left_out.append(name)
         left = (0, -1) if "status" in columns else (0,)
         table = text_table(list(columns), zip(*columns.values(), strict=True), left=left)
