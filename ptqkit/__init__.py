@@ -29,9 +29,11 @@ def __getattr__(name: str) -> Any:
     try:
         return _import(name)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("ptqkit"):
+        needed = (error.name or "").partition(".")[0]
+        if needed == "ptqkit" or "ptqkit[" in str(error):
             raise
+        extra = "diffusion" if name == "diffusion" else "hf"
         raise ModuleNotFoundError(
-            f"ptqkit.{name} needs {error.name}; install it with: pip install 'ptqkit[hf]'",
+            f"ptqkit.{name} needs {needed}; install it with: pip install 'ptqkit[{extra}]'",
             name=error.name,
         ) from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterable, Iterator
+import difflib
+from collections.abc import Collection, Container, Iterable, Iterator
 from typing import Any
 
 __all__ = [
     "CalibrationError",
+    "NotFiniteError",
     "NotPositiveDefiniteError",
     "PreflightError",
     "Problem",
@@ -16,6 +18,8 @@ __all__ = [
     "UnsupportedModuleError",
     "UsageError",
     "by_cause",
+    "check_choice",
+    "did_you_mean",
     "prefix_error",
 ]
 
@@ -43,6 +47,10 @@ class NotPositiveDefiniteError(PtqkitError, ValueError):
 
 class CalibrationError(PtqkitError, ValueError):
     """Calibration data is missing, empty, too small or not finite."""
+
+
+class NotFiniteError(PtqkitError, ArithmeticError):
+    """A result is NaN or infinite: the model is damaged, or its arithmetic overflows."""
 
 
 class UsageError(PtqkitError, ValueError):
@@ -149,6 +157,31 @@ def by_cause(problems: Iterable[str], layers: Container[str]) -> list[Problem]:
         more = f" (and {names[1]})" if len(names) == 2 else more
         found.append(Problem(words.replace("{}", names[0], 1) + more if named else words, kind))
     return found
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str | None]) -> None:
+    """Raise UsageError, in one line, unless the value is one of those allowed.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument or option.
+    value
+        Of any type: only strings, and None, are choices.
+    allowed : collection of str, or of str and None
+    """
+    if (value is None or isinstance(value, str)) and value in allowed:
+        return
+    known, shown = ", ".join(map(repr, allowed)), " ".join(repr(value).split())
+    shown = shown if len(shown) <= 80 else f"{shown[:80]} ..."
+    raise UsageError(f"{name} must be one of {known}, not {shown}{did_you_mean(value, allowed)}")
+
+
+def did_you_mean(value: Any, allowed: Iterable[str | None]) -> str:
+    """Return `` (did you mean 'x'?)`` for the allowed word that is closest; '' if none is close."""
+    words = {word.lower().replace("_", "-"): word for word in allowed if word is not None}
+    near = difflib.get_close_matches(str(value).lower().replace("_", "-"), words, 1)
+    return f" (did you mean {words[near[0]]!r}?)" if near else ""
 
 
 def prefix_error(error: Exception, name: str) -> Exception:

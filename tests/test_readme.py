@@ -1,9 +1,11 @@
-"""The snippets of the README and of the guides run, one after the other, on a tiny model."""
+"""The snippets of the README and of the guides run on a tiny model, each pasted alone."""
 
 from __future__ import annotations
 
+import code
 import gzip
 import re
+import sys
 
 import pytest
 from helpers.data import ROOT
@@ -20,6 +22,16 @@ def blocks(page, language: str) -> list[str]:
 
 def links(page) -> list[str]:
     return re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8"))
+
+
+class Prompt(code.InteractiveConsole):
+    """A Python prompt without any names, that raises the errors of what is pasted into it."""
+
+    def showtraceback(self) -> None:
+        raise sys.exc_info()[1]
+
+    def showsyntaxerror(self, filename=None, **options) -> None:
+        raise sys.exc_info()[1]
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +67,19 @@ def place(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # open("test.txt").read()
 def test_python_runs(page, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    names: dict[str, object] = {"__name__": page.stem}
-    for number, code in enumerate(blocks(page, "python")):
-        exec(compile(code, f"{page.name}, snippet {number}", "exec"), names)
+    for number, text in enumerate(blocks(page, "python")):
+        prompt = Prompt(filename=f"{page.name}, snippet {number}")
+        for line in [*text.splitlines(), ""]:
+            prompt.push(line)
     if page.stem in ("README", "softmax", "equalization", "recipes", "formats"):
         assert len(blocks(page, "python")) >= 1 and capsys.readouterr().out
 
 
 def test_figures_of_the_softmax_page(place, monkeypatch, capsys):
-    code = next(c for c in blocks(ROOT / "docs" / "softmax.md", "python") if "softmax_grid" in c)
-    exec(compile(code, "softmax.md", "exec"), {})
+    text = next(c for c in blocks(ROOT / "docs" / "softmax.md", "python") if "softmax_grid" in c)
+    exec(compile(text, "softmax.md", "exec"), {})
     zero, row_sum, *_ = capsys.readouterr().out.split()
-    assert f"# {float(zero):.3f}, {float(row_sum):.3f}, one beta" in code
+    assert f"# {float(zero):.3f}, {float(row_sum):.3f}, one beta" in text
 
 
 @pytest.mark.parametrize("optional", [False, True])
@@ -102,6 +115,21 @@ def test_links_lead_somewhere(page):
             text = target.read_text(encoding="utf-8")
             titles = re.findall(r"^#+ (.+)$", text, re.M)
             assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+
+
+def test_one_good_value_of_error_propagation():
+    from ptqkit.cli import build_parser
+    from ptqkit.hf import quantize
+
+    commands = build_parser()._subparsers._group_actions[0].choices
+    shown = " ".join(commands["quantize"].format_help().split())
+    measured = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    (value,) = set(re.findall(r"`error_propagation=([\d.]+)`", measured))
+    assert f"({value} is a good value)" in shown
+    assert f"error_propagation={value}" in quantize.__doc__
+    for page in PAGES:
+        found = re.findall(r"error_propagation=([\d.]+)", page.read_text(encoding="utf-8"))
+        assert set(found) <= {value}, page
 
 
 def test_the_readme_is_a_front_door():

@@ -101,7 +101,7 @@ static void statistics_task(void *ctx, int64_t task, int thread) {
     memset(s->largest + task, 0, sizeof *s->largest);
     for (int64_t t = task * ROWS; t < ptq_min64((task + 1) * ROWS, a->tokens); t++) {
         const char *x = (const char *)a->X + row_of(a, t) * a->ldx * size;
-        if (!s->k->tokens.all_finite(a->dtype, x, a->n)) {
+        if (!s->k->tokens.all_below(a->dtype, x, a->n, INFINITY)) {
             s->nonfinite = 1;
             return;
         }

@@ -8,6 +8,7 @@ import numpy as np
 
 from ptqkit.arrays._inputs import check_count, check_number, label
 from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid
+from ptqkit.errors import check_choice
 
 __all__ = [
     "GridSpec",
@@ -62,8 +63,7 @@ def grid_spec(
     candidates: int = 1,
 ) -> GridSpec:
     """Return the checked options of fitting a grid."""
-    if method not in GRID_METHODS:
-        raise ValueError(f"grid must be one of {', '.join(GRID_METHODS)}, not {method!r}")
+    check_choice("grid", method, GRID_METHODS)
     min_shrink = check_number(min_shrink, "grid_min_shrink")
     norm = check_number(norm, "grid_norm")
     if not 0 < min_shrink <= 1:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ptqkit._core as _core
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays._inputs import (
     BF16,
     as_array,
@@ -18,6 +19,7 @@ from ptqkit.arrays._inputs import (
     check_threads,
     widen,
 )
+from ptqkit.errors import check_choice
 
 __all__ = [
     "QuantizedActivations",
@@ -49,6 +51,8 @@ class QuantizedActivations:
     outlier_values : ndarray of float32, shape (..., number of outliers), or None
         Those columns, exactly as they were before.
     """
+
+    __repr__ = one_line_repr
 
     codes: np.ndarray
     scales: np.ndarray
@@ -271,8 +275,7 @@ def quantize_activations(
     >>> q.codes, q.scales
     (array([[  64, -127,   32]], dtype=int8), array([[0.01574803]], dtype=float32))
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of token, tensor, not {granularity!r}")
+    check_choice("granularity", granularity, GRANULARITIES)
     grid = _signed_grid(bits, symmetric, narrow_range)
     static = _static_grid(scale, zero_point, granularity, grid)
     threads = check_threads(threads)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ptqkit._core as _core
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays._grids import grid_spec, group_width, named_grid
 from ptqkit.arrays._inputs import (
     F32,
@@ -21,6 +22,7 @@ from ptqkit.arrays._inputs import (
     label,
 )
 from ptqkit.arrays.ranges import ChannelRanges, batch_ranges, span_of
+from ptqkit.errors import check_choice
 
 __all__ = [
     "SCALE_LIMITS",
@@ -170,6 +172,8 @@ class EqualizationSearch:
         Sum over tokens and outputs of (Q_a(X / s) Q_w(W s)^T - X W^T)^2.
     """
 
+    __repr__ = one_line_repr
+
     alpha: float
     scales: np.ndarray
     alphas: np.ndarray
@@ -296,10 +300,7 @@ def _check_ranges(ranges: Any, n: int, name: str | None) -> None:
 
 def _activation_codes(bits: int | None, granularity: str, name: str | None) -> int:
     """Return the largest activation code, or 0 if activations stay as they are."""
-    if granularity not in ("token", "tensor"):
-        raise ValueError(
-            f"{label(name)}activation_granularity must be 'token' or 'tensor', not {granularity!r}"
-        )
+    check_choice(f"{label(name)}activation_granularity", granularity, ("token", "tensor"))
     if bits is None:
         return 0
     return (1 << check_count(bits, "activation_bits", 2, 16)) - 1

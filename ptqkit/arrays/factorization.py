@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays._inputs import as_matrix, check_count, check_number, check_threads, label
 from ptqkit.arrays.hessian import SYMMETRY_TOLERANCE, Hessian
-from ptqkit.errors import NotPositiveDefiniteError
+from ptqkit.errors import NotPositiveDefiniteError, check_choice
 
 __all__ = ["Factorization", "factorize", "quantization_order"]
 
@@ -43,6 +44,8 @@ class Factorization:
     dead : ndarray of bool, shape (n,)
         Inputs with a zero diagonal.
     """
+
+    __repr__ = one_line_repr
 
     matrix: np.ndarray
     R: np.ndarray
@@ -165,8 +168,7 @@ def factorize(
         If H is not a finite symmetric matrix or an option is out of range.
     """
     threads = check_threads(threads)
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
+    check_choice("order", order, ORDERS)
     check_damping(damping, max_damping)
     matrix = as_hessian(H, name, threads)
     n = len(matrix)

@@ -7,6 +7,9 @@ from operator import attrgetter
 
 import numpy as np
 
+from ptqkit._repr import one_line_repr
+from ptqkit.errors import check_choice
+
 __all__ = ["GRID_METHODS", "SCALE_TYPES", "QuantizedMatrix", "WeightGrid", "parse_bits"]
 
 TERNARY_BITS = float(np.log2(3.0))
@@ -48,6 +51,8 @@ class WeightGrid:
         Type that every scale fits exactly.
     """
 
+    __repr__ = one_line_repr
+
     bits: int | str = 4
     group_size: int | None = 128
     symmetric: bool = False
@@ -67,9 +72,7 @@ class WeightGrid:
                     f"per_tensor=True is one grid for all of W: pass group_size=None, not {size}"
                 )
             object.__setattr__(self, "group_size", int(size))
-        if self.scale_dtype not in SCALE_TYPES:
-            names = ", ".join(SCALE_TYPES)
-            raise ValueError(f"scale_dtype must be one of {names}, not {self.scale_dtype!r}")
+        check_choice("scale_dtype", self.scale_dtype, SCALE_TYPES)
         object.__setattr__(self, "symmetric", bool(self.symmetric))
         object.__setattr__(self, "per_tensor", bool(self.per_tensor))
 
@@ -110,6 +113,8 @@ class QuantizedMatrix:
     dead_inputs : int
         Inputs with a zero diagonal in H.
     """
+
+    __repr__ = one_line_repr
 
     codes: np.ndarray
     scales: np.ndarray

@@ -10,7 +10,7 @@ import numpy as np
 import ptqkit._core as _core
 from ptqkit.arrays._inputs import as_pair, check_count, check_threads
 from ptqkit.arrays.accumulator import Accumulator
-from ptqkit.errors import CalibrationError
+from ptqkit.errors import CalibrationError, check_choice
 
 __all__ = ["SQNR", "sqnr"]
 
@@ -55,8 +55,7 @@ class SQNR(Accumulator):
 
     def __init__(self, per: str = "sample", *, channel_axis: int = -1, threads: int = 0) -> None:
         super().__init__()
-        if per not in PER:
-            raise ValueError(f"per must be one of {', '.join(PER)}, not {per!r}")
+        check_choice("per", per, PER)
         self.per = per
         self.channel_axis = check_count(channel_axis, "channel_axis", -64, 64)
         self.threads = check_threads(threads)

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays._attention import allowed_entries, as_allowed, as_attention
 from ptqkit.arrays._inputs import as_float32, check_count, check_number, check_threads
+from ptqkit.errors import check_choice
 
 __all__ = ["QuantizedProbabilities", "SoftmaxGrid", "softmax_grid", "softmax_on_grid"]
 
@@ -29,6 +31,8 @@ class SoftmaxGrid:
     zero_point : int
         Code of 0.
     """
+
+    __repr__ = one_line_repr
 
     bits: int
     scale: float
@@ -122,6 +126,8 @@ class QuantizedProbabilities:
         Rows without an allowed key: all 0, correction 0.
     """
 
+    __repr__ = one_line_repr
+
     codes: np.ndarray
     corrections: np.ndarray
     grid: SoftmaxGrid
@@ -153,10 +159,7 @@ class QuantizedProbabilities:
 
 def _bias_table(correction: str | None, bias: Any, heads: int, k: int) -> np.ndarray:
     """Return the table of the core, float64 (heads or 1, k + 1 or 1)."""
-    if correction not in CORRECTIONS:
-        raise ValueError(
-            f"correction must be None, 'bias', 'row_length' or 'row_sum', not {correction!r}"
-        )
+    check_choice("correction", correction, CORRECTIONS)
     if correction in (None, "row_sum"):
         if bias is not None:
             raise ValueError(f"correction={correction!r} takes no bias")

@@ -12,7 +12,7 @@ from ptqkit.arrays._attention import allowed_entries, as_allowed, as_attention, 
 from ptqkit.arrays._inputs import check_count, check_threads
 from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.arrays.softmax import SoftmaxGrid
-from ptqkit.errors import CalibrationError
+from ptqkit.errors import CalibrationError, check_choice
 
 __all__ = ["HALF_SUM_TOLERANCE", "SUM_TOLERANCE", "SoftmaxBias", "length_class"]
 
@@ -180,11 +180,8 @@ class SoftmaxBias(Accumulator):
 
     def _totals(self, granularity: str, field: int) -> np.ndarray:
         """Return the sum of a field over all but the granularity's axes (steps, heads), int64."""
-        axes = GRANULARITIES.get(granularity)
-        if axes is None:
-            raise ValueError(
-                f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}"
-            )
+        check_choice("granularity", granularity, GRANULARITIES)
+        axes = GRANULARITIES[granularity]
         if 0 not in axes and self.steps is None:
             raise ValueError(f"granularity={granularity!r} needs SoftmaxBias(..., steps=...)")
         found = np.zeros((self.steps or 1, self.heads), np.int64)
@@ -244,8 +241,7 @@ class SoftmaxBias(Accumulator):
             Shape (keys + 1,) or (heads, keys + 1).
         """
         keys = check_count(keys, "keys", 1, 1 << 24)
-        if granularity not in ("tensor", "head"):
-            raise ValueError(f"granularity must be 'tensor' or 'head', not {granularity!r}")
+        check_choice("granularity", granularity, ("tensor", "head"))
         self._seen(granularity)
         sums = functools.reduce(np.add, self._sums.values())
         if granularity == "head":

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from ptqkit._version import __version__
 from ptqkit.cli import demo, diagnose, evaluate, info, quantize, softmax, sweep
+from ptqkit.cli.options import Parser
 from ptqkit.cli.output import one_line
 from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
 from ptqkit.sweep.grid import CellsFailed
@@ -61,7 +62,7 @@ _OUTSIDE = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ptqkit",
         description=_DESCRIPTION,
         epilog=_EPILOG,

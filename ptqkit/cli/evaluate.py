@@ -138,6 +138,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         max_tokens=args.max_tokens,
         progress=progress_of(args, pause=10.0),
     )
+    result.check_finite(f"MODEL {args.model}")
     start = result.start_token
     named = start is not None and tokenizer is not None
     return {

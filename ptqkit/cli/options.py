@@ -6,12 +6,14 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ptqkit._defaults import BATCH_SIZE
-from ptqkit.errors import UsageError
+from ptqkit.errors import UsageError, did_you_mean
 
 __all__ = [
     "LONGEST_WINDOW",
+    "Parser",
     "add_batch_size",
     "add_common",
     "add_device",
@@ -25,6 +27,28 @@ __all__ = [
 
 LONGEST_WINDOW = 2048
 """Tokens of the longest input that is measured if ``--window`` does not say more."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Report a mistake in one line, with the word that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message without the usage, which is longer than a screen; exit with 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """Refuse unknown options where the known ones are at hand: in the command's parser."""
+        found, unknown = super().parse_known_args(*args, **options)
+        if unknown:
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            near = did_you_mean(value, map(str, action.choices)) or f"; choose from {known}"
+            raise argparse.ArgumentError(action, f"{value!r} is not a choice{near}")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH
@@ -67,8 +68,7 @@ examples:
   ptqkit quantize ./model --bits 3 --group-size 64 --calibration train.jsonl.gz \\
       --override '*.down_proj=bits:4,group_size:32' --override '*.0.*=skip' --out model-w3
   ptqkit quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
-  ptqkit quantize ./model --recipe aweq --alpha search --equalize awe --calibration train.txt \\
-      --out model-w8a8
+  ptqkit quantize ./model --recipe aweq --alpha search --calibration train.txt --out model-w8a8
   ptqkit quantize ./model --bits 4 --equalize awe --activations 8:token \\
       --calibration train.txt --out model-w4a8
 """
@@ -163,7 +163,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="ALPHA",
         help="0 to 1: correct each weight by this share for the errors of the layers before it "
-        "(0.5 is a good value); the float model runs along, with twice the activations (0: off)",
+        "(0.75 is a good value); the float model runs along, with twice the activations (0: off)",
     )
     group.add_argument(
         "--scale-dtype",
@@ -328,7 +328,9 @@ def parse_override(text: str) -> tuple[str, dict[str, Any] | str]:
             raise argparse.ArgumentTypeError(f"{part!r} in {text!r} must be name:value")
         name = name.strip().replace("-", "_")
         found[name] = _value(value.strip())
-    if found.get("group_size") == "channel":
+    if found.get("group_size") is not None:
+        found["per_tensor"] = found["group_size"] == "tensor"
+    if found.get("group_size") in ("channel", "tensor"):
         found["group_size"] = None
     return pattern, found
 
@@ -371,25 +373,34 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         if not isinstance(args.group_size, int):
             given["group_size"] = None
     with prefixed():
-        given |= _other_parts(args)
+        given |= _other_parts(args, Recipe.preset(preset))
         overrides, include = dict(args.override), tuple(args.include)
         return Recipe.preset(preset, overrides=overrides, include=include, **given)
 
 
-def _other_parts(args: argparse.Namespace) -> dict[str, Any]:
-    """Build equalization and activations, if they are asked for."""
+def _other_parts(args: argparse.Namespace, preset: Recipe) -> dict[str, Any]:
+    """Build equalization and activations, if they are asked for, or change the preset's."""
     changes: dict[str, Any] = {}
-    if args.equalize is not None:
-        off = args.equalize == "none"
-        changes["equalization"] = None if off else Equalize(args.equalize, args.alpha)
+    equalization = preset.equalization if args.equalize is None else None
+    if args.equalize not in (None, "none"):
+        changes["equalization"] = Equalize(args.equalize, args.alpha)
     elif args.alpha is not None:
-        raise UsageError("--alpha needs --equalize awe or smoothquant")
+        if equalization is None:
+            raise UsageError(
+                "--alpha needs --equalize awe or smoothquant, or --recipe aweq or smoothquant"
+            )
+        changes["equalization"] = replace(equalization, alpha=args.alpha)
+    elif args.equalize == "none":
+        changes["equalization"] = None
+    activations, threshold = preset.activations, args.outlier_threshold
     if args.activations:
         changes["activations"] = ActivationQuantization(
-            **args.activations, outlier_threshold=args.outlier_threshold
+            **args.activations, outlier_threshold=threshold
         )
-    elif args.outlier_threshold is not None:
-        raise UsageError("--outlier-threshold needs --activations 8:token")
+    elif threshold is not None:
+        if activations is None or args.activations is not None:
+            raise UsageError("--outlier-threshold needs --activations 8:token or --recipe llm.int8")
+        changes["activations"] = replace(activations, outlier_threshold=threshold)
     elif args.activations is not None:
         changes["activations"] = None
     return changes

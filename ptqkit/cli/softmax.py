@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import add_common, add_model_options, check_text
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
 from ptqkit.demo import DEMO
-from ptqkit.errors import UsageError
+from ptqkit.errors import NotFiniteError, UsageError
 
 __all__ = ["add_parser", "calibration_of"]
 
@@ -199,6 +200,11 @@ def run(args: argparse.Namespace) -> None:
     if "saved" in values:
         say(args, f"saved {values['saved']}")
     write_json(args, values)
+    wrong = [row.name for row in table.rows if not math.isfinite(row.perplexity)]
+    if wrong:
+        raise NotFiniteError(
+            f"MODEL {args.model}: the perplexity is not finite: {', '.join(wrong)}"
+        )
 
 
 def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -20,6 +20,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from ptqkit.errors import check_choice
+
 SPLITS = ("train", "calibration", "test")
 
 EXTRA_FOLDERS = frozenset({"test", "tests", "idlelib", "lib2to3", "turtledemo"})
@@ -83,8 +85,7 @@ def files(split: str, root: str | Path | None = None) -> list[Path]:
     FileNotFoundError
         If the folder holds no sources, as in a zipped or stripped installation.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    check_choice("split", split, SPLITS)
     folder = _folder(root)
     chosen = (path for path in _sources(folder, extra=False) if split_of(path) == split)
     return [folder / path for path in sorted(chosen, key=_rank)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 from ptqkit.hf.workbench import WorkbenchRow
 
@@ -35,6 +36,8 @@ class DemoResult:
     picture : str or None
     seconds : float
     """
+
+    __repr__ = one_line_repr
 
     rows: list[WorkbenchRow] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)

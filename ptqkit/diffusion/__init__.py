@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "ptqkit.diffusion needs diffusers; install it with: pip install 'ptqkit[diffusion]'",
+        name=error.name,
+    ) from error
+
 from ptqkit.diffusion.attention import (
     attention_hooks,
     find_attention,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.diffusion.attention import attention_hooks
 from ptqkit.diffusion.checks import check_inputs, check_positive, device_and_dtype
 from ptqkit.diffusion.sampling import ddim_schedule, sample
@@ -37,6 +38,8 @@ class CalibrationLatents:
     ValueError
         For NaN, Inf, sizes that do not fit or negative time steps.
     """
+
+    __repr__ = one_line_repr
 
     latents: torch.Tensor
     timesteps: torch.Tensor

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.diffusion.checks import check_inputs, check_positive, device_and_dtype
 from ptqkit.nn.forward import calibration_mode
 
@@ -32,6 +33,8 @@ class ClassConditionalUNet:
     labels : Tensor, shape (classes + 1, tokens, width)
         The last is "no class", for classifier-free guidance.
     """
+
+    __repr__ = one_line_repr
 
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler

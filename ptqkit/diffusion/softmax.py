@@ -12,8 +12,10 @@ import numpy as np
 from torch import nn
 
 from ptqkit._files import write_atomically
+from ptqkit._repr import one_line_repr
 from ptqkit.diffusion import attention
 from ptqkit.diffusion.calibration import CalibrationLatents, run_calibration
+from ptqkit.errors import check_choice
 from ptqkit.nn.attention import AttentionHook
 from ptqkit.nn.softmax.file import SOFTMAX_FILE, SoftmaxValues, read_values, to_json
 from ptqkit.nn.softmax.search import SearchEnds
@@ -23,7 +25,6 @@ from ptqkit.nn.softmax.study import (
     AttentionAccess,
     SoftmaxQuantization,
     SoftmaxStudy,
-    check_choice,
     check_heads,
 )
 
@@ -122,6 +123,8 @@ class UNetSoftmaxQuantization(SoftmaxQuantization):
         Calibrated time steps.
     """
 
+    __repr__ = one_line_repr
+
     attention: ClassVar[AttentionAccess] = attention
     steps: tuple[int, ...] = ()
 
@@ -170,8 +173,8 @@ def quantize_softmax(
 
     Source: Pandey et al. 2023, "Softmax Bias Correction for Quantized Generative Models", eq. 4.
     """
-    check_choice(correction, "correction", CORRECTIONS)
-    check_choice(granularity, "granularity", GRANULARITIES)
+    check_choice("correction", correction, CORRECTIONS)
+    check_choice("granularity", granularity, GRANULARITIES)
     study = SoftmaxCalibration(unet, calibration, bits=bits, grid_range=grid_range, layers=layers)
     quantizers = study.quantizers(correction, granularity)
     report = study.compare(quantizers) if diagnostics else None

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.solvers import rtn
 
 __all__ = ["WeightQuantization", "quantize_weights"]
@@ -26,6 +27,8 @@ class WeightQuantization:
     error : float
         Mean squared error of the weight over its mean square.
     """
+
+    __repr__ = one_line_repr
 
     name: str
     shape: tuple[int, ...]

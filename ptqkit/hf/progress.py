@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ptqkit._repr import one_line_repr
+
 __all__ = ["Progress", "ProgressEvent", "ProgressStage", "close_progress", "make_progress"]
 
 
@@ -31,6 +33,8 @@ class ProgressEvent:
     stage : str
         "quantizing", "equalizing", "measuring", ...
     """
+
+    __repr__ = one_line_repr
 
     name: str
     index: int

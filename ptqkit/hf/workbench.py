@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr, summarize
 from ptqkit.errors import UsageError
 from ptqkit.hf.checkpoint.reader import load
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
@@ -96,6 +97,8 @@ class WorkbenchRow:
         Of the quantization as a whole, and of solving for the codes in it.
     """
 
+    __repr__ = one_line_repr
+
     recipe: str
     bits: int | str
     symmetric: bool
@@ -157,6 +160,9 @@ class Workbench:
         self._source = calibration
         self._options = {"max_length": max_positions(model), **(calibration_options or {})}
         self._calibration: CalibrationSet | None = None
+
+    def __repr__(self) -> str:
+        return f"Workbench({summarize(self.model)}, stored_dtype={self.stored_dtype!r})"
 
     @classmethod
     def load(

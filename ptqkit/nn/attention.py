@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ptqkit._repr import one_line_repr
 from ptqkit.errors import UnsupportedModuleError, prefix_error
 
 __all__ = [
@@ -99,6 +100,8 @@ class AttentionCall:
     attend : callable or None
         The model's own attention, called with query, key and value.
     """
+
+    __repr__ = one_line_repr
 
     name: str
     module: nn.Module
@@ -215,6 +218,8 @@ class AttentionModule:
         "self" or "cross" in a UNet: whether the keys come from the image or from the condition.
     """
 
+    __repr__ = one_line_repr
+
     name: str
     module: nn.Module
     heads: int
@@ -227,6 +232,8 @@ class BatchFacts:
 
     All hooks of a model share it, and every :class:`AttentionCall` carries its values; see there.
     """
+
+    __repr__ = one_line_repr
 
     rows: torch.Tensor | None = None
     steps: tuple[float, ...] = ()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ptqkit.errors import CalibrationError
+from ptqkit.errors import CalibrationError, UsageError, check_choice
 from ptqkit.nn.activation_grids import static_grid
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.attention import AttentionCall, AttentionHook
@@ -49,12 +49,11 @@ class AttentionQuantizer(AttentionHook):
     def __init__(
         self, quantizers: Mapping[str, Callable[..., torch.Tensor]], heads: Any = None
     ) -> None:
-        unknown = [kind for kind in quantizers if kind not in ATTENTION_KINDS]
-        if unknown or not quantizers:
-            raise ValueError(
-                f"kinds of attention tensors are {', '.join(ATTENTION_KINDS)}; "
-                + (f"{unknown[0]!r} is none of them" if unknown else "none is given")
-            )
+        if not quantizers:
+            known = ", ".join(map(repr, ATTENTION_KINDS))
+            raise UsageError(f"quantizers is empty; its keys are some of {known}")
+        for kind in quantizers:
+            check_choice("a kind of attention tensor", kind, ATTENTION_KINDS)
         self.quantizers = dict(quantizers)
         self.heads = None if heads is None else _check_heads(heads)
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.activations import GRANULARITIES
+from ptqkit.errors import UsageError, check_choice, did_you_mean
 
 __all__ = ["ActivationQuantization", "Equalization", "check_int", "check_names"]
 
@@ -34,6 +36,8 @@ class ActivationQuantization:
         If a field is outside its range; the message names it.
     """
 
+    __repr__ = one_line_repr
+
     bits: int = 8
     granularity: str = "token"
     symmetric: bool | None = None
@@ -46,11 +50,7 @@ class ActivationQuantization:
             or not 2 <= self.bits <= 16
         ):
             raise ValueError(f"activation bits must be an integer from 2 to 16, not {self.bits!r}")
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(
-                f"granularity of activations must be one of {GRANULARITIES}, "
-                f"not {self.granularity!r}"
-            )
+        check_choice("granularity of activations", self.granularity, GRANULARITIES)
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", self.granularity == "token")
         if not isinstance(self.symmetric, bool):
@@ -116,15 +116,14 @@ class Equalization:
         Calibration tokens that the search measures on.
     """
 
+    __repr__ = one_line_repr
+
     method: str = "awe"
     alpha: float | str = 0.5
     tokens: int = 512
 
     def __post_init__(self) -> None:
-        if self.method not in ("awe", "smoothquant"):
-            raise ValueError(
-                f"equalization: method must be 'awe' or 'smoothquant', not {self.method!r}"
-            )
+        check_choice("equalization: method", self.method, ("awe", "smoothquant"))
         alpha = self.alpha
         number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         if alpha != "search" and not (number and 0 <= float(alpha) <= 1):
@@ -159,4 +158,5 @@ def check_names(changes: Mapping[str, Any], where: str, names: Iterable[str]) ->
     known = sorted(names)
     unknown = sorted(set(changes) - set(known), key=str)
     if unknown:
-        raise ValueError(f"{where} has no option {unknown[0]!r}; options are {known}")
+        hint = did_you_mean(unknown[0], known) or f"; options are {', '.join(known)}"
+        raise UsageError(f"{where} has no option {unknown[0]!r}{hint}")

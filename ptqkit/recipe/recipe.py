@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.factorization import ORDERS
 from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid, parse_bits
+from ptqkit.errors import check_choice
 from ptqkit.recipe.options import ActivationQuantization, Equalization, check_int, check_names
 from ptqkit.recipe.presets import PRESETS
 
@@ -89,6 +91,8 @@ class Recipe:
     4
     """
 
+    __repr__ = one_line_repr
+
     method: str = "gptq"
     bits: int | str = 4
     group_size: int | None = 128
@@ -127,11 +131,15 @@ class Recipe:
 
     def _check_fields(self) -> None:
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), allowed)
         parse_bits(self.bits)
         if self.group_size is not None:
-            check_int("group_size", self.group_size, 1, hint="; None means per channel")
+            check_int(
+                "group_size",
+                self.group_size,
+                1,
+                hint="; None means per channel (on the command line: channel)",
+            )
         check_int("refine_passes", self.refine_passes, 0)
         check_int("block_size", self.block_size, 1)
         check_int("min_zero_point", self.min_zero_point, 0, 1)
@@ -214,8 +222,7 @@ class Recipe:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Recipe:
         """Return a named recipe (see :data:`PRESETS`) with changes applied."""
-        if name not in PRESETS:
-            raise ValueError(f"recipe must be one of {tuple(PRESETS)}, not {name!r}")
+        check_choice("recipe", name, PRESETS)
         check_names(changes, "recipe", _names())
         if changes.get("per_tensor"):
             changes.setdefault("group_size", None)

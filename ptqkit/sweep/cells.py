@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptqkit._files import plain, write_atomically
+from ptqkit._repr import one_line_repr
 
 __all__ = [
     "FAILED",
@@ -47,6 +48,8 @@ class Cell:
     reused : bool
         Whether it was there before this run.
     """
+
+    __repr__ = one_line_repr
 
     model: str
     recipe: str

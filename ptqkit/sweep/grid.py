@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ptqkit._repr import one_line_repr
 from ptqkit.errors import PtqkitError
 from ptqkit.sweep.cells import OK, Cell
 from ptqkit.sweep.digest import cell_inputs, key_of
@@ -36,6 +37,8 @@ class SweepResult:
     environment : dict
     seconds : float
     """
+
+    __repr__ = one_line_repr
 
     plan: Plan
     out: Path

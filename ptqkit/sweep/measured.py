@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ptqkit._repr import one_line_repr
+
 __all__ = ["Measured"]
 
 
@@ -27,6 +29,8 @@ class Measured:
     chance : float
         Value that guessing gives; NaN for a perplexity.
     """
+
+    __repr__ = one_line_repr
 
     value: float
     metric: str

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
+from ptqkit._repr import one_line_repr
 from ptqkit.demo import DEMO
 
 __all__ = [
@@ -29,6 +30,8 @@ FLOAT = "float"
 class TextSource:
     """A text: file or ``"demo"``, which of its documents, and how their white space is kept."""
 
+    __repr__ = one_line_repr
+
     path: str
     documents: tuple[int, int] | None = None
     whitespace: str = "keep"
@@ -37,6 +40,8 @@ class TextSource:
 @dataclass(frozen=True)
 class Calibration:
     """What recipes are fitted to; see :func:`ptqkit.hf.prepare_calibration`."""
+
+    __repr__ = one_line_repr
 
     text: TextSource
     samples: int = SAMPLES
@@ -59,6 +64,8 @@ class TaskPlan:
     settings : dict
     """
 
+    __repr__ = one_line_repr
+
     name: str
     kind: str
     source: TextSource
@@ -74,6 +81,8 @@ class TaskPlan:
 @dataclass(frozen=True)
 class ModelPlan:
     """A model, what it is calibrated on, and the names of its tasks."""
+
+    __repr__ = one_line_repr
 
     name: str
     path: str
@@ -93,6 +102,8 @@ class ModelPlan:
 class RecipePlan:
     """A recipe by name: what the file says, the checked recipe as a dict, and its models."""
 
+    __repr__ = one_line_repr
+
     name: str
     value: Any
     resolved: Mapping[str, Any]
@@ -102,6 +113,8 @@ class RecipePlan:
 @dataclass(frozen=True)
 class Published:
     """A figure that a paper or another project has published."""
+
+    __repr__ = one_line_repr
 
     model: str
     recipe: str
@@ -122,6 +135,8 @@ class Plan:
         Folder of the results, relative to the current one.
     models, tasks, recipes, published : tuple
     """
+
+    __repr__ = one_line_repr
 
     file: Path
     name: str

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptqkit._defaults import BATCH_SIZE, FORWARD_BATCH_SIZE
 from ptqkit.demo import DEMO
-from ptqkit.errors import PreflightError
+from ptqkit.errors import PreflightError, did_you_mean
 from ptqkit.recipe import as_recipe
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import (
@@ -24,7 +24,7 @@ from ptqkit.sweep.plan import (
     TaskPlan,
     TextSource,
 )
-from ptqkit.sweep.reader import REQUIRED, Reader, one_of, whole
+from ptqkit.sweep.reader import REQUIRED, Reader, whole
 
 __all__ = ["read_plan"]
 
@@ -137,7 +137,7 @@ class _PlanReader:
             documents = None
         whitespace = "keep"
         if key == "text":
-            whitespace = reader.take("whitespace", str, "keep", one_of("keep", "collapse"))
+            whitespace = reader.take("whitespace", str, "keep", choices=("keep", "collapse"))
         if name is None:
             return TextSource("")
         if name == DEMO and key == "text":
@@ -196,7 +196,7 @@ class _PlanReader:
             path or "",
             calibration,
             chosen,
-            reader.take("dtype", str, "auto", one_of(*_DTYPES)),
+            reader.take("dtype", str, "auto", choices=_DTYPES),
             optional,
             None if outliers is None else _outliers(outliers, reader),
         )
@@ -204,7 +204,7 @@ class _PlanReader:
         return plan
 
     def _task(self, reader: Reader) -> TaskPlan:
-        name, kind = _name(reader), reader.take("kind", str, REQUIRED, one_of(*_KINDS))
+        name, kind = _name(reader), reader.take("kind", str, REQUIRED, choices=_KINDS)
         if kind is None:
             reader.rest()
             return TaskPlan(name, "", TextSource(""), {})
@@ -224,8 +224,8 @@ class _PlanReader:
             source = self._source(reader, "file", optional)
             settings = {
                 "limit": reader.take("limit", int, None, whole(1)),
-                "metric": reader.take("metric", str, "acc", one_of("acc", "acc_norm")),
-                "too_long": reader.take("too_long", str, "error", one_of("error", "skip")),
+                "metric": reader.take("metric", str, "acc", choices=("acc", "acc_norm")),
+                "too_long": reader.take("too_long", str, "error", choices=("error", "skip")),
                 "batch_size": reader.take("batch_size", int, FORWARD_BATCH_SIZE, whole(1)),
             }
             self._items(reader, source, settings)
@@ -313,7 +313,8 @@ def _chosen(reader: Reader, key: str, names: tuple[str, ...]) -> tuple[str, ...]
     chosen = reader.take(key, list, list(names))
     for name in chosen:
         if name not in names:
-            reader.problem(f"{key} names {name!r}, but there are {', '.join(names) or 'none'}")
+            hint = did_you_mean(name, names) or f"; there are {', '.join(names) or 'none'}"
+            reader.problem(f"{key} names {name!r}, which is not in the file{hint}")
     if not chosen and names:
         reader.problem(f"{key} is empty; leave it out for all of them")
     return tuple(n for n in names if n in chosen)

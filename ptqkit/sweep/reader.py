@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-__all__ = ["REQUIRED", "Reader", "one_of", "whole"]
+from ptqkit.errors import UsageError, check_choice, did_you_mean
+
+__all__ = ["REQUIRED", "Reader", "whole"]
 
 REQUIRED = object()
 """Default of a key that must be there."""
@@ -57,6 +58,7 @@ class Reader:
         kind: type | tuple[type, ...],
         default: Any = REQUIRED,
         check: Callable[[Any], str | None] | None = None,
+        choices: Collection[str] = (),
     ) -> Any:
         """Value of a key; the default where it is missing or wrong.
 
@@ -78,6 +80,12 @@ class Reader:
             wanted = " or ".join(_NAMES[k] for k in kinds)
             self.problem(f"{key} must be {wanted}, not {_describe(value)}")
             return fallback
+        try:
+            if choices:
+                check_choice(key, value, choices)
+        except UsageError as error:
+            self.problem(str(error))
+            return fallback
         wrong = check(value) if check is not None else None
         if wrong is not None:
             self.problem(f"{key} must be {wrong}, not {value!r}")
@@ -92,16 +100,8 @@ class Reader:
     def done(self) -> None:
         """Note the keys that nobody has taken."""
         for key in self._left:
-            near = difflib.get_close_matches(key, self._known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(self._known)}"
-            self.problem(f"unknown key {key!r} ({hint})")
-
-
-def one_of(*allowed: str) -> Callable[[Any], str | None]:
-    """Check for a choice among strings."""
-    return lambda value: (
-        None if value in allowed else "one of " + ", ".join(repr(a) for a in allowed)
-    )
+            hint = did_you_mean(key, self._known) or f" (keys are {', '.join(self._known)})"
+            self.problem(f"unknown key {key!r}{hint}")
 
 
 def whole(low: int) -> Callable[[Any], str | None]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from typing import Any
 
 from ptqkit._files import plain, write_atomically
-from ptqkit._tables import text_table
+from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
 from ptqkit.sweep.cells import FAILED, MISSING, OK, Cell, write_json
 from ptqkit.sweep.grid import SweepResult
 from ptqkit.sweep.plan import FLOAT
@@ -202,7 +203,9 @@ def _failures(found: list[dict[str, Any]]) -> list[str]:
         if row["status"] == FAILED:
             where = f"{row['model']}/{row['recipe']}"
             tasks.setdefault((where, row["message"]), []).append(row["task"])
-    return [f"  {where} ({', '.join(names)}): {why}" for (where, why), names in tasks.items()]
+    return [
+        wrap_line(f"  {where} ({', '.join(names)}): {why}") for (where, why), names in tasks.items()
+    ]
 
 
 def _model_table(model: str, found: list[dict[str, Any]], averages: list[dict[str, Any]]) -> str:
@@ -236,7 +239,27 @@ def _model_table(model: str, found: list[dict[str, Any]], averages: list[dict[st
             )
             line.append("" if math.isnan(mean) else f"{mean:+.2f}")
         lines.append(line)
-    return _align(lines)
+    return _in_parts(lines, [3, *[2] * len(tasks), *[1] * len(kinds)])
+
+
+def _in_parts(lines: list[list[str]], sizes: list[int]) -> str:
+    """Return a table, or several if it is too wide, each with the first block of columns.
+
+    Parameters
+    ----------
+    lines : list of list of str
+    sizes : list of int
+        Columns of each block; a block is never divided.
+    """
+    columns = [list(column) for column in zip(*lines, strict=True)]
+    ends = list(itertools.accumulate(sizes))
+    first = columns[: ends[0]]
+    parts = [list(first)]
+    for start, end in itertools.pairwise(ends):
+        if len(parts[-1]) > len(first) and table_width(parts[-1] + columns[start:end]) > WIDTH:
+            parts.append(list(first))
+        parts[-1] += columns[start:end]
+    return "\n\n".join(_align([list(line) for line in zip(*p, strict=True)]) for p in parts)
 
 
 def _number(row: dict[str, Any] | None, name: str, form: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ptqkit.demo import DEMO, text
@@ -61,15 +60,11 @@ def measure(model: Any, tokenizer: Any, task: TaskPlan) -> Measured:
 
     Raises
     ------
-    ArithmeticError
+    NotFiniteError
         If the logits, and so the value, are not finite.
     """
     if task.kind == "zero-shot":
         return zero_shot(model, tokenizer, task.source.path, **task.settings)
     found = perplexity(model, tokenizer, documents_of(task.source), **task.settings)
-    if not math.isfinite(found.perplexity):
-        raise ArithmeticError(
-            f"the perplexity is {found.perplexity} ({found.nll_per_token} nats per token): "
-            "the logits of the model are no longer those of a language model"
-        )
+    found.check_finite()
     return Measured(found.perplexity, "perplexity", False, found.tokens)

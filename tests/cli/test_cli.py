@@ -18,9 +18,9 @@ import pytest
 from helpers.cli_calls import SMALL, model_of, quantize
 
 import ptqkit
-from ptqkit.cli import main
+from ptqkit.cli import build_parser, main
 from ptqkit.cli.output import SCHEMA, quiet_transformers
-from ptqkit.cli.quantize import parse_override
+from ptqkit.cli.quantize import _recipe, parse_override
 from ptqkit.hf.data.text import TextFile
 
 torch = pytest.importorskip("torch")
@@ -228,12 +228,41 @@ assert not {"torch", "transformers"} & set(sys.modules)
         ("*.up_proj=skip", ("*.up_proj", "skip")),
         ("a=bits:8", ("a", {"bits": 8})),
         ("re:a=b=bits:ternary,symmetric:true", ("re:a=b", {"bits": "ternary", "symmetric": True})),
-        ("a=group_size:channel,damping:0.1", ("a", {"group_size": None, "damping": 0.1})),
+        (
+            "a=group_size:channel,damping:0.1",
+            ("a", {"group_size": None, "per_tensor": False, "damping": 0.1}),
+        ),
         ("a=group-size:none, bits:3", ("a", {"group_size": None, "bits": 3})),
     ],
 )
 def test_override_syntax(text, expected):
     assert parse_override(text) == expected
+
+
+def recipe_of(*options):
+    return _recipe(build_parser().parse_args(["quantize", "demo", "--out", "q", *options]))
+
+
+def test_options_change_the_parts_that_a_recipe_has():
+    from ptqkit import Recipe
+
+    searched = recipe_of("--recipe", "aweq", "--alpha", "search")
+    assert searched == Recipe.preset("aweq", equalization={"method": "awe", "alpha": "search"})
+    smooth = recipe_of("--recipe", "smoothquant", "--alpha", "0.75").equalization
+    assert (smooth.method, smooth.alpha) == ("smoothquant", 0.75)
+    other = recipe_of("--recipe", "llm.int8", "--outlier-threshold", "4").activations
+    assert (other.bits, other.granularity, other.outlier_threshold) == (8, "token", 4.0)
+    assert recipe_of("--recipe", "aweq", "--equalize", "none").equalization is None
+    given = recipe_of("--recipe", "aweq", "--override", "*.q_proj=group_size:channel")
+    assert not given.for_layer("a.q_proj").per_tensor and given.for_layer("a.k_proj").per_tensor
+
+
+def test_recipe_aweq_with_alpha_search_runs(folder, tmp_path, capsys):
+    file = tmp_path / "q.json"
+    options = ("--recipe", "aweq", "--alpha", "search", "--group-size", "tensor")
+    assert quantize(folder, *options, "--json", str(file), out=tmp_path / "q") == 0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["recipe"]["equalization"]["alpha"] == "search"
 
 
 @pytest.mark.parametrize("text", ["a", "=bits:4", "a=", "a=bits", "a=bits:", "a=:4"])

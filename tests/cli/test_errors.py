@@ -31,6 +31,12 @@ QUANTIZE = {
     "pattern": (["--override", "*.nothing=skip"], 3, "'*.nothing' of the recipe matches no"),
     "override name": (["--override", "*=bit:4"], 2, "no option 'bit'"),
     "override value": (["--override", "*=bits:9"], 2, "bits must be"),
+    "override choice": (["--override", "*=grid:hesian"], 2, "(did you mean 'hessian'?)"),
+    "override group": (["--override", "*=group_size:0"], 2, "on the command line: channel"),
+    "alpha alone": (["--alpha", "0.4"], 2, "--alpha needs --equalize awe or smoothquant, or --rec"),
+    "alpha of none": (["--recipe", "aweq", "--equalize", "none", "--alpha", "0.4"], 2, "--alpha"),
+    "alpha of smoothquant": (["--recipe", "smoothquant", "--alpha", "search"], 2, "takes a number"),
+    "threshold alone": (["--outlier-threshold", "6"], 2, "--outlier-threshold needs"),
     "damping": (["--damping", "-1"], 2, "damping must be"),
     "format": (["--format", "compressed-tensors"], 3, "symmetric=True"),
     "gptq bits": (["--format", "gptq", "--bits", "5"], 3, "no 5-bit layout"),
@@ -100,7 +106,51 @@ def test_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1 and len(error) < 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["quantise", "demo"], "quantize"),
+        (["quantize", "demo", "--out", "q", "--recipe", "AWEQ"], "aweq"),
+        (["quantize", "demo", "--out", "q", "--order", "group_act"], "group-act"),
+        (["quantize", "demo", "--out", "q", "--format", "compressed_tensor"], "compressed-tensors"),
+        (["quantize", "demo", "--out", "q", "--grup-size=64"], "--group-size"),
+        (["quantize", "demo", "--out", "q", "--equalize", "smooth-quant"], "smoothquant"),
+        (["eval", "demo", "--dtype", "float_32"], "float32"),
+        (["softmax", "demo", "--correction", "bias", "bias/heads"], "bias/head"),
+        (["diagnose", "demo", "--sensitivity", "--kinds", "weight"], "weights"),
+        (["diagnose", "demo", "--by", "modules"], "module"),
+    ],
+)
+def test_the_word_that_was_meant_is_named(arguments, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"(did you mean '{meant}'?)" in error and len(error.splitlines()) == 1
+
+
+def test_a_perplexity_that_is_not_finite_is_a_failure(folder, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
+    file = tmp_path / "eval.json"
+    arguments = ["eval", str(tmp_path / "model"), "--text", str(folder / "test.txt"), "--quiet"]
+    capsys.readouterr()
+    code = main([*arguments, "--json", str(file), "--max-tokens", "20"])
+    printed = check(capsys, code, 2, "/model is nan (nan nats per token)")
+    assert printed == "" and not file.exists()
+    arguments[0] = "softmax"
+    code = main([*arguments, "--samples", "2", "--sequence-length", "32", "--correction", "none"])
+    assert code == 2
 
 
 def test_model_that_is_not_there(folder, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import by_cause
+from ptqkit.errors import by_cause, check_choice
 from ptqkit.hf.checkpoint.base import CheckpointFormat
 from ptqkit.hf.checkpoint.compressed_tensors import CompressedTensorsFormat
 from ptqkit.hf.checkpoint.gptq import GptqFormat
@@ -64,9 +64,7 @@ def format_problems(
     ValueError
         If ``name`` is not one of :data:`FORMATS`.
     """
-    if name not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"checkpoint_format must be 'auto' or one of {known}, not {name!r}")
+    check_choice("checkpoint_format", name, FORMATS)
     found = [problem for spec in specs for problem in FORMATS[name].problems(spec)]
     every = [spec.name for spec in specs] if linears is None else linears
     return found + FORMATS[name].joint_problems(specs, every)

@@ -15,6 +15,7 @@ import torch
 
 from ptqkit._folders import atomic_directory, resolve
 from ptqkit._places import check_place, source_folder
+from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.base import CheckpointFormat
@@ -51,6 +52,8 @@ class CheckpointInfo:
         Tensors alone.
     quantized_layers : int
     """
+
+    __repr__ = one_line_repr
 
     directory: Path
     format: str

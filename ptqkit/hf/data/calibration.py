@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ptqkit._defaults import FORWARD_BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
+from ptqkit._repr import one_line_repr
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.data.text import (
     DATASET_NAME,
@@ -59,6 +60,8 @@ class CalibrationSet:
         How windows start: ``"<s>"`` (say), or ``"none"`` / ``"as given"``.
     source : str
     """
+
+    __repr__ = one_line_repr
 
     batches: list[dict[str, torch.Tensor]]
     tokens: int

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import plain
+from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 
 __all__ = ["SensitivityReport", "SensitivityRow"]
@@ -35,6 +36,8 @@ class SensitivityRow:
         Samples without any error.
     perplexity : float or None
     """
+
+    __repr__ = one_line_repr
 
     kind: str
     layer: str
@@ -63,6 +66,8 @@ class SensitivityReport:
     calibration : dict
     float_perplexity : float or None
     """
+
+    __repr__ = one_line_repr
 
     rows: list[SensitivityRow] = field(default_factory=list)
     bits: int = 8

@@ -17,7 +17,7 @@ from torch import nn
 from ptqkit.arrays.metrics import SQNR
 from ptqkit.arrays.softmax import softmax_grid
 from ptqkit.arrays.solvers import rtn
-from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.errors import CalibrationError, UnsupportedModuleError, UsageError, check_choice
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
 from ptqkit.hf.evaluation.likelihood import perplexity
@@ -162,11 +162,11 @@ def sensitivity(
 
 def _check(kinds: Sequence[str], bits: int, by: str) -> tuple[str, ...]:
     kinds = (kinds,) if isinstance(kinds, str) else tuple(dict.fromkeys(kinds))
-    unknown = [k for k in kinds if k not in KINDS]
-    if unknown or not kinds:
-        raise ValueError(f"kinds must be some of {KINDS}, not {unknown[0] if unknown else kinds!r}")
-    if by not in CASES:
-        raise ValueError(f"by must be one of {CASES}, not {by!r}")
+    if not kinds:
+        raise UsageError(f"kinds is empty; give some of {', '.join(map(repr, KINDS))}")
+    for kind in kinds:
+        check_choice("each of kinds", kind, KINDS)
+    check_choice("by", by, CASES)
     ActivationQuantization(bits, "tensor")
     if "weights" in kinds and bits > 8:
         raise ValueError(f"weights take at most 8 bits, not {bits}: leave them out of kinds")

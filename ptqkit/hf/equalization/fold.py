@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptqkit._tables import text_table
+from ptqkit._repr import one_line_repr
+from ptqkit._tables import join_names, text_table, wrap_line
 from ptqkit.errors import UnsupportedModuleError
 from ptqkit.nn.linear import LinearView
 
@@ -45,6 +46,8 @@ class Fold:
     offset : float
         A norm multiplies by ``weight + offset``: 1 for norms that store their gain so, else 0.
     """
+
+    __repr__ = one_line_repr
 
     kind: str
     producer: str
@@ -81,15 +84,17 @@ class FoldPlan:
         Layers that read a tensor no scale can be folded into (names joined by ", "), and why.
     """
 
+    __repr__ = one_line_repr
+
     folds: list[Fold] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return plain text: a line per fold, then one per group of layers that is left alone."""
-        rows = [(f.kind, f.producer, ", ".join(f.consumers), str(f.channels)) for f in self.folds]
+        rows = [(f.kind, f.producer, join_names(f.consumers), str(f.channels)) for f in self.folds]
         header = ("kind", "producer", "consumers", "channels")
-        lines = [text_table(header, rows, left=range(4))]
-        return "\n".join([*lines, *(f"left alone: {k}: {v}" for k, v in self.left_alone.items())])
+        lines = [wrap_line(f"left alone: {k}: {v}") for k, v in self.left_alone.items()]
+        return "\n".join([text_table(header, rows, left=(0, 1, 2)), *lines])
 
     def __str__(self) -> str:
         return self.table()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.equalization.find import apply_fold, find_folds
 
@@ -29,6 +30,8 @@ class Outliers:
     channels : tuple of int
     factor : float
     """
+
+    __repr__ = one_line_repr
 
     producer: str
     consumers: tuple[str, ...]

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import plain
-from ptqkit._tables import text_table
+from ptqkit._repr import one_line_repr
+from ptqkit._tables import join_names, text_table, wrap_line
 
 __all__ = ["EqualizationReport", "EqualizedGroup"]
 
@@ -32,6 +33,8 @@ class EqualizedGroup:
     tokens : int
         Calibration tokens behind the ranges.
     """
+
+    __repr__ = one_line_repr
 
     kind: str
     producer: str
@@ -70,6 +73,8 @@ class EqualizationReport:
     warnings : list of str
     """
 
+    __repr__ = one_line_repr
+
     method: str
     alpha: float | str
     groups: list[EqualizedGroup] = field(default_factory=list)
@@ -93,14 +98,20 @@ class EqualizationReport:
 
     def table(self) -> str:
         """Return plain text: a line per group, then what was left alone, and totals."""
-        lines = [text_table(_HEADER, map(_cells, self.groups), left=(0, 1, -1))]
-        lines += ["", *(f"left alone: {k}: {v}" for k, v in self.left_alone.items())]
-        lines.append(
-            f"{self.method}, alpha {self.alpha}: {len(self.groups)} groups equalized; float logits "
-            f"differ by {self.logits_difference:.2g} (relative); "
-            + ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())
+        table = text_table(_HEADER, map(_cells, self.groups), left=(0, 1, -1))
+        lines = [f"left alone: {k}: {v}" for k, v in self.left_alone.items()]
+        if self.seconds:
+            lines.append("seconds " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
+        difference = (
+            ""
+            if math.isnan(self.logits_difference)
+            else (f"; float logits differ by {self.logits_difference:.2g} (relative)")
         )
-        return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
+        lines.append(
+            f"{self.method}, alpha {self.alpha}: {len(self.groups)} groups equalized{difference}"
+        )
+        lines += [f"warning: {w}" for w in self.warnings]
+        return "\n".join([table, "", *map(wrap_line, lines)])
 
     def __str__(self) -> str:
         return self.table()
@@ -129,7 +140,7 @@ def _cells(group: EqualizedGroup) -> tuple[str, ...]:
         f"{group.scale_minimum:.3g}..{group.scale_maximum:.3g}",
         str(group.dead_channels),
         str(group.tokens),
-        ", ".join(group.consumers),
+        join_names(group.consumers),
     )
 
 

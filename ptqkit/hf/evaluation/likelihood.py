@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptqkit._defaults import FORWARD_BATCH_SIZE
-from ptqkit.errors import CalibrationError, UsageError
+from ptqkit._repr import one_line_repr
+from ptqkit.errors import CalibrationError, NotFiniteError, UsageError
 from ptqkit.hf.data.calibration import max_positions
 from ptqkit.hf.data.text import start_token_id
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
@@ -48,6 +49,8 @@ class PerplexityResult:
         Texts that were measured.
     """
 
+    __repr__ = one_line_repr
+
     nll_per_token: float
     perplexity: float
     tokens: int
@@ -55,6 +58,14 @@ class PerplexityResult:
     stride: int
     start_token: int | None
     texts: int
+
+    def check_finite(self, where: str = "the model") -> None:
+        """Raise NotFiniteError, which names ``where``, if the perplexity is not finite."""
+        if not math.isfinite(self.perplexity):
+            raise NotFiniteError(
+                f"the perplexity of {where} is {self.perplexity} ({self.nll_per_token} nats per "
+                "token): its weights are damaged, or its arithmetic overflows (try float32)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict."""
@@ -148,7 +159,7 @@ def perplexity(
         nll = _score(model, parts, batch_size, reported) / total
     finally:
         close_progress(reported)
-    value = math.exp(nll) if nll < 700 else math.inf
+    value = math.inf if nll >= 700 else math.exp(nll)
     return PerplexityResult(nll, value, total, window, stride, start, len(texts))
 
 

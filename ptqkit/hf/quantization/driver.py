@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import Problems, UsageError
+from ptqkit.errors import Problems, check_choice
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
@@ -59,6 +60,8 @@ class QuantizationResult:
     checkpoint : CheckpointInfo or None
         What was written last.
     """
+
+    __repr__ = one_line_repr
 
     model: nn.Module
     matrices: dict[str, QuantizedMatrix]
@@ -156,7 +159,7 @@ def quantize(
     recipe : Recipe, preset name, dict or list of parts
         A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"reference"``, ``"rtn"``,
         ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]`` (:mod:`ptqkit.recipe.parts`);
-        ``**changes`` are applied to it, such as ``bits=3``, or ``error_propagation=0.5``, which
+        ``**changes`` are applied to it, such as ``bits=3``, or ``error_propagation=0.75``, which
         corrects every weight for the errors of the layers before
         it at the price of a second forward pass and twice the activations.
     calibration
@@ -221,9 +224,8 @@ def quantize(
         ("on_error", on_error, ("raise", "leave_float")),
         ("checkpoint_format", checkpoint_format, ("auto", *FORMATS)),
     ):
-        if value not in allowed:
-            with problems.noting():
-                raise UsageError(f"{name} must be one of {allowed}, not {value!r}")
+        with problems.noting():
+            check_choice(name, value, allowed)
     outer, model = model, unwrap_compiled(model)
     budget = chosen = written = None
     with problems.noting():

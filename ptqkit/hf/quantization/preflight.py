@@ -121,7 +121,8 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
     if options.group_size is not None and columns % options.group_size:
         problems.add(
             f"{target.name}: group_size {options.group_size} does not divide its {columns} inputs; "
-            "use a divisor or None (per channel), for this layer alone by an override"
+            "use a divisor, or one scale per channel (None; on the command line: channel), for "
+            "this layer alone by an override"
         )
     needed_for = replace(options, equalization=None).needs_calibration()
     if needed_for and not calibrated:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import plain
-from ptqkit._tables import text_table
+from ptqkit._repr import one_line_repr
+from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.solve import LayerResult
 from ptqkit.recipe.options import ActivationQuantization
@@ -55,6 +56,8 @@ class LayerReport:
     schedule : str
     shares_input_with : list of str
     """
+
+    __repr__ = one_line_repr
 
     name: str
     shape: tuple[int, int] = (0, 0)
@@ -112,6 +115,8 @@ class Report:
     recipe : dict
     warnings : list of str
     """
+
+    __repr__ = one_line_repr
 
     layers: list[LayerReport] = field(default_factory=list)
     equalization: dict[str, Any] | None = None
@@ -186,16 +191,32 @@ class Report:
     def table(self, skipped: bool = False) -> str:
         """Return plain text: a line per layer (``skipped``: also those left alone) and totals."""
         rows = [r for r in self.layers if skipped or not r.status.startswith("skipped")]
-        lines = [text_table(_HEADER, map(_cells, rows), left=(0, -1)), "", *self._summary()]
-        return "\n".join(lines)
+        cells = zip(*map(_cells, rows), strict=True) if rows else [()] * len(_HEADER)
+        columns = dict(zip(_HEADER, cells, strict=True))
+        columns = {name: column for name, column in columns.items() if set(column) != {"-"}}
+        equal = [name for name in _OFTEN_EQUAL if len(set(columns.get(name, ()))) == 1]
+        told = [f"{name} {columns.pop(name)[0]}" for name in equal]
+        left_out = []
+        for name in _LESS_IMPORTANT:
+            names = min(max(map(len, ("layer", *columns["layer"]))), _NAME)
+            others = [(n, *column) for n, column in columns.items() if n != "layer"]
+            if names + 2 + table_width(others) > WIDTH and columns.pop(name, ()):
+                left_out.append(name)
+        left = (0, -1) if "status" in columns else (0,)
+        table = text_table(list(columns), zip(*columns.values(), strict=True), left=left)
+        lines = [f"{r.name}: {r.notes}" for r in rows if r.notes]
+        if told:
+            lines.append(f"every layer: {', '.join(told)}")
+        if left_out:
+            lines.append(f"not shown: {', '.join(left_out)} (to_dicts() has everything)")
+        return "\n".join([table, "", *map(wrap_line, [*lines, *self._summary()])])
 
     def _summary(self) -> list[str]:
         t = self.totals()
         lines = [
-            f"{t['layers']} layers, {t['weights']:,} weights at {t['bits_per_weight']:.3f} bits; "
-            f"{t['skipped']} skipped, {t['failed']} failed",
-            f"objective {t['objective']:.6g}, round-to-nearest {t['objective_rtn']:.6g} "
-            f"({_percent(t['improvement'])} better)",
+            f"{t['layers']} layer{'s' * (t['layers'] != 1)}, {t['weights']:,} weights at "
+            f"{t['bits_per_weight']:.3f} bits; {t['skipped']} skipped, {t['failed']} failed",
+            *self._objectives(t),
             "schedule "
             + self.schedule
             + (f" ({self.schedule_reason})" if self.schedule_reason else ""),
@@ -215,6 +236,19 @@ class Report:
         if self.memory.get("peak"):
             lines.append(f"peak memory {self.memory['peak'] / 2**20:,.0f} MiB")
         return lines + [f"warning: {w}" for w in self.warnings]
+
+    @staticmethod
+    def _objectives(totals: dict[str, Any]) -> list[str]:
+        """Return a line on the objectives; none if they were not computed (RTN without text)."""
+        objective, objective_rtn = totals["objective"], totals["objective_rtn"]
+        if math.isnan(objective):
+            return []
+        if math.isnan(objective_rtn):
+            return [f"objective {objective:.6g}"]
+        better = _percent(totals["improvement"])
+        return [
+            f"objective {objective:.6g}, round-to-nearest {objective_rtn:.6g} ({better} better)"
+        ]
 
     def __str__(self) -> str:
         return self.table()
@@ -239,6 +273,13 @@ _HEADER = (
     "status",
 )
 
+_OFTEN_EQUAL = ("shape", "bits", "group", "act", "bpw", "damping", "dead", "tokens", "status")
+"""Columns that are left out, and stated once, if all rows are equal."""
+_LESS_IMPORTANT = ("dead", "tokens", "rtn", "damping", "shape", "bpw", "act")
+"""Columns that are left out, in this order, as long as the lines are too long."""
+_NAME = 32
+"""Characters of a layer's name that other columns make room for."""
+
 
 def _cells(r: LayerReport) -> tuple[str, ...]:
     damping = _number(r.damping, ".3g") + (f" (+{r.damping_raised})" if r.damping_raised else "")
@@ -258,7 +299,7 @@ def _cells(r: LayerReport) -> tuple[str, ...]:
         str(r.dead_inputs),
         str(r.tokens),
         f"{r.seconds_hessian + r.seconds_propagation + r.seconds_solve:.2f}",
-        r.status + (f" [{r.notes}]" if r.notes else ""),
+        r.status,
     )
 
 

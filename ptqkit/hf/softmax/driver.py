@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ptqkit.arrays.softmax import softmax_grid
+from ptqkit.errors import check_choice
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models import attention
 from ptqkit.hf.softmax.files import save_softmax
@@ -25,7 +26,6 @@ from ptqkit.nn.softmax.study import (
     RANGES,
     AttentionAccess,
     SoftmaxStudy,
-    check_choice,
     choose_modules,
     refuse_installed,
 )
@@ -208,9 +208,9 @@ def quantize_softmax(
     >>> print(softmax.report.table())
     >>> softmax.remove()
     """
-    check_choice(correction, "correction", CORRECTIONS)
-    check_choice(granularity, "granularity", GRANULARITIES)
-    check_choice(grid_range, "grid_range", RANGES)
+    check_choice("correction", correction, CORRECTIONS)
+    check_choice("granularity", granularity, GRANULARITIES)
+    check_choice("grid_range", grid_range, RANGES)
     # Before calibration data is prepared, which may take long.
     modules = choose_modules(attention.find_attention(model), layers)
     refuse_installed(attention.installed_attention(model))

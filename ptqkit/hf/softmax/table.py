@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ptqkit._tables import text_table
+from ptqkit._repr import one_line_repr
+from ptqkit._tables import text_table, wrap_line
+from ptqkit.errors import check_choice
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.evaluation.likelihood import PerplexityResult, perplexity
 from ptqkit.hf.models.attention import attention_hooks
@@ -54,6 +56,8 @@ class SoftmaxTableRow:
         Layers whose correction was left out, with ``guard``.
     """
 
+    __repr__ = one_line_repr
+
     bits: int | None
     correction: str
     perplexity: float
@@ -87,6 +91,8 @@ class SoftmaxTable:
     calibration : dict
     """
 
+    __repr__ = one_line_repr
+
     float_result: PerplexityResult
     calibration: dict[str, Any]
     rows: list[SoftmaxTableRow] = field(default_factory=list)
@@ -116,7 +122,7 @@ class SoftmaxTable:
             for row in self.rows
         )
         zeros = [self._zeros(bits) for bits in self.layers]
-        return "\n".join([text_table(header, cells), "", *zeros])
+        return "\n".join([text_table(header, cells), "", *map(wrap_line, zeros)])
 
     def _zeros(self, bits: int) -> str:
         zero = [row["zero_fraction"] for row in self.layers[bits]]
@@ -163,9 +169,8 @@ def softmax_table(
     progress : callable, optional
         Called with the name of what comes next.
     """
-    unknown = [c for c in corrections if c not in VARIANTS]
-    if unknown:
-        raise ValueError(f"corrections must be some of {', '.join(VARIANTS)}, not {unknown[0]!r}")
+    for correction in corrections:
+        check_choice("each of corrections", correction, VARIANTS)
     chosen = list(dict.fromkeys(["none", *corrections]))
     report_next = progress or (lambda name: None)
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from ptqkit.arrays.softmax import SoftmaxGrid
+from ptqkit.errors import check_choice
 from ptqkit.nn.attention import AttentionModule
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.statistics import Quantizer
@@ -178,8 +179,7 @@ def _from_dict(values: Any, steps: tuple[int, ...]) -> tuple[Quantizer, int]:
     granularity: Any = values.get("granularity")
     quantizer: Quantizer | None = None
     if steps and values["correction"] == "bias":
-        if granularity not in _GRANULARITIES:
-            raise ValueError(f"granularity must be one of {_GRANULARITIES}, not {granularity!r}")
+        check_choice("granularity", granularity, _GRANULARITIES)
         if granularity.startswith("step"):
             quantizer = StepSoftmaxQuantizer(grid, bias, steps)
     if quantizer is None:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.softmax import SoftmaxGrid, softmax_on_grid
+from ptqkit.errors import check_choice
 
 __all__ = ["CORRECTIONS", "SoftmaxQuantizer", "row_lengths"]
 
@@ -60,8 +61,7 @@ class SoftmaxQuantizer:
         longest: int | None = None,
         edges: Any = None,
     ) -> None:
-        if correction not in CORRECTIONS:
-            raise ValueError(f"correction must be one of {CORRECTIONS}, not {correction!r}")
+        check_choice("correction", correction, CORRECTIONS)
         self.grid, self.correction = grid, correction
         self.bias = _check_bias(correction, bias)
         self.longest = longest

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import plain
-from ptqkit._tables import text_table
+from ptqkit._repr import one_line_repr
+from ptqkit._tables import text_table, wrap_line
 
 __all__ = ["SoftmaxLayerReport", "SoftmaxReport"]
 
@@ -38,6 +39,8 @@ class SoftmaxLayerReport:
         Most allowed keys of a row.
     notes : str
     """
+
+    __repr__ = one_line_repr
 
     name: str
     heads: int = 0
@@ -69,6 +72,8 @@ class SoftmaxReport:
         samples.
     notes : str
     """
+
+    __repr__ = one_line_repr
 
     layers: list[SoftmaxLayerReport] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -110,10 +115,12 @@ class SoftmaxReport:
         header = ["layer", "heads", "bits", "zero", "row sum", "dB", "corrected", "beta"]
         text = text_table([*header, "correction"], map(_cells, self.layers), left=(0, -1))
         notes = f" [{self.notes}]" if self.notes else ""
-        return (
-            f"{text}\noutput of the model: {self.output_db:.2f} dB, corrected "
+        lines = [f"{row.name}: {row.notes}" for row in self.layers if row.notes]
+        lines.append(
+            f"output of the model: {self.output_db:.2f} dB, corrected "
             f"{self.output_corrected_db:.2f} dB{notes}"
         )
+        return "\n".join([text, *map(wrap_line, lines)])
 
     def __str__(self) -> str:
         return self.table()
@@ -129,5 +136,5 @@ def _cells(row: SoftmaxLayerReport) -> tuple[str, ...]:
         f"{row.sqnr_db:.2f}",
         f"{row.sqnr_corrected_db:.2f}",
         "-" if math.isnan(row.bias) else f"{row.bias:.3g}",
-        str(row.correction).lower() + (f" [{row.notes}]" if row.notes else ""),
+        str(row.correction).lower(),
     )

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.softmax import softmax_grid
-from ptqkit.errors import CalibrationError, UsageError
+from ptqkit.errors import CalibrationError, UsageError, check_choice
 from ptqkit.nn.attention import AttentionHook, AttentionModule
 from ptqkit.nn.attention_quantizer import AttentionRanges
 from ptqkit.nn.softmax.compare import OutputSQNR, SoftmaxComparison, softmax_hooks
@@ -32,7 +33,6 @@ __all__ = [
     "SoftmaxBackend",
     "SoftmaxQuantization",
     "SoftmaxStudy",
-    "check_choice",
     "check_heads",
     "choose_modules",
     "refuse_installed",
@@ -127,7 +127,7 @@ class SoftmaxStudy:
         grid_range: str = "fixed",
         layers: Iterable[str] | None = None,
     ) -> None:
-        check_choice(grid_range, "grid_range", RANGES)
+        check_choice("grid_range", grid_range, RANGES)
         softmax_grid(bits)
         self.backend = backend
         self.modules = choose_modules(backend.attention.find_attention(backend.model), layers)
@@ -170,8 +170,8 @@ class SoftmaxStudy:
         self, correction: str | None = "bias", granularity: str = "head"
     ) -> dict[str, Quantizer]:
         """Return quantizers with a correction; see ``quantize_softmax``."""
-        check_choice(correction, "correction", self.backend.corrections)
-        check_choice(granularity, "granularity", self.backend.granularities)
+        check_choice("correction", correction, self.backend.corrections)
+        check_choice("granularity", granularity, self.backend.granularities)
         if self._search is not None:
             self.statistics = self._search.best(correction, granularity)
         return {n: s.quantizer(correction, granularity) for n, s in self.statistics.items()}
@@ -247,6 +247,8 @@ class SoftmaxQuantization:
         None if there was no calibration data.
     """
 
+    __repr__ = one_line_repr
+
     attention: ClassVar[AttentionAccess]
 
     model: nn.Module = field(repr=False)
@@ -272,12 +274,6 @@ class SoftmaxQuantization:
     def installed(self) -> bool:
         """Whether the model's attention has hooks now."""
         return bool(self.attention.installed_attention(self.model))
-
-
-def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, not {value!r}")
 
 
 def check_heads(

@@ -151,7 +151,7 @@ def test_report_as_table_json_and_picture(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kinds": []}, "kinds must be some of"),
+        ({"kinds": []}, "kinds is empty; give some of"),
         ({"kinds": ["keys"]}, "not 'keys'"),
         ({"by": "head"}, "by must be one of"),
         ({"bits": 1}, "from 2 to 16"),

@@ -110,7 +110,7 @@ def test_activations_change_the_logits_and_come_off():
     result = run(model, [RTN(**PER_TENSOR), ActivationQuantization(4, "token")])
     row = result.report.layers[0]
     assert (row.activations, row.per_tensor) == ("4 token", True)
-    assert " tensor  4 token " in result.report.table()
+    assert "group tensor, act 4 token" in result.report.table()
     with torch.no_grad():
         quantized = model(**batch).logits
         remove_quantizers(model)

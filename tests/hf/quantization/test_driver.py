@@ -152,7 +152,7 @@ def test_report_forms(tmp_path):
     assert value["totals"]["layers"] == 14 and value["layers"][-1]["objective"] is None
     assert value["recipe"] == result.recipe.to_dict()
     table = report.table().splitlines()
-    assert len(table) == 14 + 2 + 6 and "lm_head" not in report.table()
+    assert len(table) == 14 + 2 + 7 and "lm_head" not in report.table()
     assert "lm_head" in report.table(skipped=True) and str(report) == report.table()
     assert "schedule one-pass" in report.table()
     assert set(report.seconds) == {

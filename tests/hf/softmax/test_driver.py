@@ -659,5 +659,5 @@ def test_table():
     assert table.layers[4][0]["zero_fraction"] > table.layers[8][0]["zero_fraction"]
     assert len(seen) == 9 and not installed_attention(model)
     assert "round to zero" in table.table()
-    with pytest.raises(ValueError, match="corrections must be some of"):
+    with pytest.raises(ValueError, match="each of corrections must be one of"):
         softmax_table(model, None, tokens(2), data, corrections=("beta",))
