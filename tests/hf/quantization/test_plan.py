@@ -111,6 +111,8 @@ def test_a_container_bounds_the_budget(model, seen, monkeypatch):
 
 def test_the_codes_are_counted(model, seen):
     targets, groups, data = seen.structure.targets, seen.probe.groups, seen.calibration
-    weights = sum(t.view.weight.numel() for t in targets.values())
-    # One token: what is left are the solver's matrices and the codes, a byte each.
-    assert estimate_memory(model, targets, groups, data).replay > weights
+    last = {name: targets[name] for name in groups[-1]}
+    others = {name: target for name, target in targets.items() if name not in last}
+    weights = sum(t.view.weight.numel() for t in last.values())
+    full, less = (estimate_memory(model, t, groups[:-1], data) for t in (targets, others))
+    assert full.replay - less.replay == full.one_pass - less.one_pass == weights
