@@ -173,8 +173,8 @@ def quantize(
         Results are equal bit for bit; "auto" takes one pass if memory and model allow it. Error
         propagation needs one pass: if that is not possible it is an error.
     memory_budget : int or str, optional
-        Bytes (or ``"8GiB"``) for activations, H and the solver in addition to the model; by
-        default the free memory.
+        Bytes (or ``"8GiB"``) for activations, H, the solver and the codes in addition to the model;
+        by default the free memory. What a container's limit leaves bounds either.
     share_inputs : bool
         Let layers fed by one tensor share H and its factor.
     blocks : tuple of str, optional

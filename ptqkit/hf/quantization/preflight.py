@@ -95,12 +95,12 @@ def check_model(
 
 def check_kind(problems: Problems, model: nn.Module) -> None:
     """Refuse at once what is no float model by itself: everything else would follow from it."""
-    wrapped = wrapper_problem(model)
-    if wrapped is not None:
-        problems.add(wrapped, UnsupportedModuleError)
-    elif getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        problems.add("the model is quantized already; load the float model", UnsupportedModuleError)
-    problems.raise_if_any()
+    text = wrapper_problem(model)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        text = text or "the model is quantized already; load the float model"
+    if text is not None:
+        problems.add(text, UnsupportedModuleError)
+        problems.raise_if_any()
 
 
 def check_float(problems: Problems, structure: Structure) -> None:

@@ -16,9 +16,10 @@ from ptqkit.hf.equalization.report import EqualizationReport
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress
 from ptqkit.hf.quantization.inspection import Inspection
+from ptqkit.hf.quantization.memory import peak_memory
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.one_pass import one_pass_groups
-from ptqkit.hf.quantization.plan import Plan, only_one_pass, peak_memory
+from ptqkit.hf.quantization.plan import Plan, only_one_pass
 from ptqkit.hf.quantization.replay import replay_groups
 from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
 from ptqkit.hf.quantization.solve import LayerResult, solve_group

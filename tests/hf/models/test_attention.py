@@ -358,8 +358,8 @@ def test_heads_alone():
 @pytest.mark.parametrize(
     ("quantizers", "heads", "message"),
     [
-        ({}, None, "none is given"),
-        ({"keys": abs}, None, "'keys' is none of them"),
+        ({}, None, "quantizers is empty"),
+        ({"keys": abs}, None, r"not 'keys' \(did you mean 'key'\?\)"),
         ({"key": abs}, [], "heads is empty"),
         ({"key": abs}, [-1], "integers from 0, not -1"),
         ({"key": abs}, [1, 1], "repeats a head"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from helpers.driver_models import build, tokens
 
 from ptqkit.errors import PreflightError, UnsupportedModuleError
@@ -12,14 +11,10 @@ from ptqkit.hf.quantization import plan as plan_module
 from ptqkit.hf.quantization.inspection import Inspection, inspect_model
 from ptqkit.hf.quantization.plan import (
     Plan,
-    available_memory,
     estimate_memory,
-    peak_memory,
     plan_schedule,
 )
 from ptqkit.recipe.recipe import Recipe
-
-HOST = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +97,22 @@ def test_memory_decides(model, seen, monkeypatch):
     assert len(found.warnings) == 1 and "replay needs about" in found.warnings[0]
 
 
-def test_memory_of_the_process():
-    before = peak_memory(HOST)
-    block = torch.ones(8 * 2**20)
-    assert available_memory(HOST) > 0 and before > 2**20
-    assert peak_memory(HOST) >= before and block.sum() > 0
+def test_a_container_bounds_the_budget(model, seen, monkeypatch):
+    targets, groups, data = seen.structure.targets, seen.probe.groups, seen.calibration
+    needed = estimate_memory(model, targets, groups, data)
+    between = (needed.replay + needed.one_pass) // 2
+    monkeypatch.setattr(plan_module, "container_memory", lambda: between)
+    found = plan_schedule(model, seen, "auto", 2**40, 0.0)
+    assert found.schedule == "replay" and "the container's limit leaves" in found.reason
+    # A budget is a promise, what a container has left is not.
+    monkeypatch.setattr(plan_module, "container_memory", lambda: 1000)
+    assert "replay needs about" in plan_schedule(model, seen, "auto", 2**40, 0.0).warnings[0]
+
+
+def test_the_codes_are_counted(model, seen):
+    targets, groups, data = seen.structure.targets, seen.probe.groups, seen.calibration
+    last = {name: targets[name] for name in groups[-1]}
+    others = {name: target for name, target in targets.items() if name not in last}
+    weights = sum(t.view.weight.numel() for t in last.values())
+    full, less = (estimate_memory(model, t, groups[:-1], data) for t in (targets, others))
+    assert full.replay - less.replay == full.one_pass - less.one_pass == weights
