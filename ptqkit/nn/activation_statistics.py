@@ -105,8 +105,9 @@ class TorchActivationStatistics:
         if self.tokens:
             entries = zip(self._largest.tolist(), self._places.tolist(), strict=True)
             arrays = (self._sums, self._most, self._counts, self._histogram)
+            sums, most, counts, histogram = (a.cpu().numpy() for a in arrays)
             largest = tuple((v, *divmod(at, self.channels)) for v, at in entries if v > 0)
-            self._result._seen = Seen(self.tokens, *(a.cpu().numpy() for a in arrays), largest)
+            self._result._seen = Seen(self.tokens, sums, most, counts, histogram, largest)
         return self._result
 
 
