@@ -39,13 +39,12 @@ class TorchActivationStatistics:
     ) -> None:
         self.channels, self.tokens = channels, 0
         self._result = ActivationStatistics(channels, bits=bits, threshold=threshold)
-        whole = {"dtype": torch.int64, "device": device}
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
-        self._most = torch.zeros(channels, device=device)
-        self._counts = torch.zeros(channels, **whole)
-        self._histogram = torch.zeros(BINS, **whole)
-        self._largest = torch.zeros(0, device=device)
-        self._places = torch.zeros(0, **whole)
+        self._most = torch.zeros(channels, dtype=torch.float32, device=device)
+        self._counts = torch.zeros(channels, dtype=torch.int64, device=device)
+        self._histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self._largest = torch.zeros(0, dtype=torch.float32, device=device)
+        self._places = torch.zeros(0, dtype=torch.int64, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
 
     def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
