@@ -127,17 +127,29 @@ class ActivationStatistics:
         sums, histogram = np.empty(6), np.empty(BINS, np.int64)
         most, counts = np.empty(self.channels, np.float32), np.empty(self.channels, np.int64)
         largest, places = np.empty(LARGEST, np.float32), np.empty((LARGEST, 2), np.int64)
-        limits = (self.bits, self.threshold, self.absmax or 0.0)
-        outputs = (sums, most, counts, histogram, largest, places)
         try:
-            _core.activation_statistics(X, dtype, rows, *limits, *outputs, self.threads)
+            _core.activation_statistics(
+                X,
+                dtype,
+                rows,
+                self.bits,
+                self.threshold,
+                self.absmax or 0.0,
+                sums,
+                most,
+                counts,
+                histogram,
+                largest,
+                places,
+                self.threads,
+            )
         except FloatingPointError:
             raise ValueError(
                 "X holds NaN or Inf; the batch was not added. Check the calibration data and "
                 "the model's dtype (float16 overflows easily)"
             ) from None
         found = zip(largest.tolist(), places.tolist(), strict=True)
-        entries = tuple((value, *place) for value, place in found if value > 0)
+        entries = tuple((value, token, channel) for value, (token, channel) in found if value > 0)
         self._add(Seen(tokens, sums, most, counts, histogram, entries))
 
     def _add(self, seen: Seen) -> None:

@@ -39,7 +39,7 @@ class TorchActivationStatistics:
     ) -> None:
         self.channels, self.tokens = channels, 0
         self._result = ActivationStatistics(channels, bits=bits, threshold=threshold)
-                self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self._most = torch.zeros(channels, dtype=torch.float32, device=device)
         self._counts = torch.zeros(channels, dtype=torch.int64, device=device)
         self._histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
@@ -104,8 +104,9 @@ class TorchActivationStatistics:
         if self.tokens:
             entries = zip(self._largest.tolist(), self._places.tolist(), strict=True)
             arrays = (self._sums, self._most, self._counts, self._histogram)
+            sums, most, counts, histogram = (a.cpu().numpy() for a in arrays)
             largest = tuple((v, *divmod(at, self.channels)) for v, at in entries if v > 0)
-            self._result._seen = Seen(self.tokens, *(a.cpu().numpy() for a in arrays), largest)
+            self._result._seen = Seen(self.tokens, sums, most, counts, histogram, largest)
         return self._result
 
 

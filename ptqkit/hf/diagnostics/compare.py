@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,56 +13,11 @@ import numpy as np
 
 from ptqkit._files import plain
 from ptqkit._tables import text_table
-from ptqkit.hf.diagnostics.diagnosis import PARTS, DiagnosisReport
+from ptqkit.hf.diagnostics.curves import METRICS, curve
+from ptqkit.hf.diagnostics.diagnosis import DiagnosisReport
 from ptqkit.hf.diagnostics.text import number
 
-__all__ = ["METRICS", "Comparison", "compare", "curve"]
-
-METRICS = (
-    "rmse_token",
-    "rmse_tensor",
-    "std",
-    "kurtosis",
-    "max_to_median",
-    "norm_std",
-    "spectral_norm",
-    "stable_rank",
-)
-"""Numbers that have a curve over depth."""
-
-_OF_WEIGHTS = {"spectral_norm": max, "stable_rank": min}
-
-
-def curve(report: DiagnosisReport, metric: str, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values of a metric over the depth of a model, at one part of its blocks.
-
-    Where several layers read the tensor, the largest spectral norm and the smallest stable rank
-    count; where a block has several tensors of the part, the first.
-
-    Returns
-    -------
-    depths : ndarray of int64
-    values : ndarray of float64
-        Finite ones alone.
-    """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {METRICS}, not {metric!r}")
-    if part not in PARTS:
-        raise ValueError(f"part must be one of {PARTS}, not {part!r}")
-    weights = {row.name: row for row in report.weights}
-    found: dict[int, float] = {}
-    for row in report.inputs:
-        if row.part != part or row.depth in found:
-            continue
-        value = math.nan
-        if metric not in _OF_WEIGHTS:
-            value = getattr(row, metric)
-        elif own := [getattr(weights[c], metric) for c in row.consumers if c in weights]:
-            value = _OF_WEIGHTS[metric](own)
-        if math.isfinite(value):
-            found[row.depth] = value
-    depths = sorted(found)
-    return np.array(depths, np.int64), np.array([found[d] for d in depths])
+__all__ = ["Comparison", "compare"]
 
 
 @dataclass
@@ -200,9 +156,9 @@ def _at(depths: np.ndarray, values: np.ndarray, blocks: int, at: float | None) -
 def _published(path: str | os.PathLike[str] | None) -> dict[str, float]:
     if path is None:
         return {}
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ImportError:  # Python 3.10
+    else:
         import tomli as tomllib
     with open(path, "rb") as file:
         values = tomllib.load(file)

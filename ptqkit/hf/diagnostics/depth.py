@@ -9,8 +9,9 @@ from torch import nn
 
 from ptqkit.errors import UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.diagnostics.bench import Bench, Case
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
-from ptqkit.hf.diagnostics.sensitivity import KINDS, _Bench, _Case
+from ptqkit.hf.diagnostics.sensitivity import KINDS
 from ptqkit.hf.models.attention import find_attention
 from ptqkit.hf.softmax.driver import describe
 
@@ -34,7 +35,7 @@ def measure_sensitivity(
     """
     kinds: Sequence[str] = KINDS if _can_be_hooked(model) else _LINEAR_KINDS
     try:
-        bench = _Bench(model, data, kinds, bits)
+        bench = Bench(model, data, kinds, bits)
     except UnsupportedModuleError as error:
         report.notes.append(f"sensitivity was not measured: {error}")
         return
@@ -62,13 +63,13 @@ def _can_be_hooked(model: nn.Module) -> bool:
         return False
 
 
-def _cases(bench: _Bench, by: str) -> list[_Case]:
+def _cases(bench: Bench, by: str) -> list[Case]:
     if by != "depth":
         return bench.cases(by)
     alone = {case.layer: case for case in bench.cases("layer")}
-    found: list[_Case] = []
+    found: list[Case] = []
     for block in bench.blocks:
         if block in alone:
             before = found[-1].members if found else []
-            found.append(_Case("all", block, [*before, *alone[block].members]))
+            found.append(Case("all", block, [*before, *alone[block].members]))
     return found

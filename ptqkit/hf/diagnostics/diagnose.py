@@ -17,14 +17,9 @@ from ptqkit.arrays.statistics import ActivationStatistics
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.diagnostics.depth import measure_sensitivity
-from ptqkit.hf.diagnostics.diagnosis import (
-    AttentionRow,
-    DiagnosisReport,
-    InputRow,
-    NormRow,
-    WeightRow,
-)
+from ptqkit.hf.diagnostics.diagnosis import DiagnosisReport
 from ptqkit.hf.diagnostics.observe import AttentionObserver, InputObserver, Place, is_norm
+from ptqkit.hf.diagnostics.rows import AttentionRow, InputRow, NormRow, WeightRow
 from ptqkit.hf.diagnostics.sdpa import FusedAttention
 from ptqkit.hf.models.attention import attention_hooks, find_attention, installed_attention
 from ptqkit.hf.models.structure import find_blocks
@@ -229,9 +224,15 @@ class _Parts:
     def norm(self, name: str, module: nn.Module) -> NormRow:
         """Statistics of a gain."""
         gain = module.weight.detach().double().cpu().numpy()
-        numbers = [float(f(gain)) for f in (np.mean, np.std, np.min, np.max)]
         return NormRow(
-            name, *self.where(name), gain.size, *numbers, np.quantile(gain, QUANTILES).tolist()
+            name,
+            *self.where(name),
+            gain.size,
+            float(np.mean(gain)),
+            float(np.std(gain)),
+            float(np.min(gain)),
+            float(np.max(gain)),
+            np.quantile(gain, QUANTILES).tolist(),
         )
 
 
@@ -280,7 +281,8 @@ def _run(
     if not attention and not fused.observers:
         report.notes.append(f"attention was not measured: {reason}")
     for name, hook in {**attention, **fused.observers}.items():
-        row = AttentionRow(name, *parts.where(name.partition(" ")[0]), **hook.finish())
+        block, depth = parts.where(name.partition(" ")[0])
+        row = AttentionRow(name, block, depth, **hook.finish())
         if row.sink:
             report.attention.append(row)
 

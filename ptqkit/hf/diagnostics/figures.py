@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit.hf.diagnostics.compare import METRICS, curve
-from ptqkit.hf.diagnostics.diagnosis import PARTS, DiagnosisReport
+from ptqkit.hf.diagnostics.curves import METRICS, curve
+from ptqkit.hf.diagnostics.rows import PARTS, Diagnosis, NormRow, WeightRow
 
 __all__ = ["FIGURES", "draw"]
 
@@ -31,7 +31,7 @@ _COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
 
 def draw(
-    reports: Sequence[DiagnosisReport],
+    reports: Sequence[Diagnosis],
     path: str | os.PathLike[str],
     figure: str = "depth",
     *,
@@ -75,7 +75,7 @@ def _whole_numbers(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
-def _depth(picture: Any, reports: Sequence[DiagnosisReport], part: str | None) -> None:
+def _depth(picture: Any, reports: Sequence[Diagnosis], part: str | None) -> None:
     """Draw a panel per metric, a curve per model or, for one model, per part of its blocks."""
     several = len(reports) > 1
     parts = (part or PARTS[0],) if several or part else PARTS
@@ -112,10 +112,11 @@ def _depth(picture: Any, reports: Sequence[DiagnosisReport], part: str | None) -
     )
 
 
-def _distributions(picture: Any, report: DiagnosisReport) -> None:
+def _distributions(picture: Any, report: Diagnosis) -> None:
     """Draw bands between quantiles of weights and gains over depth."""
-    kinds: dict[str, list[Any]] = {}
-    for row in [*report.weights, *report.norms]:
+    kinds: dict[str, list[WeightRow | NormRow]] = {}
+    every: list[WeightRow | NormRow] = [*report.weights, *report.norms]
+    for row in every:
         kinds.setdefault(row.name[len(row.block) + 1 :], []).append(row)
     columns = min(5, len(kinds))
     panels = picture.subplots(-(-len(kinds) // columns), columns, squeeze=False)
@@ -136,7 +137,7 @@ def _distributions(picture: Any, report: DiagnosisReport) -> None:
     picture.suptitle(f"{report.model}: weights and gains, quantiles {shown}", fontsize=9)
 
 
-def _channels(picture: Any, report: DiagnosisReport) -> None:
+def _channels(picture: Any, report: Diagnosis) -> None:
     """Draw heat maps of every channel's largest magnitude by the median channel's.
 
     If there are more channels than can be seen, the largest of neighbours is shown.
@@ -176,7 +177,7 @@ def _channels(picture: Any, report: DiagnosisReport) -> None:
     picture.suptitle(report.model, fontsize=9)
 
 
-def _magnitudes(picture: Any, report: DiagnosisReport) -> None:
+def _magnitudes(picture: Any, report: Diagnosis) -> None:
     """Draw the three largest and the median magnitude over depth."""
     parts = [p for p in PARTS if any(r.part == p for r in report.inputs)]
     panels = picture.subplots(1, len(parts), squeeze=False, sharey=True)[0]

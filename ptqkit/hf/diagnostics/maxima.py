@@ -10,7 +10,8 @@ import numpy as np
 
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.diagnostics.diagnose import find_outliers
-from ptqkit.hf.diagnostics.diagnosis import DiagnosisReport, InputRow
+from ptqkit.hf.diagnostics.diagnosis import DiagnosisReport
+from ptqkit.hf.diagnostics.rows import InputRow
 
 __all__ = ["read_activation_maxima"]
 
@@ -44,11 +45,12 @@ def read_activation_maxima(path: str | os.PathLike[str], *, ratio: float = 6.0) 
         for key, value in load_file(os.fspath(path)).items()
         if key.startswith(_PREFIX)
     }
-    found = {name: _BLOCK.fullmatch(name) for name in vectors}
-    inside = [name for name, match in found.items() if match]
-    if not inside:
+    found = {name: match for name in vectors if (match := _BLOCK.fullmatch(name))}
+    if not found:
         raise CalibrationError(f"{path} holds no vectors {_PREFIX}<module> of layers in blocks")
-    inside.sort(key=lambda name: (int(found[name]["number"]), *_order(found[name]["rest"])))
+    inside = sorted(
+        found, key=lambda name: (int(found[name]["number"]), *_order(found[name]["rest"]))
+    )
     report = DiagnosisReport(Path(path).stem)
     report.options = {"ratio": ratio, "value": _NAN, "layers": _NAN, "tokens": _NAN}
     for name in inside:

@@ -108,10 +108,10 @@ class InputObserver:
             if name not in place.consumers:
                 place.consumers.append(name)
             return
-        place = self.places.get(name)
-        if place is None:
+        if name not in self.places:
             made = statistics_accumulator(x.shape[-1], x.device, **self.options)
-            place = self.places[name] = Place([name], made, self._maker(x))
+            self.places[name] = Place([name], made, self._maker(x))
+        place = self.places[name]
         self._last = (x, place)
         rows = match_mask(x, self.batch, self.mask)
         try:

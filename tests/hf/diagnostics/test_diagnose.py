@@ -17,7 +17,8 @@ import ptqkit
 import ptqkit.reference as reference
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.diagnostics.advice import recipe_toml, suggest_recipe
-from ptqkit.hf.diagnostics.compare import compare, curve
+from ptqkit.hf.diagnostics.compare import compare
+from ptqkit.hf.diagnostics.curves import curve
 from ptqkit.hf.diagnostics.diagnose import diagnose
 from ptqkit.hf.diagnostics.diagnosis import DiagnosisReport
 from ptqkit.hf.diagnostics.figures import FIGURES
