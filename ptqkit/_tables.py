@@ -67,16 +67,17 @@ def wrap_line(line: str) -> str:
     return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def join_names(names: Sequence[str]) -> str:
-    """Join dotted names; those after the first lose the parts that all of them begin with."""
-    end = _shared(names)
-    return ", ".join([*names[:1], *(name[end:] for name in names[1:])])
+def join_names(names: Sequence[str], near: str) -> str:
+    """Join dotted names without the parts that they share with a name next to them, and again."""
+    end = min((_shared([name, near]) for name in names), default=0)
+    short = [name[end:] for name in names]
+    return ", ".join([*short[:1], *(name[_shared(short) :] for name in short[1:])])
 
 
 def _shorten(columns: list[list[str]], excess: int) -> None:
     """Take characters out of columns, in place, but for their headers: the widest ones first."""
-    if excess > 0:
-        for column in columns:
+    for column in sorted(columns, key=lambda cells: -max(map(len, cells))):
+        if excess > 0:
             before = max(map(len, column))
             column[1:] = _without_prefix(column[1:])
             excess -= before - max(map(len, column))

@@ -91,7 +91,10 @@ class FoldPlan:
 
     def table(self) -> str:
         """Return plain text: a line per fold, then one per group of layers that is left alone."""
-        rows = [(f.kind, f.producer, join_names(f.consumers), str(f.channels)) for f in self.folds]
+        rows = [
+            (f.kind, f.producer, join_names(f.consumers, f.producer), str(f.channels))
+            for f in self.folds
+        ]
         header = ("kind", "producer", "consumers", "channels")
         lines = [wrap_line(f"left alone: {k}: {v}") for k, v in self.left_alone.items()]
         return "\n".join([text_table(header, rows, left=(0, 1, 2)), *lines])

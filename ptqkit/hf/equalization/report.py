@@ -140,7 +140,7 @@ def _cells(group: EqualizedGroup) -> tuple[str, ...]:
         f"{group.scale_minimum:.3g}..{group.scale_maximum:.3g}",
         str(group.dead_channels),
         str(group.tokens),
-        join_names(group.consumers),
+        join_names(group.consumers, group.producer),
     )
 
 

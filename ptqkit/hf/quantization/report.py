@@ -213,9 +213,10 @@ class Report:
 
     def _summary(self) -> list[str]:
         t = self.totals()
+        weights = f", {t['weights']:,} weights at {t['bits_per_weight']:.3f} bits"
         lines = [
-            f"{t['layers']} layer{'s' * (t['layers'] != 1)}, {t['weights']:,} weights at "
-            f"{t['bits_per_weight']:.3f} bits; {t['skipped']} skipped, {t['failed']} failed",
+            f"{t['layers']} layer{'s' * (t['layers'] != 1)}{weights if t['layers'] else ''}; "
+            f"{t['skipped']} skipped, {t['failed']} failed",
             *self._objectives(t),
             "schedule "
             + self.schedule
@@ -241,7 +242,7 @@ class Report:
     def _objectives(totals: dict[str, Any]) -> list[str]:
         """Return a line on the objectives; none if they were not computed (RTN without text)."""
         objective, objective_rtn = totals["objective"], totals["objective_rtn"]
-        if math.isnan(objective):
+        if math.isnan(objective) or not totals["layers"]:
             return []
         if math.isnan(objective_rtn):
             return [f"objective {objective:.6g}"]
@@ -297,7 +298,7 @@ def _cells(r: LayerReport) -> tuple[str, ...]:
         _number(r.bits_per_weight, ".2f"),
         damping,
         str(r.dead_inputs),
-        str(r.tokens),
+        str(r.tokens or "-"),
         f"{r.seconds_hessian + r.seconds_propagation + r.seconds_solve:.2f}",
         r.status,
     )
