@@ -71,7 +71,7 @@ REFUSED = {
 
 def cases() -> Iterator[tuple[str, Callable[[], Any], str, Any, dict[str, Any]]]:
     """Yield a name, the model, the format, the recipe and its changes."""
-    auto, quality = "auto", "quality"
+    auto, stock, quality = "auto", "compressed-tensors", "quality"
     yield "w4-groups", llama, auto, quality, W4
     yield "w4-channels", llama, auto, quality, CHANNEL
     yield "w4-act-order", llama, auto, quality, {**W4, "order": "act", "static_groups": True}
@@ -86,11 +86,11 @@ def cases() -> Iterator[tuple[str, Callable[[], Any], str, Any, dict[str, Any]]]
     yield "gptq-v2-symmetric", llama, "gptq_v2", quality, W4
     yield "qwen2-biases", lambda: model("Qwen2"), auto, quality, W4
     experts = {**W4, **FLOAT_EXPERTS}
-    yield "qwen3-moe", lambda: model("Qwen3Moe", head_dim=64, **EXPERTS), auto, quality, experts
+    yield "qwen3-moe", lambda: model("Qwen3Moe", head_dim=64, **EXPERTS), stock, quality, experts
     shared = {**EXPERTS, "shared_expert_intermediate_size": 64}
-    yield "qwen2-moe", lambda: model("Qwen2Moe", **shared), auto, quality, experts
+    yield "qwen2-moe", lambda: model("Qwen2Moe", **shared), stock, quality, experts
     few = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    yield "mixtral", lambda: model("Mixtral", head_dim=64, **few), auto, quality, experts
+    yield "mixtral", lambda: model("Mixtral", head_dim=64, **few), stock, quality, experts
     yield "w3", llama, auto, quality, {**W4, "bits": 3}
     yield "w8", llama, auto, quality, {**CHANNEL, "bits": 8}
     yield "gptq-v2-asymmetric", llama, "gptq_v2", quality, {**W4, "symmetric": False}

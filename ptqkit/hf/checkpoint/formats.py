@@ -79,6 +79,7 @@ def choose_format(
     foreign: Sequence[str] = (),
     linears: Sequence[str] | None = None,
     prove: Callable[[], Sequence[str]] | None = None,
+    prove_stock: Callable[[], Sequence[str]] | None = None,
 ) -> tuple[CheckpointFormat, str]:
     """Return the format to write and the reason for it.
 
@@ -91,6 +92,8 @@ def choose_format(
     prove : callable, optional
         Returns the reasons why the model class cannot load packed layers; asked for a format that
         ``from_pretrained`` reads without ptqkit, once nothing else speaks against it.
+    prove_stock : callable, optional
+        Returns the reasons why transformers alone cannot, though ptqkit can; they count for "auto".
 
     Raises
     ------
@@ -115,6 +118,8 @@ def choose_format(
             raise ValueError(_listing(f"format {name!r} cannot carry this model", found))
         return FORMATS[name], "asked for"
     found = problems(_PREFERRED.name)
+    if not found and prove_stock is not None:
+        found = list(prove_stock())
     if not found:
         return _PREFERRED, "every layer fits it exactly; stock transformers loads it"
     own = problems(NATIVE.name)

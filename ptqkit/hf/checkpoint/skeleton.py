@@ -47,7 +47,7 @@ def skeleton_problems(model: Any, layers: Iterable[str], names: SavedNames) -> l
     failure = _initialize(skeleton)
     # What fails with float weights too says nothing about packed ones.
     if failure and not _initialize(_build(model)):
-        return [f"{kind} does not load layers without a float weight ({failure})"]
+        return [f"{kind}: it does not load layers without a float weight ({failure})"]
     read = memory_names(skeleton, expected)
     return [
         f"{want}: it is saved as {saved}, which {kind} reads as {read[saved]}"
