@@ -164,7 +164,7 @@ class QLinear(nn.Module):
         if self._packed.is_meta:
             return self._packed
         weight = self._operand()
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        weight._is_hf_initialized = True
         return weight
 
     def input_quantizer(self) -> ActivationQuantizer | None:

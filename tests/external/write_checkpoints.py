@@ -60,7 +60,7 @@ def llama(**settings: Any) -> Any:
     return model("Llama", head_dim=64, **settings)
 
 
-# What vLLM's build for the CPU has no kernel for, or refuses to fuse: written, and expected to fail.
+# Written, and expected to fail: no kernel for the CPU, or layers that cannot be fused.
 REFUSED = {
     "w3": "vLLM's CPU build has no kernel for 3 bits",
     "w8": "vLLM's CPU build has no kernel for 8-bit weights with float inputs",

@@ -73,8 +73,8 @@ def converted_problems(model: Any, names: SavedNames) -> list[str]:
     if not any(_reaches(c, names) for c in replaced):
         return []
     return [
-        f"{type(model).__name__}: it joins float weights while it loads (experts), which transformers' "
-        "compressed-tensors loader takes for packed; vLLM and ptqkit.load read such files if "
+        f"{type(model).__name__}: it joins float weights while it loads (experts), which the "
+        "compressed-tensors loader of transformers takes for packed; vLLM and ptqkit.load read such files if "
         "checkpoint_format='compressed-tensors' asks for them"
     ]
 

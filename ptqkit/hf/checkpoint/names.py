@@ -62,9 +62,7 @@ def saved_names(model: Any) -> SavedNames:
     return SavedNames(same, frozenset(held.keys() - same.keys()))
 
 
-def convert_plans(
-    model: Any, plans: Sequence[TensorPlan], names: SavedNames
-) -> list[TensorPlan]:
+def convert_plans(model: Any, plans: Sequence[TensorPlan], names: SavedNames) -> list[TensorPlan]:
     """Return plans for the saved form of float tensors; conversions run when a file is written."""
     result, rest = [], {}
     for plan in plans:

@@ -214,7 +214,11 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     if known is not None and known.float_parts:
         model, info = _load_float(folder, model_class, known, kwargs)
     else:
-        if known is not None and known.foreign and not {"config", "quantization_config"} & set(kwargs):
+        if (
+            known is not None
+            and known.foreign
+            and not {"config", "quantization_config"} & set(kwargs)
+        ):
             from transformers import AutoConfig
 
             from ptqkit.hf.checkpoint.experts import with_float_experts

@@ -169,7 +169,9 @@ def save_checkpoint(
         written = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
         total = sum(path.stat().st_size for path in written.values())
     files = tuple(sorted(written))
-    return CheckpointInfo(target, chosen.name, reason, files, total, tensor_bytes, len(specs), tuple(notes))
+    return CheckpointInfo(
+        target, chosen.name, reason, files, total, tensor_bytes, len(specs), tuple(notes)
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -68,13 +68,13 @@ def _initialize(skeleton: Any) -> str:
         tensor._is_hf_initialized = True
     try:
         skeleton.initialize_weights()
-    except Exception as error:  # noqa: BLE001  whatever the code of a model class raises
+    except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())
     return ""
 
 
 def memory_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return what ``from_pretrained`` calls tensors of these names in a file of ``model``'s class."""
+    """Return what ``from_pretrained`` calls these tensors of a file, for the class of ``model``."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]

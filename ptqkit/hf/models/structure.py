@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -174,8 +175,9 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _expert_counts(model: nn.Module) -> set[int]:
     """Return the numbers of experts that the configuration of the language model names."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text: Any = getattr(model, "config", None)
+    if hasattr(text, "get_text_config"):
+        text = text.get_text_config()
     counts = (getattr(text, key, None) for key in _EXPERTS)
     return {count for count in counts if isinstance(count, int)}
 
@@ -211,8 +213,8 @@ def _add_linear(
     if not included and (outputs < FEW_OUTPUTS or outputs in experts):
         why = f"fewer than {FEW_OUTPUTS}" if outputs < FEW_OUTPUTS else "one per expert"
         structure.skipped[name] = (
-            f"{outputs} output{'s' if outputs > 1 else ''} ({why}): other readers build routers and "
-            "gates from floats; `include` quantizes it"
+            f"{outputs} output{'s' if outputs > 1 else ''} ({why}): other readers build routers "
+            "and gates from floats; `include` quantizes it"
         )
         return
     others = [o for o in owners.get(id(weight), []) if o != name]

@@ -130,7 +130,9 @@ def test_a_loaded_file_is_saved_again(kind, form, tmp_path):
     quantize(model).save(tmp_path / "out", form)
     loaded = load(tmp_path / "out")
     loaded.save_pretrained(tmp_path / "again")
-    first, again = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("out", "again"))
+    first, again = (
+        json.loads((tmp_path / d / "config.json").read_text()) for d in ("out", "again")
+    )
     assert first["quantization_config"]["quant_method"] == form
     assert again["quantization_config"]["quant_method"] == form
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
@@ -214,7 +216,9 @@ def test_fused_siblings_with_different_schemes_are_named(tmp_path):
     layers = fake_quantize(same, overrides={"down_proj": {"bits": 8}, "o_proj": None}, **options)
     assert save_checkpoint(same, layers, None, tmp_path / "same").warnings == ()
     # The own format is read by no one else.
-    own = save_checkpoint(model, layers_of(model), None, tmp_path / "own", checkpoint_format="ptqkit")
+    own = save_checkpoint(
+        model, layers_of(model), None, tmp_path / "own", checkpoint_format="ptqkit"
+    )
     assert own.warnings == ()
 
 
