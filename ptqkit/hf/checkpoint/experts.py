@@ -74,8 +74,8 @@ def converted_problems(model: Any, names: SavedNames) -> list[str]:
         return []
     return [
         f"{type(model).__name__}: it joins float weights while it loads (experts), which the "
-        "compressed-tensors loader of transformers takes for packed; vLLM and ptqkit.load read such files if "
-        "checkpoint_format='compressed-tensors' asks for them"
+        "compressed-tensors loader of transformers takes for packed; vLLM and ptqkit.load read "
+        "such files: ask for them by checkpoint_format='compressed-tensors'"
     ]
 
 
