@@ -83,9 +83,12 @@ class QLinear(nn.Module):
 
     Attributes
     ----------
-    weight : uint8 buffer, one-dimensional
-        Packed codes, row after row. One-dimensional on purpose: software that does not know this
-        format then stops with a size mismatch instead of taking codes for weights.
+    weight : tensor, shape and dtype as in the float layer
+        Dequantized anew whenever it is read (once if ``cache``), because model code reads it (T5)
+        and initializes it (RWKV); writing into it changes nothing. The buffer of this name, which
+        ``state_dict`` holds, are the packed codes, uint8 and one-dimensional, row after row.
+        One-dimensional on purpose: software that does not know this format then stops with a size
+        mismatch instead of taking codes for weights. On the meta device the codes are all there is.
     scales : float buffer, shape (out, groups)
     zero_points : uint8 buffer, one-dimensional, absent for symmetric grids
     g_idx : int32 buffer, shape (in,), absent unless ``permuted``
@@ -148,6 +151,22 @@ class QLinear(nn.Module):
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero_point", zero_point)
 
+    @property
+    def _packed(self) -> torch.Tensor:
+        packed = self._buffers.get("weight")
+        if packed is None:  # An AttributeError, as a module raises for what it does not have.
+            raise AttributeError("weight")
+        return packed
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as model code expects it, marked as initialized for transformers."""
+        if self._packed.is_meta:
+            return self._packed
+        weight = self._operand()
+        weight._is_hf_initialized = True
+        return weight
+
     def input_quantizer(self) -> ActivationQuantizer | None:
         """Return what quantizes the inputs, or None.
 
@@ -176,7 +195,7 @@ class QLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QLinear:
         self._cached = None
         # The weight exists only as codes, so an empty one shows what dtype it would be given.
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._packed.device)).dtype
         grids = {n: b for n in _GRIDS if (b := getattr(self, n)) is not None}
         # Scales change device with the module but never dtype: hidden from the cast as integers.
         for name, grid in grids.items():
@@ -191,7 +210,7 @@ class QLinear(nn.Module):
 
     def codes(self) -> torch.Tensor:
         """Return the unpacked codes, uint8 (out, in), original column order."""
-        packed = self.weight.view(self.out_features, -1)
+        packed = self._packed.view(self.out_features, -1)
         return unpack_codes(packed, self.bits, self.in_features)
 
     def zeros(self) -> torch.Tensor:
@@ -199,7 +218,7 @@ class QLinear(nn.Module):
         if self.zero_points is None:
             middle = 1 if self.bits == "ternary" else 1 << (int(self.bits) - 1)
             shape = (self.out_features, self.groups)
-            return torch.full(shape, middle, dtype=torch.uint8, device=self.weight.device)
+            return torch.full(shape, middle, dtype=torch.uint8, device=self._packed.device)
         packed = self.zero_points.view(self.out_features, -1)
         return unpack_codes(packed, self.bits, self.groups)
 

@@ -114,18 +114,19 @@ class CompressedTensorsFormat(CheckpointFormat):
         schemes: dict[str, tuple[dict[str, Any], list[str]]] = {}
         for spec in specs:
             scheme = _scheme(spec, act_order)
-            schemes.setdefault(repr(scheme), (scheme, []))[1].append(spec.name)
+            schemes.setdefault(repr(scheme), (scheme, []))[1].extend(spec.names)
         layouts = sorted({layout(spec) for spec in specs})
         groups = {}
         for number, (scheme, names) in enumerate(schemes.values()):
             # Exact names: other readers match "Linear" against their own classes, so that a
             # router they build otherwise is taken for quantized, or a quantized head for float.
+            # Where names in memory differ, transformers looks for those, others for the saved.
             groups[f"group_{number}"] = {"targets": names, **scheme}
         return {
             "quant_method": "compressed-tensors",
             "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
             "quantization_status": "compressed",
-            "ignore": sorted(set(linears) - {spec.name for spec in specs}),
+            "ignore": sorted(set(linears) - {name for spec in specs for name in spec.names}),
             "kv_cache_scheme": None,
             "config_groups": groups,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -77,6 +77,8 @@ def choose_format(
     activations: Mapping[str, ActivationQuantizer] | None = None,
     foreign: Sequence[str] = (),
     linears: Sequence[str] | None = None,
+    prove: Callable[[], Sequence[str]] | None = None,
+    prove_stock: Callable[[], Sequence[str]] | None = None,
 ) -> tuple[CheckpointFormat, str]:
     """Return the format to write and the reason for it.
 
@@ -86,6 +88,11 @@ def choose_format(
         Further reasons against every format but ptqkit's own.
     linears : sequence of str, optional
         Names of all linear modules of the model; by default those of the layers.
+    prove : callable, optional
+        Returns the reasons why the model class cannot load packed layers; asked for a format that
+        ``from_pretrained`` reads without ptqkit, once nothing else speaks against it.
+    prove_stock : callable, optional
+        Returns the reasons why transformers alone cannot, though ptqkit can; they count for "auto".
 
     Raises
     ------
@@ -98,7 +105,11 @@ def choose_format(
         for spec in specs:
             quantizer = (activations or {}).get(spec.name)
             found += FORMATS[candidate].data_problems(spec, layers[spec.name], quantizer)
-        return found + list(foreign) if FORMATS[candidate].foreign else found
+        if not FORMATS[candidate].foreign:
+            return found
+        found += foreign
+        stock = not FORMATS[candidate].float_parts
+        return list(prove()) if prove is not None and stock and not found else found
 
     if name != "auto":
         found = problems(name)
@@ -106,6 +117,8 @@ def choose_format(
             raise ValueError(_listing(f"format {name!r} cannot carry this model", found, layers))
         return FORMATS[name], "asked for"
     found = problems(_PREFERRED.name)
+    if not found and prove_stock is not None:
+        found = list(prove_stock())
     if not found:
         return _PREFERRED, "every layer fits it exactly; stock transformers loads it"
     own = problems(NATIVE.name)

@@ -36,7 +36,8 @@ For a layer ``P`` with weight (out, in) and ``g = ceil(in / group_size)`` groups
 The weight is ``scale * (code - zero_point)`` in float32, rounded once to the model's dtype. A layer
 whose inputs have a static grid holds it as ``P.input_scale``, float32 (1), and if it is
 asymmetric ``P.input_zero_point``, signed, int8 (1), or int16 for more than 8 bits. All other
-tensors are those of the float model, under its own names.
+tensors are those that ``save_pretrained`` writes of the float model; all names are the names
+there, which in some classes are not those in memory.
 """
 
 from __future__ import annotations

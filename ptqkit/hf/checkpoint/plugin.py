@@ -17,6 +17,7 @@ from transformers.quantizers import auto as _auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ptqkit.hf.checkpoint.native import METHOD, layer_options
+from ptqkit.hf.checkpoint.skeleton import memory_names
 from ptqkit.nn.activations import install_quantizer
 from ptqkit.nn.qlinear import QLinear
 
@@ -70,11 +71,16 @@ class PtqkitQuantizer(HfQuantizer):
         modules = dict(model.named_modules())
         for name in getattr(self.quantization_config, "gained_biases", ()):
             _add_bias(name, modules.get(name))
-        for name, options in self.quantization_config.options().items():
+        options_of = self.quantization_config.options()
+        # Files have the names of save_pretrained, which may differ from those in memory.
+        renamed = [f"{name}.weight" for name in options_of if name not in modules]
+        held = memory_names(model, renamed) if renamed else {}
+        for saved, options in options_of.items():
+            name = held.get(f"{saved}.weight", f"{saved}.weight").removesuffix(".weight")
             module = modules.get(name)
             if module is None:
                 raise ValueError(
-                    f"{name}: quantized in the checkpoint, but {type(model).__name__} has no such "
+                    f"{saved}: quantized in the checkpoint, but {type(model).__name__} has no such "
                     "module; load with the class named under `architectures` in config.json"
                 )
             model.set_submodule(name, _replacement(name, module, options))

@@ -215,6 +215,16 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     if known is not None and known.float_parts:
         model, info = _load_float(folder, model_class, known, kwargs)
     else:
+        if (
+            known is not None
+            and known.foreign
+            and not {"config", "quantization_config"} & set(kwargs)
+        ):
+            from transformers import AutoConfig
+
+            from ptqkit.hf.checkpoint.experts import with_float_experts
+
+            kwargs["config"] = with_float_experts(AutoConfig.from_pretrained(folder))
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
     if missing:

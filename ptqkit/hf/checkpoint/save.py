@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.base import CheckpointFormat
 from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases
+from ptqkit.hf.checkpoint.experts import converted_problems
 from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
 from ptqkit.hf.checkpoint.formats import choose_format
 from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
+from ptqkit.hf.checkpoint.names import SavedNames, convert_plans, saved_names
+from ptqkit.hf.checkpoint.siblings import sibling_warnings
+from ptqkit.hf.checkpoint.skeleton import skeleton_problems
 from ptqkit.hf.checkpoint.spec import LayerSpec, describe_layers
 from ptqkit.hf.softmax.files import check_installed, write_installed
 from ptqkit.nn.activations import ActivationQuantizer
@@ -51,6 +56,8 @@ class CheckpointInfo:
     tensor_bytes : int
         Tensors alone.
     quantized_layers : int
+    warnings : tuple of str
+        What readers other than transformers refuse.
     """
 
     __repr__ = one_line_repr
@@ -62,6 +69,7 @@ class CheckpointInfo:
     bytes: int
     tensor_bytes: int
     quantized_layers: int
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
@@ -127,14 +135,26 @@ def save_checkpoint(
     check_activations(model, layers, activations)
     dynamic = [name for name, q in activations.items() if q.spec.dynamic]
     specs = describe_layers(model, layers, activations, measure_flat_inputs(model, dynamic))
-    biases = find_gained_biases(model)
+    biases, names = find_gained_biases(model), saved_names(model)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     chosen, reason = choose_format(
-        specs, layers, checkpoint_format, activations, biases.problems(), linears
+        specs,
+        layers,
+        checkpoint_format,
+        activations,
+        biases.problems(),
+        linears,
+        partial(skeleton_problems, model, list(layers), names),
+        partial(converted_problems, model, names),
     )
-    config = _model_config(model, specs, chosen, recipe, biases, linears)
     _check_weights(model, specs, layers)
-    plans = _plan(model, specs, layers, chosen, activations)
+    notes = sibling_warnings(specs, linears) if chosen.foreign else []
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    saved = [_as_saved(spec, names) for spec in specs]
+    linears = list(dict.fromkeys([*linears, *map(names.module, linears)]))
+    config = _model_config(model, saved, chosen, recipe, biases, linears)
+    plans = _plan(model, saved, layers, chosen, activations, names)
     if chosen.foreign:
         plans += _zero_plans(model, biases)
     tensor_bytes = sum(plan.nbytes for plan in plans)
@@ -155,7 +175,9 @@ def save_checkpoint(
         written = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
         total = sum(path.stat().st_size for path in written.values())
     files = tuple(sorted(written))
-    return CheckpointInfo(target, chosen.name, reason, files, total, tensor_bytes, len(specs))
+    return CheckpointInfo(
+        target, chosen.name, reason, files, total, tensor_bytes, len(specs), tuple(notes)
+    )
 
 
 def check_savable(model: Any, layers: Container[str] = ()) -> None:
@@ -277,16 +299,26 @@ def _plan(
     layers: Mapping[str, QuantizedMatrix],
     chosen: CheckpointFormat,
     activations: Mapping[str, ActivationQuantizer],
+    names: SavedNames,
 ) -> list[TensorPlan]:
-    by_weight = {f"{spec.name}.weight": spec for spec in specs}
+    by_weight = {f"{spec.names[-1]}.weight": spec for spec in specs}
+    kept = saved_tensors(model)
+    floats: list[TensorPlan] = []
     plans: list[TensorPlan] = []
-    for name, tensor in saved_tensors(model).items():
+    for name, tensor in model.state_dict().items():
         if name in by_weight:
             spec = by_weight[name]
-            plans += chosen.plans(spec, layers[spec.name], activations.get(spec.name))
-        else:
-            plans.append(TensorPlan.of(name, tensor))
-    return plans
+            held = spec.names[-1]
+            plans += chosen.plans(spec, layers[held], activations.get(held))
+        elif name in kept:
+            floats.append(TensorPlan.of(name, tensor))
+    return plans + convert_plans(model, floats, names)
+
+
+def _as_saved(spec: LayerSpec, names: SavedNames) -> LayerSpec:
+    """Return the layer under the name that it has in the files."""
+    saved = names.module(spec.name)
+    return spec if saved == spec.name else replace(spec, name=saved, module=spec.name)
 
 
 def _tied_copies(model: Any) -> set[str]:

@@ -26,6 +26,7 @@ class LayerSpec:
     Attributes
     ----------
     name : str
+        In the files, which may differ from the name in memory.
     out_features, in_features : int
     grid : WeightGrid
     kind : str
@@ -40,6 +41,8 @@ class LayerSpec:
         How the inputs are quantized.
     flat_input : bool or None
         Inputs come without the shape (batch, tokens, channels); None if that is not known.
+    module : str
+        Name of the module in memory, if it is another; empty if not.
     """
 
     name: str
@@ -52,6 +55,12 @@ class LayerSpec:
     tied: bool = False
     activations: ActivationQuantization | None = None
     flat_input: bool | None = False
+    module: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the layer: readers look for the one in the files or the one in memory."""
+        return (self.name, self.module) if self.module else (self.name,)
 
 
 def describe_layers(

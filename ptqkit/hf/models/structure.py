@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +12,13 @@ from ptqkit.errors import UnsupportedModuleError
 from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.recipe.recipe import Recipe, match_pattern
 
-__all__ = ["Structure", "Target", "find_blocks", "find_structure"]
+__all__ = ["FEW_OUTPUTS", "Structure", "Target", "find_blocks", "find_structure"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: Linear layers with fewer outputs stay float: other readers build routers and gates from floats.
+FEW_OUTPUTS = 32
+# What configurations call the number of experts, which is a router's number of outputs.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LEFT_ALONE = (nn.Embedding, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -137,7 +142,7 @@ def find_structure(
     structure = Structure(find_blocks(model, paths))
     prefixes = [(block, f"{block}.") for block in structure.blocks]
     first_name: dict[int, str] = {}
-    owners = _weight_owners(model)
+    owners, experts = _weight_owners(model), _expert_counts(model)
     for name, module in model.named_modules(remove_duplicate=False):
         structure.known_names.append(name)
         block = next((b for b, p in prefixes if name.startswith(p) or name == b), None)
@@ -150,7 +155,7 @@ def find_structure(
             continue
         first_name.setdefault(id(module), name)
         if is_linear(module):
-            _add_linear(structure, recipe, name, module, block, owners)
+            _add_linear(structure, recipe, name, module, block, owners, experts)
         elif block is not None:
             _note_other(structure, recipe, name, module)
     if not structure.targets and not structure.problems:
@@ -168,6 +173,15 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
+def _expert_counts(model: nn.Module) -> set[int]:
+    """Return the numbers of experts that the configuration of the language model names."""
+    text: Any = getattr(model, "config", None)
+    if hasattr(text, "get_text_config"):
+        text = text.get_text_config()
+    counts = (getattr(text, key, None) for key in _EXPERTS)
+    return {count for count in counts if isinstance(count, int)}
+
+
 def _add_linear(
     structure: Structure,
     recipe: Recipe,
@@ -175,8 +189,10 @@ def _add_linear(
     module: nn.Module,
     block: str | None,
     owners: dict[int, list[str]],
+    experts: set[int],
 ) -> None:
-    if block is None and not any(match_pattern(p, name) for p in recipe.include):
+    included = any(match_pattern(p, name) for p in recipe.include)
+    if block is None and not included:
         structure.skipped[name] = "outside the repeated blocks"
         return
     options = recipe.for_layer(name)
@@ -191,6 +207,14 @@ def _add_linear(
         structure.problems.append(
             f"{name} ({type(module).__name__}) holds a weight of dtype {weight.dtype} and shape "
             f"{tuple(weight.shape)}; only floating-point matrices can be quantized"
+        )
+        return
+    outputs = LinearView(module).shape[0]
+    if not included and (outputs < FEW_OUTPUTS or outputs in experts):
+        why = f"fewer than {FEW_OUTPUTS}" if outputs < FEW_OUTPUTS else "one per expert"
+        structure.skipped[name] = (
+            f"{outputs} output{'s' if outputs > 1 else ''} ({why}): other readers build routers "
+            "and gates from floats; `include` quantizes it"
         )
         return
     others = [o for o in owners.get(id(weight), []) if o != name]

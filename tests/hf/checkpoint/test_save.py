@@ -140,6 +140,7 @@ def test_gptq_says_which_linears_of_a_block_are_quantized(tmp_path):
         save_checkpoint(model, layers, None, tmp_path / "other", checkpoint_format="gptq_v2")
 
 
+@pytest.mark.filterwarnings("ignore:.*have different schemes:UserWarning")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_mixed_precision_and_skipped_layers(kind, tmp_path):
     model = build(kind)
@@ -163,6 +164,7 @@ def test_mixed_precision_and_skipped_layers(kind, tmp_path):
     assert_same_matrices(read_matrices(tmp_path / "out"), layers)
 
 
+@pytest.mark.filterwarnings("ignore:.*have different schemes:UserWarning")
 def test_every_width_loads_in_stock_transformers(tmp_path):
     model = build("llama")
     widths = {"q_proj": 2, "k_proj": 3, "v_proj": 5, "o_proj": 6, "up_proj": 7, "down_proj": 8}
@@ -259,7 +261,10 @@ def test_dtype_changes_round_the_weight_not_the_grid(kind, tmp_path):
         expected = torch.from_numpy(q.dequantize()).to(torch.bfloat16)
         for found in (asked, moved):
             module = found.get_submodule(name)
-            assert module.weight.dtype == torch.uint8 and module.scales.dtype == torch.float32
+            assert (
+                module.state_dict()["weight"].dtype == torch.uint8
+                and module.scales.dtype == torch.float32
+            )
             assert torch.equal(module.dequantize(), expected)
             assert module.bias is None or module.bias.dtype == torch.bfloat16
     assert logits(moved).dtype == torch.bfloat16
@@ -318,7 +323,7 @@ def _loaded(q, permuted):
         permuted=permuted,
         bias=False,
     )
-    module.weight.copy_(torch.from_numpy(native_pack(q.codes, q.bits).reshape(-1)))
+    module.state_dict()["weight"].copy_(torch.from_numpy(native_pack(q.codes, q.bits).reshape(-1)))
     module.zero_points.copy_(torch.from_numpy(native_pack(q.zero_points, q.bits).reshape(-1)))
     module.scales.copy_(torch.from_numpy(q.scales))
     if permuted:
