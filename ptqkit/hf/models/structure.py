@@ -16,7 +16,7 @@ __all__ = ["FEW_OUTPUTS", "Structure", "Target", "find_blocks", "find_structure"
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 #: Linear layers with fewer outputs stay float: other readers build routers and gates from floats.
-FEW_OUTPUTS = 32
+FEW_OUTPUTS = 16
 # What configurations call the number of experts, which is a router's number of outputs.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LEFT_ALONE = (nn.Embedding, nn.LayerNorm, nn.GroupNorm)

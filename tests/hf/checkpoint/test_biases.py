@@ -88,7 +88,6 @@ def test_settings_of_the_model_class_create_the_biases(endings, settings, dtype,
         assert bool(value.any()) == (name.removesuffix(".bias") in names)
 
 
-@pytest.mark.filterwarnings("ignore:.*have different schemes:UserWarning")
 def test_some_layers_of_a_kind_and_float_layers_too(tmp_path):
     model, layers, names = _case(
         "llama", "layers.1.mlp.down_proj", "v_proj", overrides={"v_proj": None}, **W4

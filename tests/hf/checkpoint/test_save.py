@@ -140,7 +140,6 @@ def test_gptq_says_which_linears_of_a_block_are_quantized(tmp_path):
         save_checkpoint(model, layers, None, tmp_path / "other", checkpoint_format="gptq_v2")
 
 
-@pytest.mark.filterwarnings("ignore:.*have different schemes:UserWarning")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_mixed_precision_and_skipped_layers(kind, tmp_path):
     model = build(kind)
@@ -164,7 +163,6 @@ def test_mixed_precision_and_skipped_layers(kind, tmp_path):
     assert_same_matrices(read_matrices(tmp_path / "out"), layers)
 
 
-@pytest.mark.filterwarnings("ignore:.*have different schemes:UserWarning")
 def test_every_width_loads_in_stock_transformers(tmp_path):
     model = build("llama")
     widths = {"q_proj": 2, "k_proj": 3, "v_proj": 5, "o_proj": 6, "up_proj": 7, "down_proj": 8}

@@ -30,8 +30,8 @@ def model(experts=128):
 def test_routers_and_gates_stay_float_with_the_reason():
     found = find_structure(model(), ptqkit.Recipe())
     assert sorted(found.targets) == ["layers.0.wide", "layers.1.wide"]
-    assert found.skipped["layers.0.shared_expert_gate"].startswith("1 output (fewer than 32)")
-    assert found.skipped["layers.0.narrow"].startswith("31 outputs (fewer than 32)")
+    assert found.skipped["layers.0.shared_expert_gate"].startswith("1 output (fewer than 16)")
+    assert found.skipped["layers.0.narrow"].startswith("15 outputs (fewer than 16)")
     assert found.skipped["layers.1.router"].startswith("128 outputs (one per expert)")
     assert not found.problems
 
