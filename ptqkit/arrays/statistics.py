@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays._inputs import as_mask, as_tokens, check_count, check_number, check_threads
 from ptqkit.errors import CalibrationError
 
@@ -32,6 +33,8 @@ class Seen:
     largest : tuple of (magnitude, token, channel)
         Tokens are counted from the first one seen.
     """
+
+    __repr__ = one_line_repr
 
     tokens: int
     sums: np.ndarray
@@ -275,7 +278,7 @@ class ActivationStatistics:
         """
         widths = (1, 2, 4, 8, 16, 32)
         if bins_per_octave not in widths:
-            raise ValueError(f"bins_per_octave must be one of {widths}, not {bins_per_octave!r}")
+            raise ValueError(f"bins_per_octave must be in {widths}, not {bins_per_octave!r}")
         join = BINS_PER_OCTAVE // bins_per_octave
         counts = self._state().histogram[BINS_PER_OCTAVE:].reshape(-1, join).sum(axis=1)
         filled = np.flatnonzero(counts)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from ptqkit._repr import one_line_repr
 from ptqkit.hf.checkpoint.files import TensorPlan
 
 __all__ = ["SavedNames", "convert_plans", "saved_names"]
@@ -30,6 +31,8 @@ class SavedNames:
     converted : frozenset of str
         Names in memory of tensors that are split, joined or transposed on saving.
     """
+
+    __repr__ = one_line_repr
 
     tensors: Mapping[str, str] = field(default_factory=dict)
     converted: frozenset[str] = frozenset()

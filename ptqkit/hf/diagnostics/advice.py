@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit.errors import CalibrationError
+from ptqkit.errors import CalibrationError, check_choice
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["recipe_toml", "suggest_recipe"]
@@ -51,8 +51,7 @@ def suggest_recipe(
     CalibrationError
         If the report does not hold what the rule reads.
     """
-    if by not in _RULES:
-        raise ValueError(f"by must be one of {_RULES}, not {by!r}")
+    check_choice("by", by, _RULES)
     if not factor > 1:
         raise ValueError(f"factor must be above 1, not {factor!r}")
     costs = _inputs(report) if by == "inputs" else _blocks(report)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.metrics import SQNR
 from ptqkit.arrays.softmax import softmax_grid
 from ptqkit.arrays.solvers import rtn
@@ -47,6 +48,8 @@ __all__ = ["Bench", "Case"]
 @dataclass
 class Case:
     """Tensors that are quantized together: (kind, module name)."""
+
+    __repr__ = one_line_repr
 
     kind: str
     layer: str

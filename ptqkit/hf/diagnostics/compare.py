@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ptqkit._files import plain
+from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 from ptqkit.hf.diagnostics.curves import METRICS, curve
 from ptqkit.hf.diagnostics.diagnosis import DiagnosisReport
@@ -35,6 +36,8 @@ class Comparison:
     published : dict of str to float
         Ratios that others state, for the table.
     """
+
+    __repr__ = one_line_repr
 
     reports: list[DiagnosisReport]
     part: str
@@ -71,9 +74,6 @@ class Comparison:
 
     def __str__(self) -> str:
         return self.table()
-
-    def __repr__(self) -> str:
-        return f"Comparison({', '.join(self.names)}; {len(self.values)} metrics)"
 
     def to_dict(self) -> dict[str, Any]:
         """Values and ratios, as plain values that are valid JSON."""

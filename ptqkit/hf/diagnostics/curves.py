@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from ptqkit.errors import check_choice
 from ptqkit.hf.diagnostics.rows import PARTS, Diagnosis
 
 __all__ = ["METRICS", "curve"]
@@ -37,10 +38,8 @@ def curve(report: Diagnosis, metric: str, part: str) -> tuple[np.ndarray, np.nda
     values : ndarray of float64
         Finite ones alone.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {METRICS}, not {metric!r}")
-    if part not in PARTS:
-        raise ValueError(f"part must be one of {PARTS}, not {part!r}")
+    check_choice("metric", metric, METRICS)
+    check_choice("part", part, PARTS)
     weights = {row.name: row for row in report.weights}
     found: dict[int, float] = {}
     for row in report.inputs:

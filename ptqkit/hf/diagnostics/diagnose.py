@@ -14,7 +14,7 @@ from ptqkit.arrays._inputs import check_count
 from ptqkit.arrays.outliers import outlier_dimensions, relative_outliers
 from ptqkit.arrays.spectrum import spectral_norm, stable_rank
 from ptqkit.arrays.statistics import ActivationStatistics
-from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.errors import CalibrationError, UnsupportedModuleError, check_choice
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.diagnostics.depth import measure_sensitivity
 from ptqkit.hf.diagnostics.diagnosis import DiagnosisReport
@@ -144,9 +144,8 @@ def _check(bits: int, sensitivity: Collection[str] | bool) -> tuple[str, ...]:
     if isinstance(sensitivity, bool):
         return SENSITIVITIES if sensitivity else ()
     wanted = (sensitivity,) if isinstance(sensitivity, str) else tuple(sensitivity)
-    unknown = [s for s in wanted if s not in SENSITIVITIES]
-    if unknown:
-        raise ValueError(f"sensitivity must be some of {SENSITIVITIES}, not {unknown[0]!r}")
+    for name in wanted:
+        check_choice("each of sensitivity", name, SENSITIVITIES)
     return wanted
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ptqkit._files import plain
+from ptqkit._repr import one_line_repr
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
 from ptqkit.hf.diagnostics.rows import NAN, AttentionRow, InputRow, NormRow, WeightRow
 
@@ -43,6 +44,8 @@ class DiagnosisReport:
     notes : list of str
         What could not be measured, and why.
     """
+
+    __repr__ = one_line_repr
 
     model: str = ""
     inputs: list[InputRow] = field(default_factory=list)
@@ -139,13 +142,6 @@ class DiagnosisReport:
 
     def __str__(self) -> str:
         return self.table()
-
-    def __repr__(self) -> str:
-        return (
-            f"DiagnosisReport({self.model or 'a model'}: {self.depth} blocks, "
-            f"{len(self.inputs)} inputs, {sum(map(len, self.outliers.values()))} outlier channels, "
-            f"{len(self.outlier_dimensions)} outlier dimensions)"
-        )
 
     def draw(self, path: str | os.PathLike[str], figure: str = "depth") -> None:
         """Draw a figure into a file (type by its suffix); no display is needed.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ptqkit.errors import check_choice
 from ptqkit.hf.diagnostics.curves import METRICS, curve
 from ptqkit.hf.diagnostics.rows import PARTS, Diagnosis, NormRow, WeightRow
 
@@ -51,8 +52,7 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    if figure not in FIGURES:
-        raise ValueError(f"figure must be one of {FIGURES}, not {figure!r}")
+    check_choice("figure", figure, FIGURES)
     picture = Figure(figsize=(9.5, 5.2), layout="constrained")
     if figure == "depth":
         _depth(picture, reports, part)

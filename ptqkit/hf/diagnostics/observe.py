@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.softmax import softmax_grid
 from ptqkit.arrays.statistics import ActivationStatistics
 from ptqkit.errors import CalibrationError
@@ -46,6 +47,8 @@ class Place:
     statistics : ActivationStatistics
         On a GPU until the end :class:`~ptqkit.nn.activation_statistics.TorchActivationStatistics`.
     """
+
+    __repr__ = one_line_repr
 
     consumers: list[str]
     statistics: Any
@@ -131,6 +134,8 @@ class InputObserver:
 @dataclass
 class _Sums:
     """Sums per head, on the device."""
+
+    __repr__ = one_line_repr
 
     values: dict[str, torch.Tensor] = field(default_factory=dict)
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ptqkit._repr import one_line_repr
+
 __all__ = ["PARTS", "AttentionRow", "Diagnosis", "InputRow", "NormRow", "WeightRow"]
 
 PARTS = ("attention in", "attention out", "mlp in", "mlp out")
@@ -39,6 +41,8 @@ class InputRow:
     histogram : dict
         ``edges`` and ``counts`` of the magnitudes, two bins to the octave.
     """
+
+    __repr__ = one_line_repr
 
     name: str
     block: str
@@ -87,6 +91,8 @@ class NormRow:
         At the report's ``quantiles``.
     """
 
+    __repr__ = one_line_repr
+
     name: str
     block: str
     depth: int
@@ -118,6 +124,8 @@ class WeightRow:
         At the report's ``quantiles``.
     """
 
+    __repr__ = one_line_repr
+
     name: str
     block: str
     depth: int
@@ -148,6 +156,8 @@ class AttentionRow:
     key_error, value_error : list of float
         Per key head: root of the error's energy by the tensor's, a symmetric grid per token.
     """
+
+    __repr__ = one_line_repr
 
     name: str
     block: str
