@@ -222,7 +222,7 @@ def test_what_is_refused():
         ({"layers": 1.2}, "layers must be a share"),
         ({"tokens": -1}, "tokens must be a share"),
         ({"ratio": 1}, "ratio must be above 1"),
-        ({"sensitivity": "block"}, "sensitivity must be some of"),
+        ({"sensitivity": "block"}, "each of sensitivity must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
             diagnose(model, batches, **options)
