@@ -27,7 +27,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     try:
-        return _import(name)
+        value = globals()[name] = _import(name)  # found once, an ordinary attribute from then on
     except ModuleNotFoundError as error:
         needed = (error.name or "").partition(".")[0]
         if needed == "ptqkit" or "ptqkit[" in str(error):
@@ -37,3 +37,4 @@ def __getattr__(name: str) -> Any:
             f"ptqkit.{name} needs {needed}; install it with: pip install 'ptqkit[{extra}]'",
             name=error.name,
         ) from error
+    return value

@@ -111,6 +111,7 @@ def rtn(
     check_scales(scales, scale_dtype, name)
     g_idx = (np.arange(n) // size).astype(np.int32)
     q = QuantizedMatrix(codes, scales, zeros, g_idx, result_grid)
+    _check_values(q, name)
     if matrix is None:
         return q
     found = _objective(W, q, matrix, threads)
@@ -308,6 +309,7 @@ def gptq(
         damping_raised=F.damping_raised,
         dead_inputs=int(F.dead.sum()),
     )
+    _check_values(q, name)
     if not feedback:  # the solver tracks differences only
         history += _objective(W, q, F.matrix, threads) - history[-1]
     if not (options.groups_follow_order if compare_rtn is None else compare_rtn):
@@ -438,3 +440,13 @@ def obq(
     q = replace(grids, codes=codes, damping=F.damping, dead_inputs=int(F.dead.sum()))
     found = _objective(W, q, F.matrix, threads)
     return replace(q, row_objectives=found[None], rtn_objectives=grids.rtn_objectives)
+
+
+def _check_values(q: QuantizedMatrix, name: str | None) -> None:
+    """Raise ValueError if a value of the result is beyond float32, though its scale is not."""
+    steps = max(q.max_code, 1)
+    if q.scales.size and float(q.scales.max()) * steps >= np.finfo(np.float32).max:
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(q.dequantize()).all()
+        if not finite:
+            raise ValueError(f"{label(name)}a scale does not fit float32: the weights are huge")

@@ -287,7 +287,7 @@ BAD = [
     ({"bits": 17}, ValueError, "bits"),
     ({"bits": 8.0}, TypeError, "bits must be an integer"),
     ({"bits": True}, TypeError, "bits"),
-    ({"granularity": "channel"}, ValueError, "granularity must be one of token, tensor"),
+    ({"granularity": "channel"}, ValueError, "granularity must be one of 'token', 'tensor'"),
     ({"granularity": []}, ValueError, "granularity"),
     ({"symmetric": False, "narrow_range": True}, ValueError, "narrow_range=True needs"),
     ({"scale": 1.0}, ValueError, 'granularity="tensor"'),

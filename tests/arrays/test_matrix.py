@@ -36,7 +36,7 @@ def test_the_result_holds_its_grid():
         ({"group_size": 0}, ValueError, "group_size 0 is below 1"),
         ({"group_size": 4.0}, TypeError, "group_size must be an integer or None"),
         ({"per_tensor": True}, ValueError, "pass group_size=None, not 128"),
-        ({"scale_dtype": "float64"}, ValueError, "scale_dtype must be one of float32, float16"),
+        ({"scale_dtype": "float64"}, ValueError, "scale_dtype must be one of 'float32', 'float16'"),
     ],
 )
 def test_bad_grids(options, error, text):

@@ -417,7 +417,7 @@ BAD = [
     ({"scores": X.astype(complex)}, TypeError, "scores must be floating point"),
     ({"scores": X.astype(float) * 1e39}, ValueError, "scores\\[.*holds NaN or"),
     ({"grid": 8}, TypeError, "softmax_grid"),
-    ({"correction": "mean"}, ValueError, "correction must be None"),
+    ({"correction": "mean"}, ValueError, "correction must be one of None"),
     ({"correction": "bias"}, ValueError, "needs bias="),
     ({"correction": "row_length"}, ValueError, "needs bias="),
     ({"correction": "row_sum", "bias": 0.1}, ValueError, "takes no bias"),

@@ -232,7 +232,7 @@ def test_spec_as_plain_values():
     for one in (spec, ActivationQuantization(4, outlier_threshold=6.0)):
         assert ActivationQuantization.parse(one.to_dict()) == one
         assert ActivationQuantization.parse(one) is one
-    with pytest.raises(ValueError, match=r"no option 'bit'; options are \['bits'"):
+    with pytest.raises(ValueError, match=r"no option 'bit' \(did you mean 'bits'\?\)"):
         ActivationQuantization.parse({"bit": 8})
     with pytest.raises(TypeError, match="must be ActivationQuantization or a mapping, not int"):
         ActivationQuantization.parse(8)

@@ -64,7 +64,7 @@ def format_problems(
     ValueError
         If ``name`` is not one of :data:`FORMATS`.
     """
-    check_choice("checkpoint_format", name, ("auto", *FORMATS))
+    check_choice("checkpoint_format", name, FORMATS)
     found = [problem for spec in specs for problem in FORMATS[name].problems(spec)]
     every = [spec.name for spec in specs] if linears is None else linears
     return found + FORMATS[name].joint_problems(specs, every)

@@ -137,7 +137,14 @@ def test_false_fields_are_refused(quantized, tmp_path):
         model, {"model.nothing": q}, tmp_path, "auto", "'model.nothing', which is not a module"
     )
     _refused(model, {Q_PROJ: q.rows(0, 3)}, tmp_path, "auto", "codes have shape (3, 64)")
-    _refused(model, layers, tmp_path, "awq", "checkpoint_format must be one of 'auto', ", "'awq'")
+    _refused(
+        model,
+        layers,
+        tmp_path,
+        "awq",
+        "checkpoint_format must be one of 'compressed-tensors', 'gptq', ",
+        "'awq'",
+    )
     wrong = dataclasses.replace(q, zero_points=q.zero_points + np.uint8(1))
     _refused(model, {Q_PROJ: wrong}, tmp_path, "auto", "not the middle of the grid")
     wrong = dataclasses.replace(q, scales=q.scales * np.float32("nan"))
