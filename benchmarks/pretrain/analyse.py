@@ -68,7 +68,7 @@ def contrasts(axis: str) -> list[tuple[int, int]]:
 def read(path: Path) -> pd.DataFrame:
     """Read the CSV; add the name of a run without its seed."""
     table = pd.read_csv(path)
-    loss = table[table.metric == "validation loss"]
+    loss = table[(table.metric == "validation loss") & (table.stage == "late")]
     failed = set(loss.loc[loss["value"] > FAILED, "run"])
     if failed:
         print("left out, training failed:", ", ".join(sorted(failed)))
