@@ -14,6 +14,7 @@ import csv
 import gzip
 import json
 import math
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -221,10 +222,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     folders = sorted(str(p.parent) for p in args.runs.glob("*/*/training.json"))
+    folders.sort(key=lambda f: f.endswith("early"))  # the late ones first
     data = str(args.runs / "tokens.npz")
     fields = [*AXES, "seed", "step", "tokens", "skipped_steps", "run", "stage"]
     fields += ["kind", "metric", "value", "error"]
-    with open(args.out, "w", newline="") as file, ProcessPoolExecutor(args.processes) as pool:
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    pool = ProcessPoolExecutor(args.processes, context)
+    with open(args.out, "w", newline="") as file, pool:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         jobs = {pool.submit(evaluate, f, data, args.tasks, args.device): f for f in folders}
