@@ -215,7 +215,8 @@ def bars(table: pd.DataFrame, axes: list[str], path: Path) -> None:
             ):
                 found = [values_by_seed(table, c, scheme, metric, "late") for _, c in choices]
                 y = at + (k - 0.5) * 0.4
-                panel.barh(y, [v.mean() if len(v) else 0 for v in found], 0.38, color=colour, label=word)
+                means = [v.mean() if len(v) else 0 for v in found]
+                panel.barh(y, means, 0.38, color=colour, label=word)
                 for spot, v in zip(y, found, strict=True):
                     if not len(v):
                         continue
@@ -350,9 +351,7 @@ def main() -> None:
 
         matplotlib.use("Agg")
         bars(table, ["weight decay", "gradient clipping", "dropout"], out / "figure2.png")
-        bars(
-            table, ["half precision", "positions", "optimizer and gain"], out / "figure3.png"
-        )
+        bars(table, ["half precision", "positions", "optimizer and gain"], out / "figure3.png")
         curves(table, out / "figure5.png")
         predictor_picture(best, out / "predictors.png")
 

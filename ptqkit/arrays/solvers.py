@@ -445,7 +445,7 @@ def obq(
 def _check_values(q: QuantizedMatrix, name: str | None) -> None:
     """Raise ValueError if a value of the result is beyond float32, though its scale is not."""
     steps = max(q.max_code, 1)
-    if q.scales.size and float(q.scales.max()) * steps >= np.finfo(np.float32).max:
+    if q.scales.size and float(q.scales.max()) * steps >= float(np.finfo(np.float32).max):
         with np.errstate(over="ignore"):
             finite = np.isfinite(q.dequantize()).all()
         if not finite:
