@@ -320,6 +320,7 @@ def main() -> None:
     parser.add_argument("--no-figures", action="store_true")
     args = parser.parse_args()
     out = args.out or args.csv.parent
+    out.mkdir(parents=True, exist_ok=True)
     table = read(args.csv)
     pd.set_option("display.width", 200, "display.max_columns", 40, "display.max_rows", 500)
     pd.set_option("display.float_format", "{:.3f}".format)
