@@ -124,7 +124,8 @@ static void squares_task(void *ctx, int64_t i, int thread) {
 /* Whether all that is to be added is finite and leaves finite sums. */
 static ptq_status check_tokens(update *u, int threads) {
     double most = 0.0;
-    for (int64_t i = 0; i < u->n; i++) most = fmax(most, (double)u->S[i * u->n + i]);
+    for (int64_t i = 0; i < u->n; i++) /* fmax here stops GCC 12 for Arm with an internal error */
+        if ((double)u->S[i * u->n + i] > most) most = (double)u->S[i * u->n + i];
     const double room = (double)FLT_MAX / 2.002 - most, tokens = (double)u->count;
     u->limit = room > 0.0 && tokens > 0.0 ? (float)sqrt(room / tokens) : 0.0f;
     const int scanners = ptq_worth_threads(tokens * (double)u->n) ? threads : 1;
