@@ -10,7 +10,14 @@ import numpy as np
 
 import ptqkit._core as _core
 from ptqkit._repr import one_line_repr
-from ptqkit.arrays._inputs import as_mask, as_tokens, check_count, check_number, check_threads
+from ptqkit.arrays._inputs import (
+    NOT_FINITE,
+    as_batch,
+    check_count,
+    check_number,
+    check_threads,
+)
+from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.errors import CalibrationError
 
 __all__ = ["ActivationStatistics"]
@@ -57,11 +64,12 @@ class Seen:
         )
 
 
-class ActivationStatistics:
+class ActivationStatistics(Accumulator):
     """Streaming statistics of the input of a layer, one reading of every token.
 
     What [IPQS, section 4] measures at the input of a linear layer, and what later work added. All
-    sums are in float64; an update that fails or is interrupted leaves everything as it was.
+    sums are in float64; an update that fails or is interrupted leaves everything as it was. Several
+    threads may update one object.
 
     Parameters
     ----------
@@ -96,6 +104,7 @@ class ActivationStatistics:
         absmax: float | None = None,
         threads: int = 0,
     ) -> None:
+        super().__init__()
         self.channels = check_count(channels, "channels", 1, 1 << 24)
         self.bits = check_count(bits, "bits", 2, 16)
         self.threshold = _positive(threshold, "threshold")
@@ -120,11 +129,7 @@ class ActivationStatistics:
         TypeError
             X is not floating point.
         """
-        X, dtype, shape = as_tokens(X, self.channels)
-        rows = None if mask is None else as_mask(mask, shape[:-1])
-        if rows is not None and len(rows) == len(X):
-            rows = None
-        tokens = len(X) if rows is None else len(rows)
+        X, dtype, rows, tokens = as_batch(X, mask, self.channels)
         if tokens == 0:
             return
         sums, histogram = np.empty(6), np.empty(BINS, np.int64)
@@ -147,16 +152,14 @@ class ActivationStatistics:
                 self.threads,
             )
         except FloatingPointError:
-            raise ValueError(
-                "X holds NaN or Inf; the batch was not added. Check the calibration data and "
-                "the model's dtype (float16 overflows easily)"
-            ) from None
+            raise ValueError(NOT_FINITE) from None
         found = zip(largest.tolist(), places.tolist(), strict=True)
         entries = tuple((value, token, channel) for value, (token, channel) in found if value > 0)
         self._add(Seen(tokens, sums, most, counts, histogram, entries))
 
     def _add(self, seen: Seen) -> None:
-        self._seen = seen if self._seen is None else self._seen.plus(seen)
+        with self._lock:
+            self._seen = seen if self._seen is None else self._seen.plus(seen)
 
     def merge(self, other: ActivationStatistics) -> None:
         """Add what ``other`` has seen, which must have the same options."""
@@ -167,8 +170,9 @@ class ActivationStatistics:
                 raise ValueError(
                     f"cannot merge {name}={getattr(other, name)} into {getattr(self, name)}"
                 )
-        if other._seen is not None:
-            self._add(other._seen)
+        seen = other._seen
+        if seen is not None:
+            self._add(seen)
 
     def copy(self) -> ActivationStatistics:
         """Return an independent copy."""
@@ -183,9 +187,10 @@ class ActivationStatistics:
         return result
 
     def _state(self) -> Seen:
-        if self._seen is None:
+        seen = self._seen
+        if seen is None:
             raise CalibrationError("the statistics have seen no token; call update(X) first")
-        return self._seen
+        return seen
 
     def _mean(self, which: int) -> float:
         """Mean over all values of a sum of squares, and its root."""
@@ -195,7 +200,8 @@ class ActivationStatistics:
     @property
     def tokens(self) -> int:
         """Tokens seen."""
-        return 0 if self._seen is None else self._seen.tokens
+        seen = self._seen
+        return 0 if seen is None else seen.tokens
 
     @property
     def rms(self) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.arrays.statistics import BINS, LARGEST, ActivationStatistics, Seen
 from ptqkit.errors import CalibrationError
 
@@ -15,7 +16,35 @@ _CHUNK = 1 << 22
 """Values that are widened to float64 at a time."""
 
 
-class TorchActivationStatistics:
+class _Sums(NamedTuple):
+    """What :class:`ptqkit.arrays.statistics.Seen` holds, on a device; never written to."""
+
+    tokens: int
+    sums: torch.Tensor
+    most: torch.Tensor
+    counts: torch.Tensor
+    histogram: torch.Tensor
+    largest: torch.Tensor
+    places: torch.Tensor
+    finite: torch.Tensor
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Both, ``other`` after this; its places count from the first token of all."""
+        values = torch.cat([self.largest, other.largest])
+        largest, kept = values.topk(min(LARGEST, len(values)))
+        return _Sums(
+            self.tokens + other.tokens,
+            self.sums + other.sums,
+            torch.maximum(self.most, other.most),
+            self.counts + other.counts,
+            self.histogram + other.histogram,
+            largest,
+            torch.cat([self.places, other.places + self.tokens * len(self.most)])[kept],
+            self.finite & other.finite,
+        )
+
+
+class TorchActivationStatistics(Accumulator):
     """The same as :class:`ptqkit.ActivationStatistics`, accumulated by torch on a device.
 
     Nothing waits for the device before :meth:`finish`. Sums are in float64 and differ from the
@@ -37,15 +66,24 @@ class TorchActivationStatistics:
         bits: int = 8,
         threshold: float = 6.0,
     ) -> None:
-        self.channels, self.tokens = channels, 0
-        self._result = ActivationStatistics(channels, bits=bits, threshold=threshold)
-        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
-        self._most = torch.zeros(channels, dtype=torch.float32, device=device)
-        self._counts = torch.zeros(channels, dtype=torch.int64, device=device)
-        self._histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
-        self._largest = torch.zeros(0, dtype=torch.float32, device=device)
-        self._places = torch.zeros(0, dtype=torch.int64, device=device)
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        super().__init__()
+        self.channels, self.bits, self.threshold = channels, bits, threshold
+        # replaced in one assignment: never half updated
+        self._seen = _Sums(
+            0,
+            torch.zeros(6, dtype=torch.float64, device=device),
+            torch.zeros(channels, dtype=torch.float32, device=device),
+            torch.zeros(channels, dtype=torch.int64, device=device),
+            torch.zeros(BINS, dtype=torch.int64, device=device),
+            torch.zeros(0, dtype=torch.float32, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.ones((), dtype=torch.bool, device=device),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self._seen.tokens
 
     def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Add inputs of shape (..., channels); ``mask`` (...) tells which positions count."""
@@ -56,40 +94,41 @@ class TorchActivationStatistics:
             return
         values = values.float()
         scale = self._scale(values.abs().max())
-        for part in values.split(max(1, _CHUNK // self.channels)):
-            self._add(part, scale)
+        parts = values.split(max(1, _CHUNK // self.channels))
+        batch = self._sums(parts[0], scale)
+        for part in parts[1:]:
+            batch = batch.plus(self._sums(part, scale))
+        with self._lock:
+            self._seen = self._seen.plus(batch)
 
     def _scale(self, absmax: torch.Tensor) -> torch.Tensor:
         """Return steps of symmetric grids; any positive number where all values are 0."""
-        top = 2 ** (self._result.bits - 1) - 1
-        scale = absmax / top
+        scale = absmax / (2 ** (self.bits - 1) - 1)
         return torch.where(scale > 0, scale, torch.ones_like(scale))
 
     def _error(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        top = 2 ** (self._result.bits - 1) - 1
+        top = 2 ** (self.bits - 1) - 1
         codes = (x / scale).round().clamp(-top, top)
         return (x.double() - codes.double() * scale.double()).square().sum()
 
-    def _add(self, x: torch.Tensor, scale: torch.Tensor) -> None:
+    def _sums(self, x: torch.Tensor, scale: torch.Tensor) -> _Sums:
         magnitudes, wide = x.abs(), x.double()
-        self._finite &= torch.isfinite(x).all()
         squares = (wide - wide.mean(dim=1, keepdim=True)).square()
         second, fourth = squares.mean(dim=1), squares.square().mean(dim=1)
         varied = (x.amax(dim=1) > x.amin(dim=1)) & (second > 0)
         kurtosis = torch.where(varied, fourth / second.square() - 3, torch.zeros_like(second))
         per_token = self._scale(magnitudes.amax(dim=1, keepdim=True))
         sums = [wide.square().sum(), second.sqrt().sum(), kurtosis.sum(), varied.sum().double()]
-        self._sums += torch.stack([*sums, self._error(x, per_token), self._error(x, scale)])
-        self._most = torch.maximum(self._most, magnitudes.amax(dim=0))
-        self._counts += (magnitudes >= self._result.threshold).sum(dim=0)
         index = magnitudes.contiguous().view(torch.int32).reshape(-1) >> 18
-        self._histogram += torch.bincount(index.clamp(max=BINS - 1), minlength=BINS)
-        values, places = magnitudes.reshape(-1).topk(min(LARGEST, magnitudes.numel()))
-        values = torch.cat([self._largest, values])
-        places = torch.cat([self._places, places + self.tokens * self.channels])
-        self._largest, kept = values.topk(min(LARGEST, len(values)))
-        self._places = places[kept]
-        self.tokens += len(x)
+        return _Sums(
+            len(x),
+            torch.stack([*sums, self._error(x, per_token), self._error(x, scale)]),
+            magnitudes.amax(dim=0),
+            (magnitudes >= self.threshold).sum(dim=0),
+            torch.bincount(index.clamp(max=BINS - 1), minlength=BINS),
+            *magnitudes.reshape(-1).topk(min(LARGEST, magnitudes.numel())),
+            torch.isfinite(x).all(),
+        )
 
     def finish(self) -> ActivationStatistics:
         """Return the same on the host.
@@ -99,15 +138,16 @@ class TorchActivationStatistics:
         CalibrationError
             If an input was not finite.
         """
-        if not bool(self._finite):
+        seen = self._seen
+        if not bool(seen.finite):
             raise CalibrationError("the inputs hold values that are not finite")
-        if self.tokens:
-            entries = zip(self._largest.tolist(), self._places.tolist(), strict=True)
-            arrays = (self._sums, self._most, self._counts, self._histogram)
-            sums, most, counts, histogram = (a.cpu().numpy() for a in arrays)
+        result = ActivationStatistics(self.channels, bits=self.bits, threshold=self.threshold)
+        if seen.tokens:
+            entries = zip(seen.largest.tolist(), seen.places.tolist(), strict=True)
             largest = tuple((v, *divmod(at, self.channels)) for v, at in entries if v > 0)
-            self._result._seen = Seen(self.tokens, sums, most, counts, histogram, largest)
-        return self._result
+            sums, most, counts, histogram = (a.cpu().numpy() for a in seen[1:5])
+            result._seen = Seen(seen.tokens, sums, most, counts, histogram, largest)
+        return result
 
 
 def statistics_accumulator(channels: int, device: torch.device, **options: Any) -> Any:

@@ -37,6 +37,12 @@ KINDS = {
         lambda a: [a.tokens, a.minimum, a.maximum, a.mean],
         "channel_ranges",
     ),
+    "statistics": (
+        lambda: ptqkit.ActivationStatistics(24, threads=1),
+        lambda a: a.update(X),
+        lambda a: [a.tokens, a.rms, a.kurtosis, a.channel_absmax, a.channel_counts],
+        "activation_statistics",
+    ),
     "softmax": (
         lambda: ptqkit.SoftmaxBias(2, grid=ptqkit.softmax_grid(8), threads=1),
         lambda a: a.update(P),

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers.batches import LEVELS
 from helpers.core_cases import EPS
 from helpers.data import SHARED
 
@@ -14,7 +15,6 @@ import ptqkit.reference as reference
 from ptqkit.arrays.equalization import SCALE_LIMITS
 
 STATS = SHARED / "act_stats"
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16"]
 
 
 def _problem(tokens=60, n=48, rows=(30,), seed=0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.batches import DTYPES, as_given
 from helpers.core_cases import EPS
 
 import ptqkit
@@ -13,22 +14,10 @@ INPUTS = [1, 7, 8, 9, 23, 24, 25, 47, 48, 49, 95, 96, 97, 191, 193]
 TOKENS = [1, 2, 255, 256, 257, 1024, 1025]
 
 
-def _to_bfloat16(X):
-    """float32 values rounded to bfloat16, as float32."""
-    bits = np.ascontiguousarray(X, np.float32).view(np.uint32)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return bits.view(np.float32)
-
-
 def _inputs(tokens, n, dtype, seed=0):
     """What update() takes, and the same values in float64."""
     X = np.random.default_rng([seed, tokens, n]).normal(size=(tokens, n)).astype(np.float32)
-    if dtype == "bfloat16":
-        torch = pytest.importorskip("torch")
-        X = _to_bfloat16(X)
-        return torch.from_numpy(X).to(torch.bfloat16), X.astype(np.float64)
-    X = X.astype(dtype)
-    return X, X.astype(np.float64)
+    return as_given(X, dtype)
 
 
 def _bound(X):
@@ -44,7 +33,7 @@ def _check(H, X):
     assert H.tokens == len(X) and H.matrix.dtype == np.float32
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", INPUTS)
 def test_widths(n, dtype, blas):
     X, exact = _inputs(67, n, dtype)
@@ -53,7 +42,7 @@ def test_widths(n, dtype, blas):
     _check(H, exact)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_token_counts(tokens, dtype, blas):
     X, exact = _inputs(tokens, 50, dtype)
@@ -82,7 +71,7 @@ def test_float16_subnormals_and_extremes_are_exact():
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_batching_and_merging(dtype, blas):
     X, exact = _inputs(300, 49, dtype)
     parts, left, right = ptqkit.Hessian(49), ptqkit.Hessian(49), ptqkit.Hessian(49)
@@ -98,7 +87,7 @@ def test_batching_and_merging(dtype, blas):
     assert right.tokens == 189  # the other one is left as it was
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["bool", "int", "tensor"])
 def test_masked_tokens_do_not_count(dtype, kind, blas):
     X, exact = _inputs(120, 30, dtype)
@@ -186,10 +175,10 @@ def test_torch_tensors():
     wide[:, ::2] = torch.from_numpy(X).to(torch.bfloat16)
     H = ptqkit.Hessian(20)
     H.update(wide[:, ::2])
-    _check(H, _to_bfloat16(X).astype(np.float64))
+    _check(H, as_given(X, "bfloat16")[1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_batch_with_nan_leaves_the_value_untouched(dtype, value, blas):
     good, _ = _inputs(40, 17, dtype)
@@ -234,23 +223,3 @@ def test_the_matrix_is_cached_read_only_and_follows_updates():
     np.testing.assert_array_equal(first, kept)
     _check(H, exact)
     assert repr(H) == "Hessian(in_features=6, tokens=30)"
-
-
-def test_an_interrupted_update_is_not_used_silently(monkeypatch):
-    import ptqkit._core as _core
-
-    X, _ = _inputs(30, 6, "float32")
-    H = ptqkit.Hessian(6)
-    H.update(X)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(_core, "hessian_update", stop)
-    with pytest.raises(KeyboardInterrupt):
-        H.update(X)
-    monkeypatch.undo()
-    uses = [lambda: H.matrix, lambda: H.update(X), lambda: ptqkit.Hessian(6).merge(H)]
-    for use in [*uses, lambda: H.copy().matrix]:
-        with pytest.raises(ptqkit.CalibrationError, match="interrupted"):
-            use()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.batches import DTYPES, LEVELS, inputs
 from helpers.core_cases import EPS
 
 import ptqkit
@@ -11,20 +12,6 @@ import ptqkit.reference as reference
 
 CHANNELS = [1, 3, 4, 15, 16, 17, 63, 64, 65, 127, 1023, 1025, 2100]
 TOKENS = [1, 2, 7, 8, 9, 15, 16, 17, 100]
-DTYPES = ["float32", "float16", "bfloat16"]
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16"]
-
-
-def _inputs(tokens, n, dtype, seed=0):
-    """What update() takes, and the same values in float64; channels differ in mean and range."""
-    rng = np.random.default_rng([seed, tokens, n])
-    X = rng.normal(size=(tokens, n)) * rng.uniform(0.01, 20, n) + rng.normal(size=n)
-    if dtype == "bfloat16":
-        torch = pytest.importorskip("torch")
-        tensor = torch.from_numpy(X).to(torch.bfloat16)
-        return tensor, tensor.double().numpy()
-    X = X.astype(dtype)
-    return X, X.astype(np.float64)
 
 
 def _check(ranges, X):
@@ -43,7 +30,7 @@ def _check(ranges, X):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", CHANNELS)
 def test_widths(n, dtype):
-    X, exact = _inputs(43, n, dtype)
+    X, exact = inputs(43, n, dtype)
     ranges = ptqkit.ChannelRanges(n)
     ranges.update(X)
     _check(ranges, exact)
@@ -52,7 +39,7 @@ def test_widths(n, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_token_counts(tokens, dtype):
-    X, exact = _inputs(tokens, 37, dtype)
+    X, exact = inputs(tokens, 37, dtype)
     ranges = ptqkit.ChannelRanges(37)
     ranges.update(X[:0])
     assert ranges.tokens == 0
@@ -70,7 +57,7 @@ def test_a_mean_over_many_tokens_stays_exact():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batching_merging_and_copies(dtype):
-    X, exact = _inputs(300, 49, dtype)
+    X, exact = inputs(300, 49, dtype)
     parts, left, right = (ptqkit.ChannelRanges(49) for _ in range(3))
     for start, stop in [(0, 1), (1, 4), (4, 131), (131, 300)]:
         parts.update(X[start:stop].reshape(1, stop - start, 49))
@@ -96,7 +83,7 @@ def test_batching_merging_and_copies(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["bool", "int", "tensor"])
 def test_masked_tokens_do_not_count(dtype, kind):
-    X, exact = _inputs(120, 30, dtype)
+    X, exact = inputs(120, 30, dtype)
     mask = np.random.default_rng(1).random((4, 30)) < 0.7
     shaped = mask
     if kind == "int":
@@ -115,7 +102,7 @@ def test_masked_tokens_do_not_count(dtype, kind):
 
 
 def test_a_full_mask_and_an_empty_one():
-    X, exact = _inputs(20, 9, "float32")
+    X, exact = inputs(20, 9, "float32")
     ranges = ptqkit.ChannelRanges(9)
     ranges.update(X, np.zeros(20, bool))
     assert ranges.tokens == 0
@@ -146,8 +133,8 @@ def test_memory_layouts_make_no_difference(dtype):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("token", "channel"), [(0, 0), (77, 16), (80, 32), (3, 32)])
 def test_a_batch_with_nan_leaves_the_value_untouched(dtype, value, token, channel):
-    good, exact = _inputs(40, 33, dtype)
-    bad, _ = _inputs(81, 33, dtype, seed=1)
+    good, exact = inputs(40, 33, dtype)
+    bad, _ = inputs(81, 33, dtype, seed=1)
     bad[token, channel] = value
     ranges = ptqkit.ChannelRanges(33)
     ranges.update(good)
@@ -181,7 +168,7 @@ def test_float16_subnormals_are_exact():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [96, 203, 2500])
 def test_the_number_of_threads_changes_no_bit(n, dtype):
-    X, _ = _inputs(1601, n, dtype)
+    X, _ = inputs(1601, n, dtype)
     mask = np.arange(1601) % 7 > 0
     results = []
     for threads in (1, 2, 3, 8):
@@ -248,27 +235,8 @@ def test_every_level_sees_nan_and_infinity(script, level):
     script(NONFINITE, PTQKIT_CPU=level)
 
 
-def test_an_interrupted_update_changes_nothing(monkeypatch):
-    import ptqkit._core as _core
-
-    X, exact = _inputs(30, 6, "float32")
-    ranges = ptqkit.ChannelRanges(6)
-    ranges.update(X)
-    real = _core.channel_ranges
-
-    def stop(*arguments):
-        real(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(_core, "channel_ranges", stop)
-    with pytest.raises(KeyboardInterrupt):
-        ranges.update(X * 5)
-    monkeypatch.undo()
-    _check(ranges, exact)
-
-
 def test_values_are_independent_of_what_follows():
-    X, exact = _inputs(30, 6, "float32")
+    X, exact = inputs(30, 6, "float32")
     ranges = ptqkit.ChannelRanges(6)
     ranges.update(X[:10])
     low, high, mean = ranges.minimum, ranges.maximum, ranges.mean
@@ -281,7 +249,7 @@ def test_values_are_independent_of_what_follows():
 
 
 def test_from_arrays():
-    X, exact = _inputs(100, 25, "float32")
+    X, exact = inputs(100, 25, "float32")
     low, high, mean = reference.channel_ranges(exact[:60])
     given = ptqkit.ChannelRanges.from_arrays(low, high, mean, 60)
     low[...] = 0  # the arrays were copied

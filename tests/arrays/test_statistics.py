@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers.batches import DTYPES, LEVELS, inputs
 
 import ptqkit
 import ptqkit._core as _core
@@ -14,23 +15,9 @@ import ptqkit.reference as reference
 from ptqkit.errors import CalibrationError
 
 CHANNELS = [1, 2, 15, 16, 17, 31, 33, 64, 130, 1025]
-DTYPES = ["float32", "float16", "bfloat16"]
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16"]
 
 # Half a bin of 1/32 octave, where octaves begin: sqrt(33/32) - 1.
 HALF_BIN = math.sqrt(33 / 32) - 1
-
-
-def _inputs(tokens, n, dtype="float32", seed=0):
-    """What update() takes, and the same values in float64; channels differ in mean and range."""
-    rng = np.random.default_rng([seed, tokens, n])
-    X = rng.normal(size=(tokens, n)) * rng.uniform(0.01, 9, n) + rng.normal(size=n)
-    if dtype == "bfloat16":
-        torch = pytest.importorskip("torch")
-        tensor = torch.from_numpy(X).to(torch.bfloat16)
-        return tensor, tensor.double().numpy()
-    X = X.astype(dtype)
-    return X, X.astype(np.float64)
 
 
 def _errors(actual, exact, X, bits=8):
@@ -63,7 +50,7 @@ def _check(statistics, X, tensor=True):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", CHANNELS)
 def test_widths(n, dtype):
-    X, exact = _inputs(43, n, dtype)
+    X, exact = inputs(43, n, dtype)
     statistics = ptqkit.ActivationStatistics(n)
     statistics.update(X)
     _check(statistics, exact)
@@ -71,7 +58,7 @@ def test_widths(n, dtype):
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 33, 100])
 def test_token_counts(tokens):
-    X, exact = _inputs(tokens, 37)
+    X, exact = inputs(tokens, 37)
     statistics = ptqkit.ActivationStatistics(37)
     statistics.update(X[:0])
     assert statistics.tokens == 0
@@ -82,7 +69,7 @@ def test_token_counts(tokens):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 12, 16])
 @pytest.mark.parametrize("absmax", [None, 2.5, 100.0])
 def test_grids(bits, absmax):
-    X, exact = _inputs(50, 40)
+    X, exact = inputs(50, 40)
     statistics = ptqkit.ActivationStatistics(40, bits=bits, threshold=3.0, absmax=absmax)
     statistics.update(X)
     _check(statistics, exact)
@@ -92,7 +79,7 @@ def test_grids(bits, absmax):
 def test_against_torch_and_scipy():
     torch = pytest.importorskip("torch")
     kurtosis = pytest.importorskip("scipy.stats").kurtosis
-    X, _ = _inputs(64, 96)
+    X, _ = inputs(64, 96)
     statistics = ptqkit.ActivationStatistics(96)
     statistics.update(torch.from_numpy(X))
     tensor = torch.from_numpy(X).double()
@@ -110,7 +97,7 @@ def test_against_torch_and_scipy():
 
 
 def test_batches_and_merges():
-    X, exact = _inputs(300, 49)
+    X, exact = inputs(300, 49)
     parts, left, right = (ptqkit.ActivationStatistics(49, absmax=40.0) for _ in range(3))
     for start, stop in [(0, 1), (1, 4), (4, 131), (131, 300)]:
         parts.update(X[start:stop].reshape(1, stop - start, 49))
@@ -129,7 +116,7 @@ def test_batches_and_merges():
 
 
 def test_without_a_range_every_update_is_a_tensor():
-    X, exact = _inputs(60, 20)
+    X, exact = inputs(60, 20)
     X[30:] *= 50
     exact[30:] = X[30:]
     statistics = ptqkit.ActivationStatistics(20)
@@ -144,7 +131,7 @@ def test_without_a_range_every_update_is_a_tensor():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_masked_tokens_do_not_count(dtype):
-    X, exact = _inputs(120, 30, dtype)
+    X, exact = inputs(120, 30, dtype)
     mask = np.random.default_rng(1).random((4, 30)) < 0.7
     statistics = ptqkit.ActivationStatistics(30)
     statistics.update(X.reshape(4, 30, 30), mask)
@@ -159,7 +146,7 @@ def test_masked_tokens_do_not_count(dtype):
 
 
 def test_strides_make_no_difference():
-    X, exact = _inputs(40, 33)
+    X, exact = inputs(40, 33)
     wide = np.zeros((40, 40), np.float32)
     wide[:, 3:36] = X
     for view in (wide[:, 3:36], np.asfortranarray(X), X.astype(np.float64)):
@@ -177,7 +164,7 @@ def _everything(statistics):
 
 
 def test_no_number_of_threads_changes_a_bit():
-    X, _ = _inputs(3000, 70)
+    X, _ = inputs(3000, 70)
     found = []
     for threads in (1, 2, 3, 7):
         statistics = ptqkit.ActivationStatistics(70, threads=threads)
@@ -188,7 +175,7 @@ def test_no_number_of_threads_changes_a_bit():
 
 
 def test_no_cpu_level_changes_a_bit():
-    X, _ = _inputs(200, 71, "float16")
+    X, _ = inputs(200, 71, "float16")
     found, before = [], str(ptqkit.show_config()["cpu_level"])
     try:
         for level in LEVELS:
@@ -228,7 +215,7 @@ def test_equal_magnitudes_are_listed_in_order():
 
 @pytest.mark.parametrize("width", [1, 2, 8, 32])
 def test_histogram(width):
-    X, exact = _inputs(40, 50)
+    X, exact = inputs(40, 50)
     X[0, :3] = 0
     exact[0, :3] = 0
     statistics = ptqkit.ActivationStatistics(50)
@@ -243,27 +230,13 @@ def test_histogram(width):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite(dtype, value):
-    X, exact = _inputs(30, 17, dtype)
+    X, exact = inputs(30, 17, dtype)
     statistics = ptqkit.ActivationStatistics(17)
     statistics.update(X)
     bad = X.clone() if dtype == "bfloat16" else X.copy()
     bad[29, 16] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
         statistics.update(bad)
-    _check(statistics, exact)
-
-
-def test_an_interrupted_update_changes_nothing(monkeypatch):
-    X, exact = _inputs(30, 6)
-    statistics = ptqkit.ActivationStatistics(6)
-    statistics.update(X)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(_core, "activation_statistics", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        statistics.update(X)
     _check(statistics, exact)
 
 

@@ -12,6 +12,7 @@ import torch
 from ptqkit.arrays.metrics import SQNR
 from ptqkit.errors import CalibrationError
 from ptqkit.nn import statistics
+from ptqkit.nn.activation_statistics import TorchActivationStatistics
 from ptqkit.nn.softmax.compare import OutputSQNR
 from ptqkit.nn.statistics import InputDrift, TorchHessian, TorchRanges
 
@@ -63,6 +64,19 @@ def test_interrupted_ranges_are_as_before(monkeypatch):
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
 
 
+def test_interrupted_statistics_are_as_before(monkeypatch):
+    seen = TorchActivationStatistics(8, "cpu")
+    seen.update(X)
+    before = seen.finish()
+    interrupt(monkeypatch, torch, "bincount")
+    with pytest.raises(Timeout):
+        seen.update(X * 2)
+    monkeypatch.undo()
+    after = seen.finish()
+    assert after.tokens == before.tokens == 50
+    assert (after.rms, after.largest) == (before.rms, before.largest)
+
+
 def test_an_interrupted_meter_has_the_batch_in_both_ratios_or_in_none(monkeypatch):
     x = X.numpy()
     seen = OutputSQNR("o")
@@ -93,6 +107,11 @@ MAKE = {
         lambda a: a.cross_moment(np.zeros((8, 8))),
     ),
     "ranges": (lambda: TorchRanges(8, "cpu"), lambda a: a.update(X), lambda a: a.finish().mean),
+    "statistics": (
+        lambda: TorchActivationStatistics(8, "cpu", threshold=1.0),
+        lambda a: a.update(X),
+        lambda a: a.finish().channel_counts,
+    ),
     "meter": (
         lambda: OutputSQNR("o"),
         lambda a: a.update(X.numpy(), X.numpy() + 1),
