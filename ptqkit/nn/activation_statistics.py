@@ -119,6 +119,7 @@ class TorchActivationStatistics(Accumulator):
         kurtosis = torch.where(varied, fourth / second.square() - 3, torch.zeros_like(second))
         per_token = self._scale(magnitudes.amax(dim=1, keepdim=True))
         sums = [wide.square().sum(), second.sqrt().sum(), kurtosis.sum(), varied.sum().double()]
+        largest, places = magnitudes.reshape(-1).topk(min(LARGEST, magnitudes.numel()))
         index = magnitudes.contiguous().view(torch.int32).reshape(-1) >> 18
         return _Sums(
             len(x),
@@ -126,7 +127,8 @@ class TorchActivationStatistics(Accumulator):
             magnitudes.amax(dim=0),
             (magnitudes >= self.threshold).sum(dim=0),
             torch.bincount(index.clamp(max=BINS - 1), minlength=BINS),
-            *magnitudes.reshape(-1).topk(min(LARGEST, magnitudes.numel())),
+            largest,
+            places,
             torch.isfinite(x).all(),
         )
 
