@@ -13,7 +13,10 @@ from typing import Any
 import psutil
 import torch
 
-__all__ = ["available_memory", "container_memory", "peak_memory", "release_free_memory"]
+__all__ = ["HeapPages", "available_memory", "container_memory", "peak_memory"]
+
+SPARE = 32 << 20
+"""Bytes by which the process may grow before free pages are given back."""
 
 # Per version of control groups: limits, usage, and the part of the usage in ``memory.stat`` that
 # the kernel drops before a limit is felt (file pages not in active use).
@@ -117,18 +120,31 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def release_free_memory(device: torch.device) -> None:
-    """Give the free pages of the C library's heap back to the system; no setting changes.
+class HeapPages:
+    """The free pages of the C library's heap, which :meth:`release` gives back to the system.
 
     Once activations of some MB have been freed, glibc takes further ones from its heap (it raises
     its threshold for memory of their own). Where batches wait in turn at layers of unlike widths,
     the holes that freed ones leave fit the next ones badly: more than half of the heap was free in
-    the end, and all of it resident. Does nothing with other C libraries, and if the activations are
-    on another device.
+    the end, and all of it resident. But a page that is given back costs a page fault when it is
+    needed again, so nothing happens before the process has grown by ``spare`` bytes. Does nothing
+    with other C libraries, and if the activations are on another device. No setting changes.
     """
-    trim = _malloc_trim()
-    if trim is not None and device.type == "cpu":
-        trim(0)
+
+    def __init__(self, device: torch.device, spare: int = SPARE) -> None:
+        self.spare = spare
+        self._trim = _malloc_trim() if device.type == "cpu" else None
+        self._resident = 0 if self._trim is None else _resident()
+
+    def release(self) -> None:
+        """Give free pages back, if the process has grown enough since that was done last."""
+        if self._trim is not None and _resident() > self._resident + self.spare:
+            self._trim(0)
+            self._resident = _resident()
+
+
+def _resident() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 @cache

@@ -18,7 +18,7 @@ import torch
 from ptqkit.errors import UnsupportedModuleError
 from ptqkit.hf.quantization.coroutines import Coroutine, pause
 from ptqkit.hf.quantization.float_model import OriginalWeights
-from ptqkit.hf.quantization.memory import release_free_memory
+from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import installed_quantizer
@@ -61,7 +61,7 @@ def one_pass_groups(work: Work) -> Steps:
     floats = _start(work) if work.propagate else []
     originals = OriginalWeights(work.targets, len(floats))
     waiting = None
-    device = next(work.model.parameters()).device
+    pages = HeapPages(next(work.model.parameters()).device)
     try:
         with hooks(work.modules(), at_layer):
             for group in work.groups:
@@ -70,7 +70,7 @@ def one_pass_groups(work: Work) -> Steps:
                 reason = reason or _step(coroutines, current) or _met(coroutines + floats, group)
                 if reason is not None:
                     return reason
-                release_free_memory(device)
+                pages.release()
                 if floats:
                     originals.keep(group)
                 waiting = group[0]
@@ -79,7 +79,7 @@ def one_pass_groups(work: Work) -> Steps:
     finally:
         for coroutine in [*coroutines, *floats]:
             coroutine.close()
-        release_free_memory(device)
+        pages.release()
     return None
 
 

@@ -11,12 +11,11 @@ from helpers.driver_models import build, tokens
 
 from ptqkit import quantize
 from ptqkit.hf.quantization import memory as memory_module
-from ptqkit.hf.quantization import one_pass
 from ptqkit.hf.quantization.memory import (
+    HeapPages,
     available_memory,
     container_memory,
     peak_memory,
-    release_free_memory,
 )
 
 HOST = torch.device("cpu")
@@ -100,46 +99,62 @@ def test_memory_of_the_process(monkeypatch):
 
 def test_free_memory_is_released_between_the_groups(monkeypatch):
     calls = []
-    monkeypatch.setattr(one_pass, "release_free_memory", calls.append)
+    monkeypatch.setattr(HeapPages, "release", lambda pages: calls.append(pages))
     result = quantize(build(), "reference", tokens(64), group_size=16, schedule="one-pass")
     groups = {r.name: r for r in result.report.layers if not r.status.startswith("skipped")}
     shared = sum(len(r.shares_input_with) / (1 + len(r.shares_input_with)) for r in groups.values())
-    assert calls == [HOST] * (round(len(groups) - shared) + 1)
+    assert len(calls) == round(len(groups) - shared) + 1
+
+
+def test_pages_are_released_once_the_process_has_grown(monkeypatch):
+    sizes, trims = [100], []
+    monkeypatch.setattr(memory_module, "_resident", lambda: sizes[-1])
+    monkeypatch.setattr(memory_module, "_malloc_trim", lambda: trims.append)
+    pages = HeapPages(HOST, spare=10)
+    for size, times in ((110, 0), (111, 1), (120, 1), (122, 2), (50, 2)):
+        sizes.append(size)
+        pages.release()
+        assert len(trims) == times
 
 
 def test_release_needs_no_glibc(monkeypatch):
     monkeypatch.setattr(memory_module, "_malloc_trim", lambda: None)
-    release_free_memory(HOST)
+    HeapPages(HOST, spare=-1).release()
     called = []
     monkeypatch.setattr(memory_module, "_malloc_trim", lambda: called.append)
-    release_free_memory(torch.device("cuda"))
+    HeapPages(torch.device("cuda"), spare=-1).release()
     assert called == []
-    release_free_memory(HOST)
+    HeapPages(HOST, spare=-1).release()
     assert called == [0]
 
 
 GROWTH = """
-import gc, sys
+import copy, gc
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import ptqkit
-from ptqkit.hf.quantization.memory import release_free_memory
+from ptqkit.hf.quantization.memory import HeapPages
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 torch.set_num_threads(1)
-config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=6,
+config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=4,
                      num_attention_heads=4, num_key_value_heads=4)
-model, ids = LlamaForCausalLM(config).eval(), torch.randint(64, (64, 512))
+model, ids = LlamaForCausalLM(config).eval(), torch.randint(64, (96, 512))
+
+def quantize(model, ids):
+    return ptqkit.quantize(model, "reference", ids, bits=4, group_size=32, schedule="one-pass",
+                           batch_size=16, threads=1, progress=False)
+
+quantize(copy.deepcopy(model), ids[:1])  # what is imported or set up once does not count
 gc.collect()
-release_free_memory(torch.device("cpu"))
+HeapPages(torch.device("cpu"), spare=-1).release()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-result = ptqkit.quantize(model, "reference", ids, bits=4, group_size=32, schedule="one-pass",
-                         batch_size=16, threads=1, progress=False)
+result = quantize(model, ids)
 print((status("VmHWM") - before) / result.report.memory["estimate_one_pass"])
 """
 
