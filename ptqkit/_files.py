@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ptqkit.errors import UsageError
 
-__all__ = ["check_file", "plain", "write_atomically"]
+__all__ = ["JsonReport", "check_file", "plain", "write_atomically"]
 
 
 def plain(value: Any) -> Any:
@@ -23,6 +25,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, os.PathLike) else value
+
+
+class JsonReport:
+    """Base of the dataclasses that report on work, and are written as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as values that are valid JSON (NaN and infinity become None)."""
+        fields: Any = self
+        return plain(asdict(fields))
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the report as JSON text, and write it to ``path`` if one is given."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+        return text
 
 
 def check_file(path: Path, label: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ptqkit.cli.inputs import load_model, read_text
 from ptqkit.cli.options import check_text
-from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.cli.output import check_json, progress_of, quiet_transformers, say, write_json
 from ptqkit.demo import DEMO
 from ptqkit.errors import UsageError
 
@@ -98,6 +98,7 @@ def _report(args: argparse.Namespace, model: str) -> Any:
         ratio=args.ratio,
         sensitivity=not args.fast,
         name=Path(model).name or model,
+        progress=progress_of(args, pause=10.0),
     )
 
 

@@ -267,8 +267,6 @@ class Workbench:
             Options of the recipe, such as ``bits=3``.
         """
         chosen = replace(as_recipe(recipe), **changes)
-        if chosen.scale_dtype is None and self.stored_dtype == "float16":
-            chosen = replace(chosen, scale_dtype="float16")
         batches = self.calibration.batches if chosen.needs_calibration() else None
         return quantize(
             copy.deepcopy(self.model),

@@ -315,11 +315,6 @@ def compressed_unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray
     return unpack_rows(_as_uint32(packed), bits, columns)
 
 
-def compressed_pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
-    """Pack unsigned zero-points (out, groups) into int32 (ceil(out*bits/32), groups)."""
-    return np.ascontiguousarray(compressed_pack(zeros.T, bits).T)
-
-
 def compressed_unpack_zeros(packed: np.ndarray, bits: int, rows: int) -> np.ndarray:
-    """Inverse of :func:`compressed_pack_zeros`: uint8 zero-points (rows, groups)."""
+    """Return the zero-points (rows, groups), uint8, of int32 (ceil(rows*bits/32), groups)."""
     return np.ascontiguousarray(compressed_unpack(packed.T, bits, rows).T)

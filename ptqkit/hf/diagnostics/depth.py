@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from ptqkit.hf.diagnostics.bench import Bench, Case
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
 from ptqkit.hf.diagnostics.sensitivity import KINDS
 from ptqkit.hf.models.attention import find_attention
+from ptqkit.hf.progress import Progress, ProgressStage
 from ptqkit.hf.softmax.driver import describe
 
 __all__ = ["measure_sensitivity"]
@@ -26,7 +27,7 @@ def measure_sensitivity(
     wanted: Sequence[str],
     bits: int,
     report: Any,
-    tell: Callable[[str, int, int], None],
+    progress: Progress | None,
 ) -> None:
     """Fill ``report.sensitivity``; what cannot be measured goes to ``report.notes``.
 
@@ -40,7 +41,7 @@ def measure_sensitivity(
         report.notes.append(f"sensitivity was not measured: {error}")
         return
     cases = {by: _cases(bench, by) for by in wanted}
-    done, total = 0, sum(map(len, cases.values()))
+    stage = ProgressStage(progress, "sensitivity", sum(map(len, cases.values())))
     for by, todo in cases.items():
         found = SensitivityReport(bits=bits, by=by, calibration=describe(data))
         for case in todo:
@@ -49,8 +50,7 @@ def measure_sensitivity(
             row = SensitivityRow(case.kind, case.layer, len(case.members))
             row.sqnr_db, row.infinite = float(sqnr.decibel), int(sqnr.infinite)
             found.rows.append(row)
-            done += 1
-            tell("sensitivity", done, total)
+            stage.step(row.name)
         if by != "depth":
             found.rows.sort(key=lambda row: row.sqnr_db)
         report.sensitivity[by] = found

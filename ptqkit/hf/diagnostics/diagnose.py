@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from ptqkit._defaults import BATCH_SIZE
 from ptqkit.arrays._inputs import check_count
 from ptqkit.arrays.outliers import outlier_dimensions, relative_outliers
 from ptqkit.arrays.spectrum import spectral_norm, stable_rank
@@ -23,6 +24,7 @@ from ptqkit.hf.diagnostics.rows import AttentionRow, InputRow, NormRow, WeightRo
 from ptqkit.hf.diagnostics.sdpa import FusedAttention
 from ptqkit.hf.models.attention import attention_hooks, find_attention, installed_attention
 from ptqkit.hf.models.structure import find_blocks
+from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
 from ptqkit.hf.softmax.driver import describe
 from ptqkit.nn.attention import BatchFacts
 from ptqkit.nn.forward import calibration_mode, forward
@@ -44,7 +46,7 @@ def diagnose(
     tokenizer: Any = None,
     samples: int = 8,
     sequence_length: int = 256,
-    batch_size: int = 4,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     start_token: str | int | None = "auto",
     bits: int = 8,
@@ -55,7 +57,7 @@ def diagnose(
     sensitivity: Collection[str] | bool = True,
     blocks: tuple[str, ...] | None = None,
     name: str = "",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: bool | Progress | None = None,
 ) -> DiagnosisReport:
     """Measure why a model is hard to quantize, and where; the model stays as it was.
 
@@ -88,8 +90,9 @@ def diagnose(
         Paths of the lists of repeated blocks, where structure does not tell.
     name : str
         Of the model, for tables.
-    progress : callable, optional
-        Called with (what, done, in all).
+    progress : bool or callable, optional
+        An event per batch, weight and case of sensitivity, with the stages "activations",
+        "weights" and "sensitivity"; see :func:`ptqkit.hf.progress.make_progress`.
 
     Raises
     ------
@@ -124,19 +127,34 @@ def diagnose(
         quantiles=list(QUANTILES),
         calibration=describe(data),
     )
-    tell = progress or (lambda what, done, total: None)
-    _run(model, data, parts, report, tell)
-    for done, (path, module) in enumerate(parts.linears.items()):
+    resolved = make_progress(progress)
+    try:
+        _measure(model, data, parts, report, wanted, resolved)
+    finally:
+        close_progress(resolved)
+    return report
+
+
+def _measure(
+    model: nn.Module,
+    data: CalibrationSet,
+    parts: _Parts,
+    report: DiagnosisReport,
+    wanted: Sequence[str],
+    progress: Progress | None,
+) -> None:
+    _run(model, data, parts, report, ProgressStage(progress, "activations", len(data.batches)))
+    stage = ProgressStage(progress, "weights", len(parts.linears))
+    for path, module in parts.linears.items():
         report.weights.append(parts.weight(path, module))
-        tell("weights", done + 1, len(parts.linears))
+        stage.step(path)
     report.norms = [parts.norm(path, module) for path, module in parts.norms.items()]
     spread = {row.name: row.std for row in report.norms}
     for row in report.inputs:
         row.norm_std = spread.get(row.norm or "", row.norm_std)
     find_outliers(report)
     if wanted:
-        measure_sensitivity(model, data, wanted, bits, report, tell)
-    return report
+        measure_sensitivity(model, data, wanted, report.bits, report, progress)
 
 
 def _check(bits: int, sensitivity: Collection[str] | bool) -> tuple[str, ...]:
@@ -250,7 +268,7 @@ def _run(
     data: CalibrationSet,
     parts: _Parts,
     report: DiagnosisReport,
-    tell: Callable[[str, int, int], None],
+    stage: ProgressStage,
 ) -> None:
     """Run the data through the model and fill the rows of inputs and attention."""
     value = report.options["value"]
@@ -265,11 +283,11 @@ def _run(
             stack.enter_context(fused.watching())
         stack.enter_context(observer.watching())
         stack.enter_context(calibration_mode(model))
-        for done, (batch, mask) in enumerate(zip(data.batches, data.masks(), strict=True)):
+        for index, (batch, mask) in enumerate(zip(data.batches, data.masks(), strict=True)):
             observer.batch, observer.mask, fused.rows = batch, mask, mask
             facts.rows = mask
             forward(model, batch)
-            tell("activations", done + 1, len(data.batches))
+            stage.step(f"batch {index + 1}")
     parts.name_parts(observer.places)
     for name, place in observer.places.items():
         report.inputs.append(_input_row(parts, name, place))

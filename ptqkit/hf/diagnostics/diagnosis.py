@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqkit._files import plain
+from ptqkit._files import JsonReport, plain
 from ptqkit._repr import one_line_repr
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
 from ptqkit.hf.diagnostics.rows import NAN, AttentionRow, InputRow, NormRow, WeightRow
@@ -20,7 +19,7 @@ __all__ = ["DiagnosisReport"]
 
 
 @dataclass
-class DiagnosisReport:
+class DiagnosisReport(JsonReport):
     """Why a model is hard to quantize, and where.
 
     Attributes
@@ -114,14 +113,6 @@ class DiagnosisReport:
         values = plain(asdict(self))
         values["sensitivity"] = {k: v.to_dict() for k, v in self.sensitivity.items()}
         return values
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the report as JSON text, and write it to ``path`` if one is given."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-        return text
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiagnosisReport:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ptqkit._files import plain
+from ptqkit._files import JsonReport
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 
@@ -55,7 +54,7 @@ class SensitivityRow:
 
 
 @dataclass
-class SensitivityReport:
+class SensitivityReport(JsonReport):
     """Cases, the most harmful first.
 
     Attributes
@@ -85,18 +84,6 @@ class SensitivityReport:
     def to_dicts(self) -> list[dict[str, Any]]:
         """One dict per case, for ``pandas.DataFrame(report.to_dicts())``."""
         return [asdict(row) for row in self.rows]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values that are valid JSON (infinity becomes None)."""
-        return plain(asdict(self))
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the report as JSON text, and write it to ``path`` if one is given."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-        return text
 
     def table(self) -> str:
         """Return a plain text table, the most harmful case first."""

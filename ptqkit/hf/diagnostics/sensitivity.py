@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ptqkit._defaults import BATCH_SIZE
 from ptqkit.errors import UsageError, check_choice
 from ptqkit.hf.data.calibration import max_positions, prepare_calibration
 from ptqkit.hf.diagnostics.bench import Bench
@@ -42,7 +43,7 @@ def sensitivity(
     text: Any = None,
     samples: int = 8,
     sequence_length: int = 256,
-    batch_size: int = 4,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     start_token: str | int | None = "auto",
     progress: bool | Progress | None = None,

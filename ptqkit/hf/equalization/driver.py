@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.equalization.report import EqualizationReport, EqualizedGroup
@@ -60,9 +61,9 @@ def equalize(
     alpha: float | str = 0.5,
     tokens: int = 512,
     recipe: Recipe | str | Mapping[str, Any] | None = None,
-    samples: int = 128,
-    sequence_length: int = 512,
-    batch_size: int = 4,
+    samples: int = SAMPLES,
+    sequence_length: int = SEQUENCE_LENGTH,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     start_token: str | int | None = "auto",
     blocks: tuple[str, ...] | None = None,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
 from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -129,9 +130,9 @@ def quantize(
     calibration: Any = None,
     *,
     tokenizer: Any = None,
-    samples: int = 128,
-    sequence_length: int = 512,
-    batch_size: int = 4,
+    samples: int = SAMPLES,
+    sequence_length: int = SEQUENCE_LENGTH,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     start_token: str | int | None = "auto",
     schedule: str = "auto",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ptqkit._files import plain
+from ptqkit._files import JsonReport, plain
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
 from ptqkit.hf.models.structure import Target
@@ -89,7 +87,7 @@ class LayerReport:
 
 
 @dataclass
-class Report:
+class Report(JsonReport):
     """All layers and the run as a whole.
 
     Attributes
@@ -179,14 +177,6 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values that are valid JSON (NaN becomes None)."""
         return plain({**asdict(self), "totals": self.totals()})
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the report as JSON text, and write it to ``path`` if one is given."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-        return text
 
     def table(self, skipped: bool = False) -> str:
         """Return plain text: a line per layer (``skipped``: also those left alone) and totals."""

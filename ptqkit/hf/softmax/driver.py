@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit._defaults import BATCH_SIZE, SEQUENCE_LENGTH
 from ptqkit.arrays.softmax import softmax_grid
 from ptqkit.errors import check_choice
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
@@ -156,8 +157,8 @@ def quantize_softmax(
     layers: Iterable[str] | None = None,
     tokenizer: Any = None,
     samples: int = 32,
-    sequence_length: int = 512,
-    batch_size: int = 4,
+    sequence_length: int = SEQUENCE_LENGTH,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     start_token: str | int | None = "auto",
     diagnostics: bool = True,

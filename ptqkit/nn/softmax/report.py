@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ptqkit._files import plain
+from ptqkit._files import JsonReport
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table, wrap_line
 
@@ -58,7 +56,7 @@ class SoftmaxLayerReport:
 
 
 @dataclass
-class SoftmaxReport:
+class SoftmaxReport(JsonReport):
     """All attention modules.
 
     Attributes
@@ -97,18 +95,6 @@ class SoftmaxReport:
     def to_dicts(self) -> list[dict[str, Any]]:
         """One dict per layer, for ``pandas.DataFrame(report.to_dicts())``."""
         return [asdict(layer) for layer in self.layers]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as values that are valid JSON (NaN and infinity become None)."""
-        return plain(asdict(self))
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the report as JSON text, and write it to ``path`` if one is given."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-        return text
 
     def table(self) -> str:
         """Plain text table, a line per layer."""

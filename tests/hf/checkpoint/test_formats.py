@@ -102,7 +102,7 @@ def test_compressed_round_trip(bits):
     packed = compressed_tensors.compressed_pack(codes, bits)
     assert packed.shape == (5, -(-37 * bits // 32))
     np.testing.assert_array_equal(compressed_tensors.compressed_unpack(packed, bits, 37), codes)
-    zeros = compressed_tensors.compressed_pack_zeros(codes, bits)
+    zeros = np.ascontiguousarray(compressed_tensors.compressed_pack(codes.T, bits).T)
     assert zeros.shape == (-(-5 * bits // 32), 37)
     np.testing.assert_array_equal(compressed_tensors.compressed_unpack_zeros(zeros, bits, 5), codes)
 
