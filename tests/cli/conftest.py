@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.sweep_cases import tiny_model
 
 WORDS = "the quick brown fox jumps over the lazy dog while def read(path): return path\n"
 
@@ -11,29 +12,10 @@ WORDS = "the quick brown fox jumps over the lazy dog while def read(path): retur
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a tiny float16 LLaMA model, its tokenizer and texts."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from ptqkit.demo import MODEL_DIR
-
+    pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("cli")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = transformers.LlamaForCausalLM(config).half()
-    model.save_pretrained(path / "model")
-    tokenizer.save_pretrained(path / "model")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 128}
+    tiny_model(path / "model", **sizes)
     generator = np.random.default_rng(0)
     words = WORDS.split(" ")
     text = " ".join(generator.choice(words) for _ in range(2000))

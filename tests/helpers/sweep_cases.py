@@ -82,7 +82,7 @@ def write(path: Path, *parts: str) -> Path:
     return file
 
 
-def tiny_model(path: Path, seed: int = 1) -> None:
+def tiny_model(path: Path, seed: int = 1, **sizes: int) -> None:
     """Save a random LLaMA with the tokenizer of the demo, float16."""
     import torch
     import transformers
@@ -90,17 +90,16 @@ def tiny_model(path: Path, seed: int = 1) -> None:
     from ptqkit.demo import MODEL_DIR
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64, **sizes}
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
         bos_token_id=0,
         eos_token_id=1,
         initializer_range=0.2,
+        **shape,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
