@@ -143,10 +143,14 @@ def trained(request):
     return lambda: T.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), data
 
 
+def test_no_channel_of_a_model_as_trained_is_named(trained):
+    make, data = trained
+    assert diagnose(make(), data, sensitivity=False).outliers == {}
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_injected_channels_are_named_and_no_others(trained, seed):
     make, data = trained
-    assert diagnose(make(), data, sensitivity=False).outliers == {}
     model = make()
     injected = inject_outliers(model, data, seed=seed, channels=4)
     report = diagnose(model, data, sensitivity=False)
