@@ -143,6 +143,23 @@ def trained(request):
     return lambda: T.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), data
 
 
+def test_every_stage_reports_its_steps():
+    events = []
+    batches = padded_batches("llama")
+    report = diagnose(build("llama"), batches, sensitivity=("kind",), progress=events.append)
+    expected = {
+        "activations": [f"batch {i + 1}" for i in range(len(batches))],
+        "weights": [row.name for row in report.weights],
+        "sensitivity": {row.name for row in report.sensitivity["kind"].rows},
+    }
+    assert list(dict.fromkeys(e.stage for e in events)) == list(expected)
+    for stage, names in expected.items():
+        part = [e for e in events if e.stage == stage]
+        assert type(names)(e.name for e in part) == names
+        assert [e.index for e in part] == list(range(1, len(names) + 1)) and names
+        assert {e.total for e in part} == {len(names)}
+
+
 def test_no_channel_of_a_model_as_trained_is_named(trained):
     make, data = trained
     assert diagnose(make(), data, sensitivity=False).outliers == {}
