@@ -139,9 +139,9 @@ class Problems:
             raise PreflightError(by_cause(self.found, layers))
 
 
-#: What can be wrong with a layer. An exception of another kind, such as the TimeoutError of a signal
-#: handler, says nothing about the layer that it met: it is passed on as it is.
-LAYER_FAILURES = (
+#: What can be wrong with a layer. An exception of another kind, such as the TimeoutError of a
+#: signal handler, says nothing about the layer that it met: it is passed on as it is.
+LAYER_FAILURES: tuple[type[Exception], ...] = (
     PtqkitError,
     ValueError,
     TypeError,

@@ -187,11 +187,7 @@ class Workbench:
         """The calibration windows in use."""
         if self._calibration is None:
             source = self._source() if callable(self._source) else self._source
-            self._calibration = (
-                source
-                if isinstance(source, CalibrationSet)
-                else prepare_calibration(source, self.cached_tokenizer, **self._options)
-            )
+            self._calibration = prepare_calibration(source, self.cached_tokenizer, **self._options)
         return self._calibration
 
     @cached_property
@@ -269,11 +265,11 @@ class Workbench:
         chosen = replace(as_recipe(recipe), **changes)
         if chosen.scale_dtype is None and self.stored_dtype == "float16":
             chosen = replace(chosen, scale_dtype="float16")
-        batches = self.calibration.batches if chosen.needs_calibration() else None
+        calibration = self.calibration if chosen.needs_calibration() else None
         return quantize(
             copy.deepcopy(self.model),
             chosen,
-            batches,
+            calibration,
             tokenizer=self.tokenizer,
             threads=self.threads,
             diagnostics=diagnostics,

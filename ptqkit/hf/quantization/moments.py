@@ -55,7 +55,7 @@ class MomentAccumulator:
     """H (and G, and ranges) of one group, gathered batch by batch.
 
     The first error is kept for :meth:`finish`: all batches must go on to the next layer first. An
-    exception that is no failure of the layer goes through, and :meth:`finish` gives no moments then.
+    exception that is no failure of the layer goes through, and there are no moments any more.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What interrupts a run from outside, such as a signal handler's time-out, is no layer's failure."""
+"""What interrupts a run, such as a signal handler's time-out, is no failure of a layer."""
 
 from __future__ import annotations
 
