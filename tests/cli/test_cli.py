@@ -360,7 +360,21 @@ def test_no_more_text_is_read_than_is_needed(folder, tmp_path, capsys, monkeypat
     given = ["--text", str(folder / "test.txt"), "--max-tokens", "40", "--bits", "4"]
     given += ["--samples", "2", "--sequence-length", "24", "--quiet"]
     assert main(["softmax", model_of(folder), "--calibration", file, *given]) == 0
+    given[1] = file  # its beginning calibrates, what follows is measured
+    assert main(["softmax", model_of(folder), *given]) == 0
     assert min(read) > 0 and sum(read) < 1_000_000
+
+
+def test_blanks_without_end_are_no_text(folder, tmp_path, capsys, monkeypatch):
+    file, read = tmp_path / "blanks.txt.gz", []
+    file.write_bytes(gzip.compress(b" \n" * 15_000_000))
+    real = TextFile.read
+    monkeypatch.setattr(
+        TextFile, "read", lambda self, size=-1: read.append(size) or real(self, size)
+    )
+    assert main(["eval", model_of(folder), "--text", str(file), "--max-tokens", "10"]) == 2
+    assert "blanks.txt.gz: the file is empty, or begins with blanks" in capsys.readouterr().err
+    assert sum(read) < 20_000_000
 
 
 def test_reader_that_goes_away(tmp_path):

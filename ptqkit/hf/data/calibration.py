@@ -222,12 +222,17 @@ def _as_documents(source: Any) -> tuple[Iterable[str | TextFile] | None, str, An
 
 def _is_text(item: Any) -> bool:
     tokenized = isinstance(item, Mapping) and "input_ids" in item
-    return isinstance(item, str) or (isinstance(item, Mapping) and "text" in item and not tokenized)
+    return isinstance(item, (str, TextFile)) or (
+        isinstance(item, Mapping) and "text" in item and not tokenized
+    )
 
 
-def _texts(items: Iterable[Any]) -> Iterator[str]:
+def _texts(items: Iterable[Any]) -> Iterator[str | TextFile]:
     """Yield the texts of strings and of dicts with ``text``, which is a string or several."""
     for index, item in enumerate(items):
+        if isinstance(item, TextFile):
+            yield item
+            continue
         text = item["text"] if _is_text(item) and not isinstance(item, str) else item
         for part in [text] if isinstance(text, (str, bytes)) or not _listed(text) else text:
             if not isinstance(part, str):
