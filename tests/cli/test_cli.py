@@ -336,6 +336,20 @@ def test_the_own_format_is_never_quiet(folder, tmp_path, capsys, output):
         assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("output", [[], ["--quiet"], ["--json", "-"]])
+def test_what_other_readers_refuse_is_never_quiet(folder, tmp_path, capsys, output):
+    given = ["--calibration", str(folder / "train.txt"), *SMALL, "--symmetric", *output]
+    given += ["--override", "*.q_proj=bits:8", "--out", str(tmp_path / "q")]
+    assert main(["quantize", model_of(folder), *given]) == 0
+    printed, error = capsys.readouterr()
+    lines = [line for line in error.splitlines() if "warning" in line.lower()]
+    [line] = [line for line in lines if "q_proj" in line]
+    assert line.startswith("ptqkit quantize: warning: ") and "vLLM" in line
+    assert lines == [line]
+    if output == ["--json", "-"]:
+        assert json.loads(printed)["checkpoint"]["warnings"] == [line.partition("warning: ")[2]]
+
+
 def bomb(path):
     """Write 30 kB that expand to 30 MB: more than fits a test that reads it all."""
     line = b"def read(path):\n    return path\n"
