@@ -27,7 +27,7 @@ from ptqkit.hf.checkpoint.formats import choose_format
 from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
 from ptqkit.hf.checkpoint.names import SavedNames, convert_plans, saved_names
 from ptqkit.hf.checkpoint.siblings import CheckpointWarning, sibling_warnings
-from ptqkit.hf.checkpoint.skeleton import skeleton_problems
+from ptqkit.hf.checkpoint.skeleton import absent_modules, skeleton_problems
 from ptqkit.hf.checkpoint.spec import LayerSpec, describe_layers
 from ptqkit.hf.softmax.files import check_installed, write_installed
 from ptqkit.nn.activations import ActivationQuantizer
@@ -144,6 +144,7 @@ def save_checkpoint(
         activations,
         biases.problems(),
         linears,
+        absent_modules(model, layers),
         partial(skeleton_problems, model, list(layers), names),
         partial(converted_problems, model, names),
     )
