@@ -127,8 +127,9 @@ def main(root: Path, names: list[str]) -> int:
         try:
             largest, mean = compare(folder)
         except Exception as error:
-            text = " ".join(str(error).split())[:200]
-            print(f"| {folder.name} | refused ({refused or text}) | |", flush=True)
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            known = "" if refused is None else f"; known: {refused}"
+            print(f"| {folder.name} | refused ({text}{known}) | |", flush=True)
             bad += refused is None
             continue
         print(f"| {folder.name} | {largest:.3f} | {mean:.4f} |", flush=True)
