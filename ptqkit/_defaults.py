@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BATCH_SIZE", "FORWARD_BATCH_SIZE", "SAMPLES", "SEQUENCE_LENGTH"]
+__all__ = ["BATCH_SIZE", "FORWARD_BATCH_SIZE", "LONGEST_LINE", "SAMPLES", "SEQUENCE_LENGTH"]
 
 SAMPLES = 128
 """Windows of calibration text, as many as in the GPTQ paper."""
@@ -15,3 +15,6 @@ BATCH_SIZE = 4
 
 FORWARD_BATCH_SIZE = 8
 """Windows per forward pass if nothing but the logits is kept: there is room for more of them."""
+
+LONGEST_LINE = 1 << 28
+"""Characters of a line of a .jsonl file: a compressed one may expand without end."""

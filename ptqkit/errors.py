@@ -8,6 +8,7 @@ from collections.abc import Collection, Container, Iterable, Iterator
 from typing import Any
 
 __all__ = [
+    "LAYER_FAILURES",
     "CalibrationError",
     "NotFiniteError",
     "NotPositiveDefiniteError",
@@ -136,6 +137,19 @@ class Problems:
             raise self._alone[0]
         if self.found:
             raise PreflightError(by_cause(self.found, layers))
+
+
+#: What can be wrong with a layer. An exception of another kind, such as the TimeoutError of a
+#: signal handler, says nothing about the layer that it met: it is passed on as it is.
+LAYER_FAILURES: tuple[type[Exception], ...] = (
+    PtqkitError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 def by_cause(problems: Iterable[str], layers: Container[str]) -> list[Problem]:

@@ -136,6 +136,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         start_token=parse_start_token(args.start_token),
         batch_size=args.batch_size,
         max_tokens=args.max_tokens,
+        check=False,
         progress=progress_of(args, pause=10.0),
     )
     result.check_finite(f"MODEL {args.model}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from ptqkit.demo import DEMO, MODEL_DIR, text
 from ptqkit.errors import UsageError
 
 __all__ = ["calibration_source", "load_model", "pick_device", "read_text"]
+
+# Of 64 Ki characters, in which a text file must have one that is not a blank.
+_PIECES_LOOKED_AT = 256
 
 
 def pick_device(args: argparse.Namespace) -> str:
@@ -84,10 +88,10 @@ def read_text(
     if name.endswith(".npy"):
         return _read_tokens(option, name)
     _refuse_empty(option, name, tokenizer)
-    from ptqkit.hf.data.text import read_beginning, read_documents
+    from ptqkit.hf.data.text import open_documents, read_beginning, read_documents
 
     if max_tokens is not None:
-        return read_beginning(name, tokenizer, max_tokens)
+        return read_beginning(open_documents(name), tokenizer, max_tokens)
     return list(read_documents(name))
 
 
@@ -106,8 +110,9 @@ def _refuse_empty(option: str, name: str, tokenizer: Any) -> None:
     from ptqkit.hf.data.text import open_documents, text_pieces
 
     pieces = (piece for document in open_documents(name) for piece in text_pieces(document))
-    if not any(piece.strip() for piece in pieces):
-        raise UsageError(f"{option} {name}: the file is empty")
+    # A file may expand to blanks without end.
+    if not any(piece.strip() for piece in itertools.islice(pieces, _PIECES_LOOKED_AT)):
+        raise UsageError(f"{option} {name}: the file is empty, or begins with blanks alone")
 
 
 def _read_tokens(option: str, name: str) -> Any:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -470,6 +471,8 @@ def run(args: argparse.Namespace) -> None:
     load = _load_lines(result.model, info, facts)
     if args.quiet and args.json != "-":
         print(info.directory)
+    for text in info.warnings:
+        print(f"ptqkit quantize: warning: {text}", file=sys.stderr)
     if (args.quiet or args.json == "-") and args.format == "auto" and info.format == "ptqkit":
         # What makes from_pretrained fail is never quiet.
         print(
@@ -501,6 +504,7 @@ def run(args: argparse.Namespace) -> None:
                 "directory": str(info.directory),
                 "format": info.format,
                 "reason": info.reason,
+                "warnings": list(info.warnings),
                 "files": list(info.files),
                 "bytes": info.bytes,
                 "load": load,
@@ -514,30 +518,33 @@ def run(args: argparse.Namespace) -> None:
 def _quantize(args: argparse.Namespace, recipe: Recipe) -> tuple[Any, dict[str, str]]:
     """Load, quantize and write; returns the result and what is known about the model."""
     from ptqkit.hf import quantize
+    from ptqkit.hf.checkpoint.siblings import CheckpointWarning
 
     model, tokenizer, facts = load_model(args)
     if getattr(model.config, "quantization_config", None) is not None:
         raise PreflightError([f"MODEL {args.model} is quantized already; give the float model"])
-    result = quantize(
-        model,
-        recipe,
-        _calibration(args, tokenizer, recipe),
-        tokenizer=tokenizer,
-        samples=args.samples,
-        sequence_length=args.sequence_length,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        start_token=parse_start_token(args.start_token),
-        schedule=args.schedule,
-        memory_budget=args.memory_budget,
-        threads=args.threads,
-        on_error=args.on_error,
-        progress=_progress(args),
-        out_dir=args.out,
-        checkpoint_format=args.format,
-        overwrite=args.overwrite,
-        stored_dtype=facts["stored_dtype"] if args.dtype == "auto" else None,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointWarning)  # told when all is done
+        result = quantize(
+            model,
+            recipe,
+            _calibration(args, tokenizer, recipe),
+            tokenizer=tokenizer,
+            samples=args.samples,
+            sequence_length=args.sequence_length,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            start_token=parse_start_token(args.start_token),
+            schedule=args.schedule,
+            memory_budget=args.memory_budget,
+            threads=args.threads,
+            on_error=args.on_error,
+            progress=_progress(args),
+            out_dir=args.out,
+            checkpoint_format=args.format,
+            overwrite=args.overwrite,
+            stored_dtype=facts["stored_dtype"] if args.dtype == "auto" else None,
+        )
     return result, {**facts, "written_dtype": result.stored_dtype}
 
 

@@ -114,7 +114,6 @@ def calibration_of(
     """Calibration set of the arguments, and the text that is left to measure on."""
     from ptqkit.hf import prepare_calibration
     from ptqkit.hf.data.calibration import max_positions
-    from ptqkit.hf.data.text import tokenize
 
     options = {
         "samples": args.samples,
@@ -130,24 +129,28 @@ def calibration_of(
 
         source = [demo_text("calibration")]
     else:
-        source, text = _split(text, tokenizer, tokenize, args, options["max_length"])
+        source, text = _split(text, tokenizer, args, options["max_length"])
     return prepare_calibration(source, tokenizer, **options), text
 
 
 def _split(
-    text: Any, tokenizer: Any, tokenize: Any, args: argparse.Namespace, limit: int | None
+    text: Any, tokenizer: Any, args: argparse.Namespace, limit: int | None
 ) -> tuple[Any, Any]:
-    """Windows from the beginning of a text, and the tokens behind them."""
+    """Windows from the beginning of a text, or of tokens, and the tokens behind them."""
     import torch
 
-    if isinstance(text, torch.Tensor):
-        ids = text.reshape(-1)
-    else:
-        ids = torch.tensor(tokenize(tokenizer, text), dtype=torch.long)
+    from ptqkit.hf.data.text import open_documents, tokenize
+
     bos = getattr(tokenizer, "bos_token_id", None)
     length = min(args.sequence_length, limit) if limit else args.sequence_length
     body = length - (bos is not None)
     used = args.samples * body
+    if isinstance(text, torch.Tensor):
+        ids = text.reshape(-1)
+    else:
+        needed = None if args.max_tokens is None else max(0, used) + args.max_tokens
+        found = tokenize(tokenizer, open_documents(text), needed)
+        ids = torch.tensor(found, dtype=torch.long)
     if body < 1 or len(ids) < used + 2:
         raise UsageError(
             f"--text {args.text} holds {len(ids)} tokens, but calibrating takes the first {used}: "
@@ -213,10 +216,11 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from ptqkit.hf.data.calibration import max_positions
     from ptqkit.hf.softmax.table import softmax_table
 
-    if args.text is not None:
-        # Without text of its own the calibration takes the beginning, of any length.
-        limit = None if args.calibration is None else args.max_tokens
-        text = read_text("--text", args.text, tokenizer, max_tokens=limit)
+    if args.text is not None and args.calibration is None:
+        # The calibration takes the beginning of it.
+        text = calibration_source("--text", args.text, tokenizer)
+    elif args.text is not None:
+        text = read_text("--text", args.text, tokenizer, max_tokens=args.max_tokens)
     else:
         text = _demo_windows(tokenizer, args.window or _DEMO_WINDOW, args.max_tokens)
     started = time.perf_counter()

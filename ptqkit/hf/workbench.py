@@ -187,11 +187,7 @@ class Workbench:
         """The calibration windows in use."""
         if self._calibration is None:
             source = self._source() if callable(self._source) else self._source
-            self._calibration = (
-                source
-                if isinstance(source, CalibrationSet)
-                else prepare_calibration(source, self.cached_tokenizer, **self._options)
-            )
+            self._calibration = prepare_calibration(source, self.cached_tokenizer, **self._options)
         return self._calibration
 
     @cached_property
@@ -230,13 +226,17 @@ class Workbench:
     def measure(self, recipe: Any, **changes: Any) -> WorkbenchRow:
         """Quantize a copy of the model and measure its perplexity.
 
+        A perplexity that is not finite is a warning: other recipes may be better.
+
         Parameters
         ----------
         recipe, **changes
             As :meth:`quantize` takes them.
         """
         result = self.quantize(recipe, **changes)
-        value = self.perplexity_of(result.model).perplexity
+        found = self.perplexity_of(result.model, check=False)
+        found.warn_unless_finite(f"the model quantized by {_name(recipe)}")
+        value = found.perplexity
         totals = result.report.totals()
         others = sum(p.numel() for p in result.model.parameters()) - totals["weights"]
         size = totals["weights"] * totals["bits_per_weight"] / 8 + self.float_bits / 8 * others
@@ -267,11 +267,11 @@ class Workbench:
             Options of the recipe, such as ``bits=3``.
         """
         chosen = replace(as_recipe(recipe), **changes)
-        batches = self.calibration.batches if chosen.needs_calibration() else None
+        calibration = self.calibration if chosen.needs_calibration() else None
         return quantize(
             copy.deepcopy(self.model),
             chosen,
-            batches,
+            calibration,
             tokenizer=self.tokenizer,
             threads=self.threads,
             diagnostics=diagnostics,
@@ -279,9 +279,10 @@ class Workbench:
             stored_dtype=self.stored_dtype,
         )
 
-    def perplexity_of(self, model: nn.Module) -> PerplexityResult:
-        """Perplexity of a model on the test text."""
-        return perplexity(model, self.cached_tokenizer, self.test, **self.test_options)
+    def perplexity_of(self, model: nn.Module, *, check: bool = True) -> PerplexityResult:
+        """Perplexity of a model on the test text; if ``check``, an error unless it is finite."""
+        options = {"check": check, **self.test_options}
+        return perplexity(model, self.cached_tokenizer, self.test, **options)
 
 
 def _name(recipe: Any) -> str:

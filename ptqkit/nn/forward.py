@@ -24,6 +24,7 @@ __all__ = [
     "forget_compiled",
     "forward",
     "hooks",
+    "model_inputs",
     "tensor_key",
     "thread_state",
 ]
@@ -137,11 +138,28 @@ def _wrap(name: str, hook: PreHook) -> Callable[..., Any]:
 
 def forward(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
     """Run one batch through the model's own forward; its result is dropped."""
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) for k, v in batch.items()}
+    inputs = model_inputs(model, batch)
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs.setdefault("use_cache", False)
     model(**inputs)
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch on the model's device, its features in the model's dtype.
+
+    Features are floating-point tensors other than masks, such as ``pixel_values``; processors make
+    them float32, and a model in half precision takes its own dtype alone. They stay as they are if
+    the parts of the model have different ones.
+    """
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.items()}
+    features = [k for k, v in inputs.items() if v.is_floating_point() and not k.endswith("mask")]
+    if features:
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if len(dtypes) == 1:
+            (dtype,) = dtypes
+            inputs |= {key: inputs[key].to(dtype) for key in features}
+    return inputs
 
 
 def tensor_key(value: torch.Tensor) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from ptqkit._defaults import LONGEST_LINE
+
 __all__ = ["FORMS", "chance", "read_items"]
 
 _CHOICES = ("context", "choices", "gold")
@@ -49,11 +51,15 @@ def read_items(
     items: list[dict[str, Any]] = []
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if limit is not None and len(items) >= limit:
-                    break
+            lines = iter(lambda: file.readline(LONGEST_LINE), "")
+            for number, line in enumerate(lines, 1):
+                where = f"{path.name}, line {number}"
+                if len(line) == LONGEST_LINE:
+                    raise ValueError(f"{where} is longer than {LONGEST_LINE:,} characters")
                 if line.strip():
-                    form = _add(items, line, form, f"{path.name}, line {number}")
+                    form = _add(items, line, form, where)
+                if len(items) == limit:
+                    break
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path.name} is not readable as UTF-8 text: {error}") from error
     if not items:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from ptqkit.demo import DEMO, text
 from ptqkit.errors import CalibrationError
-from ptqkit.hf.data.text import read_documents
+from ptqkit.hf.data.text import TextFile, open_documents, read_beginning, whole_documents
 from ptqkit.hf.evaluation.likelihood import perplexity
 from ptqkit.sweep.measured import Measured
 from ptqkit.sweep.plan import TaskPlan, TextSource
@@ -15,8 +17,10 @@ from ptqkit.sweep.zeroshot import zero_shot
 __all__ = ["documents_of", "measure"]
 
 
-def documents_of(source: TextSource, split: str = "test") -> list[str]:
-    """Read the documents of a text, with white space as asked.
+def documents_of(source: TextSource, split: str = "test") -> Iterator[str | TextFile]:
+    """Yield the documents of a text, with white space as asked, read as far as they are asked for.
+
+    A text file is given open, to be read before the next step. Documents without text are left out.
 
     Parameters
     ----------
@@ -29,23 +33,33 @@ def documents_of(source: TextSource, split: str = "test") -> list[str]:
     CalibrationError
         If the file holds fewer documents than asked for, or no text.
     """
+    collapse = source.whitespace == "collapse"
+    opened: Iterator[str | TextFile]
     if source.path == DEMO:
-        documents = [text(split)]
+        whole = text(split)
+        opened = iter([" ".join(whole.split()) if collapse else whole])
     else:
-        documents = list(read_documents(source.path))
+        opened = open_documents(source.path, collapse=collapse)
+    documents = opened
     if source.documents is not None:
         first, end = source.documents
-        if end > len(documents):
+        held = list(itertools.islice(opened, end))
+        if len(held) < end:
             raise CalibrationError(
-                f"documents = [{first}, {end}], but {source.path} holds {len(documents)}"
+                f"documents = [{first}, {end}], but {source.path} holds {len(held)}"
             )
-        documents = documents[first:end]
-    if source.whitespace == "collapse":
-        documents = [" ".join(d.split()) for d in documents]
-    documents = [d for d in documents if d.strip()]
-    if not documents:
-        raise CalibrationError(f"{source.path} holds no text")
-    return documents
+        documents = iter(held[first:])
+    empty = True
+    for document in documents:
+        if isinstance(document, TextFile) or document.strip():
+            empty = False
+            yield document
+    if empty:
+        raise _no_text(source)
+
+
+def _no_text(source: TextSource) -> CalibrationError:
+    return CalibrationError(f"{source.path} holds no text")
 
 
 def measure(model: Any, tokenizer: Any, task: TaskPlan) -> Measured:
@@ -65,6 +79,12 @@ def measure(model: Any, tokenizer: Any, task: TaskPlan) -> Measured:
     """
     if task.kind == "zero-shot":
         return zero_shot(model, tokenizer, task.source.path, **task.settings)
-    found = perplexity(model, tokenizer, documents_of(task.source), **task.settings)
-    found.check_finite()
+    opened, needed = documents_of(task.source), task.settings.get("max_tokens")
+    if needed is None:
+        texts = list(whole_documents(opened))
+    else:
+        texts = read_beginning(opened, tokenizer, needed)
+    if not any(t.strip() for t in texts):
+        raise _no_text(task.source)
+    found = perplexity(model, tokenizer, texts, **task.settings)
     return Measured(found.perplexity, "perplexity", False, found.tokens)

@@ -336,6 +336,20 @@ def test_the_own_format_is_never_quiet(folder, tmp_path, capsys, output):
         assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("output", [[], ["--quiet"], ["--json", "-"]])
+def test_what_other_readers_refuse_is_never_quiet(folder, tmp_path, capsys, output):
+    given = ["--calibration", str(folder / "train.txt"), *SMALL, "--symmetric", *output]
+    given += ["--override", "*.q_proj=bits:8", "--out", str(tmp_path / "q")]
+    assert main(["quantize", model_of(folder), *given]) == 0
+    printed, error = capsys.readouterr()
+    lines = [line for line in error.splitlines() if "warning" in line.lower()]
+    [line] = [line for line in lines if "q_proj" in line]
+    assert line.startswith("ptqkit quantize: warning: ") and "vLLM" in line
+    assert lines == [line]
+    if output == ["--json", "-"]:
+        assert json.loads(printed)["checkpoint"]["warnings"] == [line.partition("warning: ")[2]]
+
+
 def bomb(path):
     """Write 30 kB that expand to 30 MB: more than fits a test that reads it all."""
     line = b"def read(path):\n    return path\n"
@@ -360,7 +374,21 @@ def test_no_more_text_is_read_than_is_needed(folder, tmp_path, capsys, monkeypat
     given = ["--text", str(folder / "test.txt"), "--max-tokens", "40", "--bits", "4"]
     given += ["--samples", "2", "--sequence-length", "24", "--quiet"]
     assert main(["softmax", model_of(folder), "--calibration", file, *given]) == 0
+    given[1] = file  # its beginning calibrates, what follows is measured
+    assert main(["softmax", model_of(folder), *given]) == 0
     assert min(read) > 0 and sum(read) < 1_000_000
+
+
+def test_blanks_without_end_are_no_text(folder, tmp_path, capsys, monkeypatch):
+    file, read = tmp_path / "blanks.txt.gz", []
+    file.write_bytes(gzip.compress(b" \n" * 15_000_000))
+    real = TextFile.read
+    monkeypatch.setattr(
+        TextFile, "read", lambda self, size=-1: read.append(size) or real(self, size)
+    )
+    assert main(["eval", model_of(folder), "--text", str(file), "--max-tokens", "10"]) == 2
+    assert "blanks.txt.gz: the file is empty, or begins with blanks" in capsys.readouterr().err
+    assert sum(read) < 20_000_000
 
 
 def test_reader_that_goes_away(tmp_path):

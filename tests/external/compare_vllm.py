@@ -53,11 +53,46 @@ def stand_in() -> bool:
     return True
 
 
+class ExactProduct:
+    """An int8 weight and its scales, in the place of a handler of oneDNN."""
+
+    def __init__(self, weight, scales, *unused):
+        self.weight, self.scales = weight.double(), scales.double().reshape(1, -1)
+        self.k, self.n = weight.shape
+
+    def multiply(self, codes, out, scales, zeros, adjusted, bias):
+        codes = codes.double() if zeros is None else codes.double() - zeros.double()
+        found = codes @ self.weight * scales.double() * self.scales
+        return out.copy_(found if bias is None else found + bias.double())
+
+
+def exact_int8() -> bool:
+    """Multiply int8 in Python if this build's kernel saturates (x86 without VNNI); say whether.
+
+    There oneDNN adds pairs of products in 16 bits: weights beyond 64 give wrong sums.
+    """
+    import torch
+    from vllm import _custom_ops as ops
+
+    codes = torch.full((16, 64), 127, dtype=torch.int8)
+    weight = torch.full((32, 64), 127, dtype=torch.int8).t()
+    handler = ops.create_onednn_scaled_mm(weight, torch.ones(32, 1), torch.float32, True, False, 32)
+    out = ops.onednn_scaled_mm(
+        handler, codes, torch.empty(16, 32), torch.ones(16, 1), None, None, None
+    )
+    if bool((out == 64 * 127 * 127).all()):
+        return False
+    ops.create_onednn_scaled_mm = ExactProduct
+    ops.onednn_scaled_mm = ExactProduct.multiply
+    return True
+
+
 def compare(folder: Path) -> tuple[float, float]:
     """Return the largest and the mean difference of the log-probabilities of prompt tokens."""
     from vllm import LLM, SamplingParams
 
     stand_in()
+    exact_int8()
     expected = json.loads((folder / "expected.json").read_text())
     llm = LLM(
         model=str(folder),
@@ -92,8 +127,9 @@ def main(root: Path, names: list[str]) -> int:
         try:
             largest, mean = compare(folder)
         except Exception as error:
-            text = " ".join(str(error).split())[:200]
-            print(f"| {folder.name} | refused ({refused or text}) | |", flush=True)
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            known = "" if refused is None else f"; known: {refused}"
+            print(f"| {folder.name} | refused ({text}{known}) | |", flush=True)
             bad += refused is None
             continue
         print(f"| {folder.name} | {largest:.3f} | {mean:.4f} |", flush=True)

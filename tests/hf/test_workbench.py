@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 from helpers.sweep_cases import tiny_model, words
 
@@ -9,8 +12,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import ptqkit  # noqa: E402
-from ptqkit.errors import UsageError  # noqa: E402
-from ptqkit.hf import Workbench, load_model, perplexity, prepare_calibration  # noqa: E402
+from ptqkit.errors import NotFiniteError, UsageError  # noqa: E402
+from ptqkit.hf import Workbench, load_model, perplexity, prepare_calibration, workbench  # noqa: E402
 
 WINDOWS = {"samples": 3, "sequence_length": 24}
 SMALL = {"bits": 3, "group_size": 16}
@@ -77,6 +80,22 @@ def test_rows_equal_the_library_called_by_hand(folder, bench):
     assert row.bits_per_weight == result.report.totals()["bits_per_weight"]
     assert (row.recipe, row.bits, row.symmetric) == ("reference", 3, False)
     assert 0 < row.megabytes < bench.float_row.megabytes
+
+
+def test_a_perplexity_that_is_not_finite_is_a_warning(bench, monkeypatch):
+    assert math.isfinite(bench.float_row.perplexity)
+    real = workbench.perplexity
+
+    def damaged(model, *args, **options):
+        with torch.no_grad():
+            model.lm_head.weight[3] = math.nan
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(workbench, "perplexity", damaged)
+    with pytest.warns(RuntimeWarning, match="the perplexity of the model quantized by rtn is nan"):
+        assert math.isnan(bench.measure("rtn", **SMALL).perplexity)
+    with pytest.raises(NotFiniteError, match="the perplexity of the model is nan"):
+        bench.perplexity_of(copy.deepcopy(bench.model))
 
 
 def test_other_windows_give_another_row(bench):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -13,8 +14,10 @@ from helpers.data import SHARED
 from helpers.sweep_cases import choices, tiny_model, words
 
 from ptqkit.errors import CalibrationError
-from ptqkit.hf.data.text import CachedTokenizer
+from ptqkit.hf.data.calibration import prepare_calibration
+from ptqkit.hf.data.text import CachedTokenizer, TextFile
 from ptqkit.hf.evaluation.likelihood import perplexity
+from ptqkit.sweep import items
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import TaskPlan, TextSource
 from ptqkit.sweep.tasks import documents_of, measure
@@ -191,13 +194,67 @@ def test_documents(tmp_path):
     lines = [{"text": f"a  b\n{i}"} for i in range(5)]
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
-    assert documents_of(TextSource(str(path), (1, 3))) == ["a  b\n1", "a  b\n2"]
-    assert documents_of(TextSource(str(path), (4, 5), "collapse")) == ["a b 4"]
+    assert list(documents_of(TextSource(str(path), (1, 3)))) == ["a  b\n1", "a  b\n2"]
+    assert list(documents_of(TextSource(str(path), (4, 5), "collapse"))) == ["a b 4"]
     with pytest.raises(CalibrationError, match="holds 5"):
-        documents_of(TextSource(str(path), (3, 6)))
+        list(documents_of(TextSource(str(path), (3, 6))))
     path.write_text('{"text": "  "}\n', encoding="utf-8")
     with pytest.raises(CalibrationError, match="holds no text"):
-        documents_of(TextSource(str(path)))
+        list(documents_of(TextSource(str(path))))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Sizes of what is read of texts from here on; a text without end must not be read whole."""
+    found, real = [], TextFile.read
+
+    def read(self, size=-1):
+        assert size >= 0
+        found.append(size)
+        return real(self, size)
+
+    monkeypatch.setattr(TextFile, "read", read)
+    return found
+
+
+@pytest.mark.parametrize("whitespace", ["keep", "collapse"])
+@pytest.mark.parametrize("ending", [".txt.gz", ".jsonl.gz"])
+def test_no_more_is_read_than_is_needed(small, tmp_path, reads, whitespace, ending):
+    model, tokenizer = small
+    line = words(40) + "  \n\n"
+    line = line if ending == ".txt.gz" else json.dumps(line) + "\n"
+    path = tmp_path / f"bomb{ending}"
+    path.write_bytes(gzip.compress((line * 20_000).encode()) + b"damaged, if anybody comes here")
+    documents = None if ending == ".txt.gz" else (1, 5)
+    source = TextSource(str(path), documents, whitespace)
+    settings = {"max_tokens": 90, "window": 32, "batch_size": 2}
+    found = measure(model, tokenizer, TaskPlan("t", "perplexity", source, settings))
+    text = [(words(40) + "  \n\n") * 8] if documents is None else [words(40) + "  \n\n"] * 8
+    text = [" ".join(t.split()) for t in text] if whitespace == "collapse" else text
+    assert found.value == perplexity(model, tokenizer, text, **settings).perplexity
+    data = prepare_calibration(documents_of(source), tokenizer, samples=2, sequence_length=16)
+    assert data.samples == 2 and sum(reads) < 1_000_000
+
+
+def test_collapsed_text_is_that_of_the_whole(tmp_path):
+    text = " \n a\tb\u2003\u00a0c  " + "dd \n\n" * 40_000 + " e"
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8", newline="")
+    for size in (7, 1 << 16, -1):
+        for file in documents_of(TextSource(str(tmp_path / "t.txt"), None, "collapse")):
+            pieces = list(iter(lambda file=file, size=size: file.read(size), ""))
+            assert "".join(pieces) == " ".join(text.split())
+    (tmp_path / "t.txt").write_text(" \n ", encoding="utf-8")
+    for whitespace in ("keep", "collapse"):
+        task = TaskPlan("t", "", TextSource(str(tmp_path / "t.txt"), None, whitespace), {})
+        with pytest.raises(CalibrationError, match="holds no text"):
+            measure(None, None, task)
+
+
+def test_an_item_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(items, "LONGEST_LINE", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'"' + b"a" * 5000))
+    with pytest.raises(ValueError, match=r"line 1 is longer than 1,000 characters"):
+        read_items(tmp_path / "a.jsonl.gz")
 
 
 def test_perplexity_is_that_of_the_library(small, tmp_path):

@@ -57,7 +57,10 @@ class CheckpointFormat(ABC):
         if spec.kind not in ("linear", "conv1d"):
             found.append(f"a {spec.kind} module is neither nn.Linear nor Conv1D")
         if spec.weight_dtype not in SCALE_DTYPES:
-            found.append(f"weights of dtype {spec.weight_dtype} are not supported")
+            found.append(
+                f"weights of dtype {spec.weight_dtype} are not supported; convert the model, as in "
+                "model.float()"
+            )
         if spec.tied:
             found.append("its weight is tied to another module; untie it before quantizing")
         return [f"{spec.name}: {reason}" for reason in found + self._limits(spec)]

@@ -77,6 +77,7 @@ def choose_format(
     activations: Mapping[str, ActivationQuantizer] | None = None,
     foreign: Sequence[str] = (),
     linears: Sequence[str] | None = None,
+    absent: Sequence[str] = (),
     prove: Callable[[], Sequence[str]] | None = None,
     prove_stock: Callable[[], Sequence[str]] | None = None,
 ) -> tuple[CheckpointFormat, str]:
@@ -88,6 +89,8 @@ def choose_format(
         Further reasons against every format but ptqkit's own.
     linears : sequence of str, optional
         Names of all linear modules of the model; by default those of the layers.
+    absent : sequence of str
+        Reasons against every format.
     prove : callable, optional
         Returns the reasons why the model class cannot load packed layers; asked for a format that
         ``from_pretrained`` reads without ptqkit, once nothing else speaks against it.
@@ -105,6 +108,7 @@ def choose_format(
         for spec in specs:
             quantizer = (activations or {}).get(spec.name)
             found += FORMATS[candidate].data_problems(spec, layers[spec.name], quantizer)
+        found += absent
         if not FORMATS[candidate].foreign:
             return found
         found += foreign

@@ -26,8 +26,8 @@ from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
 from ptqkit.hf.checkpoint.formats import choose_format
 from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
 from ptqkit.hf.checkpoint.names import SavedNames, convert_plans, saved_names
-from ptqkit.hf.checkpoint.siblings import sibling_warnings
-from ptqkit.hf.checkpoint.skeleton import skeleton_problems
+from ptqkit.hf.checkpoint.siblings import CheckpointWarning, sibling_warnings
+from ptqkit.hf.checkpoint.skeleton import absent_modules, skeleton_problems
 from ptqkit.hf.checkpoint.spec import LayerSpec, describe_layers
 from ptqkit.hf.softmax.files import check_installed, write_installed
 from ptqkit.nn.activations import ActivationQuantizer
@@ -144,13 +144,14 @@ def save_checkpoint(
         activations,
         biases.problems(),
         linears,
+        absent_modules(model, layers),
         partial(skeleton_problems, model, list(layers), names),
         partial(converted_problems, model, names),
     )
     _check_weights(model, specs, layers)
     notes = sibling_warnings(specs, linears) if chosen.foreign else []
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, CheckpointWarning, stacklevel=2)
     saved = [_as_saved(spec, names) for spec in specs]
     linears = list(dict.fromkeys([*linears, *map(names.module, linears)]))
     config = _model_config(model, saved, chosen, recipe, biases, linears)

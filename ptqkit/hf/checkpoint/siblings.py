@@ -6,7 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from ptqkit.hf.checkpoint.spec import LayerSpec
 
-__all__ = ["FUSED", "sibling_warnings"]
+__all__ = ["FUSED", "CheckpointWarning", "sibling_warnings"]
+
+
+class CheckpointWarning(UserWarning):
+    """Readers other than transformers refuse a checkpoint."""
+
 
 #: Last parts of the names of layers that vLLM and SGLang compute as one.
 FUSED = (

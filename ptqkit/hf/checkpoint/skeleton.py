@@ -13,11 +13,31 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ptqkit.hf.checkpoint.names import SavedNames
 
-__all__ = ["memory_names", "skeleton_problems"]
+__all__ = ["absent_modules", "memory_names", "skeleton_problems"]
+
+
+def absent_modules(model: Any, layers: Iterable[str]) -> list[str]:
+    """Return what is wrong with layers that the class of ``model`` does not build.
+
+    Whatever loads a file builds the class first: modules that were renamed or added by hand would
+    be missed. A class that its configuration does not suffice for is not judged.
+    """
+    try:
+        known = {name for name, _ in _build(model).named_modules()}
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return []
+    kind = type(model).__name__
+    return [
+        f"{n}: {kind} does not build this module, so nothing would load it"
+        for n in layers
+        if n not in known
+    ]
 
 
 def skeleton_problems(model: Any, layers: Iterable[str], names: SavedNames) -> list[str]:
     """Return the reasons why the class of ``model`` cannot load packed layers; empty if it can.
+
+    :func:`absent_modules` has been asked before.
 
     The class is built on the meta device, the named layers lose their weights as a loader that
     knows the format takes them away, and the class initializes the rest; the names of the file are
@@ -37,10 +57,7 @@ def skeleton_problems(model: Any, layers: Iterable[str], names: SavedNames) -> l
     skeleton = _build(model)
     expected = {}
     for name in layers:
-        try:
-            module = skeleton.get_submodule(name)
-        except AttributeError:
-            return [f"{name}: {kind} does not build this module"]
+        module = skeleton.get_submodule(name)
         del module.weight
         module.register_buffer("weight_packed", torch.empty(0, dtype=torch.int32, device="meta"))
         expected[f"{names.module(name)}.weight_packed"] = f"{name}.weight_packed"

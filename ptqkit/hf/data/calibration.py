@@ -132,15 +132,17 @@ def prepare_calibration(
     Text is tokenized without special tokens in its order (at most 16 times what is needed),
     joined, and cut into consecutive windows; ``samples`` of them are drawn with a generator of
     their own, seeded by ``seed``, and kept in text order. With a start token, each window is that
-    token and ``sequence_length - 1`` tokens of text. Token tensors and batches are used as given.
+    token and ``sequence_length - 1`` tokens of text. Token tensors and batches are used as given,
+    and a calibration set is returned as it is.
 
     Parameters
     ----------
-    source : str, path, iterable of str, Tensor, iterable of Tensor, iterable of dict
+    source : str, path, iterable of str, Tensor, iterable of Tensor or dict, or CalibrationSet
         A text or ``.jsonl`` file (``.gz`` too); texts, or dicts with ``text``, read no further than
-        needed; tokens of shape (samples, sequence) or 1-D sequences; dicts of the model's inputs,
-        such as ``input_ids`` and ``attention_mask``, or ``pixel_values``; or
-        ``"name:config:split"`` of the package ``datasets``.
+        needed; tokens of shape (samples, sequence), 1-D sequences, or batches of tokens, alone or
+        in tuples of one, as a DataLoader gives them; dicts of the model's inputs, such as
+        ``input_ids`` and ``attention_mask``, or ``pixel_values``; or ``"name:config:split"`` of
+        the package ``datasets``.
     tokenizer : optional
         Needed for text.
     samples, sequence_length, batch_size, seed : int
@@ -161,6 +163,8 @@ def prepare_calibration(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CalibrationError(f"{name} must be an integer of at least 1, not {value!r}")
+    if isinstance(source, CalibrationSet):
+        return source
     documents, described, source = _as_documents(source)
     if documents is None:
         return _from_tokens(source, batch_size, samples)
@@ -218,12 +222,17 @@ def _as_documents(source: Any) -> tuple[Iterable[str | TextFile] | None, str, An
 
 def _is_text(item: Any) -> bool:
     tokenized = isinstance(item, Mapping) and "input_ids" in item
-    return isinstance(item, str) or (isinstance(item, Mapping) and "text" in item and not tokenized)
+    return isinstance(item, (str, TextFile)) or (
+        isinstance(item, Mapping) and "text" in item and not tokenized
+    )
 
 
-def _texts(items: Iterable[Any]) -> Iterator[str]:
+def _texts(items: Iterable[Any]) -> Iterator[str | TextFile]:
     """Yield the texts of strings and of dicts with ``text``, which is a string or several."""
     for index, item in enumerate(items):
+        if isinstance(item, TextFile):
+            yield item
+            continue
         text = item["text"] if _is_text(item) and not isinstance(item, str) else item
         for part in [text] if isinstance(text, (str, bytes)) or not _listed(text) else text:
             if not isinstance(part, str):
@@ -259,6 +268,10 @@ def _from_tokens(source: Any, batch_size: int, samples: int) -> CalibrationSet:
             ) from None
     if not source:
         raise CalibrationError("calibration is empty")
+    source = [_unwrapped(item, i) for i, item in enumerate(source)]
+    if any(_is_token_batch(item) for item in source):
+        # Whole batches, as a DataLoader makes them.
+        source = [item if isinstance(item, Mapping) else {"input_ids": item} for item in source]
     if all(isinstance(item, Mapping) for item in source):
         batches = [_check_batch(dict(item), i) for i, item in enumerate(source)]
     else:
@@ -278,6 +291,29 @@ def _from_tokens(source: Any, batch_size: int, samples: int) -> CalibrationSet:
     return CalibrationSet(batches, tokens, samples, longest, "as given", described)
 
 
+def _unwrapped(item: Any, index: int) -> Any:
+    """Take the tensor out of a tuple of one; of several only the caller knows what they are."""
+    tensors = isinstance(item, (list, tuple)) and [
+        x for x in item if isinstance(x, (torch.Tensor, np.ndarray)) and x.ndim > 0
+    ]
+    if not tensors:
+        return item
+    if len(item) > 1:
+        raise CalibrationError(
+            f"calibration[{index}] is a {type(item).__name__} of {len(item)}, of which nothing "
+            "tells what they are to the model; give dicts, such as {'input_ids': ids, "
+            "'attention_mask': mask}"
+        )
+    return tensors[0]
+
+
+def _is_token_batch(item: Any) -> bool:
+    """Whether these are the token ids of several samples."""
+    if not isinstance(item, (torch.Tensor, np.ndarray)) or item.ndim != 2 or len(item) < 2:
+        return False
+    return not torch.as_tensor(item).is_floating_point()
+
+
 def _check_row(row: Any, index: int) -> torch.Tensor:
     try:
         ids = torch.as_tensor(row)
@@ -288,9 +324,10 @@ def _check_row(row: Any, index: int) -> torch.Tensor:
     if ids.dim() == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.dim() != 1 or ids.is_floating_point() or ids.numel() == 0:
+        hint = "; name other inputs, as in {'pixel_values': images}" if ids.dim() > 1 else ""
         raise CalibrationError(
             f"calibration[{index}] must be a non-empty 1-D sequence of integer token ids, not "
-            f"{ids.dtype} of shape {tuple(ids.shape)}"
+            f"{ids.dtype} of shape {tuple(ids.shape)}{hint}"
         )
     return ids.long()
 

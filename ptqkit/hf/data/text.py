@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ptqkit._defaults import LONGEST_LINE
 from ptqkit.errors import CalibrationError, UsageError
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "start_token_id",
     "text_pieces",
     "tokenize",
+    "whole_documents",
 ]
 
 #: ``name:config:split``; the config may be empty.
@@ -36,8 +38,8 @@ DATASET_NAME = re.compile(r"[\w./-]+:[\w.-]*:\w+")
 # Text is tokenized in pieces of about this many characters, cut at line ends: some tokenizers
 # take time quadratic in the length of their input.
 _PIECE = 1 << 16
-# Characters of the longest line of a .jsonl file, and of the first look into a text.
-_LONGEST_LINE, _LEAST = 1 << 28, 1 << 12
+# Characters of the first look into a text.
+_LEAST = 1 << 12
 
 
 class MissingTextError(CalibrationError, FileNotFoundError):
@@ -83,10 +85,13 @@ class TextFile:
     Attributes
     ----------
     path : Path
+    collapse : bool
+        Whether :meth:`read` gives every run of white space as one blank, and none at the ends.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, collapse: bool = False) -> None:
+        self.path, self.collapse = path, collapse
+        self._ready, self._begun, self._gap = "", False, False
         opener = gzip.open if path.suffix == ".gz" else open
         self._file: Any = opener(path, "rt", encoding="utf-8")
 
@@ -99,7 +104,22 @@ class TextFile:
     def read(self, size: int = -1) -> str:
         """Return the next characters, at most so many."""
         with self._explained():
-            return self._file.read(size)
+            return self._collapsed(size) if self.collapse else self._file.read(size)
+
+    def _collapsed(self, size: int) -> str:
+        """Return the next characters of ``" ".join(text.split())``."""
+        while size < 0 or len(self._ready) < size:
+            piece = self._file.read(_PIECE)
+            if not piece:
+                break
+            words = " ".join(piece.split())
+            self._gap |= piece[0].isspace()
+            if words:
+                self._ready += " " + words if self._begun and self._gap else words
+                self._begun, self._gap = True, piece[-1].isspace()
+        end = len(self._ready) if size < 0 else size
+        found, self._ready = self._ready[:end], self._ready[end:]
+        return found
 
     def readline(self, size: int = -1) -> str:
         """Return the next line, at most so many characters of it."""
@@ -116,46 +136,55 @@ class TextFile:
             ) from error
 
 
-def open_documents(path: str | os.PathLike[str]) -> Iterator[str | TextFile]:
+def open_documents(
+    path: str | os.PathLike[str], *, collapse: bool = False
+) -> Iterator[str | TextFile]:
     """Read a text file (one document) or a ``.jsonl`` file (one per line); ``.gz`` of both.
 
     A line of a ``.jsonl`` file is a string, or an object whose field ``text``, else its first
     string field, is the document. A text file is given open, to be read before the next step.
+    With ``collapse`` every run of white space becomes one blank.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingTextError(f"there is no file {str(path)!r}")
-    with TextFile(path) as file:
+    with TextFile(path, collapse) as file:
         if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
             yield file
             return
         for number in itertools.count(1):
-            line = file.readline(_LONGEST_LINE)
+            line = file.readline(LONGEST_LINE)
             if not line:
                 return
-            if len(line) == _LONGEST_LINE:
+            if len(line) == LONGEST_LINE:
                 raise CalibrationError(
-                    f"{path.name}, line {number} is longer than {_LONGEST_LINE:,} characters; "
+                    f"{path.name}, line {number} is longer than {LONGEST_LINE:,} characters; "
                     "give the text as .txt, or a line per document"
                 )
             if line.strip():
-                yield _document(line, f"{path.name}, line {number}")
+                document = _document(line, f"{path.name}, line {number}")
+                yield " ".join(document.split()) if collapse else document
 
 
 def read_documents(path: str | os.PathLike[str]) -> Iterator[str]:
     """Read the documents of a file as :func:`open_documents` does, each as a whole."""
-    for document in open_documents(path):
+    return whole_documents(open_documents(path))
+
+
+def whole_documents(documents: Iterable[str | TextFile]) -> Iterator[str]:
+    """Read every document to its end."""
+    for document in documents:
         yield document if isinstance(document, str) else document.read()
 
 
-def read_beginning(path: str | os.PathLike[str], tokenizer: Any, needed: int) -> list[str]:
-    """Read no more of a file's documents than their first ``needed`` tokens come from.
+def read_beginning(opened: Iterable[str | TextFile], tokenizer: Any, needed: int) -> list[str]:
+    """Read no more of documents than their first ``needed`` tokens come from.
 
     A text is tokenized as a whole, so its end may change tokens before it: twice as much text must
     begin with the same tokens.
     """
     documents: list[str] = []
-    for document in open_documents(path):
+    for document in opened:
         text = ""
         ids: list[int] | None = None
         size = max(_LEAST, 8 * needed)

@@ -35,7 +35,7 @@ from ptqkit.nn.attention_quantizer import (
     AttentionQuantizer,
     AttentionRanges,
 )
-from ptqkit.nn.forward import calibration_mode, forward, hooks
+from ptqkit.nn.forward import calibration_mode, forward, hooks, model_inputs
 from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.study import refuse_installed
@@ -173,9 +173,8 @@ class Bench:
     def _logits(self, index: int) -> torch.Tensor:
         """Return the logits of a batch on the host, in float32, 0 at padded positions."""
         batch, rows = self.data.batches[index], self.data.masks()[index]
-        device = next(self.model.parameters()).device
         with calibration_mode(self.model):
-            output = self.model(**{k: v.to(device) for k, v in batch.items()})
+            output = self.model(**model_inputs(self.model, batch))
         logits = getattr(output, "logits", None)
         if logits is None:
             raise UnsupportedModuleError(

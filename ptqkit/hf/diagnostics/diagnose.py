@@ -106,18 +106,16 @@ def diagnose(
     wanted = _check(bits, sensitivity)
     rules = {"value": value, "layers": layers, "tokens": tokens, "ratio": ratio}
     _check_rules(rules)
-    data = calibration
-    if not isinstance(data, CalibrationSet):
-        data = prepare_calibration(
-            calibration,
-            tokenizer,
-            samples=samples,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            seed=seed,
-            start_token=start_token,
-            max_length=max_positions(model),
-        )
+    data = prepare_calibration(
+        calibration,
+        tokenizer,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        start_token=start_token,
+        max_length=max_positions(model),
+    )
     names = [block for stack in find_blocks(model, blocks).values() for block in stack]
     parts = _Parts(model, names)
     report = DiagnosisReport(

@@ -99,23 +99,25 @@ def sensitivity(
     if text is not None:
         options = {"start_token": start_token, "batch_size": batch_size, **windows}
 
-        def score() -> float:
-            return perplexity(model, tokenizer, text, **options).perplexity
+        def score(case: str | None) -> float:
+            found = perplexity(model, tokenizer, text, check=case is None, **options)
+            found.warn_unless_finite(f"the model with quantized {case}")
+            return found.perplexity
 
     report = SensitivityReport(
         bits=bits,
         by=by,
         calibration=describe(data),
-        float_perplexity=score() if score is not None else None,
+        float_perplexity=score(None) if score is not None else None,
     )
     resolved = make_progress(progress)
     stage = ProgressStage(resolved, "measuring", len(cases))
     try:
         for case in cases:
             with bench.quantized(case):
+                row = SensitivityRow(case.kind, case.layer, len(case.members))
                 sqnr = bench.compare()
-                value = score() if score is not None else None
-            row = SensitivityRow(case.kind, case.layer, len(case.members))
+                value = score(row.name) if score is not None else None
             row.sqnr_db, row.infinite = float(sqnr.decibel), int(sqnr.infinite)
             row.perplexity = value
             report.rows.append(row)

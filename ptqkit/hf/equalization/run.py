@@ -18,7 +18,7 @@ from ptqkit.arrays.equalization import (
     search_equalization,
     weight_span,
 )
-from ptqkit.errors import CalibrationError, PtqkitError, prefix_error
+from ptqkit.errors import LAYER_FAILURES, CalibrationError, PtqkitError, prefix_error
 from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.equalization.find import find_folds
 from ptqkit.hf.equalization.fold import Fold, FoldPlan, apply_fold, uninterrupted
@@ -150,7 +150,7 @@ class EqualizationRun:
                 continue
             try:
                 found[index] = self._choose(fold)
-            except Exception as error:
+            except LAYER_FAILURES as error:
                 raise prefix_error(error, fold.consumers[0]) from error
             stage.step(fold.consumers[0], found[index].row.error)
         return [found[i] for i in sorted(found)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,11 +62,23 @@ class PerplexityResult:
 
     def check_finite(self, where: str = "the model") -> None:
         """Raise NotFiniteError, which names ``where``, if the perplexity is not finite."""
-        if not math.isfinite(self.perplexity):
-            raise NotFiniteError(
-                f"the perplexity of {where} is {self.perplexity} ({self.nll_per_token} nats per "
-                "token): its weights are damaged, or its arithmetic overflows (try float32)"
-            )
+        problem = self._problem(where)
+        if problem is not None:
+            raise NotFiniteError(problem)
+
+    def warn_unless_finite(self, where: str) -> None:
+        """Warn, for a table that goes on, if the perplexity is not finite."""
+        problem = self._problem(where)
+        if problem is not None:
+            warnings.warn(problem, RuntimeWarning, stacklevel=3)
+
+    def _problem(self, where: str) -> str | None:
+        if math.isfinite(self.perplexity):
+            return None
+        return (
+            f"the perplexity of {where} is {self.perplexity} ({self.nll_per_token} nats per "
+            "token): its weights are damaged, or its arithmetic overflows (try float32)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict."""
@@ -89,6 +102,7 @@ def perplexity(
     batch_size: int = FORWARD_BATCH_SIZE,
     max_tokens: int | None = None,
     windows: int | None = None,
+    check: bool = True,
     progress: bool | Progress | None = False,
 ) -> PerplexityResult:
     """Measure the perplexity per token of a text.
@@ -120,6 +134,8 @@ def perplexity(
     windows : int, optional
         Join the texts and measure so many windows at equal distances, each a text of its own, so
         that few windows speak for all of the text. Excludes ``max_tokens`` and ``stride``.
+    check : bool
+        Raise NotFiniteError if the perplexity is not finite; otherwise it is returned as it is.
     progress : bool or callable, optional
         An event per batch of windows, with stage "measuring"; see
         :func:`ptqkit.hf.progress.make_progress`.
@@ -130,6 +146,8 @@ def perplexity(
         If the text holds too few tokens to score one.
     UsageError
         If window, stride, batch_size or windows is out of range.
+    NotFiniteError
+        If the logits are not finite, or the perplexity overflows.
     """
     limit = max_positions(model)
     window = window if window is not None else (limit or _DEFAULT_WINDOW)
@@ -160,7 +178,10 @@ def perplexity(
     finally:
         close_progress(reported)
     value = math.inf if nll >= 700 else math.exp(nll)
-    return PerplexityResult(nll, value, total, window, stride, start, len(texts))
+    result = PerplexityResult(nll, value, total, window, stride, start, len(texts))
+    if check:
+        result.check_finite()
+    return result
 
 
 def _token_lists(tokenizer: Any, text: Any, max_tokens: int | None) -> list[list[int]]:

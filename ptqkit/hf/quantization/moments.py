@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.errors import UnsupportedModuleError, prefix_error
+from ptqkit.errors import (
+    LAYER_FAILURES,
+    CalibrationError,
+    UnsupportedModuleError,
+    prefix_error,
+)
 from ptqkit.hf.data.calibration import batch_shape
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.nn.statistics import InputDrift, accumulator, range_accumulator
@@ -49,7 +54,8 @@ class Moments:
 class MomentAccumulator:
     """H (and G, and ranges) of one group, gathered batch by batch.
 
-    The first error is kept for :meth:`finish`: all batches must go on to the next layer first.
+    The first error is kept for :meth:`finish`: all batches must go on to the next layer first. An
+    exception that is no failure of the layer goes through, and there are no moments any more.
 
     Parameters
     ----------
@@ -110,8 +116,12 @@ class MomentAccumulator:
                     self._drift = InputDrift(channels, device)
                 self._drift.update(floats, value, rows)
                 self._seconds_drift += time.perf_counter() - middle
-        except Exception as error:
+        except LAYER_FAILURES as error:
             self.error = prefix_error(error, self.name)
+        except BaseException:
+            # H may have the batch, and what is added after it not.
+            self.error = CalibrationError(f"{self.name}: adding a batch was interrupted")
+            raise
         self._seconds += middle - start
 
     def finish(self) -> Moments | Exception:
@@ -120,7 +130,7 @@ class MomentAccumulator:
             return self.error
         try:
             return self._moments()
-        except Exception as error:
+        except LAYER_FAILURES as error:
             return error
 
     def _moments(self) -> Moments:

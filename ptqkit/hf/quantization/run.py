@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import CalibrationError, UnsupportedModuleError, prefix_error
+from ptqkit.errors import (
+    LAYER_FAILURES,
+    CalibrationError,
+    UnsupportedModuleError,
+    prefix_error,
+)
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.equalization.report import EqualizationReport
 from ptqkit.hf.models.structure import Structure, Target
@@ -193,7 +198,7 @@ class QuantizationRun:
             if isinstance(moments, Exception):
                 raise moments
             self._solve(members, moments, schedule)
-        except Exception as error:
+        except LAYER_FAILURES as error:
             error = prefix_error(error, ", ".join(t.name for t in members))
             if self.options.on_error == "raise":
                 raise error

@@ -18,7 +18,7 @@ from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_ca
 from ptqkit.hf.models import attention
 from ptqkit.hf.softmax.files import save_softmax
 from ptqkit.nn.attention import AttentionHook
-from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.forward import calibration_mode, model_inputs
 from ptqkit.nn.softmax.file import SOFTMAX_FILE, read_values
 from ptqkit.nn.softmax.quantizer import CORRECTIONS, SoftmaxQuantizer
 from ptqkit.nn.softmax.search import SearchEnds
@@ -72,11 +72,10 @@ class _LanguageModel:
 
     def _output(self, batch: dict[str, torch.Tensor], rows: torch.Tensor | None) -> np.ndarray:
         """Logits, or last hidden states, in float32, zero at padding."""
-        device = next(self.model.parameters()).device
         with calibration_mode(self.model):
-            x = self.model(**{k: v.to(device) for k, v in batch.items()})[0].float()
+            x = self.model(**model_inputs(self.model, batch))[0].float()
         if rows is not None and x.dim() == 3 and x.shape[:2] == rows.shape:
-            x = x * rows.to(device)[..., None]
+            x = x * rows.to(x.device)[..., None]
         return x.cpu().numpy()
 
     def describe(self) -> dict[str, Any]:

@@ -168,17 +168,20 @@ def softmax_table(
         here every line is by default what it says.
     progress : callable, optional
         Called with the name of what comes next.
+
+    Raises
+    ------
+    NotFiniteError
+        If the perplexity with the float softmax is not finite. With a quantized one that is a
+        warning: the table goes on.
     """
     for correction in corrections:
         check_choice("each of corrections", correction, VARIANTS)
     chosen = list(dict.fromkeys(["none", *corrections]))
     report_next = progress or (lambda name: None)
 
-    def score() -> PerplexityResult:
-        return perplexity(model, tokenizer, text, **windows)
-
     report_next("float softmax")
-    first = score()
+    first = perplexity(model, tokenizer, text, **windows)
     table = SoftmaxTable(first, describe(calibration))
     table.rows.append(SoftmaxTableRow(None, "none", first.perplexity))
     for width in bits:
@@ -190,10 +193,12 @@ def softmax_table(
             quantizers = study.quantizers(*VARIANTS[name])
             report = study.compare(quantizers, guard)
             with attention_hooks(model, softmax_hooks(quantizers)):
-                found = score().perplexity
-            excess = found - first.perplexity
+                found = perplexity(model, tokenizer, text, check=False, **windows)
+            excess = found.perplexity - first.perplexity
             plain = excess if name == "none" else plain
-            table.rows.append(_row(width, name, found, excess, plain, report))
+            row = _row(width, name, found.perplexity, excess, plain, report)
+            found.warn_unless_finite(f"the model with {row.name}")
+            table.rows.append(row)
             if name == "none":
                 table.layers[width] = report.to_dict()["layers"]
     return table

@@ -71,6 +71,17 @@ def test_compressed_tensors_refuses_and_names_cause_and_layers(tmp_path):
     _refused(model, layers, tmp_path, "compressed-tensors", "nn.Linear only, not Conv1D")
 
 
+@pytest.mark.parametrize("name", ["auto", "compressed-tensors", "gptq", "ptqkit"])
+def test_modules_that_the_class_does_not_build_are_refused(tmp_path, name):
+    model = build("llama")
+    for block in model.model.layers:
+        block.mlp.other = block.mlp.up_proj
+        del block.mlp.up_proj
+    layers = fake_quantize(model, scale_dtype="float16", **SYMMETRIC)
+    words = "layers.0.mlp.other: LlamaForCausalLM does not build this module"
+    _refused(model, layers, tmp_path, name, words)
+
+
 def test_gptq_refuses_what_it_cannot_carry(tmp_path):
     model = build("llama")
     layers = fake_quantize(model, bits=4, group_size=32, scale_dtype="float16")

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.driver_models import WordTokenizer, build, numbers
+from torch.utils.data import DataLoader, TensorDataset
 
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.data.calibration import (
+    CalibrationSet,
     max_positions,
     padding_mask,
     prepare_calibration,
@@ -130,6 +132,24 @@ def test_tokens():
     assert ragged.tokens == 21
 
 
+def test_a_data_loader_gives_batches():
+    ids = torch.arange(3, 43).view(5, 8)
+    for dataset in (TensorDataset(ids), ids, [{"input_ids": row} for row in ids]):
+        data = prepare_calibration(DataLoader(dataset, batch_size=2), **SIZE)
+        assert [len(batch["input_ids"]) for batch in data.batches] == [2, 2, 1]
+        assert torch.equal(all_ids(data), ids) and data.tokens == 40
+    single = prepare_calibration(DataLoader(TensorDataset(ids), batch_size=1), **SIZE)
+    assert torch.equal(all_ids(single), ids[:4])
+    with pytest.raises(CalibrationError, match=r"is a list of 2, .*give dicts"):
+        prepare_calibration(DataLoader(TensorDataset(ids, ids), batch_size=2))
+
+
+def test_a_prepared_set_is_taken_as_it_is():
+    data = prepare_calibration(torch.arange(3, 43).view(5, 8))
+    assert isinstance(data, CalibrationSet)
+    assert prepare_calibration(data, samples=1, batch_size=1) is data
+
+
 def test_batches_keep_their_masks():
     ids = torch.arange(3, 19).view(2, 8)
     mask = torch.ones(2, 8, dtype=torch.long)
@@ -158,6 +178,11 @@ def test_batches_keep_their_masks():
             r"attention_mask has shape \(1, 3\), input_ids \(1, 2\)",
         ),
         ([{"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}], "holds no token"),
+        ([torch.zeros(2, 3, 8, 8)], r"shape \(2, 3, 8, 8\); name other inputs, .*pixel_values"),
+        (
+            [(torch.ones(2, 3, dtype=torch.long), torch.ones(2))],
+            r"calibration\[0\] is a tuple of 2, .*give dicts, such as \{'input_ids'",
+        ),
         (["1 2 3"], "tokenizer= is needed"),
         ("no-such-file.txt", "neither a file nor"),
     ],

@@ -34,7 +34,7 @@ def test_the_beginning_gives_the_first_tokens(tmp_path, tokenizer, kind, needed)
         "no end of line": text("test")[:60_000].replace("\n", " "),
     }[kind]
     (tmp_path / "a.txt").write_text(document, encoding="utf-8", newline="")
-    [beginning] = read_beginning(tmp_path / "a.txt", tokenizer, needed)
+    [beginning] = read_beginning(open_documents(tmp_path / "a.txt"), tokenizer, needed)
     assert document.startswith(beginning)
     assert ids(tokenizer, beginning)[:needed] == ids(tokenizer, document)[:needed]
     if needed <= 10:
@@ -45,8 +45,8 @@ def test_the_beginning_of_lines(tmp_path, tokenizer):
     lines = [json.dumps(f"document {i} of many") for i in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     each = len(ids(tokenizer, "document 0 of many"))
-    assert len(read_beginning(tmp_path / "a.jsonl", tokenizer, 3 * each)) == 3
-    assert len(read_beginning(tmp_path / "a.jsonl", tokenizer, 10**6)) == 100
+    assert len(read_beginning(open_documents(tmp_path / "a.jsonl"), tokenizer, 3 * each)) == 3
+    assert len(read_beginning(open_documents(tmp_path / "a.jsonl"), tokenizer, 10**6)) == 100
 
 
 def test_calibration_reads_pieces_of_a_file(tmp_path, tokenizer, monkeypatch):
@@ -65,7 +65,7 @@ def test_calibration_reads_pieces_of_a_file(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "_LONGEST_LINE", 1000)
+    monkeypatch.setattr(text_module, "LONGEST_LINE", 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'"' + b"a" * 5000))
     with pytest.raises(CalibrationError, match=r"line 1 is longer than 1,000 characters"):
         list(open_documents(tmp_path / "a.jsonl.gz"))

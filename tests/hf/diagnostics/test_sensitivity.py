@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers.driver_models import build, padded_batches, tokens
 
 import ptqkit
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.hf.diagnostics import sensitivity as sensitivity_module
 from ptqkit.hf.diagnostics.sensitivity import KINDS, sensitivity
 from ptqkit.hf.evaluation.likelihood import perplexity
 from ptqkit.hf.models.attention import installed_attention
@@ -132,6 +134,21 @@ def test_perplexity_too():
     )
     assert report["value"].perplexity != report.float_perplexity
     assert "perplexity" in report.table()
+
+
+def test_a_perplexity_that_is_not_finite_is_told(monkeypatch):
+    model, text = build(), tokens(2, 32, seed=3)
+    calls = []
+
+    def measured(*args, check, **options):
+        calls.append(check)
+        found = perplexity(*args, check=check, **options)
+        return found if check else replace(found, perplexity=math.inf)
+
+    monkeypatch.setattr(sensitivity_module, "perplexity", measured)
+    with pytest.warns(RuntimeWarning, match="the perplexity of the model with quantized value is"):
+        report = sensitivity(model, tokens(3), kinds=["value"], text=text, start_token=None)
+    assert calls == [True, False] and report["value"].perplexity == math.inf
 
 
 def test_report_as_table_json_and_picture(tmp_path):

@@ -12,7 +12,7 @@ import transformers
 from helpers.data import SHARED
 from helpers.driver_models import WordTokenizer, build, numbers, tokens
 
-from ptqkit.errors import CalibrationError
+from ptqkit.errors import CalibrationError, NotFiniteError
 from ptqkit.hf import perplexity
 
 needs_data = pytest.mark.skipif(
@@ -132,6 +132,19 @@ def test_bad_arguments():
         perplexity(model, WordTokenizer(), "")
     with pytest.raises(CalibrationError, match="too few tokens"):
         perplexity(model, None, tokens(1, 1), start_token=None)
+
+
+@pytest.mark.parametrize(("factor", "shown"), [(math.nan, "nan"), (1e6, "inf")])
+def test_what_is_not_finite_is_an_error(factor, shown):
+    model = build()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+    with pytest.raises(NotFiniteError, match=f"the perplexity of the model is {shown} "):
+        perplexity(model, None, tokens(1, 32))
+    result = perplexity(model, None, tokens(1, 32), check=False)
+    assert not math.isfinite(result.perplexity)
+    with pytest.warns(RuntimeWarning, match=f"the perplexity of W2 is {shown} "):
+        result.warn_unless_finite("W2")
 
 
 def load(name):

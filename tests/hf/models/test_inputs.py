@@ -10,6 +10,7 @@ from helpers.driver_models import VOCABULARY, padded_batches, tokens
 import ptqkit
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.models.inputs import short_batch
+from ptqkit.nn.forward import model_inputs
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 _VISION = {**_SIZES, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -99,6 +100,34 @@ def test_images_and_sounds_calibrate(schedule):
     result = quantize(whisper(), [sound], schedule=schedule)
     seen = {row.tokens for row in result.report.layers if row.status == "quantized"}
     assert len(result.matrices) == 32 and seen == {40, 20}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_features_come_in_the_dtype_of_the_model(dtype):
+    result = quantize(vit().to(dtype), [{"pixel_values": images(2)}])
+    assert len(result.matrices) == 12
+    sound = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": tokens(2, 10)}
+    for schedule in ("one-pass", "replay"):
+        result = quantize(whisper().to(dtype), [sound], schedule=schedule)
+        assert len(result.matrices) == 32
+    assert sound["input_features"].dtype == torch.float32
+
+
+def test_only_features_change_their_dtype():
+    batch = {
+        "input_ids": tokens(1, 4),
+        "attention_mask": torch.zeros(1, 1, 4, 4),
+        "pixel_values": images(1),
+    }
+    model = vit().bfloat16()
+    found = {key: value.dtype for key, value in model_inputs(model, batch).items()}
+    assert found == {
+        "input_ids": torch.int64,
+        "attention_mask": torch.float32,
+        "pixel_values": torch.bfloat16,
+    }
+    model.classifier.float()  # parts of their own dtypes: nobody knows whose the input is
+    assert model_inputs(model, batch)["pixel_values"].dtype == torch.float32
 
 
 def test_lists_of_floats_are_float32():

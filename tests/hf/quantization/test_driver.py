@@ -24,7 +24,7 @@ from ptqkit.errors import (
     Problem,
     UnsupportedModuleError,
 )
-from ptqkit.hf import quantize
+from ptqkit.hf import prepare_calibration, quantize
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.hf.models.structure import find_blocks
 from ptqkit.hf.progress import ProgressEvent, _RichBar, make_progress
@@ -415,6 +415,15 @@ def fail_at(monkeypatch, name, error):
         return original(weight, hessian, **kwargs)
 
     monkeypatch.setattr(solve_module, "gptq", gptq)
+
+
+def test_a_prepared_calibration_set_is_taken():
+    data = prepare_calibration(tokens(), batch_size=4)
+    result, same = run(data=data), run()
+    for name, matrix in result.matrices.items():
+        np.testing.assert_array_equal(matrix.codes, same.matrices[name].codes)
+    assert len(result.matrices) == 14
+    assert result.report.calibration == same.report.calibration
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "replay"])

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from helpers.driver_models import WordTokenizer, build, numbers, padded_batches,
 
 import ptqkit
 from ptqkit.arrays.softmax import SoftmaxGrid, softmax_grid
-from ptqkit.errors import CalibrationError, UnsupportedModuleError
+from ptqkit.errors import CalibrationError, NotFiniteError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import prepare_calibration
+from ptqkit.hf.evaluation.likelihood import perplexity
 from ptqkit.hf.models.attention import attention_hooks, find_attention, installed_attention
+from ptqkit.hf.softmax import table as table_module
 from ptqkit.hf.softmax.driver import SoftmaxCalibration, load_softmax, quantize_softmax
 from ptqkit.hf.softmax.files import save_softmax
 from ptqkit.hf.softmax.table import softmax_table
@@ -661,3 +664,24 @@ def test_table():
     assert "round to zero" in table.table()
     with pytest.raises(ValueError, match="each of corrections must be one of"):
         softmax_table(model, None, tokens(2), data, corrections=("beta",))
+
+
+def test_a_table_goes_on_without_a_finite_perplexity(monkeypatch):
+    model, data = build(), prepare_calibration(tokens(4))
+
+    def measured(*args, check=True, **options):
+        found = perplexity(*args, check=check, **options)
+        return found if check else replace(found, perplexity=math.nan)
+
+    monkeypatch.setattr(table_module, "perplexity", measured)
+    with pytest.warns(RuntimeWarning) as told:
+        table = softmax_table(
+            model, None, tokens(2), data, bits=(4,), corrections=("row_sum",), start_token=None
+        )
+    assert [row.name for row in table.rows] == ["float softmax", "SM4", "SM4 + row_sum"]
+    words = [str(w.message) for w in told]
+    assert len(words) == 2 and "the model with SM4 + row_sum is nan" in words[1]
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    with pytest.raises(NotFiniteError):
+        softmax_table(model, None, tokens(2), data, start_token=None)
