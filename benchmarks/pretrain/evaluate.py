@@ -25,23 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.pretrain.plan import SCHEMES, TASKS
 from benchmarks.pretrain.train import load
 
-#: How weights and inputs are quantized. "INT8 static" and "W4A4" are the hard cases.
-SCHEMES: dict[str, dict[str, Any]] = {
-    "INT8 vector-wise": {"preset": "vector-wise"},
-    "INT8 static": {
-        "preset": "rtn", "bits": 8, "group_size": None, "symmetric": True, "per_tensor": True,
-        "activations": {"bits": 8, "granularity": "tensor", "symmetric": False},
-    },
-    "INT4 columns": {"preset": "rtn", "bits": 4, "group_size": None, "symmetric": True},
-    "W4A4": {
-        "preset": "rtn", "bits": 4, "group_size": None, "symmetric": True,
-        "activations": {"bits": 4, "granularity": "token"},
-    },
-}  # fmt: skip
-TASKS = ("lambada_openai", "hellaswag", "piqa", "arc_easy", "winogrande", "copa")
-AXES = ("weight_decay", "clip", "dropout", "precision", "positions", "optimizer", "gain")
+CHOICES = ("weight_decay", "clip", "dropout", "precision", "positions", "optimizer", "gain")
 
 
 @torch.no_grad()
@@ -241,7 +228,8 @@ def degradation(
     values: dict[str, np.ndarray], reference: dict[str, np.ndarray]
 ) -> dict[str, tuple[float, float]]:
     """Percent of degradation with its standard error, or NaN, per metric."""
-    found, changes = {}, []
+    found: dict[str, tuple[float, float]] = {}
+    changes: list[tuple[float, float]] = []
     for name, ours in values.items():
         difference, base = ours - reference[name], reference[name].mean()
         if name.endswith("accuracy"):
@@ -256,9 +244,11 @@ def degradation(
                 math.nan,
             )
         else:
-            changes.append(percent)
+            changes.append((percent, error))
     if changes:
-        found["mean of tasks, percent"] = (float(np.mean(changes)), math.nan)
+        each, errors = np.array(changes).T
+        error = float(np.linalg.norm(errors)) / len(errors)
+        found["mean of tasks, percent"] = (float(each.mean()), error)
     return found
 
 
@@ -284,7 +274,7 @@ def evaluate(folder: str, data: str, tasks_dir: str | None, device: str) -> list
     train = tokens["train"]
     picks = np.random.default_rng(0).integers(0, len(train) - length, 16)
     windows = torch.from_numpy(np.stack([train[p : p + length] for p in picks]).astype(np.int64))
-    base = {k: facts[k] for k in (*AXES, "seed", "step", "tokens", "skipped_steps")}
+    base = {k: facts[k] for k in (*CHOICES, "seed", "step", "tokens", "skipped_steps")}
     base |= {"run": Path(folder).parent.name, "stage": Path(folder).name}
     found: list[dict[str, Any]] = []
 
@@ -313,7 +303,7 @@ def evaluate(folder: str, data: str, tasks_dir: str | None, device: str) -> list
 
 def write(out: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to the CSV, numbers with six digits; an empty field is "not known"."""
-    fields = [*AXES, "seed", "step", "tokens", "skipped_steps", "run", "stage"]
+    fields = [*CHOICES, "seed", "step", "tokens", "skipped_steps", "run", "stage"]
     fields += ["kind", "metric", "value", "error"]
     fresh = not out.exists()
     with open(out, "a", newline="") as file:
