@@ -109,7 +109,10 @@ def contrast_table(axes: pd.DataFrame) -> pd.DataFrame:
                 for name, end in (("percent", ""), ("at equal loss", " at equal loss")):
                     one |= _judge(row, name, end, pair, stated)
                 rows.append(one)
-    return pd.DataFrame(rows)
+    if rows:
+        return pd.DataFrame(rows)
+    names = ["axis", "stage", "scheme", "measure", "first", "second"]
+    return pd.DataFrame(columns=[*names, "agreement", "agreement at equal loss"])
 
 
 def _judge(
