@@ -20,43 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-#: Every axis changes one choice of the base: weight decay 0.1, clipping at 1, no dropout, bf16,
-#: learned positions, Adam, a gain per channel. The paper studies clipping at weight decay 0.001.
-AXES: dict[str, list[dict[str, str]]] = {
-    "weight decay": [{"weight-decay": "0.1"}, {"weight-decay": "0.01"}, {"weight-decay": "0.001"}],
-    "gradient clipping": [
-        {"weight-decay": d, "clip": c} for d in ("0.1", "0.01", "0.001") for c in ("1", "0")
-    ],
-    "dropout": [{"dropout": d} for d in ("0", "0.1", "0.4", "0.8")],
-    "half precision": [
-        {"precision": p, "weight-decay": d} for p in ("bf16", "fp16") for d in ("0.1", "0.01")
-    ],
-    "positions": [{"positions": p} for p in ("learned", "sinusoidal", "alibi")],
-    "optimizer and gain": [
-        {"optimizer": o, "gain": g} for o in ("adam", "muon") for g in ("channel", "single")
-    ],
-}
-BASE = {
-    "weight-decay": "0.1", "clip": "1", "dropout": "0", "precision": "bf16",
-    "positions": "learned", "optimizer": "adam", "gain": "channel",
-}  # fmt: skip
-
-
-def name_of(choices: dict[str, str]) -> str:
-    """Name a run by what differs from the base."""
-    changed = {k: v for k, v in choices.items() if BASE[k] != v}
-    return "+".join(f"{k}={v}" for k, v in sorted(changed.items())) or "base"
-
-
-def runs(seeds: int) -> dict[str, dict[str, str]]:
-    """Return every run of every axis once, by name, the seeds of a choice one after the other."""
-    unique: dict[str, dict[str, str]] = {}
-    for seed in range(seeds):
-        for axis in AXES.values():
-            for change in axis:
-                choices = {**BASE, **change}
-                unique.setdefault(f"{name_of(choices)},seed={seed}", {**choices, "seed": str(seed)})
-    return unique
+from benchmarks.pretrain.plan import runs
 
 
 def write_tokens(texts: Path, out: Path, vocabulary: int) -> None:

@@ -188,7 +188,9 @@ def train(args: argparse.Namespace) -> dict:
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     names = ("weight_decay", "clip", "dropout", "precision", "positions", "optimizer", "gain")
     facts = {n: getattr(args, n) for n in (*names, "seed", "lr", "steps", "batch", "length")}
+    facts |= {n: getattr(args, n) for n in ("warmup", "hidden_size", "layers", "vocab_size")}
     facts["parameters"] = sum(p.numel() for p in model.parameters())
+    facts["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     early, skipped, started, curve = round(args.early * args.steps), 0, time.time(), []
     stream = batches(data["train"], args.steps, args.batch, args.length, args.seed, args.device)
     for step, rows in enumerate(stream, 1):

@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ptqkit._folders import check_path, resolve
 from ptqkit.cli.inputs import load_model, read_text
-from ptqkit.cli.options import check_text
+from ptqkit.cli.options import check_text, prefixed
 from ptqkit.cli.output import check_json, progress_of, quiet_transformers, say, write_json
 from ptqkit.demo import DEMO
 from ptqkit.errors import UsageError
@@ -34,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "channel maxima (.safetensors)",
     )
     group.add_argument("--published", metavar="FILE", help="TOML with ratios that others state")
-    group.add_argument("--part", default="attention in", help="where models are compared")
+    group.add_argument("--part", help="where models are compared (attention in)")
     group.add_argument("--at", type=float, metavar="X", help="relative depth, 0 to 1 (median)")
     group.add_argument("--out", metavar="DIR", help="report.json, layers.csv and all figures")
     group.add_argument(
@@ -56,12 +57,14 @@ def _check(args: argparse.Namespace) -> None:
     check_json(args)
     if args.picture is not None:
         raise UsageError("--picture shows a sensitivity: take --out DIR, which gets all figures")
-    if args.text is not None:
-        raise UsageError("--text goes with --sensitivity")
+    for option in ("text", "max_tokens"):
+        if getattr(args, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} goes with --sensitivity")
     if not 2 <= args.bits <= 8:
         raise UsageError(f"--bits must be from 2 to 8, not {args.bits}")
-    if args.published is not None and not args.compare:
-        raise UsageError("--published needs --compare")
+    for option in ("published", "part", "at"):
+        if getattr(args, option) is not None and not args.compare:
+            raise UsageError(f"--{option} needs --compare")
     if args.recipe and args.recipe_by == "sensitivity" and args.fast:
         raise UsageError("--recipe-by sensitivity needs what --fast leaves out")
     if args.calibration is not None:
@@ -69,6 +72,26 @@ def _check(args: argparse.Namespace) -> None:
     models = [m for m in (args.model, *args.compare) if not _is_file(m)]
     if args.calibration is None and any(m != DEMO for m in models):
         raise UsageError("--calibration FILE is needed (only 'demo' brings a text of its own)")
+    _check_values(args)
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    """Refuse what the library would refuse in the end, before anything runs."""
+    from ptqkit.hf.diagnostics.compare import check_place, read_published
+    from ptqkit.hf.diagnostics.diagnose import check_rules
+
+    with prefixed("--"):
+        check_rules(value=args.value, layers=args.layers, tokens=args.tokens, ratio=args.ratio)
+        check_place(_part(args), args.at)
+    if args.published is not None:
+        with prefixed("--published: "):
+            read_published(args.published)
+    if args.out is not None:
+        check_path(resolve(args.out), f"--out {args.out}")
+
+
+def _part(args: argparse.Namespace) -> str:
+    return "attention in" if args.part is None else args.part
 
 
 def _is_file(model: str) -> bool:
@@ -82,7 +105,10 @@ def _report(args: argparse.Namespace, model: str) -> Any:
     if model.endswith(".safetensors"):
         return read_activation_maxima(model, ratio=args.ratio)
     if model.endswith(".json"):
-        return DiagnosisReport.from_dict(json.loads(Path(model).read_text(encoding="utf-8")))
+        try:
+            return DiagnosisReport.from_dict(json.loads(Path(model).read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{model} is not a report.json that --out wrote: {error}") from error
     loaded, tokenizer, _ = load_model(argparse.Namespace(**{**vars(args), "model": model}))
     return diagnose(
         loaded,
@@ -114,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
     say(args, reports[0].table())
     comparison = None
     if args.compare:
-        comparison = compare(reports, part=args.part, at=args.at, published=args.published)
+        comparison = compare(reports, part=_part(args), at=args.at, published=args.published)
         values["comparison"] = comparison.to_dict()
         say(args, f"\n{comparison.table()}")
     if args.recipe:

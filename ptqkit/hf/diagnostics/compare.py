@@ -14,11 +14,13 @@ import numpy as np
 from ptqkit._files import plain
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
+from ptqkit.errors import check_choice
 from ptqkit.hf.diagnostics.curves import METRICS, curve
 from ptqkit.hf.diagnostics.diagnosis import DiagnosisReport
+from ptqkit.hf.diagnostics.rows import PARTS
 from ptqkit.hf.diagnostics.text import number
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "check_place", "compare", "read_published"]
 
 
 @dataclass
@@ -127,8 +129,7 @@ def compare(
     reports = list(reports)
     if len(reports) < 2:
         raise ValueError(f"compare takes at least two reports, not {len(reports)}")
-    if at is not None and not 0 <= at <= 1:
-        raise ValueError(f"at must be a relative depth from 0 to 1, not {at!r}")
+    check_place(part, at)
     if names is not None:
         if len(names) != len(reports):
             raise ValueError(f"names has {len(names)} entries for {len(reports)} reports")
@@ -142,7 +143,15 @@ def compare(
         raise ValueError(f"none of the models has an input that is {part!r}")
     summary = ("sink_share", "mass_lost", "cache_error")
     values |= {name: [getattr(report, name) for report in reports] for name in summary}
-    return Comparison(reports, part, at, values, _published(published))
+    stated = {} if published is None else read_published(published)
+    return Comparison(reports, part, at, values, stated)
+
+
+def check_place(part: str, at: float | None) -> None:
+    """Refuse a part or a relative depth that :func:`compare` does not know."""
+    check_choice("part", part, PARTS)
+    if at is not None and not 0 <= at <= 1:
+        raise ValueError(f"at must be a relative depth from 0 to 1, not {at!r}")
 
 
 def _at(depths: np.ndarray, values: np.ndarray, blocks: int, at: float | None) -> float:
@@ -153,9 +162,8 @@ def _at(depths: np.ndarray, values: np.ndarray, blocks: int, at: float | None) -
     return float(np.interp(at * (blocks - 1), depths, values))
 
 
-def _published(path: str | os.PathLike[str] | None) -> dict[str, float]:
-    if path is None:
-        return {}
+def read_published(path: str | os.PathLike[str]) -> dict[str, float]:
+    """Read the table ``figure_5_ratios`` of a TOML file."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:

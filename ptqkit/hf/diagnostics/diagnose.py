@@ -31,7 +31,7 @@ from ptqkit.nn.forward import calibration_mode, forward
 from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.nn.softmax.study import refuse_installed
 
-__all__ = ["QUANTILES", "SENSITIVITIES", "diagnose", "find_outliers"]
+__all__ = ["QUANTILES", "SENSITIVITIES", "check_rules", "diagnose", "find_outliers"]
 
 SENSITIVITIES = ("kind", "layer", "depth")
 QUANTILES = (0.0, 0.001, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999, 1.0)
@@ -101,11 +101,12 @@ def diagnose(
     UnsupportedModuleError
         If the model has no repeated blocks with linear layers.
     CalibrationError
-        If the data cannot be used, or values are not finite on it; the message names the layer.
+        If the data cannot be used, or values on it or weights are not finite; the message names
+        the layer.
     """
     wanted = _check(bits, sensitivity)
     rules = {"value": value, "layers": layers, "tokens": tokens, "ratio": ratio}
-    _check_rules(rules)
+    check_rules(**rules)
     data = prepare_calibration(
         calibration,
         tokenizer,
@@ -165,12 +166,14 @@ def _check(bits: int, sensitivity: Collection[str] | bool) -> tuple[str, ...]:
     return wanted
 
 
-def _check_rules(rules: Mapping[str, float]) -> None:
-    """Refuse thresholds out of range before anything runs."""
-    ActivationStatistics(1, threshold=rules["value"])
-    shares = {k: rules[k] for k in ("layers", "tokens")}
-    outlier_dimensions([np.zeros(1, np.int64)], 1, **shares)
-    relative_outliers(np.ones(1), rules["ratio"])
+def check_rules(*, value: float, layers: float, tokens: float, ratio: float) -> None:
+    """Refuse thresholds of :func:`diagnose` out of range before anything runs."""
+    try:
+        ActivationStatistics(1, threshold=value)
+    except ValueError as error:
+        raise ValueError(f"value: the {error}") from None
+    outlier_dimensions([np.zeros(1, np.int64)], 1, layers=layers, tokens=tokens)
+    relative_outliers(np.ones(1), ratio)
 
 
 class _Parts:
@@ -219,7 +222,7 @@ class _Parts:
         try:
             norm = spectral_norm(W)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise CalibrationError(f"the weight of {name}: {error}") from None
         mean, std = float(W.mean(dtype=np.float64)), float(W.std(dtype=np.float64))
         fourth = float(np.mean((W - np.float32(mean)) ** 4, dtype=np.float64))
         return WeightRow(

@@ -124,8 +124,10 @@ def _distributions(picture: Any, report: Diagnosis) -> None:
         axes.set_axis_off()
     middle = len(report.quantiles) // 2
     for axes, (kind, rows) in zip(panels.flat, kinds.items(), strict=False):
-        depths = [row.depth for row in rows]
+        depths = [float(row.depth) for row in rows]
         table = np.array([row.quantiles for row in rows])
+        if len(rows) == 1:  # a band needs a width to be seen
+            depths, table = [depths[0] - 0.2, depths[0] + 0.2], table[[0, 0]]
         for i in range(middle):
             color, alpha = _COLORS[0], 0.15 + 0.12 * i
             axes.fill_between(depths, table[:, i], table[:, -1 - i], color=color, alpha=alpha, lw=0)

@@ -235,6 +235,53 @@ def test_without_norms():
     assert all(math.isnan(row.norm_std) for row in report.inputs)
 
 
+class _Uneven(_Model):
+    """Three blocks: a whole one, one without attention and of another inner width, and one bare."""
+
+    def __init__(self):
+        super().__init__(blocks=3)
+        second, third = self.layers[1], self.layers[2]
+        second.attention = second.attn_norm = nn.Identity()
+        second.fc1, second.fc2 = nn.Linear(16, 48), nn.Linear(48, 16)
+        third.mlp_norm = nn.Identity()
+
+
+def test_blocks_that_differ(tmp_path):
+    batches = [{"input_ids": tokens(2)}]
+    report = diagnose(_Uneven(), batches, name="uneven")
+    found = [(row.depth, row.part, row.channels) for row in report.inputs]
+    whole = [(0, "attention in", 16), (0, "mlp in", 16), (0, "mlp out", 32)]
+    uneven = [(1, "mlp in", 16), (1, "mlp out", 48)]
+    assert found == [*whole, *uneven, *((2, part, width) for _, part, width in whole)]
+    assert [row.norm for row in report.inputs if row.depth == 2][:2] == ["layers.2.attn_norm", None]
+    assert report.depth == 3 and len(report.sensitivity["layer"].rows) == 3
+    depths, _ = curve(report, "std", "attention in")
+    assert depths.tolist() == [0, 2]
+    assert len(report.layers()) == 8 and report.table()
+    for figure in FIGURES:
+        report.draw(tmp_path / f"{figure}.png", figure)
+    report.recipe()
+    whole = diagnose(_Model(blocks=5), batches, name="whole", sensitivity=False)
+    both = compare([whole, report], at=0.5)  # block 2 of 5, and between blocks 0 and 2 of 3
+    values = curve(report, "std", "attention in")[1]
+    assert both.values["std"][1] == pytest.approx(values.mean())
+    assert both.values["std"][0] == curve(whole, "std", "attention in")[1][2]
+
+
+def test_one_block_is_drawn(tmp_path):
+    """Bands of one block are there to be seen."""
+    batches = [{"input_ids": tokens(2)}]
+    report = diagnose(_Model(blocks=1), batches, name="one", sensitivity=False)
+    report.draw(tmp_path / "distributions.png", "distributions")
+    from matplotlib import image
+
+    picture = image.imread(tmp_path / "distributions.png")[..., :3]
+    blue = (picture[..., 2] - picture[..., 0] > 0.1).sum()
+    assert blue > 1000
+    other = diagnose(_Model(blocks=4), [{"input_ids": tokens(2)}], sensitivity=False)
+    assert compare([report, other], at=1.0).values["std"][0] == report.inputs[0].std
+
+
 def test_what_is_refused():
     model, batches = build("llama"), [{"input_ids": tokens(2)}]
     for options, message in (
