@@ -8,14 +8,9 @@
 
 #include "../core/ptq.h"
 
-static const char *const LEVELS[] = {"avx2",
-                                     "avx512",
-                                     "avx512_bf16",
-                                     "avx512_vnni",
-                                     "avx512_amx",
-                                     "avx512_vnni_bf16_amx",
-                                     "neon",
-                                     "neon_dotprod"};
+static const char *const LEVELS[] = {"avx2",        "avx512",      "avx512_bf16",
+                                     "avx512_vnni", "avx512_amx",  "avx512_vnni_bf16_amx",
+                                     "neon",        "neon_dotprod"};
 
 enum { ROWS = 53, N = 96, TOKENS = 301, GROUP = 16, THREADS = 2, MAX_OUTPUTS = 192 };
 /* Softmax: (BATCH, HEADS, QUERIES, KEYS). */
@@ -351,6 +346,7 @@ static void run_int8(results *r) {
                                 .outputs = O,
                                 .n = n,
                                 .values = values,
+                                .ldx = n,
                                 .grid = {.bits = 8, .symmetric = extreme == 1},
                                 .words = words,
                                 .sums = sums,
