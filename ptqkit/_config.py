@@ -40,7 +40,8 @@ def configure(environ: Mapping[str, str] = os.environ) -> None:
         level = _core.set_cpu_level(environ.get("PTQKIT_CPU", ""))
     except ValueError as error:
         raise ImportError(f"PTQKIT_CPU: {error}") from None
-    blas = environ.get("PTQKIT_BLAS", "") or ("scipy" if level == "base" or level.startswith("neon") else "builtin")
+    default = "builtin" if level.startswith("avx") else "scipy"
+    blas = environ.get("PTQKIT_BLAS", "") or default
     if blas not in ("scipy", "builtin"):
         raise ImportError(f"PTQKIT_BLAS must be scipy or builtin, not {blas!r}")
     _core.use_builtin_blas()

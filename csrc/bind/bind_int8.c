@@ -114,10 +114,13 @@ static int token_grid(PyObject *const *args, ptq_int8_args *a) {
                         "x_scales and x_zeros go together: pass both, or None twice");
         return -1;
     }
+    if (args_dim(scales, "x_scales", 0, 1) || args_dim(zeros, "x_zeros", 0, 1)) return -1;
     a->x_grids = 1;
     a->x_scales = PyArray_DATA(scales);
     a->x_zeros = PyArray_DATA(zeros);
-    return args_dim(scales, "x_scales", 0, 1) || args_dim(zeros, "x_zeros", 0, 1);
+    if (*a->x_scales > 0.0f) return 0;
+    PyErr_SetString(PyExc_ValueError, "x_scales[0] must be positive");
+    return -1;
 }
 
 /* The packed weights; the sizes of `a` are set. */

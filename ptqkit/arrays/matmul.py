@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import as_tokens, check_number, check_threads
+from ptqkit.arrays._inputs import as_tokens, check_count, check_number, check_threads
 from ptqkit.arrays.activations import QuantizedActivations, _signed_grid
 from ptqkit.arrays.matrix import QuantizedMatrix
 
@@ -123,6 +123,7 @@ def int8_linear(
     *,
     sums: np.ndarray | None = None,
     bias: np.ndarray | None = None,
+    outputs: int | None = None,
     bits: int = 8,
     symmetric: bool = True,
     narrow_range: bool = False,
@@ -146,8 +147,8 @@ def int8_linear(
     sums : ndarray of int32, shape (out,), optional
         Of :func:`pack_int8`: saves a pass over W if the activations have zero-points.
     bias : ndarray of float32, shape (out,), optional
-        Its length is the number of outputs; without it, and without ``sums`` and one scale per
-        output, all outputs of the panels count.
+    outputs : int, optional
+        None: as many as scales, or all that the panels have room for if there is one scale.
     bits : int from 2 to 8
     symmetric, narrow_range
         Grids of the activations, as in ``quantize_activations``; one is fitted to each token.
@@ -177,8 +178,9 @@ def int8_linear(
             raise ValueError(f"scale must be above 0, not {scale}")
         x_scales = np.array([scale], np.float32)
         x_zeros = np.array([zero_point], np.int8)
-    known = [len(a) for a in (bias, sums) if a is not None]
-    outputs = known[0] if known else len(w_scales) if len(w_scales) > 1 else len(words) * LANES
+    if outputs is None:
+        outputs = len(w_scales) if len(w_scales) > 1 else len(words) * LANES
+    outputs = check_count(outputs, "outputs", 1, len(words) * LANES)
     y = np.empty((len(X), outputs), np.float32)
     threads = check_threads(threads)
     try:
