@@ -259,9 +259,8 @@ static void choose_blocks(product *p, int64_t chunk, int threads) {
         k->step > 1 ? ptq_first_cache() * 2 / 3 / tile / PTQ_QUAD : DEEPEST / PTQ_QUAD;
     const int64_t parts = ptq_ceil_div(p->words, ptq_max64(k->step, deepest));
     p->depth = ptq_round_up(ptq_ceil_div(p->words, parts), k->step);
-    p->height = ptq_second_cache() / 2 / token / k->mr * k->mr;
-    p->height = ptq_max64(ptq_min64(p->height, MOST_TOKENS), 4 * k->mr);
-    p->height = ptq_min64(p->height, ptq_round_up(chunk, k->mr));
+    const int64_t fitting = ptq_min64(ptq_second_cache() / 2 / token, MOST_TOKENS) / k->mr;
+    p->height = ptq_min64(ptq_max64(fitting, 4), ptq_ceil_div(chunk, k->mr)) * k->mr;
     p->width = ptq_min64(MOST_OUTPUTS / tile * tile, ptq_round_up(p->a->outputs, tile));
     while (p->width > tile &&
            ptq_ceil_div(chunk, p->height) * ptq_ceil_div(p->a->outputs, p->width) < 4 * threads)
