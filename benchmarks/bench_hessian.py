@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from common import ceilings, interleave, medians, parser, save, show, torch_threads
+from peaks import peaks
 
 import ptqkit
 
@@ -13,9 +14,17 @@ def main() -> None:
     p = parser(__doc__.splitlines()[0], repeats=7)
     p.add_argument("--inputs", type=int, action="append", help="layer inputs (default 768, 4096)")
     p.add_argument("--tokens", type=int, default=4096)
+    p.add_argument("--quick", action="store_true", help="3 runs each")
     args = p.parse_args()
     torch_threads()
-    rates = ceilings()
+    rates = {**ceilings(), **{f"peak {k}": v for k, v in peaks().items()}}
+    print(", ".join(f"{k} {v:.4g}" for k, v in rates.items()))
+    peak = max((v for k, v in rates.items() if k.startswith("peak fma")), default=float("nan"))
+    level = str(ptqkit.show_config()["cpu_level"])
+    bf16_peak = next(
+        (rates[f"peak {k}"] for k, n in (("amx bf16", "amx"), ("bf16 dot", "bf16")) if n in level),
+        peak,
+    )
     results = {"ceilings": rates, "cases": {}}
     rows = []
     for n in args.inputs or (768, 4096):
@@ -31,7 +40,7 @@ def main() -> None:
                 "ptqkit bf16": lambda: ours["bf16"].update(bf16),
                 "ptqkit fp16": lambda: ours["fp16"].update(fp16),
             },
-            args.repeats,
+            min(args.repeats, 3) if args.quick else args.repeats,
         )
         wall = medians(seconds)
         work = args.tokens * n * n / 1e9
@@ -43,13 +52,14 @@ def main() -> None:
                     work / value,
                     wall["PyTorch fp32"] / value,
                     work / value / rates["ssyrk_gflops"],
+                    work / value / (bf16_peak if name == "ptqkit bf16" else peak),
                 ]
             )
         results["cases"][str(n)] = {"seconds": seconds, "median": wall}
     show(
         f"Hessian of {args.tokens} tokens; flops of one triangle; "
         f"SSYRK of SciPy's BLAS {rates['ssyrk_gflops']:.0f} GFLOP/s",
-        ["case", "ms", "GFLOP/s", "x PyTorch fp32", "/ SSYRK rate"],
+        ["case", "ms", "GFLOP/s", "x PyTorch fp32", "/ SSYRK rate", "/ peak"],
         rows,
     )
     save(args.json, "hessian", results)

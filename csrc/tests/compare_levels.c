@@ -8,9 +8,11 @@
 
 #include "../core/ptq.h"
 
-static const char *const LEVELS[] = {"avx2", "avx512", "avx512_bf16", "neon"};
+static const char *const LEVELS[] = {"avx2",        "avx512",      "avx512_bf16",
+                                     "avx512_vnni", "avx512_amx",  "avx512_vnni_bf16_amx",
+                                     "neon",        "neon_dotprod"};
 
-enum { ROWS = 53, N = 96, TOKENS = 301, GROUP = 16, THREADS = 2, MAX_OUTPUTS = 96 };
+enum { ROWS = 53, N = 96, TOKENS = 301, GROUP = 16, THREADS = 2, MAX_OUTPUTS = 192 };
 /* Softmax: (BATCH, HEADS, QUERIES, KEYS). */
 enum { BATCH = 2, HEADS = 3, QUERIES = 37, KEYS = 131, ENTRIES = BATCH * HEADS * QUERIES * KEYS };
 
@@ -295,6 +297,69 @@ static void run_statistics(results *r) {
     }
 }
 
+/* Products of 8-bit codes: random and extreme ones, shapes around the tiles of every level. */
+static void run_int8(results *r) {
+    static const struct {
+        int64_t tokens, outputs, n;
+    } shapes[] = {{1, 1, 1},    {1, 53, 96},   {2, 16, 64},  {3, 17, 65},   {5, 33, 127},
+                  {6, 48, 128}, {16, 47, 200}, {17, 49, 63}, {33, 97, 260}, {70, 200, 4100}};
+    enum { MOST = 70 * 4100, MOST_W = 200 * 4100, MOST_Y = 70 * 200 };
+    static int8_t x[MOST], w[MOST_W], x_zeros[70], w_zeros[200];
+    static float x_scales[70], w_scales[200], bias[200], y[MOST_Y], values[MOST];
+    static uint32_t words[208 * 1028];
+    static int32_t sums[200];
+    static float offsets[200];
+    state = 362436069362436069u; /* the same at every level */
+    for (int extreme = 0; extreme < 3; extreme++)
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+            const int64_t T = shapes[i].tokens, O = shapes[i].outputs, n = shapes[i].n;
+            char name[40];
+            for (int64_t j = 0; j < T * n; j++)
+                x[j] = extreme ? -128 : (int8_t)(256.0f * uniform() - 128.0f);
+            for (int64_t j = 0; j < O * n; j++)
+                w[j] = extreme ? (int8_t)(extreme > 1 ? 127 : -128)
+                               : (int8_t)(256.0f * uniform() - 128.0f);
+            for (int64_t j = 0; j < T * n; j++) values[j] = normal();
+            for (int64_t j = 0; j < T; j++) x_zeros[j] = (int8_t)(j * 37 % 256 - 128);
+            for (int64_t j = 0; j < O; j++) w_zeros[j] = (int8_t)(j * 53 % 256 - 128);
+            for (int64_t j = 0; j < O; j++) offsets[j] = (float)(w_zeros[j] + 128);
+            for (int64_t j = 0; j < T; j++) x_scales[j] = 0.01f + uniform();
+            for (int64_t j = 0; j < O; j++) w_scales[j] = 0.01f + uniform();
+            for (int64_t j = 0; j < O; j++) bias[j] = normal();
+            ptq_int8_args a = {.tokens = T,
+                               .outputs = O,
+                               .n = n,
+                               .x = x,
+                               .x_grids = T,
+                               .x_scales = x_scales,
+                               .x_zeros = x_zeros,
+                               .w = w,
+                               .w_grids = O,
+                               .w_scales = w_scales,
+                               .w_zeros = w_zeros,
+                               .y = y};
+            check(ptq_int8_matmul(&a, THREADS), "int8");
+            snprintf(name, sizeof name, "int8 %d of %dx%dx%d", extreme, (int)T, (int)O, (int)n);
+            record_float(r, name, y, T * O);
+            check(ptq_int8_pack(w, 1, O, n, words, sums, THREADS), "pack");
+            a = (ptq_int8_args){.tokens = T,
+                                .outputs = O,
+                                .n = n,
+                                .values = values,
+                                .ldx = n,
+                                .grid = {.bits = 8, .symmetric = extreme == 1},
+                                .words = words,
+                                .sums = sums,
+                                .w_grids = O,
+                                .w_scales = w_scales,
+                                .w_offsets = offsets,
+                                .bias = bias,
+                                .y = y};
+            check(ptq_int8_matmul(&a, THREADS), "int8 of values");
+            record_float(r, "  of values", y, T * O);
+        }
+}
+
 static void run_activations(results *r) {
     static int8_t x[TOKENS * N], w[ROWS * N];
     static int16_t wide[TOKENS * N], zeros[TOKENS], w_zeros[ROWS];
@@ -413,6 +478,7 @@ static results run(const char *level) {
     run_ranges(&r);
     run_statistics(&r);
     run_activations(&r);
+    run_int8(&r);
     run_softmax(&r);
     run_energy(&r);
     run_equalization(&r);

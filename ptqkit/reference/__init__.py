@@ -21,6 +21,7 @@ from __future__ import annotations
 from ptqkit.reference.activations import bias_correction as bias_correction
 from ptqkit.reference.activations import code_limits as code_limits
 from ptqkit.reference.activations import dequantize_activations as dequantize_activations
+from ptqkit.reference.activations import int8_linear as int8_linear
 from ptqkit.reference.activations import integer_matmul as integer_matmul
 from ptqkit.reference.activations import outlier_columns as outlier_columns
 from ptqkit.reference.activations import quantize_activations as quantize_activations

@@ -12,6 +12,7 @@ __all__ = [
     "bias_correction",
     "code_limits",
     "dequantize_activations",
+    "int8_linear",
     "integer_matmul",
     "outlier_columns",
     "quantize_activations",
@@ -114,6 +115,18 @@ def integer_matmul(qx, zx, sx, qw, zw, sw):
     w = np.asarray(qw, np.int64) - np.asarray(zw, np.int64)
     product = (x @ w.T).astype(np.float64)
     return product * np.asarray(sx, np.float64) * np.asarray(sw, np.float64).T
+
+
+def int8_linear(X, codes, scales, zeros, *, bias=None, dtype=np.float64, **grid):
+    """Return quantized X times W^T, plus the bias, W = scales * (codes - zeros) [IPQS].
+
+    X (tokens, in); codes (out, in) from 0 to 255; scales, zeros (out,) or (1,); bias (out,); grid:
+    as in :func:`quantize_activations`, whose grids are computed in ``dtype``.
+    """
+    qx, sx, zx = quantize_activations(X, dtype=dtype, **grid)
+    zeros, scales = np.reshape(zeros, (-1, 1)), np.reshape(scales, (-1, 1))
+    product = integer_matmul(qx, zx, sx, codes, zeros, scales)
+    return product if bias is None else product + np.asarray(bias, np.float64)
 
 
 def bias_correction(W, W_hat, mean):

@@ -55,6 +55,21 @@ def _calls():
             _f32(3, 5),
             1,
         ],
+        "int8_pack": [int8, np.zeros((1, 2, 16), np.uint32), np.zeros(3, np.int32), 1],
+        "int8_linear": [
+            _f32(4, 8),
+            0,
+            signed,
+            _f32(1),
+            one,
+            np.zeros((1, 2, 16), np.uint32),
+            np.zeros(3, np.int32),
+            _f32(3),
+            _f32(3),
+            _f32(3),
+            _f32(4, 3),
+            1,
+        ],
         "hessian_update": [_f32(8, 8), _f32(5, 8), 0, np.arange(3), 1],
         "hessian_finish": [_f32(8, 8), _f32(8, 8), 0.5, 1],
         "activation_statistics": [
@@ -131,6 +146,8 @@ OUTPUTS = {  # positions that are written
     "outlier_columns": [3],
     "bias_correction": [3],
     "int8_matmul": [8],
+    "int8_pack": [1, 2],
+    "int8_linear": [10],
     "activation_statistics": [6, 7, 8, 9, 10, 11],
     "channel_ranges": [3, 4, 5],
     "equalization_scales": [5],
@@ -144,9 +161,16 @@ OPTIONAL = {  # None is allowed
     ("activations_quantize", 2),
     ("activation_statistics", 2),
     ("channel_ranges", 2),
+    ("int8_linear", 6),
+    ("int8_linear", 9),
     *SOFTMAX_OPTIONAL,
 }
-INT8 = {("activations_quantize", 5), *(("int8_matmul", at) for at in (0, 2, 3, 5))}
+INT8 = {
+    ("activations_quantize", 5),
+    ("int8_pack", 0),
+    ("int8_linear", 4),
+    *(("int8_matmul", at) for at in (0, 2, 3, 5)),
+}
 BAD = (TypeError, ValueError, OverflowError, IndexError, BufferError)
 
 
@@ -241,6 +265,8 @@ def _legal(name, at, kind):
         return (at == 1 and kind in ("longer", "strided")) or (
             at == 3 and kind in ("longer", "shorter")
         )
+    if (name, at, kind) == ("int8_linear", 0, "strided"):
+        return True
     if kind == "narrow" and (name, at) in INT8:
         return True
     if name in ("activation_range", "outlier_columns") and at == 0:
@@ -399,7 +425,7 @@ BAD_SIGNED_GRIDS = [
 
 @pytest.mark.parametrize("grid", BAD_SIGNED_GRIDS, ids=range(len(BAD_SIGNED_GRIDS)))
 def test_bad_signed_grids(grid):
-    for name, at in (("signed_grid", 2), ("activations_quantize", 3)):
+    for name, at in (("signed_grid", 2), ("activations_quantize", 3), ("int8_linear", 2)):
         arguments = _calls()[name]
         arguments[at] = grid
         _fails(name, arguments)

@@ -70,6 +70,7 @@ CALLS = {
         fails(ptqkit.quantize_activations, X * np.nan, granularity="tensor"),
         fails(_core.activations_quantize, X, 0, None, (99, 1, 0), 1, X, X, X, 0),
         fails(_core.signed_grid, 1, 2, None), fails(_core.int8_matmul, *[None] * 10),
+        fails(_core.int8_pack, *[X] * 4), fails(_core.int8_linear, *[X] * 12),
     ),
     "int8": lambda: (
         ptqkit.int8_matmul(signed, ptqkit.quantize_activations(W)),

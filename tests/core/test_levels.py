@@ -11,7 +11,16 @@ from helpers.core_cases import EPS, assert_codes, assert_grid, layer, max_code, 
 import ptqkit
 import ptqkit.reference as reference
 
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16", "neon"]
+LEVELS = [
+    "base",
+    "avx2",
+    "avx512",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512_vnni_bf16_amx",
+    "neon",
+    "neon_dotprod",
+]
 BLAS = ["builtin", "scipy"]
 SHAPES = [(30, 48, 16), (49, 97, None), (20, 132, 12)]
 
@@ -186,7 +195,7 @@ def test_hessian_factor_and_objective_are_within_bounds(result):
 
 @EVERY
 def test_codes_by_replay(result, tie_distance):
-    tie = tie_distance[str(result["config"][0])]
+    tie = tie_distance(str(result["config"][0]))
     for i, p in enumerate(_problems()):
         for order in ("natural", "act", "group-act"):
             F = ptqkit.factorize(p["H"], order=order, group_size=p["size"] or None)

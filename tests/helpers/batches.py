@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 DTYPES = ["float32", "float16", "bfloat16"]
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["base", "avx2", "avx512", "avx512_bf16", "avx512_vnni_bf16_amx"]
 
 
 def inputs(tokens, n, dtype="float32", seed=0):
