@@ -8,6 +8,8 @@
 
 enum {
     CHUNK = 256, /* tokens prepared at a time */
+    DEPTH = 256, /* places of weights decoded at a time */
+    WIDTH = 80,  /* most outputs of a block of whole panels of either kind */
     PANELS = 4,  /* of a task that packs or unpacks */
 };
 
@@ -148,7 +150,8 @@ typedef struct {
     int8_t *codes;
     int32_t *code_sums;
     float *code_scales;
-    float *rows; /* (threads, tokens of a tile and 1, places) scratch */
+    float *rows;   /* (threads, tokens of a tile and 1, places) scratch */
+    float *blocks; /* (threads, ...) scratch of block_task */
     atomic_int bad;
 } product;
 
@@ -221,21 +224,26 @@ static void prepare_task(void *ctx, int64_t task, int thread) {
     }
 }
 
-static void multiply(const product *p, int64_t panel, int panels, int64_t t, int tokens) {
+static ptq_lowbit_args panel_args(const product *p, int64_t panel, int panels) {
     const ptq_packed *w = p->w;
     const int64_t grids = panel * w->groups * PTQ_LANES, size = w->scale_dtype == PTQ_F32 ? 4 : 2;
+    return (ptq_lowbit_args){.bits = w->bits,
+                             .panels = panels,
+                             .groups = w->groups,
+                             .starts = w->starts,
+                             .words = w->words + panel * panel_words(w),
+                             .word_step = panel_words(w),
+                             .scales = (const char *)w->scales + grids * size,
+                             .scale_dtype = w->scale_dtype,
+                             .zeros = w->zeros + grids};
+}
+
+static void multiply(const product *p, int64_t panel, int panels, int64_t t, int tokens) {
+    const ptq_packed *w = p->w;
     float out[PTQ_LOWBIT_TOKENS * PTQ_LOWBIT_PANELS * PTQ_LANES];
-    ptq_lowbit_args a = {.bits = w->bits,
-                         .panels = panels,
-                         .tokens = tokens,
-                         .groups = w->groups,
-                         .starts = w->starts,
-                         .words = w->words + panel * panel_words(w),
-                         .word_step = panel_words(w),
-                         .scales = (const char *)w->scales + grids * size,
-                         .scale_dtype = w->scale_dtype,
-                         .zeros = w->zeros + grids,
-                         .y = out};
+    ptq_lowbit_args a = panel_args(p, panel, panels);
+    a.tokens = tokens;
+    a.y = out;
     if (p->int8) {
         a.codes = p->codes + t * w->places;
         a.code_sums = p->code_sums + t * w->groups;
@@ -268,16 +276,115 @@ static void product_task(void *ctx, int64_t task, int thread) {
     }
 }
 
-static ptq_status multiply_chunks(product *p, int64_t tokens, int threads) {
-    const int64_t panels = ptq_panels(p->w->outputs);
-    ptq_status status = PTQ_OK;
-    /* a few tasks for each thread, each of whole blocks of panels */
-    p->stripe =
-        ptq_ceil_div(ptq_ceil_div(panels, 4 * threads), p->k->lowbit.panels) * p->k->lowbit.panels;
+/* ---- many tokens ----------------------------------------------------------------------- */
+
+/* A strip of mr tokens as the GEMM kernel takes them. */
+static void strip_task(void *ctx, int64_t strip, int thread) {
+    product *p = ctx;
+    const ptq_packed *w = p->w;
+    const int64_t mr = p->k->gemm.mr;
+    float *const scratch = p->rows + 2 * thread * w->places, *const row = scratch + w->places;
+    float *const out = p->values + strip * mr * w->places;
+    for (int64_t i = 0; i < mr; i++) {
+        const int present = strip * mr + i < p->count;
+        if (present) gather_row(p, strip * mr + i, scratch, row);
+        for (int64_t k = 0; k < w->places; k++) out[k * mr + i] = present ? row[k] : 0.0f;
+    }
+}
+
+/* Places [k0, k0 + depth) of a block of panels as floats. */
+static void decode_block(const product *p, int64_t panel, int panels, int64_t k0, int64_t depth,
+                         float *B) {
+    const ptq_packed *w = p->w;
+    const ptq_lowbit_args a = panel_args(p, panel, panels);
+    for (int64_t g = 0; g < w->groups; g++) {
+        const int64_t first = ptq_max64(w->starts[g], k0);
+        const int64_t places = ptq_min64(w->starts[g + 1], k0 + depth) - first;
+        for (int i = 0; i < panels && places > 0; i++)
+            p->k->lowbit.decode(&a, i, g, first, places, B + (first - k0) * p->k->gemm.nr,
+                                i * PTQ_LANES, depth);
+    }
+}
+
+/* A block of outputs, all tokens of the chunk: weights decoded once for all. */
+static void block_task(void *ctx, int64_t task, int thread) {
+    const product *p = ctx;
+    const ptq_packed *w = p->w;
+    const int64_t mr = p->k->gemm.mr, nr = p->k->gemm.nr, strips = ptq_ceil_div(p->count, mr);
+    const int64_t lanes = p->stripe * PTQ_LANES, panel = task * p->stripe;
+    const int panels = (int)ptq_min64(p->stripe, ptq_panels(w->outputs) - panel);
+    float *const B = p->blocks + thread * (DEPTH + CHUNK + PTQ_MAX_MR) * WIDTH;
+    float *const C = B + DEPTH * WIDTH; /* (lanes / nr, strips, mr, nr) */
+    memset(B, 0, sizeof *B * (size_t)(DEPTH * WIDTH));
+    memset(C, 0, sizeof *C * (size_t)(strips * mr * lanes));
+    for (int64_t k0 = 0; k0 < w->places && !ptq_should_stop(); k0 += DEPTH) {
+        const int64_t depth = ptq_min64(DEPTH, w->places - k0);
+        decode_block(p, panel, panels, k0, depth, B);
+        for (int64_t j = 0; j < lanes / nr; j++)
+            for (int64_t i = 0; i < strips; i++)
+                p->k->gemm.f32(C + (j * strips + i) * mr * nr,
+                               p->values + (i * w->places + k0) * mr, mr, B + j * depth * nr,
+                               depth);
+    }
+    for (int64_t t = 0; t < p->count; t++)
+        for (int64_t j = 0; j < ptq_min64(lanes, w->outputs - panel * PTQ_LANES); j++)
+            p->y[(p->first + t) * w->outputs + panel * PTQ_LANES + j] =
+                C[(j / nr * strips * mr + t) * nr + j % nr];
+}
+
+/* Outputs of a block: whole panels of the layout and of the GEMM kernel. */
+static int64_t block_panels(const ptq_kernels *k) {
+    int64_t panels = 1;
+    while (panels * PTQ_LANES % k->gemm.nr) panels++;
+    while (2 * panels * PTQ_LANES <= 48) panels *= 2;
+    return panels;
+}
+
+static ptq_status multiply_blocks(product *p, int64_t tokens, int threads) {
+    const int64_t mr = p->k->gemm.mr, panels = ptq_panels(p->w->outputs);
+    const int64_t rows = ptq_ceil_div(ptq_min64(CHUNK, tokens), mr) * mr;
+    p->stripe = block_panels(p->k);
+    p->values = ptq_alloc(rows * p->w->places, sizeof *p->values);
+    p->rows = ptq_alloc(2 * threads * p->w->places, sizeof *p->rows);
+    p->blocks = ptq_alloc(threads * (DEPTH + CHUNK + PTQ_MAX_MR), sizeof *p->blocks * WIDTH);
+    ptq_status status = p->stripe * PTQ_LANES > WIDTH          ? PTQ_INVALID
+                        : !p->values || !p->rows || !p->blocks ? PTQ_NOMEM
+                                                               : PTQ_OK;
     for (p->first = 0; p->first < tokens && !status; p->first += CHUNK) {
         p->count = ptq_min64(CHUNK, tokens - p->first);
-        status =
-            ptq_parallel_for(ptq_ceil_div(p->count, p->k->lowbit.tokens), threads, prepare_task, p);
+        status = ptq_parallel_for(ptq_ceil_div(p->count, mr), threads, strip_task, p);
+        if (!status)
+            status = ptq_parallel_for(ptq_ceil_div(panels, p->stripe), threads, block_task, p);
+    }
+    return status;
+}
+
+/* ---- few tokens ------------------------------------------------------------------------ */
+
+static ptq_status multiply_tiles(product *p, int64_t tokens, int threads) {
+    const ptq_packed *w = p->w;
+    const ptq_lowbit_kernels *k = &p->k->lowbit;
+    const int64_t panels = ptq_panels(w->outputs), rows = ptq_min64(CHUNK, tokens);
+    /* the last tile may be a single token, which may take more */
+    const int64_t step = ptq_step_places(w->bits);
+    const int64_t single = w->places / step * k->floats(w->bits, 1) - w->places;
+    if (p->int8) {
+        p->codes = ptq_alloc(rows * w->places, 1);
+        p->code_sums = ptq_alloc(rows * w->groups, sizeof *p->code_sums);
+        p->code_scales = ptq_alloc(rows * w->groups, sizeof *p->code_scales);
+        if (!p->codes || !p->code_sums || !p->code_scales) return PTQ_NOMEM;
+    } else {
+        p->values = ptq_alloc(rows * w->places + single, sizeof *p->values);
+        p->sums = ptq_alloc(rows * w->groups, sizeof *p->sums);
+        if (!p->values || !p->sums) return PTQ_NOMEM;
+    }
+    p->rows = ptq_alloc((k->tokens + 1) * threads * w->places, sizeof *p->rows);
+    ptq_status status = p->rows ? PTQ_OK : PTQ_NOMEM;
+    /* a few tasks for each thread, each of whole blocks of panels */
+    p->stripe = ptq_ceil_div(ptq_ceil_div(panels, 4 * threads), k->panels) * k->panels;
+    for (p->first = 0; p->first < tokens && !status; p->first += CHUNK) {
+        p->count = ptq_min64(CHUNK, tokens - p->first);
+        status = ptq_parallel_for(ptq_ceil_div(p->count, k->tokens), threads, prepare_task, p);
         if (!status && p->bad) status = PTQ_NONFINITE;
         if (!status)
             status = ptq_parallel_for(ptq_ceil_div(panels, p->stripe), threads, product_task, p);
@@ -298,24 +405,15 @@ ptq_status ptq_packed_matmul(const ptq_packed *w, const void *x, int64_t ldx, pt
                  .y = y};
     threads =
         ptq_threads_for_work(threads, (double)tokens * (double)w->outputs * (double)w->places / 8);
-    const int64_t rows = ptq_min64(CHUNK, tokens);
-    /* the last tile may be a single token, which may take more */
-    const int64_t single =
-        w->places / ptq_step_places(w->bits) * p.k->lowbit.floats(w->bits, 1) - w->places;
-    p.values = int8 ? NULL : ptq_alloc(rows * w->places + single, sizeof *p.values);
-    p.sums = int8 ? NULL : ptq_alloc(rows * w->groups, sizeof *p.sums);
-    p.codes = int8 ? ptq_alloc(rows * w->places, 1) : NULL;
-    p.code_sums = int8 ? ptq_alloc(rows * w->groups, sizeof *p.code_sums) : NULL;
-    p.code_scales = int8 ? ptq_alloc(rows * w->groups, sizeof *p.code_scales) : NULL;
-    p.rows = ptq_alloc((p.k->lowbit.tokens + 1) * threads * w->places, sizeof *p.rows);
-    const int ready =
-        p.rows && (int8 ? p.codes && p.code_sums && p.code_scales : p.values && p.sums);
-    const ptq_status status = ready ? multiply_chunks(&p, tokens, threads) : PTQ_NOMEM;
+    const int blocks = !int8 && tokens >= p.k->lowbit.block_tokens;
+    const ptq_status status =
+        blocks ? multiply_blocks(&p, tokens, threads) : multiply_tiles(&p, tokens, threads);
     free(p.values);
     free(p.sums);
     free(p.codes);
     free(p.code_sums);
     free(p.code_scales);
     free(p.rows);
+    free(p.blocks);
     return status;
 }
