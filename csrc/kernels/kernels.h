@@ -24,6 +24,10 @@
 #define PTQ_INT8_MAX_MR 32
 #define PTQ_INT8_MAX_PANELS 3
 
+/* Largest tile of a low-bit kernel. */
+#define PTQ_LOWBIT_TOKENS 8
+#define PTQ_LOWBIT_PANELS 8
+
 /* Tokens that `ranges.add` takes at once. */
 #define PTQ_RANGE_ROWS 8
 
@@ -225,6 +229,46 @@ typedef struct {
                    const double *zero_w, const double *scale_w, const float *bias, float *y);
 } ptq_int8_kernels;
 
+/* Panels of packed weights (words.h) times a tile of tokens. */
+typedef struct {
+    int bits, panels, tokens;
+    int64_t groups;
+    const int32_t *starts; /* (groups + 1) places */
+    const uint32_t *words; /* from panel to panel word_step apart */
+    int64_t word_step;
+    const void *scales; /* (panels, groups, 16) */
+    ptq_dtype scale_dtype;
+    const uint8_t *zeros;     /* the same */
+    const float *x;           /* as `arrange` left it */
+    const float *sums;        /* (groups, tokens) of x */
+    const int8_t *codes;      /* (places / 4, tokens, 4) of x */
+    const int32_t *code_sums; /* (groups, tokens) */
+    const float *code_scales; /* (groups, tokens) */
+    float *y;                 /* (tokens, panels, 16), written */
+} ptq_lowbit_args;
+
+typedef struct {
+    int tokens, panels; /* most of a call; tokens come in powers of two */
+    /* Floats in which `arrange` keeps a step of `tokens` tokens. */
+    int64_t (*floats)(int bits, int tokens);
+    /* Rows (tokens, places), whole steps, as `f32` takes them. */
+    void (*arrange)(int bits, int tokens, int64_t places, const float *rows, float *out);
+    /* Of n values: in double, rounded once. */
+    float (*sum)(const float *x, int64_t n);
+    void (*f32)(const ptq_lowbit_args *args);
+    int block_tokens; /* from so many on, `decode` and gemm.f32 are faster */
+    /* Places [first, first + places) of a group, whole steps, of a panel as float weights in panels
+     * of gemm.nr, (depth, nr) each: the panel's outputs from `lane` of the first on. */
+    void (*decode)(const ptq_lowbit_args *args, int panel, int64_t group, int64_t first,
+                   int64_t places, float *out, int64_t lane, int64_t depth);
+    /* codes (n) = round(x / scale), scale = max |x| / 127; returns 0 if x holds NaN or Inf. The
+     * same at every level. */
+    int (*quantize)(const float *x, int64_t n, int8_t *codes, float *scale, int32_t *sum);
+    /* Products and sums of a group are exact; then float operations in the same order at every
+     * level: float(dot - zero * sum) * (scale * code scale), added group after group. */
+    void (*int8)(const ptq_lowbit_args *args);
+} ptq_lowbit_kernels;
+
 typedef struct {
     const char *name;
     ptq_gemm_kernels gemm;
@@ -238,6 +282,7 @@ typedef struct {
     ptq_energy_kernels energy;
     ptq_int8_kernels int8;
     ptq_statistics_kernels statistics;
+    ptq_lowbit_kernels lowbit;
 } ptq_kernels;
 
 extern const ptq_kernels ptq_kernels_base;

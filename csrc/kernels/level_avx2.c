@@ -50,6 +50,8 @@ static inline void vf_widen_add(double *sum, vf x) {
          : (vi)_mm256_and_si256((__m256i)(w), _mm256_set1_epi16(0x00ff)))
 #define vi_dot(acc, w, x) \
     ((vi)_mm256_add_epi32((__m256i)(acc), _mm256_madd_epi16((__m256i)(w), (__m256i)(x))))
+#define vi_load_u8(p) ((vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
+#define LOWBIT_GROUPS "lowbit_avx2.inc"
 #include "kernels.inc"
 #ifdef __clang__
 #pragma clang attribute pop

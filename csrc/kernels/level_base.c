@@ -61,4 +61,7 @@ static inline vi_any vi_dot(vi_any acc, vi_any w, vi_any x) {
     return acc + (w << 16 >> 16) * (x << 16 >> 16) + (w >> 16) * (x >> 16);
 #endif
 }
+#define LOWBIT_TOKENS 1
+#define LOWBIT_PANELS 1
+#define LOWBIT_GROUPS "lowbit_plain.inc"
 #include "kernels.inc"

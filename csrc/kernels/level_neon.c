@@ -45,5 +45,8 @@ static inline void vf_widen_add(double *sum, vf x) {
 static inline int32x4_t pair_sums(int16x8_t w, int16x8_t x) {
     return vpaddq_s32(vmull_s16(vget_low_s16(w), vget_low_s16(x)), vmull_high_s16(w, x));
 }
+#define LOWBIT_TOKENS 4
+#define LOWBIT_PANELS 2
+#define LOWBIT_GROUPS "lowbit_plain.inc"
 #include "kernels.inc"
 #endif

@@ -12,7 +12,7 @@ static const char *const LEVELS[] = {"avx2",        "avx512",      "avx512_bf16"
                                      "avx512_vnni", "avx512_amx",  "avx512_vnni_bf16_amx",
                                      "neon",        "neon_dotprod"};
 
-enum { ROWS = 53, N = 96, TOKENS = 301, GROUP = 16, THREADS = 2, MAX_OUTPUTS = 192 };
+enum { ROWS = 53, N = 96, TOKENS = 301, GROUP = 16, THREADS = 2, MAX_OUTPUTS = 384 };
 /* Softmax: (BATCH, HEADS, QUERIES, KEYS). */
 enum { BATCH = 2, HEADS = 3, QUERIES = 37, KEYS = 131, ENTRIES = BATCH * HEADS * QUERIES * KEYS };
 
@@ -435,6 +435,78 @@ static void run_softmax(results *r) {
     record_int64_t(r, "softmax statistics", sums, HEADS * PTQ_LENGTH_CLASSES * 4);
 }
 
+/* Packed weights at every number of bits: groups, tokens and outputs around the tiles. With int8
+ * activations exact; in float within the bound of ptq_packed_matmul, of both levels. */
+static void run_lowbit(results *r) {
+    enum { OUTPUTS = 16 * 5 + 3, INPUTS = 416, PANELS = 6, MOST_GROUPS = 13, MOST = 15 };
+    static const int bits[] = {2, 3, 4, 8}, group[] = {32, 416, 64};
+    static const ptq_dtype dtypes[] = {PTQ_F16, PTQ_F32, PTQ_BF16};
+    static uint8_t codes[OUTPUTS * INPUTS], zeros[PANELS * MOST_GROUPS * 16];
+    static uint16_t half[PANELS * MOST_GROUPS * 16];
+    static float scales[PANELS * MOST_GROUPS * 16], x[MOST * INPUTS], y[MOST * OUTPUTS];
+    static float w_hat[OUTPUTS * INPUTS];
+    static uint32_t words[PANELS * INPUTS / 4 * 16];
+    static int32_t starts[MOST_GROUPS + 1], order[INPUTS];
+    state = 362436069362436069u; /* the same at every level */
+    for (int i = 0; i < INPUTS; i++) order[i] = i * 5 % INPUTS;
+    for (int i = 0; i < MOST * INPUTS; i++) x[i] = normal();
+    for (int b = 0; b < 4; b++)
+        for (int g = 0; g < 3; g++) {
+            const int64_t groups = (INPUTS + group[g] - 1) / group[g];
+            const int extreme = g == 1;
+            for (int i = 0; i < OUTPUTS * INPUTS; i++)
+                codes[i] = extreme && i % 2 ? (uint8_t)((1 << bits[b]) - 1)
+                                            : (uint8_t)(uniform() * (float)(1 << bits[b]));
+            for (int i = 0; i < PANELS * MOST_GROUPS * 16; i++) {
+                uint32_t u;
+                scales[i] = 0.01f + uniform();
+                memcpy(&u, &scales[i], sizeof u);
+                half[i] = dtypes[g] == PTQ_F16 ? half_bits(scales[i]) : (uint16_t)(u >> 16);
+                zeros[i] = (uint8_t)(uniform() * (float)(1 << bits[b]));
+            }
+            for (int64_t i = 0; i <= groups; i++)
+                starts[i] = (int32_t)(i < groups ? i * group[g] : INPUTS);
+            const ptq_packed w = {.bits = bits[b],
+                                  .outputs = OUTPUTS,
+                                  .inputs = INPUTS,
+                                  .places = INPUTS,
+                                  .groups = groups,
+                                  .words = words,
+                                  .scales = dtypes[g] == PTQ_F32 ? (void *)scales : (void *)half,
+                                  .scale_dtype = dtypes[g],
+                                  .zeros = zeros,
+                                  .starts = starts,
+                                  .order = g == 2 ? order : NULL};
+            check(ptq_words_pack(&w, codes, words, THREADS), "words");
+            check(ptq_packed_dequantize(&w, w_hat, THREADS), "dequantize");
+            for (int64_t tokens = 1; tokens <= MOST; tokens += tokens < 4 ? 1 : 11) {
+                char name[40];
+                check(ptq_packed_matmul(&w, x, INPUTS, PTQ_F32, tokens, 1, y, THREADS), "int8");
+                snprintf(name, sizeof name, "%d bits int8 g%d x %d", bits[b], group[g],
+                         (int)tokens);
+                record_float(r, name, y, tokens * OUTPUTS);
+                check(ptq_packed_matmul(&w, x, INPUTS, PTQ_F32, tokens, 0, y, THREADS), "float");
+                snprintf(name, sizeof name, "%d bits float g%d x %d", bits[b], group[g],
+                         (int)tokens);
+                output *o = record_float(r, name, y, tokens * OUTPUTS);
+                within(o, 0.0);
+                for (int64_t i = 0; i < tokens * OUTPUTS; i++) {
+                    const int64_t t = i / OUTPUTS, out = i % OUTPUTS;
+                    double reach = 0.0; /* scales are at most 1.01 */
+                    for (int j = 0; j < INPUTS; j++) reach += fabs((double)x[t * INPUTS + j]);
+                    o->bound[i] = 4.0 * (INPUTS + 8) * EPS * (double)(1 << bits[b]) * 1.01 * reach;
+                    double exact = 0.0;
+                    for (int j = 0; j < INPUTS; j++)
+                        exact += (double)x[t * INPUTS + j] * (double)w_hat[out * INPUTS + j];
+                    if (!(fabs(o->value[i] - exact) <= o->bound[i] / 2)) {
+                        fprintf(stderr, "%s: %g is not near %g\n", name, o->value[i], exact);
+                        exit(2);
+                    }
+                }
+            }
+        }
+}
+
 static void run_energy(results *r) {
     double rows[2 * ROWS], columns[2 * N];
     check(ptq_energy(in.W, in.W_hat, PTQ_F32, ROWS, N, rows, THREADS), "energy");
@@ -479,6 +551,7 @@ static results run(const char *level) {
     run_statistics(&r);
     run_activations(&r);
     run_int8(&r);
+    run_lowbit(&r);
     run_softmax(&r);
     run_energy(&r);
     run_equalization(&r);
