@@ -21,7 +21,9 @@
 #define VL 16
 /* Rows that the register tile fetches ahead: beyond the first cache it has half the speed without,
  * and with 4 rows. */
+#ifndef AHEAD
 #define AHEAD 8
+#endif
 typedef __m512 vf;
 #define vf_load(p) _mm512_loadu_ps(p)
 #define vf_store(p, v) _mm512_storeu_ps(p, v)
