@@ -209,14 +209,15 @@ static ptq_status update_blas(const ptq_blas *blas, const update *u) {
  * fewer if that would leave threads idle. */
 static void choose_tiles(update *u, int64_t tokens, int threads) {
     const int64_t nr = u->nr, full = rows_for(u, ptq_min64(CHUNK, tokens));
-    u->depth = u->pairs ? DEPTH / 2 : DEPTH;
+    u->depth = ptq_tuned("PTQ_TUNE_DEPTH", u->pairs ? DEPTH / 2 : DEPTH);
     if (u->turned) { /* a matrix unit needs one operand in the first cache */
-        const int64_t deepest = ptq_max64(1, ptq_first_cache() * 3 / 5 / 4 / nr);
+        const int64_t fitting = ptq_max64(1, ptq_first_cache() * 3 / 5 / 4 / nr);
+        const int64_t deepest = ptq_tuned("PTQ_TUNE_DEPTH", fitting);
         u->depth = ptq_round_up(ptq_ceil_div(full, ptq_ceil_div(full, deepest)), u->k->pairs.step);
     }
     const int64_t panel = ptq_min64(u->depth, full) * nr * (int64_t)sizeof(float);
     u->tile = ptq_min64(ptq_second_cache() * 3 / 5 / panel - 1, WIDEST / nr);
-    u->tile = ptq_max64(1, u->tile);
+    u->tile = ptq_max64(1, ptq_tuned("PTQ_TUNE_SIDE", u->tile * nr) / nr);
     while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * threads) u->tile /= 2;
 }
 

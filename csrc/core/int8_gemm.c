@@ -257,9 +257,11 @@ static void choose_blocks(product *p, int64_t chunk, int threads) {
     /* a matrix unit needs one side of its tile in the first cache */
     const int64_t deepest =
         k->step > 1 ? ptq_first_cache() * 2 / 3 / tile / PTQ_QUAD : DEEPEST / PTQ_QUAD;
-    const int64_t parts = ptq_ceil_div(p->words, ptq_max64(k->step, deepest));
+    const int64_t parts =
+        ptq_ceil_div(p->words, ptq_max64(k->step, ptq_tuned("PTQ_TUNE_WORDS", deepest)));
     p->depth = ptq_round_up(ptq_ceil_div(p->words, parts), k->step);
-    const int64_t fitting = ptq_min64(ptq_second_cache() / 2 / token, MOST_TOKENS) / k->mr;
+    const int64_t most = ptq_tuned("PTQ_TUNE_TOKENS", ptq_second_cache() / 2 / token);
+    const int64_t fitting = ptq_min64(most, MOST_TOKENS) / k->mr;
     p->height = ptq_min64(ptq_max64(fitting, 4), ptq_ceil_div(chunk, k->mr)) * k->mr;
     p->width = ptq_min64(MOST_OUTPUTS / tile * tile, ptq_round_up(p->a->outputs, tile));
     while (p->width > tile &&

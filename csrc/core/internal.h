@@ -26,6 +26,16 @@ static inline int64_t ptq_max64(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t ptq_first_cache(void);
 int64_t ptq_second_cache(void);
 
+/* A size of blocks, or what an environment variable says in a build for measuring (-DPTQ_TUNE). */
+#ifdef PTQ_TUNE
+static inline int64_t ptq_tuned(const char *variable, int64_t size) {
+    const char *given = getenv(variable);
+    return given ? atoll(given) : size;
+}
+#else
+#define ptq_tuned(variable, size) (size)
+#endif
+
 /* An upper triangular matrix cut into strips of at most mr columns; strip s holds, for
  * k = 0 .. start+width-1, mr consecutive values of row k (zero beyond width and below the
  * diagonal): the left operand of the GEMM kernel. Strips never straddle a multiple of `align`. */

@@ -15,7 +15,9 @@
 #define MR 8
 #define NR 48
 #define VL 16
+#ifndef AHEAD
 #define AHEAD 8 /* as in level_avx512.c */
+#endif
 #include "pairs.inc"
 
 static inline __m512bh as_bf16(__m512i x) {

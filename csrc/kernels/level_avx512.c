@@ -20,7 +20,9 @@
 #define NR 48
 /* Rows that the register tile fetches ahead: beyond the first cache it has half the speed without,
  * and with 4 rows. */
+#ifndef AHEAD
 #define AHEAD 8
+#endif
 #include "avx512.h"
 #define INT8_MR 8
 #define INT8_PANELS 3

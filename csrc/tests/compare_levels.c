@@ -301,11 +301,12 @@ static void run_statistics(results *r) {
 static void run_int8(results *r) {
     static const struct {
         int64_t tokens, outputs, n;
-    } shapes[] = {{1, 1, 1},    {1, 53, 96},   {2, 16, 64},  {3, 17, 65},   {5, 33, 127},
-                  {6, 48, 128}, {16, 47, 200}, {17, 49, 63}, {33, 97, 260}, {70, 200, 4100}};
-    enum { MOST = 70 * 4100, MOST_W = 200 * 4100, MOST_Y = 70 * 200 };
-    static int8_t x[MOST], w[MOST_W], x_zeros[70], w_zeros[200];
-    static float x_scales[70], w_scales[200], bias[200], y[MOST_Y], values[MOST];
+    } shapes[] = {{1, 1, 1},     {1, 53, 96},     {2, 16, 64},   {3, 17, 65},
+                  {5, 33, 127},  {6, 48, 128},    {16, 47, 200}, {17, 49, 63},
+                  {33, 97, 260}, {70, 200, 4100}, {1100, 18, 40}};
+    enum { MOST = 70 * 4100, MOST_W = 200 * 4100, MOST_Y = 1100 * 18 };
+    static int8_t x[MOST], w[MOST_W], x_zeros[1100], w_zeros[200];
+    static float x_scales[1100], w_scales[200], bias[200], y[MOST_Y], values[MOST];
     static uint32_t words[208 * 1028];
     static int32_t sums[200];
     static float offsets[200];
