@@ -37,8 +37,8 @@ _Tokens: TypeAlias = _F32 | NDArray[np.float16] | _U16  # uint16: the bits of bf
 # scale_type (0 float32, 1 float16, 2 bfloat16), min_zero, min_shrink, norm
 _Grid: TypeAlias = tuple[int, int, int, int, int, int, int, float, float]
 # SolverOptions: group_size, block_size, static_groups, groups_follow_order, feedback,
-# refine_passes, shift
-_SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, float]
+# refine_passes, refit_rounds, shift
+_SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, int, float]
 # group_size, per_tensor, activation_max_code (0: as they are), activation_symmetric,
 # activation_per_tensor
 _EqualizationOptions: TypeAlias = tuple[int, int, int, int, int]
@@ -121,7 +121,7 @@ def gptq(
     scales: _F32,  # (rows, groups), written
     zeros: _U8,  # (rows, groups), written
     g_idx: _I32,  # (n,), written; may share memory with order
-    history: _F64,  # (refine_passes + 1, rows), written
+    history: _F64,  # (1 + refine_passes + 2 * refit_rounds, rows), written
     threads: int,
     /,
 ) -> None: ...  # FloatingPointError: the solve overflowed

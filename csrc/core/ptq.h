@@ -170,17 +170,20 @@ typedef struct {
     int groups_follow_order; /* groups are runs of perm (act-order with g_idx) */
     int feedback;            /* 0: every column is rounded as it is */
     int refine_passes;       /* coordinate-descent passes after the solve */
+    int refit_rounds;        /* then: all scales of a row fitted anew, and another such pass */
     double shift;            /* absolute value that was added to the diagonal for R */
     ptq_grid grid;
     uint8_t *codes;  /* out (rows, n) original column order */
     float *scales;   /* out (rows, n / G) */
     uint8_t *zeros;  /* out (rows, n / G) */
     int32_t *g_idx;  /* out (n) group of each original column */
-    double *history; /* out (refine_passes + 1, rows) objective under the undamped H; without
-                      * feedback only its differences from row to row mean anything */
+    double *history; /* out (1 + refine_passes + 2 * refit_rounds, rows) objective under the
+                      * undamped H after the solve and each of these steps; without feedback only
+                      * its differences from row to row mean anything */
 } ptq_gptq_args;
 
-/* GPTQ as Babai's nearest plane (gptq.c), identical in exact arithmetic to [GPTQ] Algorithm 1. */
+/* GPTQ as Babai's nearest plane (gptq.c), identical in exact arithmetic to [GPTQ] Algorithm 1. No
+ * later pass raises a row's objective: scales and codes that would are left as they were. */
 ptq_status ptq_gptq(const ptq_gptq_args *args, int threads);
 
 /* ---- objective.c ----------------------------------------------------------------------- */

@@ -59,6 +59,7 @@ from ptqkit.reference.solvers import objective as objective
 from ptqkit.reference.solvers import obq as obq
 from ptqkit.reference.solvers import propagate_error as propagate_error
 from ptqkit.reference.solvers import quantization_targets as quantization_targets
+from ptqkit.reference.solvers import refit as refit
 from ptqkit.reference.solvers import rtn as rtn
 from ptqkit.reference.solvers import sweep as sweep
 from ptqkit.reference.solvers import upper_factor as upper_factor

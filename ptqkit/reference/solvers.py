@@ -1,4 +1,4 @@
-"""RTN, GPTQ as published, OBQ, coordinate descent, QEP and brute force (float64)."""
+"""RTN, GPTQ as published, OBQ, coordinate descent, fits of scales, targets (float64)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 
-from ptqkit.reference.grids import dequantize, fit_grid, fit_groups, quantize
+from ptqkit.reference.grids import dequantize, fit_grid, fit_groups, quantize, round_to_dtype
 from ptqkit.reference.hessian import dampen
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "obq",
     "propagate_error",
     "quantization_targets",
+    "refit",
     "rtn",
     "sweep",
     "upper_factor",
@@ -82,6 +83,7 @@ def gptq(
     damping=0.01,
     feedback=True,
     refine_passes=0,
+    refit_rounds=0,
     **grid,
 ):
     """Run GPTQ as published [GPTQ, Algorithm 1], with a lazy block of one column.
@@ -92,7 +94,8 @@ def gptq(
 
     Returns
     -------
-    dict with codes, scales, zeros, g_idx, order, dead, history (refine_passes + 1, rows)
+    dict with codes, scales, zeros, g_idx, order, dead, history
+    (1 + refine_passes + 2 * refit_rounds, rows)
     """
     H = np.asarray(H, np.float64)
     damped, dead = dampen(H, damping)
@@ -123,8 +126,12 @@ def gptq(
     out, g_idx = np.empty_like(codes), np.empty(n, np.int32)
     out[:, perm], g_idx[perm] = codes, group
     history = [objective(W0 - dequantize(out, scales[:, g_idx], zeros[:, g_idx]), H)]
-    for _ in range(refine_passes):
-        out = sweep(W0, out, scales, zeros, g_idx, H, perm, max_code)
+    for step in range(refine_passes + 2 * refit_rounds):
+        if step >= refine_passes and (step - refine_passes) % 2 == 0:
+            scale_dtype = grid.get("scale_dtype", "float32")
+            scales = refit(W0, out, scales, zeros, g_idx, H, scale_dtype)
+        else:
+            out = sweep(W0, out, scales, zeros, g_idx, H, perm, max_code)
         history.append(objective(W0 - dequantize(out, scales[:, g_idx], zeros[:, g_idx]), H))
     return {
         "codes": out,
@@ -166,6 +173,27 @@ def sweep(W, codes, scales, zeros, g_idx, H, order, max_code):
         codes[:, j] = quantize(target, scales[:, g], zeros[:, g], max_code)
         E[:, j] = W[:, j] - dequantize(codes[:, j], scales[:, g], zeros[:, g])
     return codes
+
+
+def refit(W, codes, scales, zeros, g_idx, H, scale_dtype="float32"):
+    """Fit all scales of each row at once to its codes; a row that does not gain keeps its own.
+
+    With c_g the codes of group g less their zero-points and e the error, the objective of scales
+    s + d is e H e^T - 2 b d^T + d A d^T, A_gh = c_g H c_h^T, b_g = e H c_g^T: d = b A^-1. Scales
+    are rounded to their storage type; one that would not be positive stays.
+    """
+    scales = np.array(scales, np.float64)
+    members = g_idx == np.arange(scales.shape[1])[:, None]
+    for w, q, s, z in zip(W, codes, scales, zeros, strict=True):
+        steps = q.astype(np.float64) - z[g_idx]
+        C = np.where(members, steps, 0.0)
+        e = w - s[g_idx] * steps
+        wanted = s + np.linalg.lstsq(C @ H @ C.T, C @ H @ e, rcond=1e-9)[0]
+        wanted = np.where(wanted > 0, round_to_dtype(wanted, scale_dtype), s)
+        new = w - wanted[g_idx] * steps
+        if new @ H @ new < (1 - 1e-6) * (e @ H @ e):
+            s[:] = wanted
+    return scales
 
 
 def obq(W, H, *, max_code, group_size=None, damping=0.01, **grid):

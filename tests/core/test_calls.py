@@ -13,7 +13,7 @@ from helpers.softmax_core_calls import SOFTMAX_OPTIONAL, SOFTMAX_OUTPUTS, softma
 import ptqkit._core as _core
 
 GRID = (15, 0, 0, 40, 4, 0, 0, 0.3, 2.4)
-OPTIONS = (4, 128, 0, 0, 1, 0, 0.01)
+OPTIONS = (4, 128, 0, 0, 1, 0, 0, 0.01)
 
 
 def _f32(*shape):
@@ -553,7 +553,7 @@ def test_order_and_g_idx_may_share_memory():
     R = np.zeros((8, 8), np.float32)
     assert _core.factor(H, order, np.zeros(8), R, 1) == -1
     found = []
-    for options in (OPTIONS, (4, 128, 0, 1, 1, 3, 0.01), (4, 128, 1, 0, 1, 3, 0.01)):
+    for options in (OPTIONS, (4, 128, 0, 1, 1, 3, 1, 0.01), (4, 128, 1, 0, 1, 3, 1, 0.01)):
         for shared in (False, True):
             given = order.copy()
             g_idx = given.view(np.int32)[:8] if shared else np.zeros(8, np.int32)
