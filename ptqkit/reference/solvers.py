@@ -11,15 +11,18 @@ from ptqkit.reference.hessian import dampen
 
 __all__ = [
     "brute_force",
+    "gptaq_target",
     "gptq",
     "make_order",
     "objective",
     "obq",
     "propagate_error",
+    "qronos_target",
     "quantization_targets",
     "refit",
     "rtn",
     "sweep",
+    "target_weights",
     "upper_factor",
 ]
 
@@ -234,16 +237,56 @@ def _obq_row(w, inverse, scale, zero, max_code):
     return codes
 
 
-def propagate_error(W, H, G, alpha, damping):
-    """Return W + alpha W (G - H) (H + lambda I)^-1, to quantize if inputs carry errors already.
+def target_weights(W, H, G=None, D=None, *, alpha=1.0, damping=0.01):
+    """Return W + alpha [W (G - H) + D] (H + lambda I)^-1, to quantize if errors are there already.
 
-    With x the float model's inputs, x~ the quantized one's, H = (2/N) sum x~ x~^T and
-    G = (2/N) sum x x~^T, the least squares of W x - W* x~ is W* = W G H^-1 (QEP, arXiv 2504.09629);
-    alpha goes part of the way. x~_j = 0 for a dead input, and so is column j of G - H.
+    With x the float model's inputs, x~ the quantized one's, r and r~ the streams that the output
+    is added to, H = (2/N) sum x~ x~^T, G = (2/N) sum x x~^T and D = (2/N) sum (r - r~) x~^T, the
+    least squares of W* x~ + r~ - W x - r is alpha = 1, lambda = 0 (QEP, arXiv 2504.09629, is
+    D = 0). x~_j = 0 for a dead input, and so are column j of G - H and of D.
     """
     damped, dead = dampen(H, damping)
-    drift = np.where(dead, 0.0, np.asarray(G, np.float64) - H)
-    return W + alpha * W @ drift @ np.linalg.inv(damped)
+    lacks = np.zeros(np.shape(W))
+    if G is not None:
+        lacks = W @ np.where(dead, 0.0, np.asarray(G, np.float64) - H)
+    if D is not None:
+        lacks = lacks + np.where(dead, 0.0, D)
+    return W + alpha * lacks @ np.linalg.inv(damped)
+
+
+def propagate_error(W, H, G, alpha, damping):
+    """Return the target without D (QEP)."""
+    return target_weights(W, H, G, alpha=alpha, damping=damping)
+
+
+def qronos_target(W, H, G, order, *, alpha=1.0, damping=0.01):
+    """Return the target with which GPTQ is Qronos (arXiv 2505.11695).
+
+    Its first column is w_1 + alpha (W (G - H))_1 / H_11, the others the least squares given that
+    one.
+    """
+    damped, dead = dampen(H, damping)
+    target, drift = target_weights(W, H, G, alpha=alpha, damping=damping), np.asarray(G) - H
+    first, rest = order[0], order[1:]
+    value = W[:, first] + alpha * W @ (drift[:, first] * ~dead[first]) / damped[first, first]
+    moved = np.linalg.solve(damped[np.ix_(rest, rest)], damped[rest, first])
+    target[:, rest] += np.outer(target[:, first] - value, moved)
+    target[:, first] = value
+    return target
+
+
+def gptaq_target(W, H, G, order, *, alpha=1.0, damping=0.01):
+    """Return the target with which GPTQ is GPTAQ (arXiv 2504.02692), its weights as they were.
+
+    Input q moves the later columns by alpha w_q P_q:, P = ((G - H) L * M_U) L^T, L L^T the inverse
+    of the damped H and M_U the strict upper triangle.
+    """
+    damped, dead = dampen(H, damping)
+    drift = np.where(dead, 0.0, np.asarray(G, np.float64) - H)[np.ix_(order, order)]
+    L = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)]))
+    out = np.array(W, np.float64)
+    out[:, order] += alpha * W[:, order] @ (np.triu(drift @ L, 1) @ L.T)
+    return out
 
 
 def brute_force(w, scale, zero, H, max_code):
