@@ -263,7 +263,7 @@ def quantize(
     )
     assert chosen is not None and written is not None  # or there had been problems
     recipe = chosen
-    plan = plan_schedule(model, found, schedule, budget, recipe.error_propagation)
+    plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
     equalized = None
     if recipe.equalization is not None and found.calibration is not None:
         equalized = equalize_calibrated(
