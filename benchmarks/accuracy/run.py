@@ -148,8 +148,9 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=48, help="test windows")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    windows, runs = (Table(args.out / f"{n}.csv", c) for n, c in
-                     (("windows", WINDOWS), ("runs", RUNS)))
+    windows, runs = (
+        Table(args.out / f"{n}.csv", c) for n, c in (("windows", WINDOWS), ("runs", RUNS))
+    )
     for name in args.model or MODELS:
         study(name, args, windows, runs)
 

@@ -207,9 +207,7 @@ class Recipe:
 
     @property
     def propagation(self) -> str:
-        """The first setting that needs the float model to run along, such as
-        ``"error_propagation=0.5"``; empty if none does.
-        """
+        """The first setting that has the float model run along, as text; empty if none does."""
         for name in PROPAGATIONS:
             if getattr(self, name):
                 return f"{name}={getattr(self, name):g}"

@@ -22,7 +22,7 @@ ORDERS = [
 
 
 def before_and_after(W, H, **options):
-    """The result that the first refit is made from; with the sweep after it; with a second round."""
+    """The results before the first refit, after one round and after two."""
     start, once = (ptqkit.gptq(W, H, refine_passes=1, refit_rounds=r, **options) for r in (0, 1))
     return start, once, ptqkit.gptq(W, H, refine_passes=1, refit_rounds=2, **options)
 

@@ -1,4 +1,4 @@
-"""Find the layers that write into a block's residual stream, and prove it by a short forward pass."""
+"""Find the layers that write into a residual stream, and prove it by a short forward pass."""
 
 from __future__ import annotations
 

@@ -179,7 +179,8 @@ def estimate_memory(
     and the layer's input; one-pass holds that for all tokens, and as much again for the batch that
     is running; replay for one batch, with one block output (old and new) for all tokens.
     With error propagation (``propagate``) one-pass holds it twice: for the float model too; if the
-    residual streams are followed (``streams``) each holds one more of them. In the end all codes are there, a byte each, on the host.
+    residual streams are followed (``streams``), each holds one more of them. In the end all codes
+    are there, a byte each, on the host.
     ``positions`` are those of a sample in the probe, for inputs that show none themselves.
     """
     size = next(model.parameters()).element_size()
