@@ -27,8 +27,8 @@ GRIDS: dict[str, dict[str, Any]] = {
     "3 g64": {"bits": 3, "group_size": 64},
     "2 g64": {"bits": 2, "group_size": 64},
 }
-#: Groups that divide the inputs where 64 does not.
-SMALLER = {"stories260k": 4, "babyllama105": 32}
+#: Groups of the layers whose inputs 64 does not divide: the divisor nearest to it.
+NEAREST = {"stories260k": {"*.down_proj": 43}, "babyllama105": {"*.down_proj": 44}}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "reference": ("reference", {}),
     "quality": ("quality", {}),
@@ -126,8 +126,9 @@ def study(name: str, args: argparse.Namespace, windows: Table, runs: Table) -> N
                     ).batches
                 preset, changes = RECIPES[recipe]
                 options = {**GRIDS[grid], **changes}
-                if options["group_size"] is not None and name in SMALLER:
-                    options["group_size"] = SMALLER[name]
+                if options["group_size"] is not None:
+                    sizes = NEAREST.get(name, {}).items()
+                    options["overrides"] = {k: {"group_size": size} for k, size in sizes}
                 facts, losses = measure(case, floats, batches, preset, options)
                 runs.add([(*key, *facts)])
                 rows = ((*key, i, f"{v:.4f}", case.scored) for i, v in enumerate(losses))
