@@ -177,8 +177,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--residual-propagation",
         type=float,
         metavar="ALPHA",
-        help="the same for layers that write into a residual stream (o_proj, down_proj): they answer "
-        "for the errors of the stream too (0: off)",
+        help="the same for layers that write into a residual stream (o_proj, down_proj): they "
+        "answer for the errors of the stream too (0: off)",
     )
     group.add_argument(
         "--scale-dtype",

@@ -160,8 +160,8 @@ def quantize(
         A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"best"``, ``"reference"``,
         ``"rtn"``, ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]``
         (:mod:`ptqkit.recipe.parts`); ``**changes`` are applied to it, such as ``bits=3``.
-        ``"best"`` also corrects every weight for the errors made before it, at the price of a second
-        forward pass and twice the activations.
+        ``"best"`` also corrects every weight for the errors made before it, at the price of a
+        second forward pass and twice the activations.
     calibration
         Text, tokens, batches or a dataset; see
         :func:`ptqkit.hf.data.calibration.prepare_calibration`, which also explains ``samples``,
