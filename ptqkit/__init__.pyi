@@ -8,6 +8,7 @@ from .arrays.activations import activation_grid as activation_grid
 from .arrays.activations import outlier_columns as outlier_columns
 from .arrays.activations import quantize_activations as quantize_activations
 from .arrays.bias import bias_correction as bias_correction
+from .arrays.drift import Drift as Drift
 from .arrays.equalization import EqualizationSearch as EqualizationSearch
 from .arrays.equalization import equalization_scales as equalization_scales
 from .arrays.equalization import search_equalization as search_equalization
@@ -39,6 +40,7 @@ from .arrays.spectrum import spectral_norm as spectral_norm
 from .arrays.spectrum import stable_rank as stable_rank
 from .arrays.statistics import ActivationStatistics as ActivationStatistics
 from .arrays.targets import propagate_error as propagate_error
+from .arrays.targets import target_weights as target_weights
 from .errors import CalibrationError as CalibrationError
 from .errors import NotPositiveDefiniteError as NotPositiveDefiniteError
 from .errors import PreflightError as PreflightError

@@ -37,8 +37,8 @@ _Tokens: TypeAlias = _F32 | NDArray[np.float16] | _U16  # uint16: the bits of bf
 # scale_type (0 float32, 1 float16, 2 bfloat16), min_zero, min_shrink, norm
 _Grid: TypeAlias = tuple[int, int, int, int, int, int, int, float, float]
 # SolverOptions: group_size, block_size, static_groups, groups_follow_order, feedback,
-# refine_passes, shift
-_SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, float]
+# refine_passes, refit_rounds, shift
+_SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, int, float]
 # group_size, per_tensor, activation_max_code (0: as they are), activation_symmetric,
 # activation_per_tensor
 _EqualizationOptions: TypeAlias = tuple[int, int, int, int, int]
@@ -60,6 +60,16 @@ def hessian_finish(
     threads: int,
     /,
 ) -> None: ...
+def cross_update(
+    S: _F32,  # (m, n), added to
+    A: _Tokens,  # (tokens, m), rows may be strided, as those of B and X
+    B: _Tokens,  # (tokens, m)
+    X: _Tokens,  # (tokens, n)
+    dtype: int,  # of all three: 0 float32, 1 float16, 2 bfloat16 (bits as uint16)
+    rows: _I64 | None,  # (count,), tokens that count
+    threads: int,
+    /,
+) -> None: ...  # FloatingPointError (NaN or Inf), OverflowError: S is left as it was
 def channel_ranges(
     X: _Tokens,  # (tokens, n), rows may be strided
     dtype: int,  # 0 float32, 1 float16, 2 bfloat16 (bits as uint16)
@@ -110,6 +120,17 @@ def factor(
     threads: int,
     /,
 ) -> int: ...  # -1, or the original index of the pivot that failed
+def target_correction(
+    W: _F32 | None,  # (rows, n)
+    F: _F64 | None,  # (n, n), given with W
+    D: _F64 | None,  # (rows, n)
+    H: _F32,  # (n, n)
+    shift: _F64,  # (n,), added to its diagonal
+    below: int,  # 1, for rows = n: D L^-T, L L^T = H + shift, keeps what is below its diagonal
+    out: _F64,  # (rows, n), written
+    threads: int,
+    /,
+) -> int: ...  # -1, or the pivot that failed
 def gptq(
     W: _F32,  # (rows, n)
     H: _F32,  # (n, n), undamped
@@ -121,7 +142,7 @@ def gptq(
     scales: _F32,  # (rows, groups), written
     zeros: _U8,  # (rows, groups), written
     g_idx: _I32,  # (n,), written; may share memory with order
-    history: _F64,  # (refine_passes + 1, rows), written
+    history: _F64,  # (1 + refine_passes + 2 * refit_rounds, rows), written
     threads: int,
     /,
 ) -> None: ...  # FloatingPointError: the solve overflowed

@@ -115,17 +115,17 @@ int args_dtype(PyObject *o, ptq_dtype *dtype) {
     return value < 0 ? -1 : 0;
 }
 
-int args_tokens(PyArrayObject **out, PyObject *o, ptq_dtype dtype, int64_t *ldx) {
+int args_tokens(PyArrayObject **out, PyObject *o, const char *name, ptq_dtype dtype, int64_t *ldx) {
     const int type = dtype == PTQ_F32 ? NPY_FLOAT32 : dtype == PTQ_F16 ? NPY_HALF : NPY_UINT16;
-    if (!PyArray_Check(o)) return raise_type(o, "X", "a NumPy array");
+    if (!PyArray_Check(o)) return raise_type(o, name, "a NumPy array");
     PyArrayObject *X = (PyArrayObject *)o;
-    if (!is_of_type(X, type)) return raise_dtype(X, "X", type);
+    if (!is_of_type(X, type)) return raise_dtype(X, name, type);
     const npy_intp size = (npy_intp)PyArray_ITEMSIZE(X);
     if (PyArray_NDIM(X) != 2 || (PyArray_DIM(X, 1) > 1 && PyArray_STRIDE(X, 1) != size) ||
         PyArray_STRIDE(X, 0) % size || !PyArray_ISALIGNED(X) ||
         (PyArray_DIM(X, 0) > 1 && PyArray_STRIDE(X, 0) < PyArray_DIM(X, 1) * size)) {
-        PyErr_SetString(PyExc_ValueError,
-                        "X must be 2-D, (tokens, n), with contiguous rows that do not overlap");
+        PyErr_Format(PyExc_ValueError,
+                     "%s must be 2-D, (tokens, n), with contiguous rows that do not overlap", name);
         return -1;
     }
     *ldx = PyArray_DIM(X, 0) > 1 ? PyArray_STRIDE(X, 0) / size : PyArray_DIM(X, 1);
@@ -311,7 +311,7 @@ int args_raise(ptq_status status) {
                             "an input holds NaN or Inf, or the result overflows float32");
             return -1;
         case PTQ_OVERFLOW:
-            PyErr_SetString(PyExc_OverflowError, "a sum of squares overflows float32");
+            PyErr_SetString(PyExc_OverflowError, "a sum overflows float32");
             return -1;
         case PTQ_NOT_PD:
             PyErr_SetString(PyExc_ArithmeticError,

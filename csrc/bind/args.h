@@ -41,8 +41,9 @@ int args_shape(PyArrayObject *a, const char *name, npy_intp rows, npy_intp colum
 
 /* ptq_dtype of tokens: 0 float32, 1 float16, 2 bfloat16, whose bits travel as uint16. */
 int args_dtype(PyObject *o, ptq_dtype *dtype);
-/* X (tokens, n) with unit stride along n; *ldx is the number of elements from token to token. */
-int args_tokens(PyArrayObject **out, PyObject *o, ptq_dtype dtype, int64_t *ldx);
+/* Tokens (tokens, n) with unit stride along n; *ldx is the number of elements from token to token.
+ */
+int args_tokens(PyArrayObject **out, PyObject *o, const char *name, ptq_dtype dtype, int64_t *ldx);
 
 /* Copies of index arrays, which stay valid when the caller's array changes during the call; free
  * them with PyMem_Free. A permutation of 0 .. n - 1: */

@@ -9,9 +9,11 @@
 #define PTQ_FUNCTIONS(X)    \
     X(hessian_update)       \
     X(hessian_finish)       \
+    X(cross_update)         \
     X(symmetric_check)      \
     X(finite_check)         \
     X(factor)               \
+    X(target_correction)    \
     X(gptq)                 \
     X(rtn)                  \
     X(obq)                  \

@@ -10,7 +10,7 @@ PTQ_BIND(channel_ranges, 7, "X, dtype, rows, minimum, maximum, sum, threads",
     ptq_dtype dtype;
     int64_t ldx, tokens, *rows;
     int threads;
-    if (args_dtype(args[1], &dtype) || args_tokens(&X, args[0], dtype, &ldx) ||
+    if (args_dtype(args[1], &dtype) || args_tokens(&X, args[0], "X", dtype, &ldx) ||
         args_output(&low, args[3], "minimum", NPY_FLOAT32, 1) ||
         args_output(&high, args[4], "maximum", NPY_FLOAT32, 1) ||
         args_output(&sum, args[5], "sum", NPY_FLOAT64, 1) || args_threads(args[6], &threads))

@@ -78,23 +78,21 @@ PTQ_BIND(codes_on_grid, 6, "W, scales, zeros, max_code, codes, threads",
 
 static int gptq_options(PyObject *tuple, ptq_gptq_args *a) {
     static const args_field fields[] = {
-        {"group_size", 0, 1, INT32_MAX},
-        {"block_size", 0, 1, INT32_MAX},
-        {"static_groups", 0, 0, 1},
-        {"groups_follow_order", 0, 0, 1},
-        {"feedback", 0, 0, 1},
-        {"refine_passes", 0, 0, 1000},
-        {"shift", 1, -Py_HUGE_VAL, Py_HUGE_VAL},
+        {"group_size", 0, 1, INT32_MAX}, {"block_size", 0, 1, INT32_MAX},
+        {"static_groups", 0, 0, 1},      {"groups_follow_order", 0, 0, 1},
+        {"feedback", 0, 0, 1},           {"refine_passes", 0, 0, 1000},
+        {"refit_rounds", 0, 0, 1000},    {"shift", 1, -Py_HUGE_VAL, Py_HUGE_VAL},
     };
-    double v[7];
-    if (args_fields(tuple, "options", fields, 7, v)) return -1;
+    double v[8];
+    if (args_fields(tuple, "options", fields, 8, v)) return -1;
     a->G = (int64_t)v[0];
     a->block = (int64_t)v[1];
     a->static_groups = (int)v[2];
     a->groups_follow_order = (int)v[3];
     a->feedback = (int)v[4];
     a->refine_passes = (int)v[5];
-    a->shift = v[6];
+    a->refit_rounds = (int)v[6];
+    a->shift = v[7];
     return check_group_size(a->G, (npy_intp)a->n, "options.group_size");
 }
 
@@ -131,15 +129,15 @@ static PyObject *gptq_solve(ptq_gptq_args *a, PyObject *order, PyArrayObject *g_
     return args_result(status);
 }
 
-PTQ_BIND(
-    gptq, 12, "W, H, R, order, options, grid, codes, scales, zeros, g_idx, history, threads",
-    "Quantize W column by column with error feedback, then by coordinate descent.\n\n"
-    "W (rows, n) float32; H (n, n) float32, undamped; R (n, n) float32, of factor() with the\n"
-    "same order; order (n,) int64, a permutation; options (group_size, block_size,\n"
-    "static_groups, groups_follow_order, feedback, refine_passes, shift); grid as in rtn(); codes "
-    "(rows, n)\n"
-    "uint8, scales (rows, groups) float32, zeros (rows, groups) uint8, g_idx (n,) int32 and\n"
-    "history (refine_passes + 1, rows) float64, written.") {
+PTQ_BIND(gptq, 12, "W, H, R, order, options, grid, codes, scales, zeros, g_idx, history, threads",
+         "Quantize W column by column with error feedback, then by coordinate descent.\n\n"
+         "W (rows, n) float32; H (n, n) float32, undamped; R (n, n) float32, of factor() with the\n"
+         "same order; order (n,) int64, a permutation; options (group_size, block_size,\n"
+         "static_groups, groups_follow_order, feedback, refine_passes, refit_rounds, shift); grid "
+         "as in\n"
+         "rtn(); codes (rows, n) uint8, scales (rows, groups) float32, zeros (rows, groups) uint8, "
+         "g_idx\n"
+         "(n,) int32 and history (1 + refine_passes + 2 * refit_rounds, rows) float64, written.") {
     PyArrayObject *W, *H, *R, *g_idx, *history;
     outputs out;
     int threads;
@@ -154,7 +152,7 @@ PTQ_BIND(
     const npy_intp rows = PyArray_DIM(W, 0), n = PyArray_DIM(W, 1);
     if (gptq_options(args[4], &a) || args_grid(args[5], &a.grid) || args_shape(H, "H", n, n) ||
         args_shape(R, "R", n, n) || args_dim(g_idx, "g_idx", 0, n) ||
-        args_shape(history, "history", a.refine_passes + 1, rows) ||
+        args_shape(history, "history", 1 + a.refine_passes + 2 * a.refit_rounds, rows) ||
         outputs_parse(args + 6, rows, n, (npy_intp)(n / a.G), &out))
         return NULL;
     a.W = PyArray_DATA(W);

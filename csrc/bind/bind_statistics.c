@@ -17,7 +17,7 @@ PTQ_BIND(
     int64_t *rows;
     double threshold, absmax;
     int threads;
-    if (args_dtype(args[1], &a.dtype) || args_tokens(&X, args[0], a.dtype, &a.ldx) ||
+    if (args_dtype(args[1], &a.dtype) || args_tokens(&X, args[0], "X", a.dtype, &a.ldx) ||
         args_real(&threshold, args[4], "threshold") || args_real(&absmax, args[5], "absmax") ||
         args_output(&sums, args[6], "sums", NPY_FLOAT64, 1) ||
         args_output(&most, args[7], "most", NPY_FLOAT32, 1) ||

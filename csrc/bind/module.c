@@ -23,6 +23,9 @@ static const char SGEMM[] = "void (char *, char *, int *, int *, int *, " BLAS_S
                             ", int *, " BLAS_S ", int *, " BLAS_S ", " BLAS_S ", int *)";
 static const char STRSM[] = "void (char *, char *, char *, char *, int *, int *, " BLAS_S
                             ", " BLAS_S ", int *, " BLAS_S ", int *)";
+#define BLAS_D "__pyx_t_5scipy_6linalg_11cython_blas_d *"
+static const char DGEMM[] = "void (char *, char *, int *, int *, int *, " BLAS_D ", " BLAS_D
+                            ", int *, " BLAS_D ", int *, " BLAS_D ", " BLAS_D ", int *)";
 static const char SPOTRF[] = "void (char *, int *, " LAPACK_S ", int *, int *)";
 
 /* A routine from a SciPy module's capsules, or NULL without an exception if its signature is not
@@ -50,6 +53,7 @@ static PyObject *use_scipy_blas(PyObject *self, PyObject *ignored) {
         {"scipy.linalg.cython_blas", "sgemm", SGEMM, offsetof(ptq_blas, sgemm)},
         {"scipy.linalg.cython_blas", "ssyrk", SSYRK, offsetof(ptq_blas, ssyrk)},
         {"scipy.linalg.cython_blas", "strsm", STRSM, offsetof(ptq_blas, strsm)},
+        {"scipy.linalg.cython_blas", "dgemm", DGEMM, offsetof(ptq_blas, dgemm)},
         {"scipy.linalg.cython_lapack", "spotrf", SPOTRF, offsetof(ptq_blas, spotrf)},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {

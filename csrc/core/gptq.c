@@ -21,8 +21,9 @@ enum {
 typedef struct {
     const ptq_gptq_args *a;
     const ptq_kernels *k;
-    ptq_strips R, H; /* H: FULL, for refine_passes */
+    ptq_strips R, H; /* H: FULL, for sweeps */
     ptq_grid_blocks blocks;
+    ptq_refit refit;
     const float *hdiag;   /* (n) diagonal of H in quantization order, 0 for dead inputs */
     const int32_t *group; /* (n) group of the i-th quantized column */
     const int64_t *first, *sweep_first; /* (blocks + 1) first strip of each column block */
@@ -44,6 +45,10 @@ typedef struct {
 } panel;
 
 static int dynamic(const ptq_gptq_args *a) { return !a->static_groups; }
+
+/* Sweeps, and entries of the history after the first. */
+static int sweeps(const ptq_gptq_args *a) { return a->refine_passes + a->refit_rounds; }
+static int passes(const ptq_gptq_args *a) { return a->refine_passes + 2 * a->refit_rounds; }
 
 /* Where strip s of a block that starts at strip s0 keeps its T: strips are mr columns apart. */
 static float *strip_T(const solver *v, const panel *p, int64_t s, int64_t s0) {
@@ -186,7 +191,7 @@ static void repair_history(const solver *v, const panel *p, int64_t row) {
     ptq_objective_repair(a->H, a->n, a->perm, p->E, v->k->gemm.nr, least, objective);
     for (int64_t r = 0; r < v->k->gemm.nr && row + r < a->rows; r++) {
         const double change = objective[r] - p->objective[r];
-        for (int pass = 0; pass <= a->refine_passes && change != 0.0; pass++)
+        for (int pass = 0; pass <= passes(a) && change != 0.0; pass++)
             a->history[pass * a->rows + row + r] += change;
     }
 }
@@ -225,6 +230,29 @@ static float *carve_panel(const solver *v, panel *p, float *at) {
     return at + panel_floats(v);
 }
 
+/* One sweep over the codes of all panels of a task. */
+static void sweep_panels(const solver *v, panel *p, int64_t count, float *scratch) {
+    for (int64_t b = 0; b < v->sweep_count; b++) {
+        if (ptq_should_stop()) return;
+        const int64_t s0 = v->sweep_first[b], s1 = v->sweep_first[b + 1];
+        block_sums(v, &v->H, p, count, s0, s1, v->a->n);
+        for (int64_t q = 0; q < count; q++) sweep_block(v, &p[q], s0, s1, scratch);
+    }
+}
+
+static void refit_panels(const solver *v, panel *p, int64_t count, float *scratch) {
+    for (int64_t q = 0; q < count; q++) {
+        const ptq_refit_panel fitted = {.grid = &v->a->grid,
+                                        .W = p[q].W,
+                                        .zeros = p[q].zeros,
+                                        .codes = p[q].codes,
+                                        .E = p[q].E,
+                                        .scales = p[q].scales,
+                                        .objective = p[q].objective};
+        ptq_refit_scales(&v->refit, v->k, &fitted, scratch);
+    }
+}
+
 static void solve_task(void *ctx, int64_t task, int thread) {
     solver *v = ctx;
     const ptq_gptq_args *a = v->a;
@@ -244,13 +272,12 @@ static void solve_task(void *ctx, int64_t task, int thread) {
             p[q].objective[r] -= a->shift * p[q].error2[r];
         store_history(v, &p[q], (first + q) * v->k->gemm.nr, 0);
     }
-    for (int pass = 1; pass <= a->refine_passes; pass++) {
-        for (int64_t b = 0; b < v->sweep_count; b++) {
-            if (ptq_should_stop()) return;
-            const int64_t s0 = v->sweep_first[b], s1 = v->sweep_first[b + 1];
-            block_sums(v, &v->H, p, count, s0, s1, a->n);
-            for (int64_t q = 0; q < count; q++) sweep_block(v, &p[q], s0, s1, at);
-        }
+    for (int pass = 1; pass <= passes(a); pass++) {
+        /* every round after the first sweeps is a refit and a sweep */
+        const int refit = pass > a->refine_passes && (pass - a->refine_passes) % 2 == 1;
+        if (refit) refit_panels(v, p, count, at);
+        else sweep_panels(v, p, count, at);
+        if (ptq_should_stop()) return;
         for (int64_t q = 0; q < count; q++)
             store_history(v, &p[q], (first + q) * v->k->gemm.nr, pass);
     }
@@ -286,7 +313,7 @@ static ptq_status prepare(solver *v, index_tables *t, int threads) {
     const int64_t align = dynamic(a) ? a->G : a->n;
     ptq_status status =
         ptq_strips_make(v->k, &v->R, a->R, a->n, NULL, a->n, align, PTQ_STRIPS_UPPER, threads);
-    if (!status && a->refine_passes)
+    if (!status && sweeps(a))
         status = ptq_strips_make(v->k, &v->H, a->H, a->n, a->perm, a->n, align, PTQ_STRIPS_FULL,
                                  threads);
     if (!status && a->grid.method == PTQ_GRID_HESSIAN)
@@ -308,8 +335,9 @@ static ptq_status prepare(solver *v, index_tables *t, int threads) {
     v->first = t->first;
     v->sweep_first = t->sweep_first;
     v->block_count = cut_blocks(v, a->block, t->first);
-    if (a->refine_passes) v->sweep_count = cut_blocks(v, SWEEP, t->sweep_first);
-    return PTQ_OK;
+    if (sweeps(a)) v->sweep_count = cut_blocks(v, SWEEP, t->sweep_first);
+    if (!a->refit_rounds) return PTQ_OK;
+    return ptq_refit_make(v->k, &v->refit, a->H, a->n, a->G, a->perm, t->group, threads);
 }
 
 static ptq_status solve(solver *v, int threads) {
@@ -317,9 +345,11 @@ static ptq_status solve(solver *v, int threads) {
     const int64_t nr = v->k->gemm.nr;
     v->panels = ptq_ceil_div(a->rows, nr);
     v->per_task = ptq_max64(1, ptq_min64(PANELS, v->panels / (2 * threads)));
-    /* scratch: N and V of fit_updated (or dE of a sweep), then the grid search's own */
+    /* scratch: N and V of fit_updated, then the grid search's own; or dE of a sweep; or a refit's
+     */
     const int64_t fit = 2 * a->G * nr + ptq_grid_fit_work(&a->grid);
-    const int64_t scratch = ptq_max64(fit, v->block_columns * nr);
+    int64_t scratch = ptq_max64(fit, v->block_columns * nr);
+    if (a->refit_rounds) scratch = ptq_max64(scratch, ptq_refit_work(&v->refit, v->k));
     v->workspace = ptq_ceil_div(v->per_task * panel_floats(v) + scratch, 16) * 16;
     v->work = ptq_alloc(v->workspace * threads, sizeof *v->work);
     if (!v->work) return PTQ_NOMEM;
@@ -338,6 +368,7 @@ ptq_status ptq_gptq(const ptq_gptq_args *a, int threads) {
     ptq_strips_free(&v.R);
     ptq_strips_free(&v.H);
     ptq_grid_blocks_free(&v.blocks);
+    ptq_refit_free(&v.refit);
     free(t.group);
     free(t.hdiag);
     free(t.first);

@@ -72,6 +72,32 @@ int64_t ptq_grid_fit_work(const ptq_grid *grid);
 /* Fit the grid of group g to U (G, nr): s, z (nr). blocks may be NULL unless the method reads H. */
 void ptq_grid_fit(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
                   const ptq_grid_blocks *blocks, int64_t g, float *work, float *s, float *z);
+/* For fitting scales again: M of refit.c in strips that end with groups. */
+typedef struct {
+    int64_t n, G, groups;
+    ptq_strips H;   /* HALF_DIAGONAL, columns in the order of their groups */
+    int64_t *place; /* (n) where each of them is in quantization order */
+} ptq_refit;
+
+/* A panel in quantization order, scales and zeros (groups, nr), objective (nr). */
+typedef struct {
+    const ptq_grid *grid;
+    const float *W, *zeros;
+    const uint8_t *codes;
+    float *E, *scales;
+    double *objective;
+} ptq_refit_panel;
+
+/* group (n): that of the i-th quantized column; each has G. */
+ptq_status ptq_refit_make(const ptq_kernels *k, ptq_refit *refit, const float *H, int64_t n,
+                          int64_t G, const int64_t *perm, const int32_t *group, int threads);
+void ptq_refit_free(ptq_refit *refit);
+/* Floats of scratch, aligned as doubles are, that ptq_refit_scales needs. */
+int64_t ptq_refit_work(const ptq_refit *refit, const ptq_kernels *k);
+/* Scales, E and objective of the rows whose objective falls; the codes stay. */
+void ptq_refit_scales(const ptq_refit *refit, const ptq_kernels *k, const ptq_refit_panel *panel,
+                      float *work);
+
 /* Rows [row, row + nr) of W into a panel (n, nr); missing rows are zero. */
 void ptq_panel_load(const ptq_kernels *k, const float *W, int64_t rows, int64_t n, int64_t row,
                     float *panel);

@@ -6,11 +6,12 @@
  * order, so with the built-in kernels neither block sizes nor thread counts change a bit of any
  * result. The CPU level may: see ptq_cpu_select.
  *
- * SciPy's BLAS, if ptq_blas_set handed it over, replaces the products of ptq_hessian_update and the
- * factorization of ptq_factor (their prototypes say when), and nothing else. There the order of
- * summation is that library's: its version, the CPU and the number of threads it takes from its own
- * settings may change the last bits of the result, `threads` does not reach it, and it cannot be
- * interrupted. Everything computed from the same H and R afterwards is the same again.
+ * SciPy's BLAS, if ptq_blas_set handed it over, replaces the products of ptq_hessian_update,
+ * ptq_cross_update and ptq_target_correction and the factorization of ptq_factor (their prototypes
+ * say when), and nothing else. There the order of summation is that library's: its version, the CPU
+ * and the number of threads it takes from its own settings may change the last bits of the result,
+ * `threads` does not reach it, and it cannot be interrupted. Everything computed from the same H
+ * and R afterwards is the same again.
  *
  * threads: at most this many work on a call, at most one per processor that the process may use;
  * 0 = default policy. Every call resolves it once, at its start; so it does with the CPU level and
@@ -98,6 +99,23 @@ ptq_status ptq_hessian_update(float *S, int64_t n, const void *X, int64_t ldx, p
 /* out (n, n) full symmetric = factor * S, from S's upper triangle. out may be S. */
 ptq_status ptq_hessian_finish(const float *S, float *out, int64_t n, double factor, int threads);
 
+/* ---- cross.c --------------------------------------------------------------------------- */
+typedef struct {
+    float *S; /* (m, n), added to */
+    int64_t m, n;
+    const void *A, *B; /* tokens of m values at strides lda, ldb elements */
+    const void *X;     /* tokens of n values at stride ldx */
+    int64_t lda, ldb, ldx;
+    ptq_dtype dtype;     /* of all three */
+    const int64_t *rows; /* indices of the tokens that count, or NULL for all `tokens` */
+    int64_t tokens;
+} ptq_cross_args;
+
+/* S += sum over the given tokens of (a - b) x^T, differences and products in float32, whatever the
+ * dtype. PTQ_NONFINITE, and PTQ_OVERFLOW if values are so large that sums might leave float32,
+ * leave S as is; PTQ_INTERRUPTED does not. BLAS: for float32 without `rows`, on its own threads. */
+ptq_status ptq_cross_update(const ptq_cross_args *args, int threads);
+
 /* ---- checks.c -------------------------------------------------------------------------- */
 /* PTQ_NONFINITE; else PTQ_NOT_SYMMETRIC if |H_ij - H_ji| > tolerance anywhere in H (n, n). */
 ptq_status ptq_symmetric_check(const float *H, int64_t n, float tolerance, int threads);
@@ -149,6 +167,23 @@ ptq_status ptq_equalization_errors(const ptq_equalization_args *args, int thread
 ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const double *shift, float *R,
                       int64_t *info, int threads);
 
+/* ---- target.c -------------------------------------------------------------------------- */
+typedef struct {
+    const float *W;      /* (rows, n), or NULL: 0 */
+    const double *F;     /* (n, n), read if W is there */
+    const double *D;     /* (rows, n), or NULL: 0 */
+    const float *H;      /* (n, n) symmetric */
+    const double *shift; /* (n) added to its diagonal */
+    int64_t rows, n;
+    int below;   /* for rows = n: with L L^T = H + shift, Y = D L^-T keeps its entries below the
+                  * diagonal alone before it becomes Y L^-1 */
+    double *out; /* (rows, n) */
+} ptq_target_args;
+
+/* out = (W F + D) (H + shift)^-1, in double. On PTQ_NOT_PD *info is the pivot. BLAS: for any n that
+ * an int holds, on its own threads. */
+ptq_status ptq_target_correction(const ptq_target_args *args, int64_t *info, int threads);
+
 /* ---- rtn.c ----------------------------------------------------------------------------- */
 /* Grids and codes by rounding to nearest. H (n, n) is read for PTQ_GRID_HESSIAN only.
  * codes (rows, n); scales, zeros (rows, n / G). G divides n. */
@@ -170,17 +205,20 @@ typedef struct {
     int groups_follow_order; /* groups are runs of perm (act-order with g_idx) */
     int feedback;            /* 0: every column is rounded as it is */
     int refine_passes;       /* coordinate-descent passes after the solve */
+    int refit_rounds;        /* then: all scales of a row fitted anew, and another such pass */
     double shift;            /* absolute value that was added to the diagonal for R */
     ptq_grid grid;
     uint8_t *codes;  /* out (rows, n) original column order */
     float *scales;   /* out (rows, n / G) */
     uint8_t *zeros;  /* out (rows, n / G) */
     int32_t *g_idx;  /* out (n) group of each original column */
-    double *history; /* out (refine_passes + 1, rows) objective under the undamped H; without
-                      * feedback only its differences from row to row mean anything */
+    double *history; /* out (1 + refine_passes + 2 * refit_rounds, rows) objective under the
+                      * undamped H after the solve and each of these steps; without feedback only
+                      * its differences from row to row mean anything */
 } ptq_gptq_args;
 
-/* GPTQ as Babai's nearest plane (gptq.c), identical in exact arithmetic to [GPTQ] Algorithm 1. */
+/* GPTQ as Babai's nearest plane (gptq.c), identical in exact arithmetic to [GPTQ] Algorithm 1. No
+ * later pass raises a row's objective: scales and codes that would are left as they were. */
 ptq_status ptq_gptq(const ptq_gptq_args *args, int threads);
 
 /* ---- objective.c ----------------------------------------------------------------------- */
@@ -453,6 +491,8 @@ typedef struct {
     void (*strsm)(char *, char *, char *, char *, int *, int *, float *, float *, int *, float *,
                   int *);
     void (*spotrf)(char *, int *, float *, int *, int *);
+    void (*dgemm)(char *, char *, int *, int *, int *, double *, double *, int *, double *, int *,
+                  double *, double *, int *);
 } ptq_blas;
 /* Hand over SciPy's routines, which must stay where they are; NULL: the built-in ones. */
 void ptq_blas_set(const ptq_blas *blas);

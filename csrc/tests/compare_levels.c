@@ -162,6 +162,45 @@ static void run_hessian(results *r) {
     }
 }
 
+/* (W_hat - W)^T against the tokens of X that stand beside them: ROWS tokens. */
+static void run_cross(results *r) {
+    static float S[N * N];
+    const ptq_cross_args a = {.S = S,
+                              .m = N,
+                              .n = N,
+                              .A = in.W_hat,
+                              .B = in.W,
+                              .X = in.X,
+                              .lda = N,
+                              .ldb = N,
+                              .ldx = N,
+                              .dtype = PTQ_F32,
+                              .tokens = ROWS};
+    memset(S, 0, sizeof S);
+    check(ptq_cross_update(&a, THREADS), "cross");
+    output *o = record_float(r, "cross", S, N * N);
+    within(o, 0.0);
+    for (int i = 0; i < N * N; i++)
+        for (int t = 0; t < ROWS; t++) {
+            const float moved = in.W_hat[t * N + i / N] - in.W[t * N + i / N];
+            o->bound[i] +=
+                2.0 * EPS * (ROWS + 2) * fabs((double)moved * (double)in.X[t * N + i % N]);
+        }
+}
+
+/* In double at every level, by the same code: equal. */
+static void run_target(results *r) {
+    static double F[N * N], out[ROWS * N];
+    double shift[N];
+    int64_t info;
+    for (int i = 0; i < N * N; i++) F[i] = (double)in.X[i];
+    for (int i = 0; i < N; i++) shift[i] = 0.01 * (i + 1);
+    const ptq_target_args a = {
+        .W = in.W, .F = F, .H = in.H, .shift = shift, .rows = ROWS, .n = N, .out = out};
+    check(ptq_target_correction(&a, &info, THREADS), "target");
+    record_double(r, "target", out, ROWS * N);
+}
+
 /* R R^T, which must be near P H P^T + shift at every level: (n + 3) roundings of each. */
 static void run_factor(results *r) {
     static float R[N * N];
@@ -198,7 +237,7 @@ static void run_gptq(results *r) {
     static uint8_t codes[ROWS * N], zeros[ROWS * N / GROUP];
     static float scales[ROWS * N / GROUP];
     static int32_t g_idx[N];
-    static double history[3 * ROWS];
+    static double history[5 * ROWS];
     for (int method = PTQ_GRID_MINMAX; method <= PTQ_GRID_HESSIAN; method++)
         for (int refine_passes = 0; refine_passes <= 2; refine_passes += 2) {
             char name[40];
@@ -214,6 +253,7 @@ static void run_gptq(results *r) {
                                      .groups_follow_order = refine_passes == 0,
                                      .feedback = 1,
                                      .refine_passes = refine_passes,
+                                     .refit_rounds = refine_passes / 2,
                                      .shift = 0.1,
                                      .grid = weight_grid(method, 0),
                                      .codes = codes,
@@ -227,7 +267,7 @@ static void run_gptq(results *r) {
             record_uint8_t(r, "  zeros", zeros, ROWS * N / GROUP);
             record_int32_t(r, "  groups", g_idx, N);
             within(record_float(r, "  scales", scales, ROWS * N / GROUP), 1e-4);
-            within(record_double(r, "  objectives", history, (refine_passes + 1) * ROWS), 1e-3);
+            within(record_double(r, "  objectives", history, (1 + 2 * refine_passes) * ROWS), 1e-3);
         }
 }
 
@@ -544,6 +584,8 @@ static results run(const char *level) {
     results r = {0};
     check(ptq_cpu_select(level), level);
     run_hessian(&r);
+    run_cross(&r);
+    run_target(&r);
     run_factor(&r);
     run_gptq(&r);
     run_rtn(&r);

@@ -101,8 +101,9 @@ class QuantizedMatrix:
     g_idx : ndarray of int32, shape (in,)
         Group of each input. ``i // group_size`` unless act-order ran without static groups.
     grid : WeightGrid
-    row_objectives : ndarray of float64, shape (refine_passes + 1, out), or None
-        Objective of each output row after the solve and after each coordinate-descent sweep.
+    row_objectives : ndarray of float64, shape (1 + steps, out), or None
+        Objective of each output row after the solve and after each step: a coordinate-descent
+        sweep, or a fit of the scales.
     rtn_objectives : ndarray of float64, shape (out,), or None
         Objective of each output row if it is rounded to nearest by :func:`ptqkit.rtn` with the
         same options, on grids of consecutive inputs. Their sum is ``objective_rtn``.
@@ -146,7 +147,7 @@ class QuantizedMatrix:
 
     @property
     def sweep_objectives(self) -> tuple[float, ...]:
-        """Objective after the solve and after each coordinate-descent sweep."""
+        """Objective after the solve and after each sweep or fit of the scales."""
         if self.row_objectives is None:
             return ()
         return tuple(float(v) for v in self.row_objectives.sum(axis=1))

@@ -197,6 +197,7 @@ def gptq(
     static_groups: bool = False,
     grid: str = "minmax",
     refine_passes: int = 0,
+    refit_rounds: int = 0,
     damping: float = 0.01,
     max_damping: float = 1.0,
     feedback: bool = True,
@@ -233,6 +234,10 @@ def gptq(
         Fit all grids to the original weights beforehand, groups of consecutive inputs.
     refine_passes : int
         Coordinate-descent passes over the codes after the solve; none raises the objective.
+    refit_rounds : int
+        After them, so often: fit all scales of a row at once to its codes under H, and make one
+        more such pass. A row whose objective would not fall, its scales rounded to
+        ``scale_dtype``, keeps its scales.
     damping, max_damping : float
         See :func:`ptqkit.factorize`.
     feedback : bool
@@ -246,7 +251,7 @@ def gptq(
     Returns
     -------
     QuantizedMatrix
-        With the objective per row after the solve and after each sweep.
+        With the objective per row after the solve, each pass, and each fit of the scales.
 
     Raises
     ------
@@ -261,6 +266,7 @@ def gptq(
     )
     threads = check_threads(threads)
     check_count(refine_passes, "refine_passes", 0, 1000)
+    check_count(refit_rounds, "refit_rounds", 0, 1000)
     check_count(block_size, "block_size", 1, 1 << 20)
     W = as_matrix(W, "W", name, threads)
     size = group_width(result_grid, W.shape[1], name)
@@ -294,6 +300,7 @@ def gptq(
         groups_follow_order=int(F.order_name == "act" and not static),
         feedback=int(bool(feedback)),
         refine_passes=refine_passes,
+        refit_rounds=refit_rounds,
         shift=F.damping_value,
     )
     codes, scales, zeros, g_idx, history = _solve(W, F, options, spec, scale_dtype, threads, name)
@@ -342,6 +349,7 @@ class SolverOptions(NamedTuple):
     groups_follow_order: int  # 1: groups are runs of the order (act-order with g_idx)
     feedback: int
     refine_passes: int
+    refit_rounds: int
     shift: float  # what was added to the diagonal for R
 
 
@@ -358,7 +366,8 @@ def _solve(
     rows, n = W.shape
     codes, scales, zeros = outputs(rows, n, n // options.group_size)
     g_idx = np.empty(n, np.int32)
-    history = np.empty((options.refine_passes + 1, rows), np.float64)
+    steps = options.refine_passes + 2 * options.refit_rounds
+    history = np.empty((1 + steps, rows), np.float64)
     matrix, R, far, shift = F.matrix, F.R, row_exponents(W, scale_dtype), _far_exponent(F.matrix)
     if far is not None:
         W = np.ldexp(W, -far)

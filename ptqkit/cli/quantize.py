@@ -44,6 +44,8 @@ layer is fitted to the inputs that the already quantized layers before it give.
 Recipes:
   quality      (default) GPTQ: groups and their columns by decreasing activation power, grids
                searched under the Hessian, one coordinate-descent pass
+  best         quality, each weight corrected for the errors made before it, scales fitted again to
+               their codes; twice the time, and twice the memory of the activations
   reference    GPTQ as published: natural order, min-max grids
   rtn          rounding to nearest; needs no text
   aweq         W8A8: activation-weight equalization by the closed form, one scale per tensor, bias
@@ -154,6 +156,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--grid", choices=("minmax", "mse", "hessian"), help="how ranges are chosen")
     group.add_argument("--refine-passes", type=int, metavar="N", help="coordinate-descent passes")
     group.add_argument(
+        "--refit-rounds",
+        type=int,
+        metavar="N",
+        help="then, so often: all scales of a row fitted anew to its codes, and one more pass",
+    )
+    group.add_argument(
         "--damping", type=float, metavar="X", help="share of the mean diagonal (0.01)"
     )
     group.add_argument(
@@ -165,6 +173,13 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="ALPHA",
         help="0 to 1: correct each weight by this share for the errors of the layers before it "
         "(0.75 is a good value); the float model runs along, with twice the activations (0: off)",
+    )
+    group.add_argument(
+        "--residual-propagation",
+        type=float,
+        metavar="ALPHA",
+        help="the same for layers that write into a residual stream (o_proj, down_proj): they "
+        "answer for the errors of the stream too (0: off)",
     )
     group.add_argument(
         "--scale-dtype",
@@ -353,9 +368,11 @@ _OF_GPTQ = (
     "order",
     "static_groups",
     "refine_passes",
+    "refit_rounds",
     "damping",
     "max_damping",
     "error_propagation",
+    "residual_propagation",
 )
 
 

@@ -10,15 +10,17 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.accumulator import Accumulator
+from ptqkit.arrays.drift import Drift
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import CalibrationError
 
 __all__ = [
-    "InputDrift",
+    "TorchDrift",
     "TorchHessian",
     "TorchRanges",
     "accumulator",
+    "drift_accumulator",
     "full_float32",
     "range_accumulator",
 ]
@@ -85,20 +87,20 @@ def range_accumulator(channels: int, device: torch.device) -> Any:
 
 
 class _TorchSum(Accumulator):
-    """A sum of products (in, in) in float32 on the inputs' device, and the first bad update."""
+    """A sum of products in float32 on the inputs' device, and the first bad update."""
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
+    def __init__(self, features: int, in_features: int, device: torch.device | str) -> None:
         super().__init__()
         self.in_features = in_features
         self.tokens = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(features, in_features, dtype=torch.float32, device=device)
         # Counted on the device, so that no update waits for it.
         self._whole = torch.zeros((), dtype=torch.int64, device=device)
         self._updates = 0
 
     def _values(self, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Return the rows that count as float32."""
-        values = values.reshape(-1, self.in_features)
+        values = values.reshape(-1, values.shape[-1])
         if mask is not None:
             values = values[mask.reshape(-1).to(values.device)]
         return values.float()
@@ -111,7 +113,8 @@ class _TorchSum(Accumulator):
             with full_float32(right.device):
                 self._sum.addmm_(left.T, right)
             # What is not finite stays so.
-            self._whole += torch.isfinite(self._sum.diagonal()).all()
+            square = left.shape[1] == right.shape[1]
+            self._whole += torch.isfinite(self._sum.diagonal() if square else self._sum).all()
             self.tokens += len(right)
             self._updates += 1
             self._torn = False
@@ -139,6 +142,9 @@ class TorchHessian(_TorchSum):
     """
 
     _quantity = "Hessian"
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        super().__init__(in_features, in_features, device)
 
     def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Add inputs of shape (..., in); ``mask`` (...) is True at the positions that count."""
@@ -182,29 +188,41 @@ def accumulator(in_features: int, device: torch.device) -> Any:
     return TorchHessian(in_features, device)
 
 
-class InputDrift(_TorchSum):
-    """G - H = (2/N) sum (x - x~) x~^T, in float32, where the activations are.
+class TorchDrift(_TorchSum):
+    """(2/N) sum (a - b) x^T accumulated by torch in float32, where the activations are.
 
-    Their difference and not G alone: if the two paths are close, the rounding errors of G and H
-    would be as large as what matters; if they are equal (the first layers), this is zero.
+    The same interface as :class:`ptqkit.Drift`, for models on a GPU.
     """
 
-    _quantity = "drift of the inputs"
+    _quantity = "drift"
 
     def update(
-        self, floats: torch.Tensor, quantized: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        floats: torch.Tensor,
+        quantized: torch.Tensor,
+        inputs: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
-        """Add inputs of shape (..., in) of the float and of the quantized model."""
-        right = self._values(quantized, mask)
-        self._add(self._values(floats, mask) - right, right)
+        """Add a (..., features), b (..., features) and x (..., in), by default b, of a batch."""
+        now = self._values(quantized, mask)
+        self._add(
+            self._values(floats, mask) - now, now if inputs is None else self._values(inputs, mask)
+        )
 
-    def cross_moment(self, hessian: np.ndarray) -> np.ndarray:
-        """Return G = (2/N) sum x x~^T in float64, shape (in, in), given H.
+    def finish(self) -> Drift:
+        """Return the mean as a host :class:`ptqkit.Drift`.
 
         Raises
         ------
         CalibrationError
-            If an input was not finite or overflowed; the message names the batch.
+            If a value was not finite or a sum overflowed; the message names the batch.
         """
-        drift = self._mean("the inputs of the float and the quantized model differ by")
-        return np.add(hessian, drift, dtype=np.float64)
+        mean = self._mean("the float and the quantized model differ by")
+        return Drift.from_matrix(mean, max(1, self.tokens))
+
+
+def drift_accumulator(features: int, in_features: int, device: torch.device) -> Any:
+    """Return an accumulator of the drift of values on this device."""
+    if device.type == "cpu":
+        return Drift(features, in_features)
+    return TorchDrift(features, in_features, device)

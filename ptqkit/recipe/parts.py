@@ -52,7 +52,7 @@ class GPTQ(_Solver):
 
     Parameters
     ----------
-    preset : {"quality", "reference"}, optional
+    preset : {"quality", "best", "reference"}, optional
         What the options change; "quality" by default.
     **options
         ``bits``, ``group_size``, ``symmetric``, ``overrides``, ...

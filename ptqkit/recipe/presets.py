@@ -23,9 +23,14 @@ _PER_TENSOR = {
 }
 
 
+_BEST = {"error_propagation": 0.5, "residual_propagation": 0.5, "refit_rounds": 2}
+
+
 #: Named recipes. ``quality`` is the default of the driver and of the command line: group-aware
 #: order, grids searched under H on the updated weights, one sweep (of the variants measured in
 #: ``benchmarks/quality.py`` the one with the least perplexity that costs no second forward);
+#: ``best`` adds targets that know the errors already made, and scales fitted again to their codes,
+#: at about twice the time and twice the activations' memory;
 #: ``reference`` is GPTQ as published (Frantar et al. 2022); ``rtn`` rounds to nearest.
 #: The others quantize activations too, to 8 bits: ``aweq`` (AWEQ: AWE by eq. 10, static per-tensor
 #: grids, bias correction), ``smoothquant`` (the same grids, alpha 0.5, norms only), ``vector-wise``
@@ -33,6 +38,7 @@ _PER_TENSOR = {
 #: ``zeroquant`` (groups of weights, scales per token).
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {},
+    "best": _BEST,
     "reference": _REFERENCE,
     "rtn": _RTN,
     "aweq": {

@@ -11,6 +11,7 @@ from typing import Any
 from ptqkit._repr import one_line_repr
 from ptqkit.arrays.factorization import ORDERS
 from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid, parse_bits
+from ptqkit.arrays.targets import TARGETS
 from ptqkit.errors import check_choice
 from ptqkit.recipe.options import ActivationQuantization, Equalization, check_int, check_names
 from ptqkit.recipe.presets import PRESETS
@@ -21,8 +22,12 @@ _CHOICES = {
     "method": ("gptq", "rtn"),
     "order": ORDERS,
     "grid": tuple(GRID_METHODS),
+    "target": TARGETS,
     "scale_dtype": (None, *SCALE_TYPES),
 }
+
+#: Fields that need the float model to run along.
+PROPAGATIONS = ("error_propagation", "residual_propagation")
 
 
 def match_pattern(pattern: str, name: str) -> bool:
@@ -50,6 +55,8 @@ class Recipe:
     grid : {"minmax", "mse", "hessian"}
     refine_passes : int
         Coordinate-descent passes after the solve.
+    refit_rounds : int
+        After them, so often: all scales of a row fitted at once to its codes, and one more pass.
     damping, max_damping : float
         Fraction of the mean diagonal added to H; how far it may be raised.
     feedback : bool
@@ -61,9 +68,18 @@ class Recipe:
     block_size : int
         Columns per lazy block of the solver (changes no code).
     error_propagation : float
-        Alpha of :func:`ptqkit.propagate_error`: 0 (off) to 1. Above 0 the float model runs next
+        Alpha of :func:`ptqkit.target_weights`: 0 (off) to 1. Above 0 the float model runs next
         to the quantized one, at twice the activations' memory, and each weight is corrected for the
         errors of the layers before it. It holds for the whole run: an override cannot change it.
+    residual_propagation : float
+        The same for layers that write into a residual stream (o_proj, down_proj, fc2): above 0
+        they answer for the errors that the stream carries, with this alpha. Where the stream cannot
+        be told from the structure (parallel branches, norms after a branch), they get
+        ``error_propagation`` and the report says so. It holds for the whole run.
+    target : {"least-squares", "qronos", "gptaq"}
+        How the correction is made, see :func:`ptqkit.target_weights`.
+    target_damping : float or None
+        Damping of the correction alone; None: as that of the solve.
     per_tensor : bool
         One scale for the whole weight matrix (``method="rtn"``, ``group_size=None``).
     activations : ActivationQuantization or None
@@ -101,6 +117,7 @@ class Recipe:
     static_groups: bool = False
     grid: str = "hessian"
     refine_passes: int = 1
+    refit_rounds: int = 0
     damping: float = 0.01
     max_damping: float = 1.0
     feedback: bool = True
@@ -108,6 +125,9 @@ class Recipe:
     min_zero_point: int = 0
     block_size: int = 128
     error_propagation: float = 0.0
+    residual_propagation: float = 0.0
+    target: str = "least-squares"
+    target_damping: float | None = None
     per_tensor: bool = False
     activations: ActivationQuantization | None = None
     equalization: Equalization | None = None
@@ -141,13 +161,16 @@ class Recipe:
                 hint="; None means per channel (on the command line: channel)",
             )
         check_int("refine_passes", self.refine_passes, 0)
+        check_int("refit_rounds", self.refit_rounds, 0)
         check_int("block_size", self.block_size, 1)
         check_int("min_zero_point", self.min_zero_point, 0, 1)
         for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        for name in ("damping", "max_damping"):
+        for name in ("damping", "max_damping", "target_damping"):
             value = getattr(self, name)
+            if name == "target_damping" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
         if self.max_damping < self.damping:
@@ -156,23 +179,39 @@ class Recipe:
             )
 
     def _check_propagation(self) -> None:
-        alpha = self.error_propagation
-        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if not number or not 0 <= alpha <= 1:
-            raise ValueError(f"error_propagation must be a number from 0 to 1, not {alpha!r}")
-        if alpha == 0:
+        for name in PROPAGATIONS:
+            alpha = getattr(self, name)
+            number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+            if not number or not 0 <= alpha <= 1:
+                raise ValueError(f"{name} must be a number from 0 to 1, not {alpha!r}")
+        setting = self.propagation
+        if not setting:
             return
+        off = f"use {setting.split('=')[0]}=0"
         if self.method != "gptq":
             raise ValueError(
-                f"error_propagation={alpha} needs method 'gptq', not {self.method!r}: it is made "
-                "for a solver with the Hessian; use error_propagation=0, or 'skip' the layer"
+                f"{setting} needs method 'gptq', not {self.method!r}: it is made for a solver with "
+                f"the Hessian; {off}, or 'skip' the layer"
             )
         for name in ("bias_correction", "activations"):
             if getattr(self, name):
                 raise ValueError(
-                    f"error_propagation={alpha:g} cannot be combined with {name}: its float model "
-                    "runs in the same modules; use error_propagation=0"
+                    f"{setting} cannot be combined with {name}: its float model runs in the same "
+                    f"modules; {off}"
                 )
+        if self.residual_propagation and self.target != "least-squares":
+            raise ValueError(
+                f"residual_propagation={self.residual_propagation:g} needs target 'least-squares', "
+                f"not {self.target!r}: that takes no residual; use residual_propagation=0"
+            )
+
+    @property
+    def propagation(self) -> str:
+        """The first setting that has the float model run along, as text; empty if none does."""
+        for name in PROPAGATIONS:
+            if getattr(self, name):
+                return f"{name}={getattr(self, name):g}"
+        return ""
 
     def _check_per_tensor(self) -> None:
         if not self.per_tensor:
@@ -211,7 +250,7 @@ class Recipe:
         check_names(change, where, _names())
         if {"overrides", "include"} & set(change):
             raise ValueError(f"{where} cannot hold overrides or include")
-        for name in ("error_propagation", "equalization"):
+        for name in (*PROPAGATIONS, "equalization"):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
         try:

@@ -1,4 +1,4 @@
-"""RTN, GPTQ as published, OBQ, coordinate descent, QEP and brute force (float64)."""
+"""RTN, GPTQ as published, OBQ, coordinate descent, fits of scales, targets (float64)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from itertools import product
 
 import numpy as np
 
-from ptqkit.reference.grids import dequantize, fit_grid, fit_groups, quantize
+from ptqkit.reference.grids import dequantize, fit_grid, fit_groups, quantize, round_to_dtype
 from ptqkit.reference.hessian import dampen
 
 __all__ = [
     "brute_force",
+    "gptaq_target",
     "gptq",
     "make_order",
     "objective",
     "obq",
     "propagate_error",
+    "qronos_target",
     "quantization_targets",
+    "refit",
     "rtn",
     "sweep",
+    "target_weights",
     "upper_factor",
 ]
 
@@ -82,6 +86,7 @@ def gptq(
     damping=0.01,
     feedback=True,
     refine_passes=0,
+    refit_rounds=0,
     **grid,
 ):
     """Run GPTQ as published [GPTQ, Algorithm 1], with a lazy block of one column.
@@ -92,7 +97,8 @@ def gptq(
 
     Returns
     -------
-    dict with codes, scales, zeros, g_idx, order, dead, history (refine_passes + 1, rows)
+    dict with codes, scales, zeros, g_idx, order, dead, history
+    (1 + refine_passes + 2 * refit_rounds, rows)
     """
     H = np.asarray(H, np.float64)
     damped, dead = dampen(H, damping)
@@ -123,8 +129,12 @@ def gptq(
     out, g_idx = np.empty_like(codes), np.empty(n, np.int32)
     out[:, perm], g_idx[perm] = codes, group
     history = [objective(W0 - dequantize(out, scales[:, g_idx], zeros[:, g_idx]), H)]
-    for _ in range(refine_passes):
-        out = sweep(W0, out, scales, zeros, g_idx, H, perm, max_code)
+    for step in range(refine_passes + 2 * refit_rounds):
+        if step >= refine_passes and (step - refine_passes) % 2 == 0:
+            scale_dtype = grid.get("scale_dtype", "float32")
+            scales = refit(W0, out, scales, zeros, g_idx, H, scale_dtype)
+        else:
+            out = sweep(W0, out, scales, zeros, g_idx, H, perm, max_code)
         history.append(objective(W0 - dequantize(out, scales[:, g_idx], zeros[:, g_idx]), H))
     return {
         "codes": out,
@@ -168,6 +178,27 @@ def sweep(W, codes, scales, zeros, g_idx, H, order, max_code):
     return codes
 
 
+def refit(W, codes, scales, zeros, g_idx, H, scale_dtype="float32"):
+    """Fit all scales of each row at once to its codes; a row that does not gain keeps its own.
+
+    With c_g the codes of group g less their zero-points and e the error, the objective of scales
+    s + d is e H e^T - 2 b d^T + d A d^T, A_gh = c_g H c_h^T, b_g = e H c_g^T: d = b A^-1. Scales
+    are rounded to their storage type; one that would not be positive stays.
+    """
+    scales = np.array(scales, np.float64)
+    members = g_idx == np.arange(scales.shape[1])[:, None]
+    for w, q, s, z in zip(W, codes, scales, zeros, strict=True):
+        steps = q.astype(np.float64) - z[g_idx]
+        C = np.where(members, steps, 0.0)
+        e = w - s[g_idx] * steps
+        wanted = s + np.linalg.lstsq(C @ H @ C.T, C @ H @ e, rcond=1e-9)[0]
+        wanted = np.where(wanted > 0, round_to_dtype(wanted, scale_dtype), s)
+        new = w - wanted[g_idx] * steps
+        if new @ H @ new < (1 - 1e-6) * (e @ H @ e):
+            s[:] = wanted
+    return scales
+
+
 def obq(W, H, *, max_code, group_size=None, damping=0.01, **grid):
     """Run Optimal Brain Quantization [OBQ]: per row, the column that costs least comes next.
 
@@ -206,16 +237,56 @@ def _obq_row(w, inverse, scale, zero, max_code):
     return codes
 
 
-def propagate_error(W, H, G, alpha, damping):
-    """Return W + alpha W (G - H) (H + lambda I)^-1, to quantize if inputs carry errors already.
+def target_weights(W, H, G=None, D=None, *, alpha=1.0, damping=0.01):
+    """Return W + alpha [W (G - H) + D] (H + lambda I)^-1, to quantize if errors are there already.
 
-    With x the float model's inputs, x~ the quantized one's, H = (2/N) sum x~ x~^T and
-    G = (2/N) sum x x~^T, the least squares of W x - W* x~ is W* = W G H^-1 (QEP, arXiv 2504.09629);
-    alpha goes part of the way. x~_j = 0 for a dead input, and so is column j of G - H.
+    With x the float model's inputs, x~ the quantized one's, r and r~ the streams that the output
+    is added to, H = (2/N) sum x~ x~^T, G = (2/N) sum x x~^T and D = (2/N) sum (r - r~) x~^T, the
+    least squares of W* x~ + r~ - W x - r is alpha = 1, lambda = 0 (QEP, arXiv 2504.09629, is
+    D = 0). x~_j = 0 for a dead input, and so are column j of G - H and of D.
     """
     damped, dead = dampen(H, damping)
-    drift = np.where(dead, 0.0, np.asarray(G, np.float64) - H)
-    return W + alpha * W @ drift @ np.linalg.inv(damped)
+    lacks = np.zeros(np.shape(W))
+    if G is not None:
+        lacks = W @ np.where(dead, 0.0, np.asarray(G, np.float64) - H)
+    if D is not None:
+        lacks = lacks + np.where(dead, 0.0, D)
+    return W + alpha * lacks @ np.linalg.inv(damped)
+
+
+def propagate_error(W, H, G, alpha, damping):
+    """Return the target without D (QEP)."""
+    return target_weights(W, H, G, alpha=alpha, damping=damping)
+
+
+def qronos_target(W, H, G, order, *, alpha=1.0, damping=0.01):
+    """Return the target with which GPTQ is Qronos (arXiv 2505.11695).
+
+    Its first column is w_1 + alpha (W (G - H))_1 / H_11, the others the least squares given that
+    one.
+    """
+    damped, dead = dampen(H, damping)
+    target, drift = target_weights(W, H, G, alpha=alpha, damping=damping), np.asarray(G) - H
+    first, rest = order[0], order[1:]
+    value = W[:, first] + alpha * W @ (drift[:, first] * ~dead[first]) / damped[first, first]
+    moved = np.linalg.solve(damped[np.ix_(rest, rest)], damped[rest, first])
+    target[:, rest] += np.outer(target[:, first] - value, moved)
+    target[:, first] = value
+    return target
+
+
+def gptaq_target(W, H, G, order, *, alpha=1.0, damping=0.01):
+    """Return the target with which GPTQ is GPTAQ (arXiv 2504.02692), its weights as they were.
+
+    Input q moves the later columns by alpha w_q P_q:, P = ((G - H) L * M_U) L^T, L L^T the inverse
+    of the damped H and M_U the strict upper triangle.
+    """
+    damped, dead = dampen(H, damping)
+    drift = np.where(dead, 0.0, np.asarray(G, np.float64) - H)[np.ix_(order, order)]
+    L = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)]))
+    out = np.array(W, np.float64)
+    out[:, order] += alpha * W[:, order] @ (np.triu(drift @ L, 1) @ L.T)
+    return out
 
 
 def brute_force(w, scale, zero, H, max_code):

@@ -31,6 +31,12 @@ KINDS = {
         lambda a: [a.tokens, a.matrix],
         "hessian_update",
     ),
+    "drift": (
+        lambda: ptqkit.Drift(24, 24, threads=1),
+        lambda a: a.update(X + np.float32(0.5), X),
+        lambda a: [a.tokens, a.matrix],
+        "cross_update",
+    ),
     "ranges": (
         lambda: ptqkit.ChannelRanges(24, threads=1),
         lambda a: a.update(X),
@@ -85,14 +91,18 @@ def test_an_exception_in_an_update_adds_all_or_nothing_or_is_said(kind, error, m
     with pytest.raises(error):
         update(seen)
     monkeypatch.undo()
-    if function != "hessian_update":
+    if function not in ("hessian_update", "cross_update"):
         for found, want in zip(values(seen), values(once), strict=True):
             np.testing.assert_array_equal(found, want)
         return
     uses = [update, values, once.merge, lambda a: a.merge(once), lambda a: a.copy().matrix]
+    reader = {
+        "hessian_update": lambda a: ptqkit.gptq(X[:4], a, group_size=8),
+        "cross_update": lambda a: ptqkit.target_weights(X[:4], np.eye(24), a),
+    }[function]
     for use in [
         *uses,
-        lambda a: ptqkit.gptq(X[:4], a, group_size=8),
+        reader,
         lambda a: pickle.loads(pickle.dumps(a)).matrix,
     ]:
         with pytest.raises(ptqkit.CalibrationError, match=r"interrupted.*a new one"):

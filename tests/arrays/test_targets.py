@@ -1,4 +1,4 @@
-"""Weights corrected for errors in their inputs, against the twin and plain least squares."""
+"""Weights corrected for errors around them, against the twins, least squares and other papers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ptqkit
+import ptqkit._core as _core
 import ptqkit.reference as reference
 
 EPS = np.finfo(np.float32).eps
@@ -165,3 +166,228 @@ def test_torch_tensors():
     expected = ptqkit.propagate_error(_W, _H, _G.astype(np.float32), 0.5)
     tensors = [torch.from_numpy(a) for a in (_W, _H, _G.astype(np.float32))]
     np.testing.assert_array_equal(ptqkit.propagate_error(*tensors, 0.5), expected)
+
+
+def stream(W, X, X_q, noise=0.3, seed=5):
+    """r and r~ of which a part depends on the inputs, and D."""
+    rng = np.random.default_rng(seed)
+    r = rng.normal(size=(len(X), len(W)))
+    r_q = r + noise * X_q @ rng.normal(size=(X.shape[1], len(W))) + 0.1 * rng.normal(size=r.shape)
+    return r, r_q, 2 / len(X) * (r - r_q).T @ X_q
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (6, 20), (33, 65), (70, 130)])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("given", ["G", "D", "GD"])
+def test_residual_targets_against_the_twin(shape, damping, given):
+    W, X, X_q, H, G = case(*shape)
+    parts = {"G": G, "D": stream(W, X, X_q)[2]}
+    parts = {key: parts[key] for key in given}
+    expected = reference.target_weights(W, H, **parts, alpha=0.6, damping=damping)
+    found = ptqkit.target_weights(W, H, **parts, alpha=0.6, damping=damping)
+    assert found.dtype == np.float32 and found.shape == W.shape
+    np.testing.assert_allclose(found, expected, rtol=EPS, atol=1e-9)
+    assert np.abs(found - W).max() > 1e-3
+
+
+def test_residual_targets_are_the_least_squares_of_output_and_stream():
+    W, X, X_q, H, G = case(noise=0.5)
+    r, r_q, D = stream(W, X, X_q)
+    wanted = X @ W.T.astype(np.float64) + r - r_q
+    best = np.linalg.lstsq(X_q, wanted, rcond=None)[0].T
+    found = ptqkit.target_weights(W, H, G, D, alpha=1.0, damping=0.0)
+    np.testing.assert_allclose(found, best, atol=1e-4)
+
+    def loss(V):
+        return float(((wanted - X_q @ V.T) ** 2).sum())
+
+    whole, qep = (ptqkit.target_weights(W, H, G, d, damping=0.0) for d in (D, None))
+    assert loss(whole) < loss(qep) and loss(whole) < loss(W)
+
+
+def test_paths_that_agree_give_w_itself():
+    W, X, X_q, H, _ = case()
+    r, _, _ = stream(W, X, X_q)
+    same, stream_same = ptqkit.Drift(20, 20), ptqkit.Drift(len(W), 20)
+    same.update(X_q, X_q)
+    stream_same.update(r, r, X_q)
+    for method in ("least-squares", "qronos", "gptaq"):
+        np.testing.assert_array_equal(ptqkit.target_weights(W, H, same, method=method), W)
+    np.testing.assert_array_equal(ptqkit.target_weights(W, H, same, stream_same), W)
+    np.testing.assert_array_equal(ptqkit.target_weights(W, H), W)
+
+
+def test_accumulated_drifts_are_what_arrays_are():
+    W, X, X_q, H, G = case()
+    r, r_q, D = stream(W, X, X_q)
+    inputs, residual = ptqkit.Drift(20, 20), ptqkit.Drift(len(W), 20)
+    inputs.update(X, X_q)
+    residual.update(r, r_q, X_q)
+    expected = ptqkit.target_weights(W, H, G, D, alpha=0.5)
+    found = ptqkit.target_weights(W, H, inputs, residual, alpha=0.5)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    again = ptqkit.target_weights(W, H, inputs.matrix + H, residual.matrix, alpha=0.5)
+    np.testing.assert_allclose(found, again, rtol=4 * EPS, atol=1e-8)
+
+
+def test_dead_inputs_have_no_part_in_d():
+    W, X, X_q, _, _ = case(noise=0.5)
+    X_q[:, 3] = 0
+    H = (2 / len(X) * X_q.T @ X_q).astype(np.float32)
+    D = stream(W, X, X_q)[2]
+    expected = ptqkit.target_weights(W, H, None, D)
+    np.testing.assert_array_equal(expected[:, 3], W[:, 3])
+    D[:, 3] = 1.0  # cannot be: whatever stands there must not count
+    np.testing.assert_array_equal(ptqkit.target_weights(W, H, None, D), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_no_bit(threads):
+    W, X, X_q, H, G = case(70, 130, 600)
+    D = stream(W, X, X_q)[2]
+    for method, extra in (("least-squares", D), ("qronos", None), ("gptaq", None)):
+        one = ptqkit.target_weights(W, H, G, extra, method=method, threads=1)
+        many = ptqkit.target_weights(W, H, G, extra, method=method, threads=threads)
+        np.testing.assert_array_equal(one, many)
+
+
+def test_scipy_blas_gives_the_same_targets():
+    W, X, X_q, H, G = case(70, 130, 600)
+    D = stream(W, X, X_q)[2]
+    own = ptqkit.target_weights(W, H, G, D)
+    try:
+        assert _core.use_scipy_blas()
+        found = ptqkit.target_weights(W, H, G, D)
+    finally:
+        _core.use_builtin_blas()
+    np.testing.assert_allclose(found, own, rtol=EPS, atol=1e-9)
+
+
+# ---- what other papers do column by column ----------------------------------------------------
+
+
+def grids(W, size=None):
+    scales, zeros = reference.fit_groups(W.astype(np.float64), size or W.shape[1], max_code=7)
+    group = np.arange(W.shape[1]) // (size or W.shape[1])
+    return scales[:, group], zeros[:, group]
+
+
+def on_grid(values, scale, zero, j):
+    codes = reference.quantize(values, scale[:, j], zero[:, j], 7)
+    return codes, reference.dequantize(codes, scale[:, j], zero[:, j])
+
+
+def qronos_codes(W, X, X_q, scale, zero, order):
+    """[Qronos], algorithm 1: round a column, then solve for all later ones, with data."""
+    W, V, codes = W.astype(np.float64), W.astype(np.float64).copy(), np.zeros(W.shape, np.uint8)
+    fixed = np.zeros((len(X), len(W)))
+    for t, j in enumerate(order):
+        rest = order[t + 1 :]
+        if t == 0:  # against the float outputs, the later weights as they are
+            wanted = X @ W.T - X_q[:, rest] @ W[:, rest].T
+            V[:, j] = X_q[:, j] @ wanted / (X_q[:, j] @ X_q[:, j])
+        codes[:, j], q = on_grid(V[:, j], scale, zero, j)
+        fixed += np.outer(X_q[:, j], q)
+        if len(rest):
+            V[:, rest] = np.linalg.lstsq(X_q[:, rest], X @ W.T - fixed, rcond=None)[0].T
+    return codes
+
+
+def gptaq_codes(W, H, G, scale, zero, order, damping, updated=False):
+    """[GPTAQ], algorithm 1, a block of one column; ``updated``: P multiplies the weight as it is
+    when its column is reached, as in the authors' code.
+    """
+    damped, _ = reference.dampen(H, damping)
+    original, V = W[:, order].astype(np.float64), W[:, order].astype(np.float64)
+    L = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)]))
+    P = np.triu((G - H)[np.ix_(order, order)] @ L, 1) @ L.T
+    codes = np.zeros(W.shape, np.uint8)
+    for t, j in enumerate(order):
+        now = V[:, t].copy()
+        codes[:, j], q = on_grid(now, scale, zero, j)
+        weight = now if updated else original[:, t]
+        V[:, t:] += np.outer(weight, P[t, t:]) - np.outer((now - q) / L[t, t], L[t:, t])
+    return codes
+
+
+def solve(target, H, scale, zero, order, damping):
+    """Babai's nearest plane in float64 on given grids."""
+    damped, _ = reference.dampen(H, damping)
+    R = reference.upper_factor(damped[np.ix_(order, order)])
+    codes, E = np.zeros(target.shape, np.uint8), np.zeros(target.shape)
+    for t, j in enumerate(order):
+        value = target[:, j] + E[:, :t] @ R[:t, t] / R[t, t]
+        codes[:, j], q = on_grid(value, scale, zero, j)
+        E[:, t] = target[:, j] - q
+    return codes
+
+
+@pytest.mark.parametrize("order", ["natural", "act"])
+def test_qronos_is_the_least_squares_up_to_its_first_column(order):
+    W, X, X_q, _, _ = case(30, 20, 300, noise=0.4)
+    H, G = (2 / 300 * A.T @ X_q for A in (X_q, X))
+    scale, zero = grids(W)
+    perm = np.arange(20) if order == "natural" else np.argsort(-np.diag(H))
+    expected = qronos_codes(W, X, X_q, scale, zero, perm)
+    target = reference.qronos_target(W, H, G, perm, damping=0.0)
+    np.testing.assert_array_equal(solve(target, H, scale, zero, perm, 0.0), expected)
+    whole = reference.target_weights(W, H, G, damping=0.0)
+    differ = solve(whole, H, scale, zero, perm, 0.0) != expected
+    same_first = ~differ[:, perm[0]]
+    assert 0 < differ.any(axis=1).sum() and not differ[same_first].any()
+
+
+@pytest.mark.parametrize("order", ["natural", "act"])
+def test_gptaq_is_a_target(order):
+    W, X, X_q, _, _ = case(30, 20, 300, noise=0.1)
+    H, G = (2 / 300 * A.T @ X_q for A in (X_q, X))
+    scale, zero = grids(W)
+    perm = np.arange(20) if order == "natural" else np.argsort(-np.diag(H))
+    target = reference.gptaq_target(W, H, G, perm)
+    expected = gptaq_codes(W, H, G, scale, zero, perm, 0.01)
+    np.testing.assert_array_equal(solve(target, H, scale, zero, perm, 0.01), expected)
+    updated = gptaq_codes(W, H, G, scale, zero, perm, 0.01, updated=True)
+    plain = solve(W, H, scale, zero, perm, 0.01)
+    assert (updated != expected).mean() < 0.3 * (plain != expected).mean()
+
+
+@pytest.mark.parametrize("order", ["natural", "act", "group-act"])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 20), (33, 65)])
+def test_other_methods_against_the_twin(order, shape):
+    W, _, _, H, G = case(*shape)
+    F = ptqkit.factorize(H, order=order, group_size=None)
+    for method, twin in (("qronos", reference.qronos_target), ("gptaq", reference.gptaq_target)):
+        expected = twin(W, H, G, F.order, alpha=0.7, damping=0.02)
+        found = ptqkit.target_weights(W, F, G, alpha=0.7, damping=0.02, method=method)
+        np.testing.assert_allclose(found, expected, rtol=EPS, atol=1e-8)
+        if order == "natural":
+            alone = ptqkit.target_weights(W, H, G, alpha=0.7, damping=0.02, method=method)
+            np.testing.assert_array_equal(alone, found)
+
+
+def test_other_methods_leave_dead_inputs_alone():
+    W, X, X_q, _, _ = case(noise=0.5)
+    X_q[:, [0, 3]] = 0
+    H, G = ((2 / len(X) * A.T @ X_q).astype(np.float32) for A in (X_q, X))
+    for method, twin in (("qronos", reference.qronos_target), ("gptaq", reference.gptaq_target)):
+        found = ptqkit.target_weights(W, H, G, method=method)
+        np.testing.assert_array_equal(found[:, [0, 3]], W[:, [0, 3]])
+        np.testing.assert_allclose(found, twin(W, H, G, np.arange(20)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"D": np.ones((5, 20))}, ValueError, r"D must have the shape \(6, 20\) of W"),
+        ({"D": np.full((6, 20), np.nan)}, ValueError, "D holds NaN or Inf"),
+        ({"D": np.ones((6, 20), int)}, TypeError, "D must be floating point"),
+        ({"G": ptqkit.Drift(20, 19)}, ptqkit.CalibrationError, "the drift has seen no token"),
+        ({"method": "qep"}, ValueError, "method must be one of|method"),
+        ({"D": np.ones((6, 20)), "method": "gptaq"}, ValueError, "'gptaq' takes no D; use 'least"),
+        ({"threads": -1}, ValueError, "threads"),
+        ({"alpha": 2}, ValueError, "alpha must lie in"),
+    ],
+)
+def test_bad_residuals(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        ptqkit.target_weights(_W, _H, **{"G": _G, **arguments})

@@ -13,7 +13,7 @@ from helpers.softmax_core_calls import SOFTMAX_OPTIONAL, SOFTMAX_OUTPUTS, softma
 import ptqkit._core as _core
 
 GRID = (15, 0, 0, 40, 4, 0, 0, 0.3, 2.4)
-OPTIONS = (4, 128, 0, 0, 1, 0, 0.01)
+OPTIONS = (4, 128, 0, 0, 1, 0, 0, 0.01)
 
 
 def _f32(*shape):
@@ -82,6 +82,17 @@ def _calls():
         ],
         "hessian_update": [_f32(8, 8), _f32(5, 8), 0, np.arange(3), 1],
         "hessian_finish": [_f32(8, 8), _f32(8, 8), 0.5, 1],
+        "cross_update": [_f32(3, 8), _f32(5, 3), _f32(5, 3), _f32(5, 8), 0, np.arange(3), 1],
+        "target_correction": [
+            _f32(8, 8),
+            np.ones((8, 8)),
+            np.ones((8, 8)),
+            eye,
+            np.zeros(8),
+            0,
+            np.zeros((8, 8)),
+            1,
+        ],
         "activation_statistics": [
             _f32(5, 8),
             0,
@@ -144,6 +155,8 @@ NAMES = sorted(_calls())
 OUTPUTS = {  # positions that are written
     "hessian_update": [0],
     "hessian_finish": [1],
+    "cross_update": [0],
+    "target_correction": [6],
     "factor": [3],
     "gptq": [6, 7, 8, 9, 10],
     "rtn": [4, 5, 6],
@@ -174,6 +187,8 @@ OUTPUTS = {  # positions that are written
 }
 OPTIONAL = {  # None is allowed
     ("hessian_update", 3),
+    ("cross_update", 5),
+    ("target_correction", 2),
     ("rtn", 3),
     ("activation_range", 2),
     ("activations_quantize", 2),
@@ -289,6 +304,10 @@ def _legal(name, at, kind):
         )
     if (name, at, kind) == ("int8_linear", 0, "strided"):
         return True
+    if name == "cross_update":
+        return (at in (1, 2, 3) and kind == "strided") or (
+            at == 5 and kind in ("longer", "shorter")
+        )
     if kind == "narrow" and (name, at) in INT8:
         return True
     if name in ("activation_range", "outlier_columns") and at == 0:
@@ -373,9 +392,12 @@ BAD_OPTIONS = [
     (16, *OPTIONS[1:]),
     (4, 0, *OPTIONS[2:]),
     (4, -128, *OPTIONS[2:]),
-    (*OPTIONS[:5], -1, 0.01),
-    (*OPTIONS[:5], 1001, 0.01),
-    (*OPTIONS[:5], 1, 0.01),
+    (*OPTIONS[:5], -1, 0, 0.01),
+    (*OPTIONS[:5], 1001, 0, 0.01),
+    (*OPTIONS[:5], 1, 0, 0.01),
+    (*OPTIONS[:6], -1, 0.01),
+    (*OPTIONS[:6], 1001, 0.01),
+    (*OPTIONS[:6], 1, 0.01),
     (2**70, *OPTIONS[1:]),
     (4.0, *OPTIONS[1:]),
 ]
@@ -587,7 +609,7 @@ def test_cpu_levels():
         ("rtn", 2, GRID[:3], TypeError, "^grid must be the tuple .*, not one of 3 items$"),
         ("rtn", 2, (*GRID[:8], 101.0), ValueError, r"^grid\.norm .* in \(0, 100\], not 101\.0$"),
         ("rtn", 2, (3, *GRID[1:6], 4, *GRID[7:]), ValueError, "min_zero 4 must not exceed .* 3$"),
-        ("gptq", 4, (*OPTIONS[:5], -1, 0.01), ValueError, r"^options\.refine_passes .* 1000"),
+        ("gptq", 4, (*OPTIONS[:5], -1, 0, 0.01), ValueError, r"^options\.refine_passes .* 1000"),
         ("equalization_errors", 1, (_f32(3, 8), 1), TypeError, r"^weights\[1\] must be a NumPy"),
         ("int8_matmul", 4, _f32(2), ValueError, "^w_zeros has size 1 along axis 0"),
     ],
@@ -634,13 +656,13 @@ def test_order_and_g_idx_may_share_memory():
     R = np.zeros((8, 8), np.float32)
     assert _core.factor(H, order, np.zeros(8), R, 1) == -1
     found = []
-    for options in (OPTIONS, (4, 128, 0, 1, 1, 3, 0.01), (4, 128, 1, 0, 1, 3, 0.01)):
+    for options in (OPTIONS, (4, 128, 0, 1, 1, 3, 1, 0.01), (4, 128, 1, 0, 1, 3, 1, 0.01)):
         for shared in (False, True):
             given = order.copy()
             g_idx = given.view(np.int32)[:8] if shared else np.zeros(8, np.int32)
             arguments = _calls()["gptq"]
             arguments[:5], arguments[9] = [W, H, R, given, options], g_idx
-            arguments[10] = np.zeros((options[5] + 1, 3))
+            arguments[10] = np.zeros((1 + options[5] + 2 * options[6], 3))
             _core.gptq(*arguments)
             found.append([arguments[at].copy() for at in OUTPUTS["gptq"]])
             if shared:
@@ -654,7 +676,7 @@ def test_the_order_must_keep_groups_together_that_get_grids_on_the_way():
     arguments = _calls()["gptq"]
     arguments[3] = np.array([6, 4, 7, 1, 5, 0, 3, 2])
     _fails("gptq", arguments, ValueError)
-    for options in ((4, 128, 0, 1, 1, 0, 0.01), (4, 128, 1, 0, 1, 0, 0.01)):
+    for options in ((4, 128, 0, 1, 1, 0, 0, 0.01), (4, 128, 1, 0, 1, 0, 0, 0.01)):
         arguments[4] = options
         _core.gptq(*arguments)
 

@@ -117,10 +117,12 @@ capsule = ctypes.pythonapi.PyCapsule_New
 capsule.restype = ctypes.py_object
 capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 S = "__pyx_t_5scipy_6linalg_11cython_blas_s *"
+D = "__pyx_t_5scipy_6linalg_11cython_blas_d *"
 blas = {
     "sgemm": f"void (char *, char *, INT, INT, INT, {S}, {S}, INT, {S}, INT, {S}, {S}, INT)",
     "ssyrk": f"void (char *, char *, INT, INT, {S}, {S}, INT, {S}, {S}, INT)",
     "strsm": f"void (char *, char *, char *, char *, INT, INT, {S}, {S}, INT, {S}, INT)",
+    "dgemm": f"void (char *, char *, INT, INT, INT, {D}, {D}, INT, {D}, INT, {D}, {D}, INT)",
 }
 spotrf = "void (char *, INT, __pyx_t_5scipy_6linalg_13cython_lapack_s *, INT, INT)"
 names = []

@@ -56,6 +56,17 @@ CALLS = {
     "factor": lambda: ptqkit.factorize(H, order="group-act"),
     "factor errors": lambda: fails(ptqkit.factorize, bad),
     "gptq": lambda: ptqkit.gptq(W, H, group_size=32, grid="hessian", refine_passes=1),
+    "gptq refit": lambda: ptqkit.gptq(W, H, group_size=32, refit_rounds=1),
+    "drift": lambda: (
+        ptqkit.Drift(n, n).update(X, X, mask=np.arange(300) % 3 > 0),
+        fails(ptqkit.Drift(n, n).update, X * np.nan, X),
+        fails(_core.cross_update, *[X] * 7),
+    ),
+    "target": lambda: (
+        ptqkit.target_weights(W, H, 2.0 * H, W),
+        fails(ptqkit.target_weights, W, bad, 2.0 * bad),
+        fails(_core.target_correction, *[W] * 8),
+    ),
     "gptq static": lambda: ptqkit.gptq(W, H, order="act", static_groups=True, grid="mse"),
     "gptq errors": lambda: (fails(ptqkit.gptq, nan, H), fails(ptqkit.gptq, W, bad)),
     "rtn": lambda: ptqkit.rtn(W, grid="hessian", H=H),

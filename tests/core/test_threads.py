@@ -128,13 +128,16 @@ calls = {
     "hessian": lambda: ptqkit.Hessian(n).update(X),
     "factor": lambda: ptqkit.factorize(H),
     "gptq": lambda: ptqkit.gptq(W, H, order="act", static_groups=True, refine_passes=2),
+    "refit": lambda: ptqkit.gptq(W, H, refit_rounds=1),
+    "drift": lambda: ptqkit.Drift(n, n).update(X, X[::-1]),
+    "target": lambda: ptqkit.target_weights(W[:n], H, G),
     "rtn": lambda: ptqkit.rtn(W, grid="mse"),
     "objective": lambda: ptqkit.objective(W, 0, H),
     "obq": lambda: ptqkit.obq(W[:4, :160], H.matrix[:160, :160]),
     "int8": lambda: ptqkit.int8_matmul(qx, qw),
 }
 qx, qw = ptqkit.quantize_activations(X), ptqkit.quantize_activations(W)
-H.matrix
+G = H.matrix + np.eye(n)
 for name, call in calls.items():
     stamps, stop = [], threading.Event()
     def tick():
@@ -233,6 +236,17 @@ elif what == "factor":
     n = 4096
     H = np.eye(n, dtype=np.float32)
     call = lambda: [ptqkit.factorize(H) for _ in range(1000)]
+elif what == "refit":
+    W = rng.normal(size=(8192, 2048)).astype(np.float32)
+    F = ptqkit.factorize(np.eye(2048, dtype=np.float32))
+    call = lambda: ptqkit.gptq(W, F, refit_rounds=500)
+elif what == "drift":
+    X, drift = np.zeros((60000, 2048), np.float16), ptqkit.Drift(2048, 2048)
+    call = lambda: drift.update(X, X)
+elif what == "target":
+    n = 4096
+    W, H = np.ones((n, n), np.float32), np.eye(n, dtype=np.float32)
+    call = lambda: ptqkit.target_weights(W, H, H + np.float32(0.5))
 sent = []
 def fire():
     sent.append(time.perf_counter())
@@ -255,7 +269,9 @@ print(late)
 """
 
 
-@pytest.mark.parametrize("what", ["gptq", "obq", "rtn", "factor", "int8"])
+@pytest.mark.parametrize(
+    "what", ["gptq", "obq", "rtn", "factor", "int8", "refit", "drift", "target"]
+)
 def test_ctrl_c_stops_a_long_call_and_leaves_the_process_usable(script, what):
     slack = "1.0"  # for a loaded machine; without polling each of these calls goes on for longer
     script(INTERRUPT, what, slack, timeout=120)
@@ -275,6 +291,9 @@ if what == "hessian":
 elif what == "factor":
     H = np.eye(n, dtype=np.float32)
     call = lambda: [ptqkit.factorize(H) for _ in range(100)]
+elif what == "drift":
+    X, H = np.ones((8192, n), np.float32), ptqkit.Drift(n, n)
+    call = lambda: [H.update(X, X) for _ in range(100)]
 else:
     n = 2048
     W, H = np.ones((n, n), np.float32), np.eye(n, dtype=np.float32)
@@ -294,7 +313,7 @@ except KeyboardInterrupt:
 else:
     sys.exit("not interrupted")
 assert late < 0.8, late  # seconds of all processors: whole calls take several times as much
-if what == "hessian":
+if what in ("hessian", "drift"):
     try:
         H.matrix
     except ptqkit.CalibrationError:
@@ -302,7 +321,7 @@ if what == "hessian":
 """
 
 
-@pytest.mark.parametrize("what", ["hessian", "factor", "propagate"])
+@pytest.mark.parametrize("what", ["hessian", "drift", "factor", "propagate"])
 def test_ctrl_c_does_not_wait_for_a_whole_product_of_blas(script, what):
     script(BLAS, what, timeout=120, PTQKIT_BLAS="scipy")
 

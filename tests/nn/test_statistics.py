@@ -14,7 +14,7 @@ from ptqkit.errors import CalibrationError
 from ptqkit.nn import statistics
 from ptqkit.nn.activation_statistics import TorchActivationStatistics
 from ptqkit.nn.softmax.compare import OutputSQNR
-from ptqkit.nn.statistics import InputDrift, TorchHessian, TorchRanges
+from ptqkit.nn.statistics import TorchDrift, TorchHessian, TorchRanges
 
 X = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
 
@@ -34,11 +34,11 @@ def interrupt(monkeypatch, where, name):
     monkeypatch.setattr(where, name, interrupted)
 
 
-@pytest.mark.parametrize("kind", [TorchHessian, InputDrift])
+@pytest.mark.parametrize("kind", [TorchHessian, TorchDrift])
 def test_an_interrupted_sum_says_so(kind, monkeypatch):
-    seen = kind(8, "cpu")
+    seen = kind(8, "cpu") if kind is TorchHessian else kind(8, 8, "cpu")
     update = (X,) if kind is TorchHessian else (X, X + 1)
-    read = seen.finish if kind is TorchHessian else lambda: seen.cross_moment(np.eye(8))
+    read = seen.finish
     seen.update(*update)
     read()
     interrupt(monkeypatch, torch, "isfinite")
@@ -104,9 +104,9 @@ def test_an_interrupted_meter_has_the_batch_in_both_ratios_or_in_none(monkeypatc
 MAKE = {
     "hessian": (lambda: TorchHessian(8, "cpu"), lambda a: a.update(X), lambda a: a.finish().matrix),
     "drift": (
-        lambda: InputDrift(8, "cpu"),
+        lambda: TorchDrift(8, 8, "cpu"),
         lambda a: a.update(X, X + 1),
-        lambda a: a.cross_moment(np.zeros((8, 8))),
+        lambda a: a.finish().matrix,
     ),
     "ranges": (lambda: TorchRanges(8, "cpu"), lambda a: a.update(X), lambda a: a.finish().mean),
     "statistics": (
@@ -146,7 +146,7 @@ def test_threads_may_share_an_accumulator(kind):
 def test_the_batch_that_is_not_finite_or_overflows_is_named(value):
     bad = X.clone()
     bad[3, 2] = value
-    hessian, drift = TorchHessian(8, "cpu"), InputDrift(8, "cpu")
+    hessian, drift = TorchHessian(8, "cpu"), TorchDrift(8, 8, "cpu")
     for batch in (X, X, bad, X):
         hessian.update(batch)
         drift.update(batch, batch + 1 if np.isfinite(value) else batch)
@@ -154,7 +154,7 @@ def test_the_batch_that_is_not_finite_or_overflows_is_named(value):
         hessian.finish()
     if not np.isfinite(value):
         with pytest.raises(CalibrationError, match="first in batch 3 of 4"):
-            drift.cross_moment(np.eye(8))
+            drift.finish()
 
 
 def test_the_default_dtype_of_the_caller_is_not_taken():

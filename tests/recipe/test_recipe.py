@@ -67,8 +67,8 @@ def test_bad_values_name_the_field(options, message):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"recipe must be one of.*'best'"):
-        Recipe.preset("best")
+    with pytest.raises(ValueError, match=r"recipe must be one of.*'finest'"):
+        Recipe.preset("finest")
     with pytest.raises(ValueError, match="recipe has no option 'bit'"):
         Recipe.preset("quality", bit=3)
     with pytest.raises(TypeError, match="recipe must be a Recipe"):

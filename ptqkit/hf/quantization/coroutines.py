@@ -20,6 +20,8 @@ class Coroutine:
         Layer it waits at; None once it has ended.
     value : Tensor or None
         Input of that layer.
+    stream : Tensor or None
+        What the next writer of the block adds its output to, if that is known.
     """
 
     def __init__(self, run: Callable[[], None]) -> None:
@@ -30,6 +32,7 @@ class Coroutine:
         self._greenlet.gr_context = contextvars.copy_context()
         self.name: str | None = None
         self.value: torch.Tensor | None = None
+        self.stream: torch.Tensor | None = None
         self.keys: dict[int, tuple[Any, ...]] = {}
 
     def step(self) -> None:
@@ -41,7 +44,7 @@ class Coroutine:
 
     def close(self) -> None:
         """Unwind the forward pass if it is still paused."""
-        self.name = self.value = None
+        self.name = self.value = self.stream = None
         if self._greenlet and not self._greenlet.dead:
             self._greenlet.throw()
 

@@ -158,11 +158,11 @@ def quantize(
         A transformers model, on CPU or GPU. A compiled one runs eagerly meanwhile; of
         ``torch.compile(model)`` the result holds the model inside.
     recipe : Recipe, preset name, dict or list of parts
-        A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"reference"``, ``"rtn"``,
-        ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]`` (:mod:`ptqkit.recipe.parts`);
-        ``**changes`` are applied to it, such as ``bits=3``, or ``error_propagation=0.75``, which
-        corrects every weight for the errors of the layers before
-        it at the price of a second forward pass and twice the activations.
+        A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"best"``, ``"reference"``,
+        ``"rtn"``, ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]``
+        (:mod:`ptqkit.recipe.parts`); ``**changes`` are applied to it, such as ``bits=3``.
+        ``"best"`` also corrects every weight for the errors made before it, at the price of a
+        second forward pass and twice the activations.
     calibration
         Text, tokens, batches or a dataset; see
         :func:`ptqkit.hf.data.calibration.prepare_calibration`, which also explains ``samples``,
@@ -264,7 +264,7 @@ def quantize(
     )
     assert chosen is not None and written is not None  # or there had been problems
     recipe = chosen
-    plan = plan_schedule(model, found, schedule, budget, recipe.error_propagation)
+    plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
     equalized = None
     if recipe.equalization is not None and found.calibration is not None:
         equalized = equalize_calibrated(

@@ -13,6 +13,7 @@ from ptqkit.errors import CalibrationError, Problems, UnsupportedModuleError
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models.probe import Probe, probe_model
+from ptqkit.hf.models.stream import StreamWriters, find_writers
 from ptqkit.hf.models.structure import Structure, find_structure
 from ptqkit.hf.quantization.preflight import (
     check_float,
@@ -39,12 +40,15 @@ class Inspection:
         Empty without calibration.
     unprobed : set of str
         Layers that the probe did not reach, but that may still see tokens.
+    stream : StreamWriters
+        Layers that write into residual streams, if the recipe asks for them.
     """
 
     structure: Structure
     calibration: CalibrationSet | None = None
     probe: Probe = field(default_factory=Probe)
     unprobed: set[str] = field(default_factory=set)
+    stream: StreamWriters = field(default_factory=StreamWriters)
 
 
 def inspect_model(
@@ -111,7 +115,11 @@ def inspect_model(
         data = replace(data, tokens=positions, sequence_length=shown.positions)
     unprobed = check_probe(problems, structure, shown)
     problems.raise_if_any(structure.targets)
-    return Inspection(structure, data, shown, unprobed)
+    stream = StreamWriters()
+    if recipe is not None and recipe.residual_propagation:
+        blocks_run = {block: model.get_submodule(block) for block in shown.blocks}
+        stream = find_writers(model, blocks_run, data.batches[0])
+    return Inspection(structure, data, shown, unprobed, stream)
 
 
 def _read_data(

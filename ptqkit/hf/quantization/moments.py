@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
+from ptqkit.arrays.drift import Drift
 from ptqkit.errors import (
     LAYER_FAILURES,
     CalibrationError,
@@ -18,7 +18,7 @@ from ptqkit.errors import (
 )
 from ptqkit.hf.data.calibration import batch_shape
 from ptqkit.hf.models.inputs import match_mask
-from ptqkit.nn.statistics import InputDrift, accumulator, range_accumulator
+from ptqkit.nn.statistics import accumulator, drift_accumulator, range_accumulator
 
 __all__ = ["MomentAccumulator", "Moments", "check_same_tokens"]
 
@@ -31,19 +31,22 @@ class Moments:
     ----------
     hessian : Hessian or None
         H = (2/N) sum x x^T of the inputs; None without calibration.
-    cross_moment : ndarray of float64, shape (in, in), or None
-        G = (2/N) sum x x~^T, with error propagation.
+    drift : Drift or None
+        G - H = (2/N) sum (x - x~) x~^T, if the float model runs along.
+    residuals : dict of str to Drift
+        D = (2/N) sum (r - r~) x~^T of layers that write into a stream r.
     ranges : ChannelRanges or None
         Of the inputs, if a layer's activation grid or bias correction needs them.
-    seconds, seconds_cross_moment : float
-        Spent on H and on G.
+    seconds, seconds_drift : float
+        Spent on H, and on G and D.
     """
 
     hessian: Any = None
-    cross_moment: np.ndarray | None = None
+    drift: Drift | None = None
+    residuals: Mapping[str, Drift] = field(default_factory=dict)
     ranges: Any = None
     seconds: float = 0.0
-    seconds_cross_moment: float = 0.0
+    seconds_drift: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -52,7 +55,7 @@ class Moments:
 
 
 class MomentAccumulator:
-    """H (and G, and ranges) of one group, gathered batch by batch.
+    """H (and G, D and ranges) of one group, gathered batch by batch.
 
     The first error is kept for :meth:`finish`: all batches must go on to the next layer first. An
     exception that is no failure of the layer goes through, and there are no moments any more.
@@ -62,14 +65,17 @@ class MomentAccumulator:
     name : str
         Layer whose inputs are added, for messages.
     needs_ranges : bool
+    writer : str, optional
+        Layer of the group whose output is added to a stream.
     """
 
-    def __init__(self, name: str, needs_ranges: bool) -> None:
-        self.name, self.needs_ranges = name, needs_ranges
+    def __init__(self, name: str, needs_ranges: bool, writer: str | None = None) -> None:
+        self.name, self.needs_ranges, self.writer = name, needs_ranges, writer
         self.error: Exception | None = None
         self._hessian: Any = None
         self._ranges: Any = None
-        self._drift: InputDrift | None = None
+        self._drift: Any = None
+        self._residual: Any = None
         self._seconds = self._seconds_drift = 0.0
 
     @property
@@ -83,6 +89,7 @@ class MomentAccumulator:
         batch: Mapping[str, torch.Tensor],
         mask: torch.Tensor | None,
         floats: torch.Tensor | None = None,
+        streams: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Add one batch's input of the layer.
 
@@ -95,6 +102,8 @@ class MomentAccumulator:
             False where ``input_ids`` are padding; None if nothing is.
         floats : Tensor, shape (..., in), optional
             The same input in the float model.
+        streams : tuple of Tensor, optional
+            What the writer's output is about to be added to, in the float and in this model.
         """
         if self.error is not None:
             return
@@ -113,8 +122,10 @@ class MomentAccumulator:
             if floats is not None:
                 check_same_tokens(self.name, floats, value, batch)
                 if self._drift is None:
-                    self._drift = InputDrift(channels, device)
-                self._drift.update(floats, value, rows)
+                    self._drift = drift_accumulator(channels, channels, device)
+                self._drift.update(floats, value, mask=rows)
+                if streams is not None and self.writer is not None:
+                    self._add_streams(*streams, value, rows)
                 self._seconds_drift += time.perf_counter() - middle
         except LAYER_FAILURES as error:
             self.error = prefix_error(error, self.name)
@@ -124,8 +135,22 @@ class MomentAccumulator:
             raise
         self._seconds += middle - start
 
+    def _add_streams(
+        self,
+        floats: torch.Tensor,
+        quantized: torch.Tensor,
+        value: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> None:
+        width, channels = quantized.shape[-1], value.shape[-1]
+        if self._residual is None:
+            self._residual = drift_accumulator(width, channels, value.device)
+        streams = (stream.reshape(-1, width) for stream in (floats, quantized))
+        flat = None if rows is None else rows.reshape(-1)
+        self._residual.update(*streams, value.reshape(-1, channels), flat)
+
     def finish(self) -> Moments | Exception:
-        """Return H (and G, and ranges) on the host, or the error that prevents it."""
+        """Return H (and G, D and ranges) on the host, or the error that prevents it."""
         if self.error is not None:
             return self.error
         try:
@@ -141,9 +166,11 @@ class MomentAccumulator:
         seconds = self._seconds + middle - start
         if self._drift is None or not hessian.tokens:
             return Moments(hessian, ranges=ranges, seconds=seconds)
-        crossed = self._drift.cross_moment(hessian.matrix)
+        drift, residuals = self._drift.finish(), {}
+        if self._residual is not None and self.writer is not None:
+            residuals[self.writer] = self._residual.finish()
         spent = self._seconds_drift + time.perf_counter() - middle
-        return Moments(hessian, crossed, ranges, seconds, spent)
+        return Moments(hessian, drift, residuals, ranges, seconds, spent)
 
 
 def check_same_tokens(

@@ -61,7 +61,11 @@ class Plan:
 
 
 def plan_schedule(
-    model: nn.Module, inspection: Inspection, schedule: str, budget: int | None, alpha: float
+    model: nn.Module,
+    inspection: Inspection,
+    schedule: str,
+    budget: int | None,
+    propagation: str = "",
 ) -> Plan:
     """Choose the schedule of a run, before anything in the model changes.
 
@@ -73,8 +77,8 @@ def plan_schedule(
         What was asked for.
     budget : int or None
         Bytes; None for the free memory.
-    alpha : float
-        Error propagation, which needs one pass if it is above 0.
+    propagation : str
+        Setting that needs one pass, because the float model runs along; empty if none does.
 
     Raises
     ------
@@ -85,7 +89,13 @@ def plan_schedule(
         return Plan()
     targets, groups = inspection.structure.targets, inspection.probe.groups
     needed = estimate_memory(
-        model, targets, groups, inspection.calibration, alpha > 0, inspection.probe.positions
+        model,
+        targets,
+        groups,
+        inspection.calibration,
+        bool(propagation),
+        inspection.probe.positions,
+        bool(inspection.stream.writers),
     )
     device = next(model.parameters()).device
     free, room = available_memory(device), None if device.type != "cpu" else container_memory()
@@ -99,16 +109,17 @@ def plan_schedule(
         "budget": budget,
         "available": free,
     }
-    strict = alpha > 0 or schedule == "one-pass"
+    strict = bool(propagation) or schedule == "one-pass"
     reason = _obstacle(inspection, schedule)
     if not reason and needed.one_pass > limit:
-        twice = " (for two models' activations)" if alpha > 0 else ""
+        twice = " (for two models' activations)" if propagation else ""
         size = show_bytes(needed.one_pass)
         reason = f"one pass needs about {size}{twice}, the {whose} is {show_bytes(limit)}"
     if not reason:
         return Plan("one-pass", "", strict, estimate)
-    if alpha > 0:
-        raise PreflightError([Problem(only_one_pass(alpha, reason), UnsupportedModuleError)])
+    if propagation:
+        problem = Problem(only_one_pass(propagation, reason), UnsupportedModuleError)
+        raise PreflightError([problem])
     if schedule == "one-pass":
         raise UnsupportedModuleError(f"schedule='one-pass' is not possible: {reason}")
     warnings = []
@@ -120,13 +131,13 @@ def plan_schedule(
     return Plan("replay", reason, strict, estimate, warnings)
 
 
-def only_one_pass(alpha: float, reason: str) -> str:
-    """Return the message for error propagation that cannot have the one-pass schedule."""
+def only_one_pass(propagation: str, reason: str) -> str:
+    """Return the message for a setting that cannot have the one-pass schedule it needs."""
     if reason == "asked for":
         reason = "schedule='replay' was asked for"
     return (
-        f"error_propagation={alpha:g} needs the one-pass schedule, in which the float model runs "
-        f"along, but {reason}; use error_propagation=0"
+        f"{propagation} needs the one-pass schedule, in which the float model runs along, but "
+        f"{reason}; use {propagation.split('=')[0]}=0"
     )
 
 
@@ -159,6 +170,7 @@ def estimate_memory(
     calibration: CalibrationSet,
     propagate: bool = False,
     positions: int = 1,
+    streams: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory that each schedule needs in addition to the model, from shapes.
 
@@ -166,8 +178,9 @@ def estimate_memory(
     residual stream, the block's normalized input, the outputs of the layers before it in the block,
     and the layer's input; one-pass holds that for all tokens, and as much again for the batch that
     is running; replay for one batch, with one block output (old and new) for all tokens.
-    With error propagation (``propagate``) one-pass holds it twice: for the float model too. In the
-    end all codes are there, a byte each, on the host.
+    With error propagation (``propagate``) one-pass holds it twice: for the float model too; if the
+    residual streams are followed (``streams``), each holds one more of them. In the end all codes
+    are there, a byte each, on the host.
     ``positions`` are those of a sample in the probe, for inputs that show none themselves.
     """
     size = next(model.parameters()).element_size()
@@ -179,7 +192,7 @@ def estimate_memory(
         inputs = target.view.shape[1]
         outputs = sum(targets[n].view.shape[0] for n in group)
         stream = hidden.setdefault(target.block, inputs)
-        live = max(live, 3 * stream + before.get(target.block, 0) + inputs)
+        live = max(live, (3 + streams) * stream + before.get(target.block, 0) + inputs)
         before[target.block] = outputs
         wide = max(wide, stream)
         # H, its factor and the solver's copies; the weight as float32, its result and error.

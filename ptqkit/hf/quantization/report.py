@@ -53,6 +53,10 @@ class LayerReport:
         correcting the weight.
     schedule : str
     shares_input_with : list of str
+    target : str
+        What was quantized instead of the weight: empty for the weight itself; ``"least-squares
+        0.5"`` (or another ``target`` of the recipe) if it was corrected for the errors of its
+        inputs, ``"residual 0.5"`` if for those of the stream that it writes into too.
     """
 
     __repr__ = one_line_repr
@@ -83,6 +87,7 @@ class LayerReport:
     seconds_propagation: float = 0.0
     schedule: str = ""
     shares_input_with: list[str] = field(default_factory=list)
+    target: str = ""
     notes: str = ""
 
 
@@ -218,12 +223,10 @@ class Report(JsonReport):
                 f"warning: {len(worse)} layers are worse than round-to-nearest; try order "
                 "group-act, static_groups or smaller groups"
             )
-        alpha = self.recipe.get("error_propagation", 0)
-        if alpha:
-            lines.append(
-                f"error propagation {alpha:g}: figures are of the corrected weights, not the "
-                "model's own"
-            )
+        alphas = {w: self.recipe.get(f"{w}_propagation", 0) for w in ("error", "residual")}
+        told = ", ".join(f"{w} propagation {alpha:g}" for w, alpha in alphas.items() if alpha)
+        if told:
+            lines.append(f"{told}: figures are of the corrected weights, not the model's own")
         if self.memory.get("peak"):
             lines.append(f"peak memory {self.memory['peak'] / 2**20:,.0f} MiB")
         return lines + [f"warning: {w}" for w in self.warnings]
@@ -380,5 +383,6 @@ def layer_report(
         seconds_diagnostics=solved.seconds_diagnostics,
         seconds_propagation=solved.seconds_propagation,
         schedule=schedule,
+        target=solved.target,
         notes="; ".join(notes),
     )

@@ -106,7 +106,8 @@ class QuantizationRun:
         if equalization is not None:
             self.report.equalization = equalization.to_dict()
             self.report.warnings += [f"equalization: {w}" for w in equalization.warnings]
-        self.propagate = recipe.error_propagation > 0
+        self.propagate = bool(recipe.propagation)
+        self.report.warnings += _stream_warnings(recipe, inspection)
         steps = ("hessian", "solve", "diagnostics", *(["propagation"] if self.propagate else []))
         self.seconds = dict.fromkeys(steps, 0.0)
         targets = inspection.structure.targets
@@ -165,6 +166,7 @@ class QuantizationRun:
             found.probe.blocks,
             data,
             self.propagate,
+            found.stream.writers,
         )
         reason: str | None = self.plan.reason
         with calibration_mode(self.model):
@@ -173,8 +175,7 @@ class QuantizationRun:
                 if reason is None:
                     return
                 if self.propagate:
-                    alpha = self.recipe.error_propagation
-                    raise UnsupportedModuleError(only_one_pass(alpha, reason))
+                    raise UnsupportedModuleError(only_one_pass(self.recipe.propagation, reason))
                 if self.plan.strict:
                     raise UnsupportedModuleError(f"schedule='one-pass' cannot go on: {reason}")
                 self.report.schedule = "one-pass, then replay"
@@ -224,7 +225,7 @@ class QuantizationRun:
         for target in members:
             result, share = solved[target.name], target.view.shape[0] / rows
             self._write(target, result, moments)
-            result.seconds_propagation += share * moments.seconds_cross_moment
+            result.seconds_propagation += share * moments.seconds_drift
             self.seconds["solve"] += result.seconds_solve
             self.seconds["diagnostics"] += result.seconds_diagnostics
             if self.propagate:
@@ -250,6 +251,19 @@ class QuantizationRun:
             quantizer = ActivationQuantizer.calibrate(spec, moments.ranges, dtype)
             install_quantizer(target.module, quantizer)
             self.activations[target.name] = quantizer
+
+
+def _stream_warnings(recipe: Recipe, inspection: Inspection) -> list[str]:
+    """Say which blocks' writers cannot answer for the errors of the stream, and why."""
+    unproven = inspection.stream.unproven
+    if not unproven:
+        return []
+    name, why = next(iter(unproven.items()))
+    return [
+        f"residual_propagation={recipe.residual_propagation:g} does not reach {len(unproven)} of "
+        f"{len(inspection.probe.blocks)} blocks ({name}: {why}); their layers have "
+        f"error_propagation={recipe.error_propagation:g}"
+    ]
 
 
 def _without_data(structure: Structure) -> Steps:

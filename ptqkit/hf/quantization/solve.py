@@ -14,7 +14,7 @@ from ptqkit.arrays.bias import bias_correction
 from ptqkit.arrays.factorization import factorize
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.arrays.solvers import gptq, objective, rtn
-from ptqkit.arrays.targets import propagate_error
+from ptqkit.arrays.targets import target_weights
 from ptqkit.hf.models.dtypes import dtype_name
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
@@ -41,6 +41,8 @@ class LayerResult:
         Diagnostics; NaN if they were not asked for.
     bias_shift : ndarray of float64, shape (out,), or None
         Mean output error, with bias correction: to be subtracted from the bias.
+    target : str
+        What was quantized instead of the weight, such as ``"residual 0.5"``; empty if nothing.
     """
 
     matrix: QuantizedMatrix
@@ -54,6 +56,7 @@ class LayerResult:
     seconds_diagnostics: float = 0.0
     seconds_propagation: float = 0.0
     bias_shift: np.ndarray | None = field(default=None, repr=False)
+    target: str = ""
 
 
 def solve_group(
@@ -80,9 +83,10 @@ def solve_group(
     stacks: list[tuple[Recipe, list[Target]]] = []
     for target in targets:
         options = target.options.with_scale_dtype(dtype_name(target.view.weight.dtype))
-        # One scale for a whole matrix: not for several in one.
-        same = (s for o, s in stacks if o == options and not options.per_tensor)
-        stack = next(same, None)
+        # One scale for a whole matrix, and D, are not for several in one.
+        alone = options.per_tensor or target.name in moments.residuals
+        same = (s for o, s in stacks if o == options and s[0].name not in moments.residuals)
+        stack = None if alone else next(same, None)
         if stack is None:
             stacks.append((options, [target]))
         else:
@@ -92,7 +96,7 @@ def solve_group(
     for options, stack in stacks:
         name = ", ".join(t.name for t in stack)
         source = moments.hessian
-        shared = len(stacks) > 1 or moments.cross_moment is not None
+        shared = len(stacks) > 1 or moments.drift is not None
         if shared and source is not None and options.method == "gptq":
             source = _factor(factors, source, options, threads, name)
         solved.update(_solve_stack(stack, options, name, source, moments, threads, diagnostics))
@@ -130,16 +134,9 @@ def _solve_stack(
     parts = [t.view.read() for t in stack]
     weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
     del parts
-    if moments.cross_moment is not None:
-        # With the damping that the solver's factor took, which may have been raised.
-        weight = propagate_error(
-            weight,
-            moments.hessian,
-            moments.cross_moment,
-            options.error_propagation,
-            source.damping,
-            name=name,
-        )
+    instead = ""
+    if moments.drift is not None:
+        weight, instead = _target(weight, stack[0].name, options, source, moments, threads, name)
         start = time.perf_counter()
     matrix = _quantize(weight, source, options, threads, diagnostics, name)
     dequantized = dequantize(matrix)
@@ -158,6 +155,7 @@ def _solve_stack(
         own = matrix.rows(rows.start, rows.stop)
         result = LayerResult(own, dequantized[rows], share * (middle - start), own.objective)
         result.seconds_propagation = share * (start - begin)
+        result.target = instead
         result.bias_shift = None if shift is None else shift[rows]
         if extra is not None:
             for key, values in extra.items():
@@ -166,6 +164,37 @@ def _solve_stack(
         results[target.name] = result
         row = rows.stop
     return results
+
+
+def _target(
+    weight: np.ndarray,
+    layer: str,
+    options: Recipe,
+    source: Any,
+    moments: Moments,
+    threads: int,
+    name: str,
+) -> tuple[np.ndarray, str]:
+    """Return the weight corrected for the errors before it, and what that is called."""
+    residual = moments.residuals.get(layer)
+    alpha = options.error_propagation if residual is None else options.residual_propagation
+    if alpha == 0:
+        return weight, ""
+    damping = options.target_damping
+    corrected = target_weights(
+        weight,
+        source,
+        moments.drift,
+        residual,
+        alpha=alpha,
+        # By default what the solver's factor took, which may have been raised.
+        damping=source.damping if damping is None else damping,
+        method=options.target,
+        threads=threads,
+        name=name,
+    )
+    kind = options.target if residual is None else "residual"
+    return corrected, f"{kind} {alpha:g}"
 
 
 def _quantize(
@@ -189,6 +218,7 @@ def _quantize(
         order=options.order,
         static_groups=options.static_groups,
         refine_passes=options.refine_passes,
+        refit_rounds=options.refit_rounds,
         damping=options.damping,
         max_damping=options.max_damping,
         feedback=options.feedback,

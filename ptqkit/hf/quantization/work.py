@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -33,6 +33,9 @@ class Work:
     calibration : CalibrationSet
     propagate : bool
         Also run the float model (one pass only).
+    writers : mapping of str to tuple of str
+        Per block, the layers that write into its residual stream, in order of execution, if they
+        are to answer for its errors.
     done : set of str
         Layers whose turn is over, quantized or failed.
     """
@@ -43,6 +46,7 @@ class Work:
     blocks: list[str]
     calibration: CalibrationSet
     propagate: bool = False
+    writers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -61,7 +65,16 @@ class Work:
     def accumulator(self, group: list[str]) -> MomentAccumulator:
         """Return an empty accumulator for the inputs of a group."""
         needs_ranges = any(target.options.needs_ranges for target in self.members(group))
-        return MomentAccumulator(group[0], needs_ranges)
+        return MomentAccumulator(group[0], needs_ranges, self.writer(group))
+
+    def writer(self, group: list[str]) -> str | None:
+        """Return the first layer of a group that writes into a stream.
+
+        When the group's turn comes, the stream is as it will be when that layer runs; before a
+        second one, it would have changed.
+        """
+        known = {name for names in self.writers.values() for name in names}
+        return next((name for name in group if name in known), None)
 
     def positions(self) -> list[int]:
         """Return per group how many blocks have ended before it runs."""

@@ -52,7 +52,7 @@ def test_both_yield_the_same_groups_and_moments(recipe):
     assert len(one) == len(two) == 8
     for (first, a), (second, b) in zip(one, two, strict=True):
         assert [t.name for t in first] == [t.name for t in second]
-        assert isinstance(a, Moments) and a.tokens == b.tokens > 0 and a.cross_moment is None
+        assert isinstance(a, Moments) and a.tokens == b.tokens > 0 and a.drift is None
         np.testing.assert_array_equal(a.hessian.matrix, b.hessian.matrix)
         assert (a.ranges is not None) == (recipe == "aweq")
         if a.ranges is not None:

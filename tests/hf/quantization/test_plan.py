@@ -46,15 +46,15 @@ def test_an_inspection_changes_nothing(model, seen):
 
 
 def test_without_data_there_is_nothing_to_choose(model, seen):
-    assert plan_schedule(model, Inspection(seen.structure), "auto", None, 0.0) == Plan()
+    assert plan_schedule(model, Inspection(seen.structure), "auto", None) == Plan()
 
 
 def test_one_pass_unless_something_is_in_the_way(model, seen):
-    found = plan_schedule(model, seen, "auto", None, 0.0)
+    found = plan_schedule(model, seen, "auto", None)
     assert (found.schedule, found.reason, found.strict) == ("one-pass", "", False)
     assert found.estimate["budget"] is None and found.estimate["available"] > 0
-    assert plan_schedule(model, seen, "one-pass", None, 0.0).strict
-    found = plan_schedule(model, seen, "replay", None, 0.0)
+    assert plan_schedule(model, seen, "one-pass", None).strict
+    found = plan_schedule(model, seen, "replay", None)
     assert (found.schedule, found.reason) == ("replay", "asked for")
 
 
@@ -72,12 +72,12 @@ def altered(seen, inside_mode=None, unprobed=()):
 )
 def test_what_the_probe_showed_decides(model, seen, changes, reason):
     inspection = altered(seen, **changes)
-    found = plan_schedule(model, inspection, "auto", None, 0.0)
+    found = plan_schedule(model, inspection, "auto", None)
     assert found.schedule == "replay"
     with pytest.raises(UnsupportedModuleError, match=f"is not possible: .*{reason}"):
-        plan_schedule(model, inspection, "one-pass", None, 0.0)
+        plan_schedule(model, inspection, "one-pass", None)
     with pytest.raises(PreflightError, match=f"error_propagation=0.5 needs .*{reason}") as error:
-        plan_schedule(model, inspection, "auto", None, 0.5)
+        plan_schedule(model, inspection, "auto", None, "error_propagation=0.5")
     assert error.value.has(UnsupportedModuleError)
 
 
@@ -86,13 +86,13 @@ def test_memory_decides(model, seen, monkeypatch):
     needed = estimate_memory(model, targets, groups, data)
     assert 0 < needed.replay < needed.one_pass
     between = (needed.replay + needed.one_pass) // 2
-    found = plan_schedule(model, seen, "auto", between, 0.0)
+    found = plan_schedule(model, seen, "auto", between)
     assert found.schedule == "replay" and "the memory budget is" in found.reason
     with pytest.raises(PreflightError, match="memory_budget: replay needs about"):
-        plan_schedule(model, seen, "auto", 1000, 0.0)
+        plan_schedule(model, seen, "auto", 1000)
     # What is free is no promise: too little of it is a warning.
     monkeypatch.setattr(plan_module, "available_memory", lambda device: 1000)
-    found = plan_schedule(model, seen, "auto", None, 0.0)
+    found = plan_schedule(model, seen, "auto", None)
     assert found.schedule == "replay" and "the free memory is" in found.reason
     assert len(found.warnings) == 1 and "replay needs about" in found.warnings[0]
 
@@ -102,11 +102,11 @@ def test_a_container_bounds_the_budget(model, seen, monkeypatch):
     needed = estimate_memory(model, targets, groups, data)
     between = (needed.replay + needed.one_pass) // 2
     monkeypatch.setattr(plan_module, "container_memory", lambda: between)
-    found = plan_schedule(model, seen, "auto", 2**40, 0.0)
+    found = plan_schedule(model, seen, "auto", 2**40)
     assert found.schedule == "replay" and "the container's limit leaves" in found.reason
     # A budget is a promise, what a container has left is not.
     monkeypatch.setattr(plan_module, "container_memory", lambda: 1000)
-    assert "replay needs about" in plan_schedule(model, seen, "auto", 2**40, 0.0).warnings[0]
+    assert "replay needs about" in plan_schedule(model, seen, "auto", 2**40).warnings[0]
 
 
 def test_the_codes_are_counted(model, seen):

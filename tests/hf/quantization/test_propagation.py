@@ -19,7 +19,7 @@ from ptqkit.hf import quantize
 from ptqkit.hf.quantization import moments, solve
 from ptqkit.hf.quantization.moments import check_same_tokens
 from ptqkit.nn import statistics
-from ptqkit.nn.statistics import InputDrift
+from ptqkit.nn.statistics import TorchDrift
 from ptqkit.recipe.recipe import Recipe
 
 ALPHA = 0.5
@@ -48,22 +48,22 @@ def two_models(floats, model, groups, batches, options, alpha):
     result = {}
     for group in groups:
         width = weight_of(model.get_submodule(group[0])).shape[1]
-        hessian, drift, count = ptqkit.Hessian(width), torch.zeros(width, width), 0
+        hessian, drift, count = ptqkit.Hessian(width), ptqkit.Drift(width, width), 0
         every = []
         pairs = zip(*(inputs(m, group[0], batches) for m in (floats, model)), strict=True)
         for batch, (x, x_q) in zip(batches, pairs, strict=True):
             mask = batch.get("attention_mask", torch.ones(x.shape[:2])).bool().reshape(-1)
             x, x_q = (v.reshape(-1, width)[mask] for v in (x, x_q))
             hessian.update(x_q)
-            drift.addmm_((x.float() - x_q.float()).T, x_q.float())
+            drift.update(x, x_q)
             count += len(x)
             every.append((x.double().numpy(), x_q.double().numpy()))
-        G = hessian.matrix.astype(np.float64) + (drift * (2.0 / count)).numpy()
+        G = hessian.matrix + drift.matrix
         x, x_q = (np.concatenate(v) for v in zip(*every, strict=True))
         np.testing.assert_allclose(G, 2 / count * x.T @ x_q, atol=1e-5 * np.abs(G).max())
         for name in group:
             weight = weight_of(floats.get_submodule(name))
-            corrected = ptqkit.propagate_error(weight, hessian, G, alpha, options["damping"])
+            corrected = ptqkit.propagate_error(weight, hessian, drift, alpha, options["damping"])
             expected = reference.propagate_error(
                 weight, hessian.matrix, 2 / count * x.T @ x_q, alpha, options["damping"]
             )
@@ -210,32 +210,49 @@ def test_padding_does_not_count():
         np.testing.assert_array_equal(matrix.codes, second.matrices[name].codes, err_msg=name)
 
 
-def test_drift_is_exact_where_it_matters():
+@pytest.mark.parametrize("make", [lambda: ptqkit.Drift(8, 8), lambda: TorchDrift(8, 8, "cpu")])
+def test_drift_is_exact_where_it_matters(make):
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(2, 50, 8, generator=rng)
-    drift = InputDrift(8, "cpu")
-    H = ptqkit.Hessian(8)
-    H.update(x)
+    drift = make()
     drift.update(x, x)
-    np.testing.assert_array_equal(drift.cross_moment(H.matrix), H.matrix)
+    np.testing.assert_array_equal(drift.finish().matrix, 0)
     mask = torch.arange(50) % 3 > 0
-    masked, one = InputDrift(8, "cpu"), InputDrift(8, "cpu")
+    masked, one = make(), make()
     y = x + 1e-4 * torch.randn(x.shape, generator=rng)
-    masked.update(y, x, mask.expand(2, 50))
+    masked.update(y, x, mask=mask.expand(2, 50))
     one.update(y[:, mask], x[:, mask])
-    np.testing.assert_array_equal(masked.cross_moment(H.matrix), one.cross_moment(H.matrix))
+    np.testing.assert_array_equal(masked.finish().matrix, one.finish().matrix)
     a, b = (v[:, mask].reshape(-1, 8).double() for v in (y, x))
     expected = (2 / len(a) * (a - b).T @ b).numpy()
-    found = one.cross_moment(H.matrix) - H.matrix
-    np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
-    one.update(y * torch.inf, x)
-    with pytest.raises(ptqkit.CalibrationError, match="not finite"):
-        one.cross_moment(H.matrix)
+    np.testing.assert_allclose(one.finish().matrix, expected, atol=2e-6 * np.abs(expected).max())
+    with pytest.raises((ptqkit.CalibrationError, ValueError), match="not finite|NaN or Inf"):
+        one.update(y * torch.inf, x)
+        one.finish()
+
+
+@pytest.mark.parametrize("rows", [5, 30])
+def test_drift_of_another_width_by_torch_too(rows):
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 50, rows, generator=rng) for _ in range(2))
+    x = torch.randn(2, 50, 8, generator=rng)
+    mask = torch.arange(100).reshape(2, 50) % 3 > 0
+    host, other = ptqkit.Drift(rows, 8), TorchDrift(rows, 8, "cpu")
+    for drift in (host, other):
+        drift.update(a, b, x, mask)
+        drift.update(a[:1], b[:1], x[:1])
+    assert other.finish().tokens == host.tokens
+    np.testing.assert_allclose(other.finish().matrix, host.matrix, atol=1e-6)
+    a[1, 3, rows - 1] = torch.inf
+    other.update(a, b, x)
+    with pytest.raises(ptqkit.CalibrationError, match="first in batch 3 of 3"):
+        other.finish()
 
 
 def test_accumulated_by_torch_as_on_a_gpu(monkeypatch):
     host = quantize(build(), "quality", padded_batches(), **OPTIONS)
     monkeypatch.setattr(moments, "accumulator", statistics.TorchHessian)
+    monkeypatch.setattr(moments, "drift_accumulator", statistics.TorchDrift)
     found = quantize(build(), "quality", padded_batches(), **OPTIONS)
     for key, matrix in host.matrices.items():
         assert float(np.mean(found.matrices[key].codes != matrix.codes)) < 0.1, key
@@ -345,14 +362,14 @@ def test_quantized_weights_are_back_after_an_error(call, kind):
 
 
 def test_a_layer_that_fails_is_named_or_kept(monkeypatch):
-    inner = ptqkit.propagate_error
+    inner = ptqkit.target_weights
 
-    def fail(*args, name=None):
+    def fail(*args, name=None, **options):
         if "layers.0.mlp.down_proj" in name:
             raise ValueError(f"{name}: on purpose")
-        return inner(*args, name=name)
+        return inner(*args, name=name, **options)
 
-    monkeypatch.setattr(solve, "propagate_error", fail)
+    monkeypatch.setattr(solve, "target_weights", fail)
     name = "model.layers.0.mlp.down_proj"
     with pytest.raises(ValueError, match=f"{name}: on purpose"):
         quantize(build(), "reference", tokens(), **OPTIONS)
