@@ -155,7 +155,7 @@ PTQ_BIND(int8_linear, 12,
     ptq_int8_args a = {0};
     PyArrayObject *X, *bias, *y;
     int threads;
-    if (args_dtype(args[1], &a.dtype) || args_tokens(&X, args[0], a.dtype, &a.ldx) ||
+    if (args_dtype(args[1], &a.dtype) || args_tokens(&X, args[0], "X", a.dtype, &a.ldx) ||
         args_output(&y, args[10], "y", NPY_FLOAT32, 2) ||
         args_optional(&bias, args[9], "bias", NPY_FLOAT32, 1) || args_threads(args[11], &threads))
         return NULL;

@@ -137,7 +137,7 @@ PTQ_BIND(
     ptq_dtype dtype;
     int64_t ldx;
     int threads;
-    if (args_dtype(args[1], &dtype) || args_tokens(&X, args[0], dtype, &ldx)) return NULL;
+    if (args_dtype(args[1], &dtype) || args_tokens(&X, args[0], "X", dtype, &ldx)) return NULL;
     const int int8 = (int)args_int(args[2], "int8", 0, 1);
     if (int8 < 0 || args_output(&y, args[3], "y", NPY_FLOAT32, 2)) return NULL;
     const int64_t tokens = PyArray_DIM(X, 0);
