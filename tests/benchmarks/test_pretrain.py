@@ -105,10 +105,8 @@ def test_equal_loss_removes_what_the_loss_explains():
     assert at.mean()[["base", "dropout=0.4", "dropout=0.8"]].to_numpy() == pytest.approx(expected)
     judged = tables.contrast_table(tables.axis_table(found))
     assert verdict(judged, "dropout 0", "dropout 0.4") == "disagrees"
-    assert verdict(judged, "dropout 0", "dropout 0.4", "agreement at equal loss") in (
-        "no difference",
-        "one seed",
-    )
+    rest = verdict(judged, "dropout 0", "dropout 0.4", "difference at equal loss")
+    assert abs(rest) < 1e-6 * expected[0]  # what is left is rounding
     assert verdict(judged, "dropout 0", "dropout 0.8", "agreement at equal loss") == "agrees"
 
 
