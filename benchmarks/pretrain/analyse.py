@@ -2,14 +2,15 @@
 
     python -m benchmarks.pretrain.analyse runs
 
-Reads ``ablation.csv`` and ``training.json`` of a folder and writes ``ablation.csv``,
-``training.json``, ``axes.csv``, ``contrasts.csv``, ``predictors.csv``, the figures and
-``README.md`` into benchmarks/results/pretrain. Run on that folder it writes the same again.
+Reads ``ablation.csv`` (or ``.csv.gz``) and ``training.json`` of a folder and writes
+``ablation.csv.gz``, ``training.json``, ``axes.csv``, ``contrasts.csv``, ``predictors.csv``, the
+figures and ``README.md`` into benchmarks/results/pretrain. Run on that folder it writes the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -37,20 +38,22 @@ def read_facts(path: Path, table: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Six digits a number."""
-    table.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    """Six digits a number; the same bytes for the same table."""
+    text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
 def analyse(source: Path, out: Path, samples: int = 1000) -> str:
     """Write everything; return the page."""
     out.mkdir(parents=True, exist_ok=True)
-    whole = pd.read_csv(source / "ablation.csv")
+    plain = source / "ablation.csv"
+    whole = pd.read_csv(plain if plain.exists() else source / "ablation.csv.gz")
     facts = read_facts(source / "training.json", whole)
     # rows of a checkpoint stay in their order, checkpoints in that of their names
     whole = whole.sort_values(["run", "stage"], ascending=[True, False], kind="stable")
-    write_csv(whole, out / "ablation.csv")
+    write_csv(whole, out / "ablation.csv.gz")
     (out / "training.json").write_text(json.dumps(facts) + "\n")
-    table, failed = tables.read(out / "ablation.csv")
+    table, failed = tables.read(out / "ablation.csv.gz")
     found = tables.degradations(table)
     axes = tables.axis_table(found)
     judged = tables.contrast_table(axes)

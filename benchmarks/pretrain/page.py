@@ -61,6 +61,7 @@ def setting(facts: dict[str, dict[str, Any]], failed: list[str]) -> str:
         text += f"; early checkpoints after {early} steps"
     text += f". {seconds / 3600:.1f} hours of training in all, several runs at a time"
     text += f" on {first['device']}." if "device" in first else "."
+    text += " Checkpoints are not kept: see benchmarks/README.md."
     if failed:
         text += f" Left out, for they did not learn: {', '.join(failed)}."
     return text
@@ -187,7 +188,8 @@ def page(
     rest = [f"*{name}* ({value:.2f})" for name, value in given.dropna().head(3).items()]
     slopes = (
         "At equal loss means: moved along a slope fitted within choices to the loss of the late "
-        "base (benchmarks/pretrain/tables.py)."
+        "base (benchmarks/pretrain/tables.py); of a choice whose loss is far from it, such as "
+        "dropout 0.8, this is an extrapolation."
     )
     parts = [
         "# The pre-training ablation\n\nThe experiment of *Intriguing Properties of Quantization "
@@ -200,7 +202,9 @@ def page(
         "seeds of a choice, or the standard error of the evaluation where that is larger; "
         f"everything else is no difference. {slopes}",
         f"## Axis by axis\n\n{verdict_table(judged)}\n\nLate checkpoints, loss on the text; in "
-        "brackets the number of contrasts, over all four schemes.",
+        "brackets the number of contrasts, over all four schemes. Two seeds call 22 % of equal "
+        "choices different by chance: an axis gets a word only where more contrasts than that "
+        "say it.",
         f"## Which diagnostic predicts the degradation?\n\nOver {int(ranked.checkpoints.max())} "
         "checkpoints, Spearman's ρ with the loss on text, its interval from a bootstrap over "
         "choices. Largest mean of |ρ| over the four schemes: " + ", ".join(named) + "; given the "

@@ -9,7 +9,10 @@ Models that learned more lose more when they are quantized. So everything is giv
 measured, and at equal loss. For the second a slope of the degradation over the validation loss is
 fitted within choices (a constant for each choice, one slope for all; over the early and the late
 checkpoints of all seeds), and every checkpoint is moved along it to the loss of the late base.
-Where all values are positive the fit is of their logarithms.
+Degradation grows exponentially as the loss falls, but is noise about zero where it is small: the
+fit is of asinh(degradation / noise), which is a logarithm far above the noise and a line within.
+The noise is the median standard error of the evaluation. A choice whose loss is far from the
+base's is moved farther than its own checkpoints support: believe such a verdict less.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from benchmarks.pretrain.plan import AXES, SCHEMES, choices_of, contrasts
 #: Validation loss, nats per token, above which a run is left out: it did not learn.
 FAILED = 7.0
 MEASURES = {"text": "text loss, percent", "tasks": "mean of tasks, percent"}
+#: Share of contrasts of equal choices that two seeds call different (normal noise, simulated).
+CHANCE = 0.22
 #: Percent: the largest difference that the paper has between positions, and calls none.
 NOTHING = 0.06
 
@@ -58,17 +63,17 @@ def degradations(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_equal_loss(part: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns "adjusted", and "slope": percent, or a share of it, per nat of the loss."""
-    y, x = part["value"].to_numpy(), part["loss"].to_numpy()
-    logarithm = bool((y > 0).all())
-    y = np.log(y) if logarithm else y
+    """Add the columns "adjusted", and "slope": of asinh(percent / noise) per nat of the loss."""
+    x, noise = part["loss"].to_numpy(), part["error"].median()
+    noise = noise if noise > 0 else 1e-3  # not known
+    y = np.arcsinh(part["value"].to_numpy() / noise)
     inside = [v - pd.Series(v).groupby(part["choice"].to_numpy()).transform("mean") for v in (x, y)]
     spread = float((inside[0] ** 2).sum())
     slope = float((inside[0] * inside[1]).sum()) / spread if spread > 0 else math.nan
     base = part[(part["choice"] == "base") & (part["stage"] == "late")]["loss"]
     to = base.mean() if len(base) else float(np.median(x))
     moved = y - slope * (x - to)
-    return part.assign(adjusted=np.exp(moved) if logarithm else moved, slope=slope)
+    return part.assign(adjusted=noise * np.sinh(moved), slope=slope)
 
 
 def axis_table(found: pd.DataFrame) -> pd.DataFrame:
@@ -137,17 +142,18 @@ def _judge(
 
 
 def axis_verdicts(judged: pd.DataFrame, end: str = "") -> dict[str, str]:
-    """One word per axis, over the schemes and contrasts of the late checkpoints on the text."""
+    """One word per axis, over the schemes and contrasts of the late checkpoints on the text.
+
+    A direction counts that is found in more contrasts than would show any difference by chance.
+    """
     found = {}
     late = judged[(judged.stage == "late") & (judged.measure == "text")]
     for axis in AXES:
         counts = late[late.axis == axis][f"agreement{end}"].value_counts()
-        agree, disagree = counts.get("agrees", 0), counts.get("disagrees", 0)
-        word = "not known: one seed"
-        if agree or disagree:
-            word = "disagrees" if not agree else "agrees" if not disagree else "mixed"
-        elif counts.get("no difference", 0):
-            word = "no difference"
+        known = counts.sum() - counts.get("one seed", 0)
+        heard = [w for w in ("agrees", "disagrees") if counts.get(w, 0) > CHANCE * known]
+        word = heard[0] if len(heard) == 1 else "mixed" if heard else "no difference"
+        word = word if known else "not known: one seed"
         tally = ", ".join(f"{k} {v}" for k, v in counts.sort_index().items())
         found[axis] = f"{word} ({tally})" if len(counts) else "not run"
     return found
