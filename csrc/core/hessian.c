@@ -8,9 +8,10 @@
 #include "internal.h"
 
 enum {
-    CHUNK = 1024, /* tokens packed at a time */
-    DEPTH = 512,  /* tokens per register accumulation: two-level summation, and cache size */
-    WIDEST = 576, /* columns of a side of a task */
+    CHUNK = 1024,        /* tokens packed at a time */
+    MATRIX_CHUNK = 2048, /* if a matrix unit multiplies: it waits for S, else */
+    DEPTH = 512,         /* tokens per register accumulation: two-level summation, and cache size */
+    WIDEST = 576,        /* columns of a side of a task */
 };
 
 typedef struct {
@@ -36,6 +37,10 @@ typedef struct {
 /* Rows of a panel of `count` tokens. */
 static int64_t rows_for(const update *u, int64_t count) {
     return u->pairs ? ptq_round_up(ptq_ceil_div(count, 2), u->k->pairs.step) : count;
+}
+
+static int64_t chunk_of(const update *u, int64_t tokens) {
+    return ptq_min64(u->turned ? MATRIX_CHUNK : CHUNK, tokens);
 }
 
 static int64_t panel_depth(const update *u) { return rows_for(u, u->count); }
@@ -65,12 +70,8 @@ static void fetch_tile(const update *u, int64_t i, int64_t j) {
 
 /* S tile (mr rows from i, nr columns from j) += C, inside the matrix. */
 static void add_tile(const update *u, const float *C, int64_t i, int64_t j) {
-    const int64_t nr = u->nr, height = ptq_min64(u->mr, u->n - i);
-    const int64_t width = ptq_min64(nr, u->n - j);
-    for (int64_t a = 0; a < height; a++) {
-        float *s = u->S + (i + a) * u->n + j;
-        for (int64_t b = 0; b < width; b++) s[b] += C[a * nr + b];
-    }
+    u->k->gemm.add(u->S + i * u->n + j, u->n, C, u->nr, ptq_min64(u->mr, u->n - i),
+                   ptq_min64(u->nr, u->n - j));
 }
 
 /* sum (mr, nr) += products of rows [k0, k0 + depth) of two panels, in registers first: two-level
@@ -89,7 +90,7 @@ static void multiply(const update *u, int64_t a, int64_t b, int64_t depth, float
                          depth);
     else
         u->k->gemm.f32(C, (const float *)u->packed + a, u->nr, (const float *)u->packed + b, depth);
-    for (int64_t i = 0; i < size; i++) sum[i] += C[i];
+    u->k->gemm.add(sum, size, C, size, 1, size);
 }
 
 /* The products of panels [i0, i1) with panel j: sums of the chunk in `work`, which stays in the
@@ -208,7 +209,7 @@ static ptq_status update_blas(const ptq_blas *blas, const update *u) {
 /* Panels of a side: with one more, of the depth of a sum, in about half of the second cache, and
  * fewer if that would leave threads idle. */
 static void choose_tiles(update *u, int64_t tokens, int threads) {
-    const int64_t nr = u->nr, full = rows_for(u, ptq_min64(CHUNK, tokens));
+    const int64_t nr = u->nr, full = rows_for(u, chunk_of(u, tokens));
     u->depth = ptq_tuned("PTQ_TUNE_DEPTH", u->pairs ? DEPTH / 2 : DEPTH);
     if (u->turned) { /* a matrix unit needs one operand in the first cache */
         const int64_t fitting = ptq_max64(1, ptq_first_cache() * 3 / 5 / 4 / nr);
@@ -222,10 +223,10 @@ static void choose_tiles(update *u, int64_t tokens, int threads) {
 }
 
 static ptq_status update_chunks(update *u, int64_t tokens, int threads) {
-    const int64_t side = ptq_ceil_div(u->panels, u->tile);
+    const int64_t side = ptq_ceil_div(u->panels, u->tile), chunk = chunk_of(u, tokens);
     ptq_status status = PTQ_OK;
-    for (u->first = 0; u->first < tokens && !status; u->first += CHUNK) {
-        u->count = ptq_min64(CHUNK, tokens - u->first);
+    for (u->first = 0; u->first < tokens && !status; u->first += chunk) {
+        u->count = ptq_min64(chunk, tokens - u->first);
         status = ptq_parallel_for(u->panels, threads, pack_task, u);
         if (!status) status = ptq_parallel_for(side * (side + 1) / 2, threads, tile_task, u);
     }
@@ -236,7 +237,7 @@ static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
     if (!tokens) return PTQ_OK;
     u->panels = ptq_ceil_div(u->n, u->nr);
     choose_tiles(u, tokens, threads);
-    const int64_t words = u->panels * rows_for(u, ptq_min64(CHUNK, tokens)) * u->nr;
+    const int64_t words = u->panels * rows_for(u, chunk_of(u, tokens)) * u->nr;
     u->packed = ptq_alloc(words, sizeof(float));
     u->left = u->turned ? ptq_alloc(words, sizeof(float)) : u->packed;
     u->work = ptq_alloc(threads * u->tile * u->nr * u->nr, sizeof(float));

@@ -1,7 +1,7 @@
 /* feature_amx.c - x86 with AMX: 2 x 2 tiles of 16 rows of 64 bytes, for int8 codes and for pairs of
  * bf16. A row of a panel of words is a row of the right tile as it stands; tokens are packed as
- * left tiles. The bf16 product takes subnormal numbers for 0, in operands and in sums, and sums two
- * products at a time, each sum rounded to nearest. */
+ * left tiles. The bf16 product takes subnormal numbers for 0, in operands and in sums, and adds up
+ * 32 products in an order of its own before it adds them to the sum. */
 #include "kernels.h"
 
 #ifdef PTQ_X86

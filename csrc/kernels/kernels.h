@@ -49,6 +49,8 @@ typedef struct {
     void (*f32)(float *C, const float *A, ptrdiff_t sa, const float *B, ptrdiff_t K);
     /* sum (nr) += sum over a few columns (a strip's) of A * B. */
     void (*dot)(int64_t columns, const float *A, const float *B, double *sum);
+    /* S (height, width), rows lds apart, += C, rows ldc apart. */
+    void (*add)(float *S, int64_t lds, const float *C, int64_t ldc, int64_t height, int64_t width);
 } ptq_gemm_kernels;
 
 /* Products of pairs of bf16 tokens packed in 32 bits, low half first; gemm is NULL if unsupported.

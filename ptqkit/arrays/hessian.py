@@ -79,7 +79,8 @@ class Hessian(Accumulator):
         Parameters
         ----------
         X : array or torch tensor, shape (..., in_features)
-            float32, float16 or bfloat16 (tensor); float64 is rounded to float32.
+            float32, float16 or bfloat16 (tensor); float64 is rounded to float32. CPUs that multiply
+            bfloat16 (AVX512_BF16, AMX) take values and sums below 2**-126 for 0.
         mask : array or tensor of bool or int, shape (...), optional
             Tokens that count (an attention mask); padding must not.
 
