@@ -268,6 +268,18 @@ def test_activations_at_the_ends_of_fixed_point(bits, largest):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [32, 128, 1024])
+def test_float_products_are_as_good_as_float32(bits, group):
+    """Far below the bound: the lowest digit of fixed point is a 2e-5th of the largest value."""
+    m = matrix(48, 1024, 1024 // group, bits, kind="symmetric")
+    packed = pack(m, bits)
+    for count in (1, 2, 4, 8, 40):
+        x = np.random.default_rng(count).normal(size=(count, 1024)).astype(np.float32)
+        want = reference.packed_matmul(*m, x)
+        assert np.linalg.norm(packed.matmul(x) - want) < 2e-6 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_longer_groups_than_fixed_point_takes(bits):
     inputs = 65536 + 64
     m = matrix(17, inputs, 1, bits)
