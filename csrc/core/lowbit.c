@@ -141,7 +141,7 @@ typedef struct {
     const void *x;
     int64_t ldx;
     ptq_dtype dtype;
-    int int8;
+    int int8, fixed; /* what is multiplied: codes of one or of PTQ_DIGITS digits, or floats */
     float *y;
     int64_t first, count; /* tokens of this chunk */
     int64_t stripe;       /* panels of a task */
@@ -177,6 +177,20 @@ static void quantize_row(product *p, const float *row, int8_t *codes, int64_t t,
     if (tokens > 1)
         for (int64_t j = 0; j < w->places; j += PTQ_QUAD)
             memcpy(quads + j * tokens + i * PTQ_QUAD, codes + j, PTQ_QUAD);
+}
+
+static void digits_row(product *p, const float *row, int8_t *digits, int64_t t, int tokens, int i) {
+    const ptq_packed *w = p->w;
+    int8_t *const quads = p->codes + PTQ_DIGITS * t * w->places;
+    for (int64_t g = 0; g < w->groups; g++) {
+        const int64_t start = w->starts[g], at = t * w->groups + g * tokens + i;
+        p->k->lowbit.digits(row + start, w->starts[g + 1] - start, digits + start, w->places,
+                            &p->code_scales[at], &p->sums[at]);
+    }
+    for (int64_t j = 0; j < w->places; j += PTQ_QUAD)
+        for (int d = 0; d < PTQ_DIGITS; d++)
+            memcpy(quads + PTQ_DIGITS * (j * tokens + i * PTQ_QUAD) + d * PTQ_QUAD,
+                   digits + d * w->places + j, PTQ_QUAD);
 }
 
 static void sum_row(product *p, const float *row, int64_t t, int tokens, int i) {
@@ -216,9 +230,10 @@ static void prepare_task(void *ctx, int64_t task, int thread) {
             float *const row = rows + i * w->places;
             gather_row(p, t + i, scratch, row);
             if (p->int8) quantize_row(p, row, (int8_t *)scratch, t, tokens, i);
+            else if (p->fixed) digits_row(p, row, (int8_t *)scratch, t, tokens, i);
             else sum_row(p, row, t, tokens, i);
         }
-        if (!p->int8)
+        if (!p->int8 && !p->fixed)
             p->k->lowbit.arrange(w->bits, tokens, w->places, rows, p->values + t * w->places);
         t += tokens;
     }
@@ -249,6 +264,11 @@ static void multiply(const product *p, int64_t panel, int panels, int64_t t, int
         a.code_sums = p->code_sums + t * w->groups;
         a.code_scales = p->code_scales + t * w->groups;
         p->k->lowbit.int8(&a);
+    } else if (p->fixed) {
+        a.codes = p->codes + PTQ_DIGITS * t * w->places;
+        a.sums = p->sums + t * w->groups;
+        a.code_scales = p->code_scales + t * w->groups;
+        p->k->lowbit.fixed(&a);
     } else {
         a.x = p->values + t * w->places;
         a.sums = p->sums + t * w->groups;
@@ -373,6 +393,11 @@ static ptq_status multiply_tiles(product *p, int64_t tokens, int threads) {
         p->code_sums = ptq_alloc(rows * w->groups, sizeof *p->code_sums);
         p->code_scales = ptq_alloc(rows * w->groups, sizeof *p->code_scales);
         if (!p->codes || !p->code_sums || !p->code_scales) return PTQ_NOMEM;
+    } else if (p->fixed) {
+        p->codes = ptq_alloc(rows * w->places, PTQ_DIGITS);
+        p->sums = ptq_alloc(rows * w->groups, sizeof *p->sums);
+        p->code_scales = ptq_alloc(rows * w->groups, sizeof *p->code_scales);
+        if (!p->codes || !p->sums || !p->code_scales) return PTQ_NOMEM;
     } else {
         p->values = ptq_alloc(rows * w->places + single, sizeof *p->values);
         p->sums = ptq_alloc(rows * w->groups, sizeof *p->sums);
@@ -405,6 +430,8 @@ ptq_status ptq_packed_matmul(const ptq_packed *w, const void *x, int64_t ldx, pt
                  .y = y};
     threads =
         ptq_threads_for_work(threads, (double)tokens * (double)w->outputs * (double)w->places / 8);
+    p.fixed = !int8 && p.k->lowbit.fixed && w->bits <= p.k->lowbit.fixed_bits &&
+              tokens <= p.k->lowbit.fixed_tokens && valid_groups(w, PTQ_FIXED_GROUP);
     const int blocks = !int8 && tokens >= p.k->lowbit.block_tokens;
     const ptq_status status =
         blocks ? multiply_blocks(&p, tokens, threads) : multiply_tiles(&p, tokens, threads);

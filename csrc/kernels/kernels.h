@@ -24,6 +24,10 @@
 #define PTQ_INT8_MAX_MR 32
 #define PTQ_INT8_MAX_PANELS 3
 
+/* Digits of 8 bits of an activation in fixed point. */
+#define PTQ_DIGITS 3
+/* Products of 255 and 128 that surely fit int32. */
+#define PTQ_FIXED_GROUP 65536
 /* Largest tile of a low-bit kernel. */
 #define PTQ_LOWBIT_TOKENS 8
 #define PTQ_LOWBIT_PANELS 8
@@ -242,8 +246,8 @@ typedef struct {
     ptq_dtype scale_dtype;
     const uint8_t *zeros;     /* the same */
     const float *x;           /* as `arrange` left it */
-    const float *sums;        /* (groups, tokens) of x */
-    const int8_t *codes;      /* (places / 4, tokens, 4) of x */
+    const float *sums;        /* (groups, tokens) of x; `fixed`: in units of code_scales */
+    const int8_t *codes;      /* (places / 4, tokens, 4) of x; `fixed`: (..., tokens, 3, 4) */
     const int32_t *code_sums; /* (groups, tokens) */
     const float *code_scales; /* (groups, tokens) */
     float *y;                 /* (tokens, panels, 16), written */
@@ -269,6 +273,14 @@ typedef struct {
     /* Products and sums of a group are exact; then float operations in the same order at every
      * level: float(dot - zero * sum) * (scale * code scale), added group after group. */
     void (*int8)(const ptq_lowbit_args *args);
+    /* digits (3, n), lowest first: x / scale rounded to an integer, scale a power of two and at
+     * most 2^-22 of the largest |x|; *sum of these integers. NaN or Inf in x: scale is NaN. */
+    void (*digits)(const float *x, int64_t n, int8_t *digits, int64_t stride, float *scale,
+                   float *sum);
+    /* As `f32` from digits, or NULL where that is not faster; exact sums of a group of at most
+     * PTQ_FIXED_GROUP places, the same at every level that has it. */
+    void (*fixed)(const ptq_lowbit_args *args);
+    int fixed_bits, fixed_tokens; /* most with which it is faster than f32 */
 } ptq_lowbit_kernels;
 
 typedef struct {

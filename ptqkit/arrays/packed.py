@@ -287,12 +287,15 @@ class PackedMatrix:
     ) -> np.ndarray:
         """Return ``x w^T`` from the packed codes.
 
-        ``"float"`` multiplies codes and activations in float32: with u = 2**-24 and k places (the
-        inputs, padded), the error is at most ``2 (k + 8) u sum_g 2**bits |scale_g| sum |x|``, sums
-        over each output's groups g and the inputs of each. ``"int8"`` first rounds the activations
-        of each token and group to ``s * [-127, 127]``, s their largest magnitude / 127: each x is
-        wrong by at most s / 2. Its products and their sums in a group are exact integers, and the
-        result is the same bit for bit on every CPU. Neither result depends on ``threads``.
+        ``"float"`` multiplies codes and activations in float32, or exactly with activations in
+        fixed point, 23 bits under the largest of their group, where the CPU does that faster. With
+        u = 2**-24 and k places (the inputs, padded), the error is in both at most
+        ``2 (k + 8) u sum_g 2**bits |scale_g| sum |x|``, sums over each output's groups g and the
+        inputs of each (and what underflows: nothing if all x are 0 or above 1e-30). ``"int8"``
+        first rounds the activations of each token and group to ``s * [-127, 127]``, s their
+        largest magnitude / 127: each x is wrong by at most s / 2. Its products and their sums in a
+        group are exact integers, and the result is the same bit for bit on every CPU. Neither
+        result depends on ``threads``.
 
         Parameters
         ----------

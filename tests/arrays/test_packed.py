@@ -250,6 +250,44 @@ def test_nan_and_infinity_of_activations():
             packed.matmul(x, activations="int8")
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("largest", [1.0, 1.983, 1.985, 1.9925, 2.0 - 2.0**-23, 1e30, 1e-30])
+def test_activations_at_the_ends_of_fixed_point(bits, largest):
+    """A largest value of any mantissa, alone or among others of its size, of either sign."""
+    m = matrix(40, 256, 2, bits)
+    for few in (False, True):
+        x = np.random.default_rng(0).uniform(-1, 1, (4, 256)) * largest
+        x[:, ::7] = largest
+        x[::2, 1::7] = -largest
+        if few:
+            x[:, np.arange(256) % 128 > 1] *= 1e-4
+        x = x.astype(np.float32)
+        for count in (1, 2, 4):
+            check_products(m, x[:count], bits)
+            check_products(m, x[-count:], bits)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [32, 128, 1024])
+def test_float_products_are_as_good_as_float32(bits, group):
+    """Far below the bound: the lowest digit of fixed point is a 2e-5th of the largest value."""
+    m = matrix(48, 1024, 1024 // group, bits, kind="symmetric")
+    packed = pack(m, bits)
+    for count in (1, 2, 4, 8, 40):
+        x = np.random.default_rng(count).normal(size=(count, 1024)).astype(np.float32)
+        want = reference.packed_matmul(*m, x)
+        assert np.linalg.norm(packed.matmul(x) - want) < 2e-6 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_longer_groups_than_fixed_point_takes(bits):
+    inputs = 65536 + 64
+    m = matrix(17, inputs, 1, bits)
+    x = np.ones((1, inputs), np.float32)
+    y = pack(m, bits).matmul(x)
+    assert np.all(np.abs(y - reference.packed_matmul(*m, x)) <= bound(m, x, bits))
+
+
 def test_zeros_and_the_smallest_activations():
     packed = pack(matrix(33, 64, 2, 4), 4)
     for size in (0.0, 1e-45, 1e-38):

@@ -65,6 +65,14 @@ for i in range(int(inputs["count"])):
         q = ptqkit.rtn(W, bits=3, group_size=size, grid=grid, H=H)
         for name in ("codes", "scales", "zero_points"):
             out[f"search-{grid}-{name}{i}"] = getattr(q, name)
+    for bits in (2, 3, 4, 8):
+        q = ptqkit.rtn(W, bits=bits, group_size=size)
+        grids = q.scales, q.zero_points
+        packed = ptqkit.PackedMatrix.pack(q.codes, *grids, bits=bits, g_idx=q.g_idx)
+        for tokens in (1, 2, 15, 100):
+            for activations in ("float", "int8"):
+                y = packed.matmul(X[:tokens], activations=activations)
+                out[f"packed-{activations}-{bits}-{tokens}-{i}"] = y
     out[f"objective{i}"] = ptqkit.objective(W, 0, H)
     out[f"obq{i}"] = ptqkit.obq(W[:4], H, bits=3).codes
     for bits in range(1, 9):
@@ -132,6 +140,22 @@ def test_integers_are_exact(result):
             np.testing.assert_array_equal(result[f"unpack-{bits}-{i}"], codes)
         want = ptqkit.obq(p["W"][:4], p["H"], bits=3).codes  # in double: one result everywhere
         np.testing.assert_array_equal(result[f"obq{i}"], want)
+
+
+@EVERY
+def test_products_of_packed_weights(result):
+    for i, p in enumerate(_problems()):
+        for bits in (2, 3, 4, 8):
+            q = ptqkit.rtn(p["W"], bits=bits, group_size=p["size"] or None)
+            m = (q.codes, q.scales, q.zero_points, q.g_idx)
+            for tokens in (1, 2, 15, 100):
+                x = p["X"][:tokens]
+                want = reference.packed_matmul_int8(*m, x)
+                np.testing.assert_array_equal(result[f"packed-int8-{bits}-{tokens}-{i}"], want)
+                reach = np.abs(x).astype(float) @ q.scales.astype(float)[:, q.g_idx].T * 2**bits
+                places = x.shape[1] + 32 * q.scales.shape[1]
+                error = result[f"packed-float-{bits}-{tokens}-{i}"] - reference.packed_matmul(*m, x)
+                assert np.all(np.abs(error) <= 2 * (places + 8) * 2.0**-24 * reach)
 
 
 @EVERY
