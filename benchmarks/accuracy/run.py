@@ -23,7 +23,6 @@ from ptqkit.hf import FloatWeights, prepare_calibration, quantize
 
 GRIDS: dict[str, dict[str, Any]] = {
     "4 channel": {"bits": 4, "group_size": None},
-    "3 channel": {"bits": 3, "group_size": None},
     "3 g64": {"bits": 3, "group_size": 64},
     "2 g64": {"bits": 2, "group_size": 64},
 }
@@ -35,6 +34,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "quality, QEP 0.5": ("quality", {"error_propagation": 0.5}),
     "quality, refit": ("quality", {"refit_rounds": 2}),
     "best": ("best", {}),
+    "best, alpha 0.75": ("best", {"error_propagation": 0.75, "residual_propagation": 0.75}),
     "qronos": ("reference", {"error_propagation": 1.0, "target": "qronos", "order": "act",
                              "static_groups": True}),
     "gptaq": ("reference", {"error_propagation": 0.25, "target": "gptaq", "order": "act",

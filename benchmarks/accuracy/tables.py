@@ -64,7 +64,7 @@ def table(model: str, grid: str, cells: Losses, base: dict[int, float]) -> list[
     for recipe, values in excess.items():
         mean = statistics.fmean(values)
         spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        against = "-"
+        against = ""
         if recipe != BASE and BASE in excess:
             d = paired(whole_cells[recipe], whole_cells[BASE])
             error = statistics.stdev(d) / math.sqrt(len(d))
