@@ -22,6 +22,7 @@ from .arrays.metrics import SQNR as SQNR
 from .arrays.metrics import sqnr as sqnr
 from .arrays.outliers import outlier_dimensions as outlier_dimensions
 from .arrays.outliers import relative_outliers as relative_outliers
+from .arrays.packed import PackedMatrix as PackedMatrix
 from .arrays.packing import pack_rows as pack_rows
 from .arrays.packing import unpack_rows as unpack_rows
 from .arrays.ranges import ChannelRanges as ChannelRanges

@@ -225,6 +225,47 @@ def unpack(
     threads: int,
     /,
 ) -> None: ...
+def words_pack(
+    codes: _U8,  # (outputs, inputs)
+    words: _U32,  # (panels, lane words, 16), written
+    order: _I32 | None,  # (places,), the input at each place; -1: padding
+    bits: int,  # 2, 3, 4 or 8
+    threads: int,
+    /,
+) -> None: ...
+def words_unpack(
+    codes: _U8,  # (outputs, inputs), written where the order has the input
+    words: _U32,  # (panels, lane words, 16)
+    order: _I32 | None,  # (places,)
+    bits: int,
+    threads: int,
+    /,
+) -> None: ...
+def packed_dequantize(
+    out: _F32,  # (outputs, inputs), written where the order has the input
+    words: _U32,  # (panels, lane words, 16)
+    order: _I32 | None,  # (places,)
+    bits: int,
+    scales: _Tokens,  # (panels, groups, 16)
+    zeros: _U8,  # (panels, groups, 16)
+    starts: _I32,  # (groups + 1,), first place of each group
+    threads: int,
+    /,
+) -> None: ...
+def packed_matmul(
+    X: _Tokens,  # (tokens, inputs), rows may be strided
+    dtype: int,  # 0 float32, 1 float16, 2 bfloat16 (bits as uint16)
+    int8: int,  # 1: X is quantized to int8 per token and group
+    y: _F32,  # (tokens, outputs), written
+    words: _U32,  # (panels, lane words, 16)
+    order: _I32 | None,  # (places,)
+    bits: int,
+    scales: _Tokens,  # (panels, groups, 16)
+    zeros: _U8,  # (panels, groups, 16)
+    starts: _I32,  # (groups + 1,)
+    threads: int,
+    /,
+) -> None: ...  # FloatingPointError: NaN or Inf in X, with int8
 def softmax_quantize(
     scores: _F32,  # (batch, heads, q, k)
     allowed: _Bool | None,  # (batch or 1, heads or 1, q or 1, k)

@@ -28,6 +28,10 @@
     X(int8_matmul)          \
     X(pack)                 \
     X(unpack)               \
+    X(words_pack)           \
+    X(words_unpack)         \
+    X(packed_dequantize)    \
+    X(packed_matmul)        \
     X(softmax_quantize)     \
     X(softmax_statistics)   \
     X(softmax_exp)          \

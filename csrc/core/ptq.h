@@ -370,6 +370,42 @@ typedef struct {
 ptq_status ptq_activation_statistics(const ptq_statistics_args *args, ptq_statistics *out,
                                      int threads);
 
+/* ---- lowbit.c -------------------------------------------------------------------------- */
+/* Weights of 2, 3, 4 or 8 bits in the layout of words.h: w = scale * (code - zero). */
+typedef struct {
+    int bits;
+    int64_t outputs, inputs, places, groups;
+    const uint32_t *words; /* (panels, lane words, 16) */
+    const void *scales;    /* (panels, groups, 16) of scale_dtype */
+    ptq_dtype scale_dtype; /* float32, float16 or bfloat16 */
+    const uint8_t *zeros;  /* (panels, groups, 16) */
+    const int32_t
+        *starts;          /* (groups + 1) first place of each group: whole steps from 0 to places */
+    const int32_t *order; /* (places) the input at each place, any other number: padding; NULL: as
+                           * they are, with padding at the end */
+} ptq_packed;
+
+/* Longest group whose int8 products surely fit int32: 255 * 127 each. */
+#define PTQ_INT8_GROUP 66311
+
+/* words (panels, lane words, 16), written, from codes (outputs, inputs) below 2^bits. Needs bits,
+ * outputs, inputs, places and order of w. */
+ptq_status ptq_words_pack(const ptq_packed *w, const uint8_t *codes, uint32_t *words, int threads);
+/* The inverse. */
+ptq_status ptq_words_unpack(const ptq_packed *w, uint8_t *codes, int threads);
+/* out (outputs, inputs) = scale * (code - zero), rounded once. */
+ptq_status ptq_packed_dequantize(const ptq_packed *w, float *out, int threads);
+
+/* y (tokens, outputs) = x w^T; x tokens of `inputs` values at stride ldx elements, of `dtype`.
+ * Float: sums of a group's codes times x in float32, less zero times the sum of x; then the scale.
+ * With u = 2^-24 and k the places, |error| <= 2 (k + 8) u sum over groups of 2^bits scale sum |x|.
+ * int8: the x of a token and a group become round(x / s), s = max |x| / 127; then products and sums
+ * are exact integers, and the result is the same at every CPU level. PTQ_NONFINITE (int8 only): x
+ * holds NaN or Inf; PTQ_INVALID (int8 only): a group of more than PTQ_INT8_GROUP places.
+ * No sum depends on the number of threads. */
+ptq_status ptq_packed_matmul(const ptq_packed *w, const void *x, int64_t ldx, ptq_dtype dtype,
+                             int64_t tokens, int int8, float *y, int threads);
+
 /* ---- cpu.c, blas.c --------------------------------------------------------------------- */
 /* Choose the kernels: the name of a level ("base", "avx2", "avx512", "neon"), with an underscore
  * and a name for each of its features that is wanted ("avx512_bf16"); NULL or "" means the best

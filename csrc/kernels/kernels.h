@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "../core/ptq.h"
+#include "../core/words.h"
 
 /* Largest tiles of any level or feature, asserted where they are set: sizes of arrays on stacks. */
 #define PTQ_MAX_MR 8
@@ -20,6 +21,10 @@
 #define PTQ_MAX_TILE (PTQ_MAX_MR * PTQ_MAX_NR)
 /* The tile sides of every int8 kernel divide this. */
 #define PTQ_INT8_BLOCK 64
+
+/* Largest tile of a low-bit kernel. */
+#define PTQ_LOWBIT_TOKENS 8
+#define PTQ_LOWBIT_PANELS 8
 
 /* Tokens that `ranges.add` takes at once. */
 #define PTQ_RANGE_ROWS 8
@@ -197,6 +202,32 @@ typedef struct {
                  int64_t ldc);
 } ptq_int8_kernels;
 
+/* Panels of packed weights (words.h) times a tile of tokens. */
+typedef struct {
+    int bits, panels, tokens;
+    int64_t groups;
+    const int32_t *starts; /* (groups + 1) places */
+    const uint32_t *words; /* from panel to panel word_step apart */
+    int64_t word_step;
+    const void *scales; /* (panels, groups, 16) */
+    ptq_dtype scale_dtype;
+    const uint8_t *zeros;     /* the same */
+    const float *x;           /* (places, tokens) */
+    const float *sums;        /* (groups, tokens) of x */
+    const int8_t *codes;      /* (places / 4, tokens, 4) of x */
+    const int32_t *code_sums; /* (groups, tokens) */
+    const float *code_scales; /* (groups, tokens) */
+    float *y;                 /* (tokens, panels, 16), written */
+} ptq_lowbit_args;
+
+typedef struct {
+    int tokens, panels; /* most of a call; tokens come in powers of two */
+    void (*f32)(const ptq_lowbit_args *args);
+    /* Products and sums of a group are exact; then float operations in the same order at every
+     * level: float(dot - zero * sum) * (scale * code scale), added group after group. */
+    void (*int8)(const ptq_lowbit_args *args);
+} ptq_lowbit_kernels;
+
 typedef struct {
     const char *name;
     ptq_gemm_kernels gemm;
@@ -210,6 +241,7 @@ typedef struct {
     ptq_energy_kernels energy;
     ptq_int8_kernels int8;
     ptq_statistics_kernels statistics;
+    ptq_lowbit_kernels lowbit;
 } ptq_kernels;
 
 extern const ptq_kernels ptq_kernels_base;

@@ -16,6 +16,7 @@
 #define TABLE_NAME "avx2"
 #define MR 4
 #define NR 24
+#define LOWBIT_TOKENS 4
 #define VL 8
 typedef __m256 vf;
 #define vf_load(p) _mm256_loadu_ps(p)

@@ -18,6 +18,7 @@
 #define TABLE_NAME "avx512"
 #define MR 8
 #define NR 48
+#define LOWBIT_TOKENS 8
 #define VL 16
 typedef __m512 vf;
 #define vf_load(p) _mm512_loadu_ps(p)

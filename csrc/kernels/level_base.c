@@ -10,6 +10,7 @@
 #define TABLE_NAME "base"
 #define MR 4
 #define NR 8
+#define LOWBIT_TOKENS 2
 #define VL 4
 typedef float vf __attribute__((vector_size(16), aligned(4), may_alias));
 #define vf_load(p) (*(const vf *)(p))

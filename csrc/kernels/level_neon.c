@@ -11,6 +11,7 @@
 #define TABLE_NAME "neon"
 #define MR 4
 #define NR 20
+#define LOWBIT_TOKENS 4
 #define VL 4
 typedef float32x4_t vf;
 #define vf_load(p) vld1q_f32(p)

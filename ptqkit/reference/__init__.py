@@ -42,6 +42,9 @@ from ptqkit.reference.hessian import hessian as hessian
 from ptqkit.reference.hessian import merge as merge
 from ptqkit.reference.metrics import energies as energies
 from ptqkit.reference.metrics import sqnr as sqnr
+from ptqkit.reference.packed import packed_matmul as packed_matmul
+from ptqkit.reference.packed import packed_matmul_int8 as packed_matmul_int8
+from ptqkit.reference.packed import word_codes as word_codes
 from ptqkit.reference.packing import pack_rows as pack_rows
 from ptqkit.reference.packing import unpack_rows as unpack_rows
 from ptqkit.reference.softmax import allowed_keys as allowed_keys

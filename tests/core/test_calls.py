@@ -26,6 +26,16 @@ def _calls():
     codes, scales, zeros = np.zeros((3, 8), np.uint8), _f32(3, 2), np.zeros((3, 2), np.uint8)
     int8, one = np.ones((3, 8), np.int8), np.ones(1, np.int8)
     signed = (8, 1, 0)
+    many, places = np.zeros((16, 8), np.uint8), np.arange(8, dtype=np.int32)
+    packed = [
+        np.zeros((1, 1, 16), np.uint32),
+        places,
+        4,
+        _f32(1, 1, 16),
+        np.zeros((1, 1, 16), np.uint8),
+        np.array([0, 8], np.int32),
+        1,
+    ]
     return {
         "codes_on_grid": [_f32(3, 8), _f32(3), np.zeros(3, np.uint8), 15, codes, 1],
         "signed_grid": [-1.0, 2.0, signed],
@@ -107,6 +117,10 @@ def _calls():
         "objective": [_f32(3, 8), eye, np.zeros(3), 1],
         "pack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
         "unpack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
+        "words_pack": [many, *packed[:3], 1],
+        "words_unpack": [many, *packed[:3], 1],
+        "packed_dequantize": [_f32(16, 8), *packed],
+        "packed_matmul": [_f32(5, 8), 0, 0, _f32(5, 16), *packed],
         **softmax_calls(),
     }
 
@@ -122,6 +136,10 @@ OUTPUTS = {  # positions that are written
     "objective": [2],
     "pack": [2],
     "unpack": [0],
+    "words_pack": [1],
+    "words_unpack": [0],
+    "packed_dequantize": [0],
+    "packed_matmul": [3],
     "symmetric_check": [],
     "finite_check": [],
     "signed_grid": [],
@@ -144,6 +162,10 @@ OPTIONAL = {  # None is allowed
     ("activations_quantize", 2),
     ("activation_statistics", 2),
     ("channel_ranges", 2),
+    ("words_pack", 2),
+    ("words_unpack", 2),
+    ("packed_dequantize", 2),
+    ("packed_matmul", 5),
     *SOFTMAX_OPTIONAL,
 }
 INT8 = {("activations_quantize", 5), *(("int8_matmul", at) for at in (0, 2, 3, 5))}
@@ -249,6 +271,8 @@ def _legal(name, at, kind):
         return (at == 0 and kind in ("longer", "strided")) or (at == 2 and kind == "longer")
     if name == "equalization_errors":
         return at == 0 and kind == "longer"
+    if name == "packed_matmul":
+        return at == 0 and kind == "strided"
     return name == "finite_check" and kind in ("longer", "shorter", "wider", "narrower")
 
 
@@ -375,6 +399,9 @@ def test_numbers_out_of_range():
         ("obq", 4, (0, 256)),
         ("pack", 1, (0, 9)),
         ("unpack", 1, (0, 9)),
+        ("words_pack", 3, (0, 1, 5, 9)),
+        ("packed_matmul", 2, (-1, 2)),
+        ("packed_matmul", 6, (1, 5, 6, 7)),
     ]:
         for value in values:
             arguments = _calls()[name]
@@ -429,6 +456,33 @@ def test_activation_arguments_that_do_not_belong_together():
     _fails("bias_correction", arguments, TypeError)
 
 
+def test_packed_groups_are_whole_steps_and_cover_all_places():
+    for starts in ([0, 4], [0, 16], [8, 8], [1, 8], [0, -8], [-8, 8], [0, 2**31 - 1]):
+        for name in ("packed_matmul", "packed_dequantize"):
+            arguments = _calls()[name]
+            arguments[-2] = np.array(starts, np.int32)
+            _fails(name, arguments, ValueError)
+    arguments = _calls()["packed_matmul"]  # three groups, of which one goes back
+    arguments[7], arguments[8] = _f32(1, 3, 16), np.zeros((1, 3, 16), np.uint8)
+    arguments[9] = np.array([0, 16, 0, 8], np.int32)
+    _fails("packed_matmul", arguments, ValueError)
+
+
+def test_numbers_that_are_no_inputs_are_padding():
+    order = np.array([0, 1, 2, 3, 4, 5, 8, -(2**31)], np.int32)
+    for int8 in (0, 1):
+        arguments = _calls()["packed_matmul"]
+        arguments[0], arguments[2], arguments[5] = np.arange(40.0, dtype=np.float32), int8, order
+        arguments[0] = arguments[0].reshape(5, 8)
+        arguments[4][:] = 0x11111111
+        _core.packed_matmul(*arguments)
+        want = arguments[0][:, :6].sum(axis=1)
+        np.testing.assert_allclose(arguments[3], np.tile(want, (16, 1)).T, rtol=0.01)
+    codes = np.full((16, 8), 7, np.uint8)
+    _core.words_unpack(codes, arguments[4], order, 4, 1)
+    np.testing.assert_array_equal(codes, [[1] * 6 + [7] * 2] * 16)
+
+
 def test_hopeless_values_do_not_crash():
     # NaN and infinity in what Python checks beforehand
     for value in (np.nan, np.inf, -np.inf, 3e38):
@@ -461,6 +515,7 @@ def test_hopeless_values_do_not_crash():
             ("outlier_columns", (0,)),
             ("bias_correction", (0, 1, 2)),
             ("int8_matmul", (1, 4, 6, 7)),
+            ("packed_matmul", (0, 7)),
         ]:
             for at in spots:
                 arguments = _calls()[name]

@@ -24,6 +24,8 @@ bad[0, 0] = -1e6
 nan = np.full_like(W, np.nan)
 codes = rng.integers(0, 8, W.shape, dtype=np.uint8)
 signed = ptqkit.quantize_activations(X, symmetric=False)
+ones = np.ones((len(W), 1), np.float32)
+packed = ptqkit.PackedMatrix.pack(codes, ones, ones.astype(np.uint8), bits=3)
 def fails(call, *args, **kwargs):
     try:
         call(*args, **kwargs)
@@ -79,6 +81,10 @@ CALLS = {
         ptqkit.bias_correction(W, W, X[0]), fails(ptqkit.bias_correction, W, nan, X[0]),
     ),
     "rtn per tensor": lambda: ptqkit.rtn(W, group_size=None, per_tensor=True),
+    "packed": lambda: (
+        packed.matmul(X), packed.matmul(X, activations="int8"), packed.dequantize(),
+        packed.unpack(), fails(packed.matmul, X[:, 1:]), fails(_core.packed_matmul, *[None] * 11),
+    ),
     "packing": lambda: ptqkit.unpack_rows(ptqkit.pack_rows(codes, 3), 3, n),
     "core errors": lambda: (
         fails(_core.rtn), fails(_core.rtn, *[None] * 8), fails(_core.gptq, *[W] * 12),
