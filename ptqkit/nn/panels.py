@@ -11,7 +11,16 @@ import torch
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.arrays.packed import LANES, STEPS, PackedMatrix, input_places, stored_bits
 
-__all__ = ["BITS", "has_panels", "pack_panels", "panel_shapes", "unpack_grid", "unpack_panels"]
+__all__ = [
+    "BITS",
+    "has_panels",
+    "pack_panels",
+    "panel_shapes",
+    "scale_panels",
+    "unpack_grid",
+    "unpack_panels",
+    "zero_panels",
+]
 
 BITS = (2, 3, 4, 8, "ternary")
 _BYTE_SHIFTS = (0, 8, 16, 24)
@@ -59,14 +68,27 @@ def pack_panels(matrix: QuantizedMatrix) -> tuple[torch.Tensor, torch.Tensor, to
     packed = PackedMatrix.pack(
         matrix.codes, matrix.scales, matrix.zero_points, bits=matrix.bits, g_idx=matrix.g_idx
     )
-    scales = np.ones(packed.scales.shape, np.float32)
-    rows = scales.transpose(0, 2, 1)  # (panels, 16, groups)
-    for panel in range(len(rows)):
-        part = matrix.scales[panel * LANES : (panel + 1) * LANES]
-        rows[panel, : len(part)] = part
-    target = getattr(torch, matrix.scale_dtype)
     words = torch.from_numpy(packed.words.view(np.int32))
-    return words, torch.from_numpy(scales).to(target), torch.from_numpy(packed.zeros)
+    return words, scale_panels(matrix), torch.from_numpy(packed.zeros)
+
+
+def scale_panels(matrix: QuantizedMatrix) -> torch.Tensor:
+    """Return the second tensor of :func:`pack_panels`."""
+    return _grid_panels(matrix.scales, 1).to(getattr(torch, matrix.scale_dtype))
+
+
+def zero_panels(matrix: QuantizedMatrix) -> torch.Tensor:
+    """Return the third tensor of :func:`pack_panels`."""
+    return _grid_panels(matrix.zero_points, 0)
+
+
+def _grid_panels(grid: np.ndarray, fill: int) -> torch.Tensor:
+    """Lay out (out, groups) as (panels, groups, 16)."""
+    out, groups = grid.shape
+    rows = np.full((-(-out // LANES) * LANES, groups), fill, grid.dtype)
+    rows[:out] = grid
+    panels = rows.reshape(-1, LANES, groups).transpose(0, 2, 1)
+    return torch.from_numpy(np.ascontiguousarray(panels))
 
 
 def unpack_grid(panels: torch.Tensor, out: int) -> torch.Tensor:
