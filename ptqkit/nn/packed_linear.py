@@ -14,7 +14,13 @@ from ptqkit.arrays.packed import PackedMatrix
 from ptqkit.arrays.packing import native_pack
 from ptqkit.errors import check_choice
 from ptqkit.nn.activations import input_codes, quantize_input
-from ptqkit.nn.panels import pack_panels, panel_shapes, unpack_grid, unpack_panels
+from ptqkit.nn.panels import (
+    even_groups,
+    pack_panels,
+    panel_shapes,
+    unpack_grid,
+    unpack_panels,
+)
 from ptqkit.nn.qlinear import QLinear
 
 __all__ = ["COMPUTE", "PackedLinear"]
@@ -152,6 +158,9 @@ class PackedLinear(QLinear):
     def check(self) -> None:
         """Raise ValueError if a loaded tensor cannot be what was saved; the message names it."""
         super().check()
+        groups = self._groups_of_inputs()
+        if self.stored == "panels" and not even_groups(groups, self.group_size):
+            raise ValueError("g_idx must hold each group group_size times")
         if self._packed.device.type == "cpu":
             self.matrix()
 

@@ -13,6 +13,7 @@ from ptqkit.arrays.packed import LANES, STEPS, PackedMatrix, input_places, store
 
 __all__ = [
     "BITS",
+    "even_groups",
     "has_panels",
     "pack_panels",
     "panel_shapes",
@@ -48,6 +49,17 @@ def panel_shapes(
     steps = full * -(-size // step) + -(-rest // step)
     panels = -(-out // LANES)
     return (panels, steps * step_words, LANES), (panels, full + (rest > 0), LANES)
+
+
+def even_groups(g_idx: np.ndarray, group_size: int | None) -> bool:
+    """Whether every group but the last holds ``group_size`` inputs, as :func:`panel_shapes` says.
+
+    Parameters
+    ----------
+    g_idx : ndarray of integers from 0, shape (in,)
+    """
+    wanted = np.bincount(np.arange(len(g_idx)) // (group_size or max(len(g_idx), 1)))
+    return np.array_equal(np.bincount(g_idx, minlength=len(wanted)), wanted)
 
 
 def pack_panels(matrix: QuantizedMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,8 +10,8 @@ import torch
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.base import CheckpointFormat, Fetch
 from ptqkit.hf.checkpoint.formats import NATIVE, PANELS
-from ptqkit.hf.checkpoint.native import even_groups
 from ptqkit.hf.checkpoint.spec import LayerSpec
+from ptqkit.nn.panels import even_groups
 
 __all__ = ["converted_state"]
 
@@ -44,7 +44,7 @@ def converted_state(
         matrix = stored.read(name, fetch, options)
         spec = _spec(name, matrix, options.get("activations"))
         # Groups of uneven size, which other tools write, have no panels in a file.
-        chosen = PANELS if even_groups(matrix) else NATIVE
+        chosen = PANELS if even_groups(matrix.g_idx, matrix.group_size) else NATIVE
         specs.append((spec, chosen))
         for plan in chosen.plans(spec, matrix):
             state[plan.name] = plan.make()
@@ -57,7 +57,7 @@ def converted_state(
 
 
 def _spec(name: str, matrix: QuantizedMatrix, activations: Any) -> LayerSpec:
-    natural = bool((matrix.g_idx[1:] >= matrix.g_idx[:-1]).all()) and even_groups(matrix)
+    natural = bool((matrix.g_idx[1:] >= matrix.g_idx[:-1]).all()) and even_groups(matrix.g_idx, matrix.group_size)
     return LayerSpec(
         name, *matrix.shape, grid=matrix.grid, permuted=not natural, activations=activations
     )

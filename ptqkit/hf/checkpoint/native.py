@@ -79,6 +79,7 @@ from ptqkit.hf.checkpoint.files import TensorPlan
 from ptqkit.hf.checkpoint.spec import LayerSpec
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.panels import (
+    even_groups,
     has_panels,
     pack_panels,
     panel_shapes,
@@ -95,7 +96,6 @@ __all__ = [
     "METHOD",
     "NativeFormat",
     "PanelFormat",
-    "even_groups",
     "layer_options",
 ]
 
@@ -244,7 +244,7 @@ class PanelFormat(NativeFormat):
     def _data_limits(
         self, spec: LayerSpec, matrix: QuantizedMatrix, quantizer: ActivationQuantizer | None
     ) -> list[str]:
-        if self.layout(spec) == "rows" or even_groups(matrix):
+        if self.layout(spec) == "rows" or even_groups(matrix.g_idx, matrix.group_size):
             return []
         return ["version 3 has groups of one size alone (use 'ptqkit')"]
 
@@ -274,13 +274,6 @@ class PanelFormat(NativeFormat):
         return plans + input_plans(spec, quantizer, "float32")
 
 
-def even_groups(matrix: QuantizedMatrix) -> bool:
-    """Whether every group but the last holds ``group_size`` inputs."""
-    size = matrix.group_size or matrix.shape[1]
-    wanted = np.bincount(np.arange(matrix.shape[1]) // size)
-    return np.array_equal(np.bincount(matrix.g_idx, minlength=len(wanted)), wanted)
-
-
 def _read_panels(name: str, fetch: Fetch, options: Mapping[str, Any]) -> QuantizedMatrix:
     shape, bits = tuple(options["shape"]), options["bits"]
     words, grids = panel_shapes(shape, bits, options["group_size"])
@@ -293,6 +286,8 @@ def _read_panels(name: str, fetch: Fetch, options: Mapping[str, Any]) -> Quantiz
             )
     g_idx = fetch(f"{name}.g_idx").numpy() if options["permuted"] else None
     groups = np.arange(shape[1]) // (options["group_size"] or shape[1]) if g_idx is None else g_idx
+    if groups.shape != shape[1:] or groups.min() < 0 or not even_groups(groups, options["group_size"]):
+        raise ValueError(f"{name}.g_idx must hold each group group_size times: it is damaged")
     zeros = unpack_grid(tensors["zero_points"], shape[0]).contiguous().numpy()
     scales = unpack_grid(tensors["scales"], shape[0])
     codes = unpack_panels(tensors["weight"].view(words), shape, bits, groups, grids[1]).numpy()
