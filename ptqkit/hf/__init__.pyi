@@ -1,6 +1,7 @@
 from .checkpoint.plugin import register_format as register_format
 from .checkpoint.reader import load as load
 from .checkpoint.reader import read_matrices as read_matrices
+from .checkpoint.resave import save_loaded as save_loaded
 from .checkpoint.running import ComputeReport as ComputeReport
 from .checkpoint.running import set_compute as set_compute
 from .checkpoint.save import CheckpointInfo as CheckpointInfo

@@ -18,6 +18,7 @@ from helpers.checkpoint_models import (
 from safetensors.torch import load_file
 
 from ptqkit.hf.checkpoint.reader import load, read_matrices
+from ptqkit.hf.checkpoint.resave import save_loaded
 from ptqkit.hf.checkpoint.running import set_compute
 from ptqkit.hf.checkpoint.save import save_checkpoint
 from ptqkit.nn.packed_linear import PackedLinear
@@ -120,6 +121,25 @@ def test_other_formats_are_saved_as_version_3(form, tmp_path):
     assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_is_written_again_from_the_codes(form, tmp_path):
+    _, _, out = saved(tmp_path, form)
+    loaded = load(out, compute="packed")
+    before = logits(loaded)
+    info = save_loaded(loaded, tmp_path / "again", checkpoint_format=form)
+    assert info.format == form and digests(info.directory) == digests(out)
+    assert torch.equal(logits(loaded), before)
+    loaded.save_pretrained(tmp_path / "own")
+    other = save_loaded(loaded, tmp_path / "other", checkpoint_format="ptqkit_v3")
+    assert digests(other.directory) == digests(save_v3(out, tmp_path))
+
+
+def save_v3(out, tmp_path):
+    return save_loaded(
+        load(out, compute="packed"), tmp_path / "third", checkpoint_format="ptqkit_v3"
+    ).directory
+
+
 SPECS = {
     "token": ActivationQuantization(8),
     "token asym": ActivationQuantization(8, symmetric=False),
@@ -141,6 +161,8 @@ def test_quantized_inputs_run_as_integers(name, form, tmp_path):
     close(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again", compute="packed")), logits(loaded))
+    info = save_loaded(loaded, tmp_path / "same", checkpoint_format=form)
+    assert digests(info.directory) == digests(out)
 
 
 def test_int8_is_another_model_and_says_so(tmp_path):
