@@ -5,8 +5,15 @@
 
 #include "../kernels/kernels.h"
 
+#if defined(PTQ_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #ifdef PTQ_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* f16c is tested with avx2 and fma because some virtual machines hide one of them; by hand, as
  * compilers know its name only since GCC 13 and clang 19. */
@@ -21,11 +28,46 @@ static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+static int has_avx512_vnni(void) { return __builtin_cpu_supports("avx512vnni"); }
 static int has_avx512_bf16(void) { return __builtin_cpu_supports("avx512bf16"); }
+
+/* The bits of the extended state that the system keeps for a thread. */
+static uint64_t kept_state(void) {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+    __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (uint64_t)d << 32 | a;
+}
+
+/* Linux gives a process the state of the tiles, for all of its threads, when it is asked for. */
+static int has_amx(void) {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    enum { BF16 = 1 << 22, TILE = 1 << 24, INT8 = 1 << 25, STATE = 3 << 17 /* tiles, settings */ };
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    const unsigned all = BF16 | TILE | INT8;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & all) == all &&
+           (kept_state() & STATE) == STATE &&
+           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
+#ifdef PTQ_ARM64
+static int has_dotprod(void) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return 1;
+#elif defined(__linux__)
+    return (getauxval(AT_HWCAP) & 1ul << 20) != 0; /* HWCAP_ASIMDDP */
+#else
+    return 0;
+#endif
+}
 #endif
 static int always(void) { return 1; }
 
-enum { MAX_FEATURES = 1 };
+enum { MAX_FEATURES = 3 };
 
 /* What CPUs of a level may have on top of it; its name follows the level's and an underscore. */
 typedef struct {
@@ -41,11 +83,16 @@ static const struct {
     feature features[MAX_FEATURES];
 } levels[] = {
 #ifdef PTQ_X86
-    {&ptq_kernels_avx512, has_avx512, {{"bf16", has_avx512_bf16, ptq_add_avx512_bf16}}},
+    {&ptq_kernels_avx512,
+     has_avx512,
+     {{"vnni", has_avx512_vnni, ptq_add_avx512_vnni},
+      {"bf16", has_avx512_bf16, ptq_add_avx512_bf16},
+      {"amx", has_amx, ptq_add_avx512_amx}}},
     {&ptq_kernels_avx2, has_avx2, {{0}}},
 #endif
 #ifdef PTQ_ARM64
-    {&ptq_kernels_neon, always, {{0}}}, /* every 64-bit Arm has it */
+    /* every 64-bit Arm has it */
+    {&ptq_kernels_neon, always, {{"dotprod", has_dotprod, ptq_add_neon_dotprod}}},
 #endif
     {&ptq_kernels_base, always, {{0}}},
 };
@@ -77,7 +124,7 @@ static int find_level(const char *name) {
     return -1;
 }
 
-/* Whether this CPU runs what `name` says: "avx512", or "avx512_bf16" with a feature. */
+/* Whether this CPU runs what `name` says: "avx512", or "avx512_vnni_bf16" with features. */
 static int find_selection(const char *name, selection *found) {
     *found = (selection){find_level(name), 0};
     if (found->level < 0 || !levels[found->level].supported()) return 0;

@@ -10,6 +10,7 @@
 enum {
     CHUNK = 1024, /* tokens packed at a time */
     DEPTH = 512,  /* tokens per register accumulation: two-level summation, and cache size */
+    WIDEST = 576, /* columns of a side of a task */
 };
 
 typedef struct {
@@ -23,16 +24,21 @@ typedef struct {
     const int64_t *rows;
     int64_t first, count; /* tokens of this chunk */
     int pairs;            /* packed as bf16 pairs */
-    void *packed;         /* (panels, CHUNK or CHUNK / 2, nr) 32-bit values */
+    int turned;           /* left operands are packed apart */
+    void *packed, *left;  /* (panels, panel_depth, nr) 32-bit values */
+    int64_t depth;        /* of a sum, in rows of a panel */
     int64_t tile;         /* panels per tile side */
-    int64_t tiles;
+    float *work;          /* (threads, tile * nr, nr) sums of a chunk */
     float limit; /* below it, no sum of squares can overflow */
     atomic_int bad, large;
 } update;
 
-static int64_t panel_depth(const update *u) {
-    return u->pairs ? ptq_ceil_div(u->count, 2) : u->count;
+/* Rows of a panel of `count` tokens. */
+static int64_t rows_for(const update *u, int64_t count) {
+    return u->pairs ? ptq_round_up(ptq_ceil_div(count, 2), u->k->pairs.step) : count;
 }
+
+static int64_t panel_depth(const update *u) { return rows_for(u, u->count); }
 
 static void pack_task(void *ctx, int64_t panel, int thread) {
     (void)thread;
@@ -40,10 +46,21 @@ static void pack_task(void *ctx, int64_t panel, int thread) {
     const int64_t nr = u->nr, at = panel * panel_depth(u) * nr;
     if (u->pairs)
         u->k->pairs.pack(u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
-                         (uint32_t *)u->packed + at);
+                         (uint32_t *)u->packed + at, (uint32_t *)u->left + at);
     else
         u->k->tokens.pack(u->dtype, u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
                           (float *)u->packed + at);
+}
+
+/* Fetch the tile of S that add_tile will change: its rows lie on pages of their own. */
+static void fetch_tile(const update *u, int64_t i, int64_t j) {
+    const int64_t height = ptq_min64(u->mr, u->n - i), width = ptq_min64(u->nr, u->n - j);
+    enum { LINE = 16 };
+    for (int64_t a = 0; a < height; a++) {
+        const float *s = u->S + (i + a) * u->n + j;
+        for (int64_t b = 0; b < width; b += LINE) __builtin_prefetch(s + b, 1);
+        __builtin_prefetch(s + width - 1, 1);
+    }
 }
 
 /* S tile (mr rows from i, nr columns from j) += C, inside the matrix. */
@@ -56,34 +73,54 @@ static void add_tile(const update *u, const float *C, int64_t i, int64_t j) {
     }
 }
 
-static void multiply(const update *u, int64_t ipanel, int64_t jpanel, int64_t k0, int64_t depth) {
-    const int64_t nr = u->nr, mr = u->mr, full = panel_depth(u);
+/* sum (mr, nr) += products of rows [k0, k0 + depth) of two panels, in registers first: two-level
+ * summation. A matrix unit keeps its sums in float32 too, but adds to those of the chunk. */
+static void multiply(const update *u, int64_t a, int64_t b, int64_t depth, float *sum) {
     float C[PTQ_MAX_TILE];
-    for (int64_t i = 0; i < nr; i += mr) {
-        if (ipanel * nr + i >= u->n) break;
-        memset(C, 0, sizeof(float) * (size_t)(mr * nr));
-        const int64_t a = (ipanel * full + k0) * nr + i, b = (jpanel * full + k0) * nr;
-        if (u->pairs)
-            u->k->pairs.gemm(C, (uint32_t *)u->packed + a, nr, (uint32_t *)u->packed + b, depth);
-        else u->k->gemm.f32(C, (float *)u->packed + a, nr, (float *)u->packed + b, depth);
-        add_tile(u, C, ipanel * nr + i, jpanel * nr);
+    const int64_t size = u->mr * u->nr;
+    if (u->turned) {
+        u->k->pairs.gemm(sum, (const uint32_t *)u->left + a, 0, (const uint32_t *)u->packed + b,
+                         depth);
+        return;
+    }
+    memset(C, 0, sizeof(float) * (size_t)size);
+    if (u->pairs)
+        u->k->pairs.gemm(C, (const uint32_t *)u->packed + a, u->nr,
+                         (const uint32_t *)u->packed + b, depth);
+    else u->k->gemm.f32(C, (const float *)u->packed + a, u->nr, (const float *)u->packed + b, depth);
+    for (int64_t i = 0; i < size; i++) sum[i] += C[i];
+}
+
+/* The products of panels [i0, i1) with panel j: sums of the chunk in `work`, which stays in the
+ * second cache with the panels, and then at once into S. */
+static void multiply_panels(const update *u, int64_t i0, int64_t i1, int64_t j, float *work) {
+    const int64_t nr = u->nr, full = panel_depth(u), last = ptq_min64(i1 * nr, u->n);
+    memset(work, 0, sizeof(float) * (size_t)((i1 - i0) * nr * nr));
+    for (int64_t k0 = 0; k0 < full; k0 += u->depth) {
+        const int64_t depth = ptq_min64(u->depth, full - k0);
+        for (int64_t i = i0 * nr; i < last; i += u->mr) {
+            float *sum = work + (i - i0 * nr) * nr;
+            const int ends = k0 + depth == full;
+            if (ends) fetch_tile(u, i, j * nr);
+            multiply(u, (i / nr * full + k0) * nr + i % nr, (j * full + k0) * nr, depth, sum);
+            if (ends) add_tile(u, sum, i, j * nr);
+        }
     }
 }
 
 /* Task t is the tile (ti, tj), ti <= tj, of the upper triangle. */
 static void tile_task(void *ctx, int64_t t, int thread) {
-    (void)thread;
     const update *u = ctx;
     int64_t tj = 0;
     while ((tj + 1) * (tj + 2) / 2 <= t) tj++;
-    const int64_t ti = t - tj * (tj + 1) / 2, full = panel_depth(u);
-    const int64_t iend = ptq_min64((ti + 1) * u->tile, u->panels);
+    const int64_t i0 = (t - tj * (tj + 1) / 2) * u->tile;
+    const int64_t iend = ptq_min64(i0 + u->tile, u->panels);
     const int64_t jend = ptq_min64((tj + 1) * u->tile, u->panels);
-    const int64_t step = u->pairs ? DEPTH / 2 : DEPTH;
-    for (int64_t k0 = 0; k0 < full; k0 += step)
-        for (int64_t j = tj * u->tile; j < jend; j++)
-            for (int64_t i = ti * u->tile; i < iend && i <= j; i++)
-                multiply(u, i, j, k0, ptq_min64(step, full - k0));
+    float *work = u->work + thread * u->tile * u->nr * u->nr;
+    if (u->pairs && u->k->pairs.enter) u->k->pairs.enter();
+    for (int64_t j = tj * u->tile; j < jend; j++)
+        multiply_panels(u, i0, ptq_min64(iend, j + 1), j, work);
+    if (u->pairs && u->k->pairs.leave) u->k->pairs.leave();
 }
 
 static void finite_task(void *ctx, int64_t i, int thread) {
@@ -167,22 +204,44 @@ static ptq_status update_blas(const ptq_blas *blas, const update *u) {
     return ptq_parallel_for(side * (side + 1) / 2 * b.chunks, 1, blas_task, &b);
 }
 
-static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
-    const int64_t nr = u->nr, chunk = ptq_min64(CHUNK, tokens);
-    u->panels = ptq_ceil_div(u->n, nr);
-    /* About 384 columns per side for cache, fewer if that would leave threads idle. */
-    u->tile = ptq_max64(1, 384 / nr);
+/* Panels of a side: with one more, of the depth of a sum, in about half of the second cache, and
+ * fewer if that would leave threads idle. */
+static void choose_tiles(update *u, int64_t tokens, int threads) {
+    const int64_t nr = u->nr, full = rows_for(u, ptq_min64(CHUNK, tokens));
+    u->depth = u->pairs ? DEPTH / 2 : DEPTH;
+    if (u->turned) { /* a matrix unit needs one operand in the first cache */
+        const int64_t deepest = ptq_max64(1, ptq_first_cache() * 3 / 5 / 4 / nr);
+        u->depth = ptq_round_up(ptq_ceil_div(full, ptq_ceil_div(full, deepest)), u->k->pairs.step);
+    }
+    const int64_t panel = ptq_min64(u->depth, full) * nr * (int64_t)sizeof(float);
+    u->tile = ptq_min64(ptq_second_cache() * 3 / 5 / panel - 1, WIDEST / nr);
+    u->tile = ptq_max64(1, u->tile);
     while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * threads) u->tile /= 2;
+}
+
+static ptq_status update_chunks(update *u, int64_t tokens, int threads) {
     const int64_t side = ptq_ceil_div(u->panels, u->tile);
-    u->packed = ptq_alloc(u->panels * chunk * nr, sizeof(float));
-    if (!u->packed) return PTQ_NOMEM;
     ptq_status status = PTQ_OK;
     for (u->first = 0; u->first < tokens && !status; u->first += CHUNK) {
         u->count = ptq_min64(CHUNK, tokens - u->first);
         status = ptq_parallel_for(u->panels, threads, pack_task, u);
         if (!status) status = ptq_parallel_for(side * (side + 1) / 2, threads, tile_task, u);
     }
+    return status;
+}
+
+static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
+    u->panels = ptq_ceil_div(u->n, u->nr);
+    choose_tiles(u, tokens, threads);
+    const int64_t words = u->panels * rows_for(u, ptq_min64(CHUNK, tokens)) * u->nr;
+    u->packed = ptq_alloc(words, sizeof(float));
+    u->left = u->turned ? ptq_alloc(words, sizeof(float)) : u->packed;
+    u->work = ptq_alloc(threads * u->tile * u->nr * u->nr, sizeof(float));
+    const ptq_status status =
+        u->packed && u->left && u->work ? update_chunks(u, tokens, threads) : PTQ_NOMEM;
+    if (u->turned) free(u->left);
     free(u->packed);
+    free(u->work);
     return status;
 }
 
@@ -198,6 +257,7 @@ ptq_status ptq_hessian_update(float *S, int64_t n, const void *X, int64_t ldx, p
                 .rows = rows,
                 .count = tokens};
     u.pairs = dtype == PTQ_BF16 && u.k->pairs.gemm != NULL;
+    u.turned = u.pairs && u.k->pairs.turned;
     u.mr = u.pairs ? u.k->pairs.mr : u.k->gemm.mr;
     u.nr = u.pairs ? u.k->pairs.nr : u.k->gemm.nr;
     threads = ptq_thread_count(threads);

@@ -18,8 +18,13 @@ static inline void *ptq_alloc(int64_t count, size_t size) {
 }
 
 static inline int64_t ptq_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t ptq_round_up(int64_t a, int64_t b) { return ptq_ceil_div(a, b) * b; }
 static inline int64_t ptq_min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ptq_max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Bytes of the first and the second data cache of a core (caches.c). */
+int64_t ptq_first_cache(void);
+int64_t ptq_second_cache(void);
 
 /* An upper triangular matrix cut into strips of at most mr columns; strip s holds, for
  * k = 0 .. start+width-1, mr consecutive values of row k (zero beyond width and below the

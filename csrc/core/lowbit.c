@@ -148,7 +148,7 @@ typedef struct {
     int8_t *codes;
     int32_t *code_sums;
     float *code_scales;
-    float *rows; /* (threads, 2, places) scratch */
+    float *rows; /* (threads, tokens of a tile and 1, places) scratch */
     atomic_int bad;
 } product;
 
@@ -159,64 +159,65 @@ static int tile_tokens(const product *p, int64_t t) {
     return tokens;
 }
 
-static void quantize_row(product *p, const float *row, int64_t t, int tokens, int i) {
+/* One token of a tile as codes; the quads of its tokens take turns. */
+static void quantize_row(product *p, const float *row, int8_t *codes, int64_t t, int tokens,
+                         int i) {
     const ptq_packed *w = p->w;
-    if (!p->k->tokens.all_below(PTQ_F32, row, w->places, INFINITY)) p->bad = 1;
-    int8_t *const quads = p->codes + t * w->places + i * PTQ_QUAD;
+    int8_t *const quads = p->codes + t * w->places;
+    int8_t *const out = tokens > 1 ? codes : quads;
     for (int64_t g = 0; g < w->groups; g++) {
-        const int64_t start = w->starts[g], places = w->starts[g + 1] - start;
-        const int64_t at = t * w->groups + g * tokens + i;
-        float low, high;
-        p->k->activations.range(row + start, places, &low, &high);
-        const float scale = ptq_minmax_scale(low, high, 254.0f, 1, 0.0f);
-        int32_t sum = 0;
-        p->code_scales[at] = ptq_round_scale(scale, PTQ_F32);
-        for (int64_t j = start; j < start + places; j += PTQ_QUAD) {
-            int8_t quad[PTQ_QUAD];
-            p->k->activations.codes(row + j, PTQ_QUAD, p->code_scales[at], 0.0f, -127, 127, 1,
-                                    quad);
-            memcpy(quads + j * tokens, quad, sizeof quad);
-            for (int b = 0; b < PTQ_QUAD; b++) sum += quad[b];
-        }
-        p->code_sums[at] = sum;
+        const int64_t start = w->starts[g], at = t * w->groups + g * tokens + i;
+        if (!p->k->lowbit.quantize(row + start, w->starts[g + 1] - start, out + start,
+                                   &p->code_scales[at], &p->code_sums[at]))
+            p->bad = 1;
     }
+    if (tokens > 1)
+        for (int64_t j = 0; j < w->places; j += PTQ_QUAD)
+            memcpy(quads + j * tokens + i * PTQ_QUAD, codes + j, PTQ_QUAD);
 }
 
 static void sum_row(product *p, const float *row, int64_t t, int tokens, int i) {
-    const ptq_packed *w = p->w;
-    for (int64_t g = 0; g < w->groups; g++) {
-        double sum = 0.0;
-        for (int64_t j = w->starts[g]; j < w->starts[g + 1]; j++) sum += (double)row[j];
-        p->sums[t * w->groups + g * tokens + i] = (float)sum;
-    }
-    float *const out = p->values + t * w->places + i;
-    for (int64_t j = 0; j < w->places; j++) out[j * tokens] = row[j];
+    const int32_t *starts = p->w->starts;
+    for (int64_t g = 0; g < p->w->groups; g++)
+        p->sums[t * p->w->groups + g * tokens + i] =
+            p->k->lowbit.sum(row + starts[g], starts[g + 1] - starts[g]);
 }
 
-/* One tile of tokens: gathered in the order of the places, as floats or as codes. */
+/* Token t of the chunk as floats in the order of the places. */
+static void gather_row(const product *p, int64_t t, float *scratch, float *row) {
+    const ptq_packed *w = p->w;
+    const int64_t size = p->dtype == PTQ_F32 ? 4 : 2;
+    const char *x = (const char *)p->x + (p->first + t) * p->ldx * size;
+    p->k->tokens.widen(p->dtype, x, NULL, w->inputs, w->order ? scratch : row);
+    if (!w->order) {
+        memset(row + w->inputs, 0, sizeof *row * (size_t)(w->places - w->inputs));
+        return;
+    }
+    for (int64_t i = 0; i < w->places; i++) {
+        const int64_t input = input_at(w, i);
+        row[i] = input < 0 ? 0.0f : scratch[input];
+    }
+}
+
+/* Tiles of the tokens of a whole one. */
 static void prepare_task(void *ctx, int64_t task, int thread) {
     product *p = ctx;
     const ptq_packed *w = p->w;
-    const int64_t t = task * p->k->lowbit.tokens;
-    float *const wide = p->rows + 2 * thread * w->places, *const row = wide + w->places;
-    const int64_t size = p->dtype == PTQ_F32 ? 4 : 2;
-    const int64_t end = ptq_min64(t + p->k->lowbit.tokens, p->count);
-    for (int64_t first = t; first < end;) {
-        const int tokens = tile_tokens(p, first);
+    const int64_t most = p->k->lowbit.tokens;
+    const int64_t end = ptq_min64((task + 1) * most, p->count);
+    float *const scratch = p->rows + thread * (most + 1) * w->places;
+    float *const rows = scratch + w->places;
+    for (int64_t t = task * most; t < end;) {
+        const int tokens = tile_tokens(p, t);
         for (int i = 0; i < tokens; i++) {
-            const char *x = (const char *)p->x + (p->first + first + i) * p->ldx * size;
-            float *const all = w->order ? wide : row;
-            p->k->tokens.widen(p->dtype, x, NULL, w->inputs, all);
-            if (w->order)
-                for (int64_t j = 0; j < w->places; j++) {
-                    const int64_t input = input_at(w, j);
-                    row[j] = input < 0 ? 0.0f : wide[input];
-                }
-            else memset(row + w->inputs, 0, sizeof *row * (size_t)(w->places - w->inputs));
-            if (p->int8) quantize_row(p, row, first, tokens, i);
-            else sum_row(p, row, first, tokens, i);
+            float *const row = rows + i * w->places;
+            gather_row(p, t + i, scratch, row);
+            if (p->int8) quantize_row(p, row, (int8_t *)scratch, t, tokens, i);
+            else sum_row(p, row, t, tokens, i);
         }
-        first += tokens;
+        if (!p->int8)
+            p->k->lowbit.arrange(w->bits, tokens, w->places, rows, p->values + t * w->places);
+        t += tokens;
     }
 }
 
@@ -298,12 +299,15 @@ ptq_status ptq_packed_matmul(const ptq_packed *w, const void *x, int64_t ldx, pt
     threads =
         ptq_threads_for_work(threads, (double)tokens * (double)w->outputs * (double)w->places / 8);
     const int64_t rows = ptq_min64(CHUNK, tokens);
-    p.values = int8 ? NULL : ptq_alloc(rows * w->places, sizeof *p.values);
+    /* the last tile may be a single token, which may take more */
+    const int64_t single =
+        w->places / ptq_step_places(w->bits) * p.k->lowbit.floats(w->bits, 1) - w->places;
+    p.values = int8 ? NULL : ptq_alloc(rows * w->places + single, sizeof *p.values);
     p.sums = int8 ? NULL : ptq_alloc(rows * w->groups, sizeof *p.sums);
     p.codes = int8 ? ptq_alloc(rows * w->places, 1) : NULL;
     p.code_sums = int8 ? ptq_alloc(rows * w->groups, sizeof *p.code_sums) : NULL;
     p.code_scales = int8 ? ptq_alloc(rows * w->groups, sizeof *p.code_scales) : NULL;
-    p.rows = ptq_alloc(2 * threads * w->places, sizeof *p.rows);
+    p.rows = ptq_alloc((p.k->lowbit.tokens + 1) * threads * w->places, sizeof *p.rows);
     const int ready =
         p.rows && (int8 ? p.codes && p.code_sums && p.code_scales : p.values && p.sums);
     const ptq_status status = ready ? multiply_chunks(&p, tokens, threads) : PTQ_NOMEM;

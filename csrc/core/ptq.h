@@ -222,20 +222,44 @@ ptq_status ptq_bias_correction(const void *W, const void *W_hat, ptq_dtype dtype
                                int64_t n, const double *mean, double *out, int threads);
 
 /* ---- int8_gemm.c ----------------------------------------------------------------------- */
-/* Most inputs of a product whose sums surely fit int32. */
+/* Most inputs of a product whose sums surely fit int32: each product of two codes less their middle
+ * is at most 2^14. Kernels that multiply unsigned codes work modulo 2^32 on the way there. */
 #define PTQ_INT8_INPUTS ((INT32_MAX) >> 14)
+
+/* 32-bit words of the panels of `outputs` rows of n 8-bit codes (words.h). */
+int64_t ptq_int8_words(int64_t outputs, int64_t n);
+
+/* words of codes (outputs, n), unsigned; if `flipped`, signed ones, to which 128 is added. sums
+ * (outputs), which may be NULL: the sum of each row's codes less 128. */
+ptq_status ptq_int8_pack(const void *codes, int flipped, int64_t outputs, int64_t n,
+                         uint32_t *words, int32_t *sums, int threads);
+
+/* The weights are either w with w_zeros, or words with zero_points; so are the tokens either codes
+ * with x_scales and x_zeros, or values of `dtype` whose codes are made on the way. */
 typedef struct {
-    const int8_t *x, *w;        /* codes (tokens, n) and (outputs, n) */
     int64_t tokens, outputs, n; /* n at most PTQ_INT8_INPUTS */
-    int64_t x_grids, w_grids;   /* tokens or 1, outputs or 1 */
-    const float *x_scales, *w_scales;
-    const int8_t *x_zeros, *w_zeros;
-    int64_t columns;                /* columns multiplied in float32, whose codes are their zeros */
+    const int8_t *x;            /* (tokens, n) codes, or NULL */
+    const void *values;         /* (tokens, n) */
+    ptq_dtype dtype;
+    ptq_signed_grid grid;   /* of values, at most 8 bits */
+    int64_t x_grids;        /* tokens or 1; values: 1, or 0 for a grid fitted to each token */
+    const float *x_scales;  /* (x_grids) */
+    const int8_t *x_zeros;  /* (x_grids) */
+    const int8_t *w;        /* (outputs, n) codes, or NULL */
+    const uint32_t *words;  /* ptq_int8_words(outputs, n), codes + 128 */
+    const int32_t *sums;    /* (outputs) of ptq_int8_pack, or NULL: summed when needed */
+    int64_t w_grids;        /* outputs or 1 */
+    const float *w_scales;  /* (w_grids) */
+    const int8_t *w_zeros;  /* (w_grids) */
+    const float *w_offsets; /* (w_grids) instead of w_zeros: of codes from 0 to 255 */
+    const float *bias;      /* (outputs), or NULL */
+    int64_t columns;        /* columns multiplied in float32, whose codes are their zeros */
     const float *x_float, *w_float; /* (tokens, columns) and (columns, outputs) */
     float *y;                       /* out (tokens, outputs) */
 } ptq_int8_args;
 
-/* y = s_x s_w sum (x - zero_x)(w - zero_w), the sum exact, one rounding; + x_float w_float. */
+/* y = s_x s_w sum (x - zero_x)(w - zero_w) + bias, the sum exact, one rounding; + x_float w_float.
+ * PTQ_NONFINITE if values are NaN or Inf; y is then undefined. */
 ptq_status ptq_int8_matmul(const ptq_int8_args *args, int threads);
 
 /* ---- obq.c ----------------------------------------------------------------------------- */
@@ -408,11 +432,12 @@ ptq_status ptq_packed_matmul(const ptq_packed *w, const void *x, int64_t ldx, pt
 
 /* ---- cpu.c, blas.c --------------------------------------------------------------------- */
 /* Choose the kernels: the name of a level ("base", "avx2", "avx512", "neon"), with an underscore
- * and a name for each of its features that is wanted ("avx512_bf16"); NULL or "" means the best
- * level with all features that this CPU has. PTQ_INVALID if the name is unknown or the CPU cannot
- * run it. Levels differ in the order of float32 sums and in fused multiply-adds, so in last bits,
- * which may flip a code that lies on a rounding tie; sums of integers and of doubles are the same
- * on all. */
+ * and a name for each of its features that is wanted, in this order: "vnni", "bf16" and "amx" of
+ * avx512, "dotprod" of neon ("avx512_vnni_bf16"); NULL or "" means the best level with all features
+ * that this CPU has. PTQ_INVALID if the name is unknown or the CPU cannot run it. Levels differ in
+ * the order of float32 sums and in fused multiply-adds, so in last bits, which may flip a code that
+ * lies on a rounding tie; sums of integers and of doubles are the same on all. The Hessian of bf16
+ * tokens takes numbers below 2^-126 for 0, in tokens and in sums, if "bf16" or "amx" is used. */
 ptq_status ptq_cpu_select(const char *name);
 /* Name of the kernels in use. */
 const char *ptq_cpu_level(void);

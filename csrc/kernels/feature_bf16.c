@@ -15,6 +15,7 @@
 #define MR 8
 #define NR 48
 #define VL 16
+#define AHEAD 8 /* as in level_avx512.c */
 #include "pairs.inc"
 
 static inline __m512bh as_bf16(__m512i x) {
@@ -29,6 +30,8 @@ static void pairs_gemm(float *restrict C, const uint32_t *restrict A, ptrdiff_t 
     for (int i = 0; i < MR; i++)
         for (int v = 0; v < NR / VL; v++) acc[i][v] = _mm512_loadu_ps(C + i * NR + v * VL);
     for (ptrdiff_t k = 0; k < K; k++, A += sa, B += NR) {
+        __builtin_prefetch(A + AHEAD * sa);
+        for (int v = 0; v < NR / VL; v++) __builtin_prefetch(B + AHEAD * NR + v * VL);
         __m512bh b[NR / VL];
         for (int v = 0; v < NR / VL; v++) b[v] = as_bf16(_mm512_loadu_si512(B + v * VL));
 #pragma GCC unroll 8
@@ -42,7 +45,8 @@ static void pairs_gemm(float *restrict C, const uint32_t *restrict A, ptrdiff_t 
 }
 
 void ptq_add_avx512_bf16(ptq_kernels *k) {
-    k->pairs = (ptq_pairs_kernels){.mr = MR, .nr = NR, .gemm = pairs_gemm, .pack = pairs_pack};
+    k->pairs = (ptq_pairs_kernels){
+        .mr = MR, .nr = NR, .step = 1, .gemm = pairs_gemm, .pack = pairs_pack};
 }
 #ifdef __clang__
 #pragma clang attribute pop

@@ -19,8 +19,10 @@
 #define PTQ_MAX_MR 8
 #define PTQ_MAX_NR 48
 #define PTQ_MAX_TILE (PTQ_MAX_MR * PTQ_MAX_NR)
-/* The tile sides of every int8 kernel divide this. */
-#define PTQ_INT8_BLOCK 64
+#define PTQ_PAIRS_MAX_TILE (32 * 32)
+/* The same of the products of int8 codes, tokens and panels. */
+#define PTQ_INT8_MAX_MR 32
+#define PTQ_INT8_MAX_PANELS 3
 
 /* Largest tile of a low-bit kernel. */
 #define PTQ_LOWBIT_TOKENS 8
@@ -53,12 +55,17 @@ typedef struct {
  */
 typedef struct {
     int mr, nr;
-    /* As gemm.f32; both products of a pair are exact in float32. */
+    int step;    /* the pairs of a panel are filled up to a multiple of it with zeros */
+    int turned;  /* panels are packed a second time as left operands, at the same places */
+    /* As gemm.f32; both products of a pair are exact in float32. With `turned`, sa is ignored. */
     void (*gemm)(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *B, ptrdiff_t K);
-    /* Columns [c, c + nr) of `count` tokens into (ceil(count / 2), nr) words; absent columns and an
-     * absent last token are zero. */
+    /* Columns [c, c + nr) of `count` tokens into (ceil(count / 2), nr) words, and those of the left
+     * operand if `turned`; absent columns and absent last tokens are zero. */
     void (*pack)(const uint16_t *X, int64_t ldx, const int64_t *rows, int64_t first, int64_t count,
-                 int64_t c, int64_t columns, uint32_t *out);
+                 int64_t c, int64_t columns, uint32_t *out, uint32_t *left);
+    /* Around the calls of `gemm` of one thread; NULL: nothing to do. */
+    void (*enter)(void);
+    void (*leave)(void);
 } ptq_pairs_kernels;
 
 /* What quantizing a strip of columns reads and writes; per-column arrays start at the strip. */
@@ -193,13 +200,33 @@ typedef struct {
                        int64_t *histogram);
 } ptq_statistics_kernels;
 
+/* What the results of one token have in common. */
 typedef struct {
-    int tokens, outputs; /* sides of the tile of `dots` */
-    /* n codes as int16; returns their sum. */
-    int32_t (*widen)(const int8_t *codes, int64_t n, int16_t *out);
-    /* C (tokens, outputs) += sum over n of A (tokens rows) * B (outputs rows), in int32. */
-    void (*dots)(const int16_t *A, const int16_t *B, int64_t stride, int64_t n, int32_t *C,
-                 int64_t ldc);
+    double scale, zero;
+    double sum;    /* of its codes less the zero-point */
+    int32_t codes; /* sum of its codes */
+} ptq_int8_row;
+
+/* Products of signed 8-bit codes of tokens, packed in strips, and unsigned ones of weights in panels
+ * (words.h). A strip is mr tokens, `token_bytes` for each and each word of weights; its words are
+ * filled up to a multiple of `step` with zeros. */
+typedef struct {
+    int mr, panels; /* the tile of `dots` */
+    int token_bytes, step;
+    int offset; /* `dots` multiplies the weights' codes less 128 - offset */
+    /* Codes of `tokens` rows of n, `stride` apart, into a strip; absent tokens are zero. */
+    void (*pack)(const int8_t *codes, int64_t stride, int64_t n, int tokens, void *strip);
+    /* C (mr, panels * PTQ_LANES) += products of tokens <= mr rows and panels <= panels whose first
+     * words are `stride` words apart, modulo 2^32. */
+    void (*dots)(int tokens, int panels, const void *strip, const uint32_t *B, int64_t stride,
+                 int64_t words, int32_t *C, int64_t ldc);
+    /* Around the calls of `dots` of one thread; NULL: nothing to do. */
+    void (*enter)(void);
+    void (*leave)(void);
+    /* y (n) = (C - row zero * sum_w - row sum * zero_w) * row scale * scale_w + bias, in double;
+     * sums and zeros of codes less 128; bias may be NULL. */
+    void (*finish)(const ptq_int8_row *row, int64_t n, const int32_t *C, const double *sum_w,
+                   const double *zero_w, const double *scale_w, const float *bias, float *y);
 } ptq_int8_kernels;
 
 /* Panels of packed weights (words.h) times a tile of tokens. */
@@ -212,7 +239,7 @@ typedef struct {
     const void *scales; /* (panels, groups, 16) */
     ptq_dtype scale_dtype;
     const uint8_t *zeros;     /* the same */
-    const float *x;           /* (places, tokens) */
+    const float *x;           /* as `arrange` left it */
     const float *sums;        /* (groups, tokens) of x */
     const int8_t *codes;      /* (places / 4, tokens, 4) of x */
     const int32_t *code_sums; /* (groups, tokens) */
@@ -222,7 +249,16 @@ typedef struct {
 
 typedef struct {
     int tokens, panels; /* most of a call; tokens come in powers of two */
+    /* Floats in which `arrange` keeps a step of `tokens` tokens. */
+    int64_t (*floats)(int bits, int tokens);
+    /* Rows (tokens, places), whole steps, as `f32` takes them. */
+    void (*arrange)(int bits, int tokens, int64_t places, const float *rows, float *out);
+    /* Of n values: in double, rounded once. */
+    float (*sum)(const float *x, int64_t n);
     void (*f32)(const ptq_lowbit_args *args);
+    /* codes (n) = round(x / scale), scale = max |x| / 127; returns 0 if x holds NaN or Inf. The
+     * same at every level. */
+    int (*quantize)(const float *x, int64_t n, int8_t *codes, float *scale, int32_t *sum);
     /* Products and sums of a group are exact; then float operations in the same order at every
      * level: float(dot - zero * sum) * (scale * code scale), added group after group. */
     void (*int8)(const ptq_lowbit_args *args);
@@ -250,11 +286,14 @@ extern const ptq_kernels ptq_kernels_base;
 extern const ptq_kernels ptq_kernels_avx2;
 extern const ptq_kernels ptq_kernels_avx512;
 /* Features: put their groups over those of a copy of the level's table. */
+void ptq_add_avx512_vnni(ptq_kernels *avx512);
 void ptq_add_avx512_bf16(ptq_kernels *avx512);
+void ptq_add_avx512_amx(ptq_kernels *avx512);
 #endif
 #if defined(__aarch64__) && defined(__GNUC__)
 #define PTQ_ARM64 1
 extern const ptq_kernels ptq_kernels_neon;
+void ptq_add_neon_dotprod(ptq_kernels *neon);
 #endif
 
 /* The table chosen by ptq_cpu_select. An entry point of the core asks once and passes it down. */

@@ -16,7 +16,6 @@
 #define TABLE_NAME "avx2"
 #define MR 4
 #define NR 24
-#define LOWBIT_TOKENS 4
 #define VL 8
 typedef __m256 vf;
 #define vf_load(p) _mm256_loadu_ps(p)
@@ -38,6 +37,21 @@ static inline void vf_widen_add(double *sum, vf x) {
     _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), a));
     _mm256_storeu_pd(sum + 4, _mm256_add_pd(_mm256_loadu_pd(sum + 4), b));
 }
+#define INT8_MR 6
+#define INT8_PANELS 1
+#define INT8_STEPS 2
+#define INT8_OFFSET 128
+#define vi_load(p) ((vi)_mm256_loadu_si256((const __m256i *)(p)))
+#define vi_store(p, v) _mm256_storeu_si256((__m256i *)(p), (__m256i)(v))
+#define vi_set1(x) ((vi)_mm256_set1_epi32(x))
+/* Pairs of 16 bits: pmaddubsw would saturate, and what avoids it takes as long. */
+#define vi_part(s, w)                                                     \
+    ((s) ? (vi)_mm256_srli_epi16((__m256i)(w), 8)                         \
+         : (vi)_mm256_and_si256((__m256i)(w), _mm256_set1_epi16(0x00ff)))
+#define vi_dot(acc, w, x) \
+    ((vi)_mm256_add_epi32((__m256i)(acc), _mm256_madd_epi16((__m256i)(w), (__m256i)(x))))
+#define vi_load_u8(p) ((vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
+#define LOWBIT_GROUPS "lowbit_avx2.inc"
 #include "kernels.inc"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -11,7 +11,6 @@
 #define TABLE_NAME "neon"
 #define MR 4
 #define NR 20
-#define LOWBIT_TOKENS 4
 #define VL 4
 typedef float32x4_t vf;
 #define vf_load(p) vld1q_f32(p)
@@ -31,5 +30,22 @@ static inline void vf_widen_add(double *sum, vf x) {
     vst1q_f64(sum, vaddq_f64(vld1q_f64(sum), vcvt_f64_f32(vget_low_f32(x))));
     vst1q_f64(sum + 2, vaddq_f64(vld1q_f64(sum + 2), vcvt_high_f64_f32(x)));
 }
+#define INT8_MR 4
+#define INT8_PANELS 1
+#define INT8_STEPS 2
+#define INT8_OFFSET 128
+#define vi_load(p) ((vi)vld1q_s32((const int32_t *)(p)))
+#define vi_store(p, v) vst1q_s32(p, (int32x4_t)(v))
+#define vi_set1(x) ((vi)vdupq_n_s32(x))
+#define vi_part(s, w)                                                  \
+    ((s) ? (vi)vshrq_n_u16((uint16x8_t)(w), 8)                         \
+         : (vi)vandq_u16((uint16x8_t)(w), vdupq_n_u16(0x00ff)))
+#define vi_dot(acc, w, x) ((vi)vaddq_s32((int32x4_t)(acc), pair_sums((int16x8_t)(w), (int16x8_t)(x))))
+static inline int32x4_t pair_sums(int16x8_t w, int16x8_t x) {
+    return vpaddq_s32(vmull_s16(vget_low_s16(w), vget_low_s16(x)), vmull_high_s16(w, x));
+}
+#define LOWBIT_TOKENS 4
+#define LOWBIT_PANELS 2
+#define LOWBIT_GROUPS "lowbit_plain.inc"
 #include "kernels.inc"
 #endif

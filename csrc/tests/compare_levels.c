@@ -8,9 +8,11 @@
 
 #include "../core/ptq.h"
 
-static const char *const LEVELS[] = {"avx2", "avx512", "avx512_bf16", "neon"};
+static const char *const LEVELS[] = {"avx2",        "avx512",      "avx512_bf16",
+                                     "avx512_vnni", "avx512_amx",  "avx512_vnni_bf16_amx",
+                                     "neon",        "neon_dotprod"};
 
-enum { ROWS = 53, N = 96, TOKENS = 301, GROUP = 16, THREADS = 2, MAX_OUTPUTS = 96 };
+enum { ROWS = 53, N = 96, TOKENS = 301, GROUP = 16, THREADS = 2, MAX_OUTPUTS = 384 };
 /* Softmax: (BATCH, HEADS, QUERIES, KEYS). */
 enum { BATCH = 2, HEADS = 3, QUERIES = 37, KEYS = 131, ENTRIES = BATCH * HEADS * QUERIES * KEYS };
 
@@ -295,6 +297,68 @@ static void run_statistics(results *r) {
     }
 }
 
+/* Products of 8-bit codes: random and extreme ones, shapes around the tiles of every level. */
+static void run_int8(results *r) {
+    static const struct {
+        int64_t tokens, outputs, n;
+    } shapes[] = {{1, 1, 1},    {1, 53, 96},   {2, 16, 64},  {3, 17, 65},   {5, 33, 127},
+                  {6, 48, 128}, {16, 47, 200}, {17, 49, 63}, {33, 97, 260}, {70, 200, 4100}};
+    enum { MOST = 70 * 4100, MOST_W = 200 * 4100, MOST_Y = 70 * 200 };
+    static int8_t x[MOST], w[MOST_W], x_zeros[70], w_zeros[200];
+    static float x_scales[70], w_scales[200], bias[200], y[MOST_Y], values[MOST];
+    static uint32_t words[208 * 1028];
+    static int32_t sums[200];
+    static float offsets[200];
+    state = 362436069362436069u; /* the same at every level */
+    for (int extreme = 0; extreme < 3; extreme++)
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+            const int64_t T = shapes[i].tokens, O = shapes[i].outputs, n = shapes[i].n;
+            char name[40];
+            for (int64_t j = 0; j < T * n; j++)
+                x[j] = extreme ? -128 : (int8_t)(256.0f * uniform() - 128.0f);
+            for (int64_t j = 0; j < O * n; j++)
+                w[j] = extreme ? (int8_t)(extreme > 1 ? 127 : -128)
+                               : (int8_t)(256.0f * uniform() - 128.0f);
+            for (int64_t j = 0; j < T * n; j++) values[j] = normal();
+            for (int64_t j = 0; j < T; j++) x_zeros[j] = (int8_t)(j * 37 % 256 - 128);
+            for (int64_t j = 0; j < O; j++) w_zeros[j] = (int8_t)(j * 53 % 256 - 128);
+            for (int64_t j = 0; j < O; j++) offsets[j] = (float)(w_zeros[j] + 128);
+            for (int64_t j = 0; j < T; j++) x_scales[j] = 0.01f + uniform();
+            for (int64_t j = 0; j < O; j++) w_scales[j] = 0.01f + uniform();
+            for (int64_t j = 0; j < O; j++) bias[j] = normal();
+            ptq_int8_args a = {.tokens = T,
+                               .outputs = O,
+                               .n = n,
+                               .x = x,
+                               .x_grids = T,
+                               .x_scales = x_scales,
+                               .x_zeros = x_zeros,
+                               .w = w,
+                               .w_grids = O,
+                               .w_scales = w_scales,
+                               .w_zeros = w_zeros,
+                               .y = y};
+            check(ptq_int8_matmul(&a, THREADS), "int8");
+            snprintf(name, sizeof name, "int8 %d of %dx%dx%d", extreme, (int)T, (int)O, (int)n);
+            record_float(r, name, y, T * O);
+            check(ptq_int8_pack(w, 1, O, n, words, sums, THREADS), "pack");
+            a = (ptq_int8_args){.tokens = T,
+                                .outputs = O,
+                                .n = n,
+                                .values = values,
+                                .grid = {.bits = 8, .symmetric = extreme == 1},
+                                .words = words,
+                                .sums = sums,
+                                .w_grids = O,
+                                .w_scales = w_scales,
+                                .w_offsets = offsets,
+                                .bias = bias,
+                                .y = y};
+            check(ptq_int8_matmul(&a, THREADS), "int8 of values");
+            record_float(r, "  of values", y, T * O);
+        }
+}
+
 static void run_activations(results *r) {
     static int8_t x[TOKENS * N], w[ROWS * N];
     static int16_t wide[TOKENS * N], zeros[TOKENS], w_zeros[ROWS];
@@ -370,6 +434,78 @@ static void run_softmax(results *r) {
     record_int64_t(r, "softmax statistics", sums, HEADS * PTQ_LENGTH_CLASSES * 4);
 }
 
+/* Packed weights at every number of bits: groups, tokens and outputs around the tiles. With int8
+ * activations exact; in float within the bound of ptq_packed_matmul, of both levels. */
+static void run_lowbit(results *r) {
+    enum { OUTPUTS = 16 * 5 + 3, INPUTS = 416, PANELS = 6, MOST_GROUPS = 13, MOST = 15 };
+    static const int bits[] = {2, 3, 4, 8}, group[] = {32, 416, 64};
+    static const ptq_dtype dtypes[] = {PTQ_F16, PTQ_F32, PTQ_BF16};
+    static uint8_t codes[OUTPUTS * INPUTS], zeros[PANELS * MOST_GROUPS * 16];
+    static uint16_t half[PANELS * MOST_GROUPS * 16];
+    static float scales[PANELS * MOST_GROUPS * 16], x[MOST * INPUTS], y[MOST * OUTPUTS];
+    static float w_hat[OUTPUTS * INPUTS];
+    static uint32_t words[PANELS * INPUTS / 4 * 16];
+    static int32_t starts[MOST_GROUPS + 1], order[INPUTS];
+    state = 362436069362436069u; /* the same at every level */
+    for (int i = 0; i < INPUTS; i++) order[i] = i * 5 % INPUTS;
+    for (int i = 0; i < MOST * INPUTS; i++) x[i] = normal();
+    for (int b = 0; b < 4; b++)
+        for (int g = 0; g < 3; g++) {
+            const int64_t groups = (INPUTS + group[g] - 1) / group[g];
+            const int extreme = g == 1;
+            for (int i = 0; i < OUTPUTS * INPUTS; i++)
+                codes[i] = extreme && i % 2 ? (uint8_t)((1 << bits[b]) - 1)
+                                            : (uint8_t)(uniform() * (float)(1 << bits[b]));
+            for (int i = 0; i < PANELS * MOST_GROUPS * 16; i++) {
+                uint32_t u;
+                scales[i] = 0.01f + uniform();
+                memcpy(&u, &scales[i], sizeof u);
+                half[i] = dtypes[g] == PTQ_F16 ? half_bits(scales[i]) : (uint16_t)(u >> 16);
+                zeros[i] = (uint8_t)(uniform() * (float)(1 << bits[b]));
+            }
+            for (int64_t i = 0; i <= groups; i++)
+                starts[i] = (int32_t)(i < groups ? i * group[g] : INPUTS);
+            const ptq_packed w = {.bits = bits[b],
+                                  .outputs = OUTPUTS,
+                                  .inputs = INPUTS,
+                                  .places = INPUTS,
+                                  .groups = groups,
+                                  .words = words,
+                                  .scales = dtypes[g] == PTQ_F32 ? (void *)scales : (void *)half,
+                                  .scale_dtype = dtypes[g],
+                                  .zeros = zeros,
+                                  .starts = starts,
+                                  .order = g == 2 ? order : NULL};
+            check(ptq_words_pack(&w, codes, words, THREADS), "words");
+            check(ptq_packed_dequantize(&w, w_hat, THREADS), "dequantize");
+            for (int64_t tokens = 1; tokens <= MOST; tokens += tokens < 4 ? 1 : 11) {
+                char name[40];
+                check(ptq_packed_matmul(&w, x, INPUTS, PTQ_F32, tokens, 1, y, THREADS), "int8");
+                snprintf(name, sizeof name, "%d bits int8 g%d x %d", bits[b], group[g],
+                         (int)tokens);
+                record_float(r, name, y, tokens * OUTPUTS);
+                check(ptq_packed_matmul(&w, x, INPUTS, PTQ_F32, tokens, 0, y, THREADS), "float");
+                snprintf(name, sizeof name, "%d bits float g%d x %d", bits[b], group[g],
+                         (int)tokens);
+                output *o = record_float(r, name, y, tokens * OUTPUTS);
+                within(o, 0.0);
+                for (int64_t i = 0; i < tokens * OUTPUTS; i++) {
+                    const int64_t t = i / OUTPUTS, out = i % OUTPUTS;
+                    double reach = 0.0; /* scales are at most 1.01 */
+                    for (int j = 0; j < INPUTS; j++) reach += fabs((double)x[t * INPUTS + j]);
+                    o->bound[i] = 4.0 * (INPUTS + 8) * EPS * (double)(1 << bits[b]) * 1.01 * reach;
+                    double exact = 0.0;
+                    for (int j = 0; j < INPUTS; j++)
+                        exact += (double)x[t * INPUTS + j] * (double)w_hat[out * INPUTS + j];
+                    if (!(fabs(o->value[i] - exact) <= o->bound[i] / 2)) {
+                        fprintf(stderr, "%s: %g is not near %g\n", name, o->value[i], exact);
+                        exit(2);
+                    }
+                }
+            }
+        }
+}
+
 static void run_energy(results *r) {
     double rows[2 * ROWS], columns[2 * N];
     check(ptq_energy(in.W, in.W_hat, PTQ_F32, ROWS, N, rows, THREADS), "energy");
@@ -413,6 +549,8 @@ static results run(const char *level) {
     run_ranges(&r);
     run_statistics(&r);
     run_activations(&r);
+    run_int8(&r);
+    run_lowbit(&r);
     run_softmax(&r);
     run_energy(&r);
     run_equalization(&r);

@@ -248,6 +248,17 @@ class PackedMatrix:
             g_idx=g_idx,
         )
 
+    def copy(self) -> PackedMatrix:
+        """Return the same in memory of its own, aligned to cache lines."""
+        arrays = []
+        for a in (self.words, self.scales, self.zeros):
+            arrays.append(_empty_aligned(a.shape, a.dtype))
+            arrays[-1][...] = a
+        words, scales, zeros = arrays
+        return PackedMatrix(
+            words, scales, zeros, bits=self.bits, shape=self.shape, g_idx=self.g_idx
+        )
+
     @property
     def groups(self) -> int:
         """Grids per output."""
