@@ -390,7 +390,7 @@ def _tokens(x: Any, dtype: str | None) -> tuple[np.ndarray, int]:
 
 def input_places(g_idx: np.ndarray, groups: int, bits: int) -> np.ndarray:
     """Return the place of each input in a lane, int64 (in,): the layout as a reader needs it."""
-    starts, order = _places(g_idx, groups, STEPS[bits][0])
+    order = _places(g_idx, groups, STEPS[bits][0])[1]
     if order is None:
         return np.arange(len(g_idx))
     at = np.empty(len(g_idx), np.int64)

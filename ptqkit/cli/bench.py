@@ -162,7 +162,7 @@ def _measure(args: argparse.Namespace) -> Any:
     from ptqkit.hf.speed.shapes import ONE_B
 
     with prefixed("MODEL "):
-        folders = [MODEL_DIR if name == DEMO else model_folder(name) for name in args.model]
+        folders = {n: MODEL_DIR if n == DEMO else model_folder(n) for n in args.model}
     cases = folder_cases(folders, args.compute, args.floats)
     if args.random_1b:
         forms = args.forms or _DEFAULT_FORMS

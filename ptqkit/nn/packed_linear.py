@@ -22,6 +22,7 @@ from ptqkit.nn.panels import (
     unpack_panels,
 )
 from ptqkit.nn.qlinear import QLinear
+from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["COMPUTE", "PackedLinear"]
 
@@ -264,8 +265,8 @@ class PackedLinear(QLinear):
         shape = (*x.shape[:-1], self.out_features)
         if flat.shape[0] == 0:
             return x.new_empty(shape)
-        if self.integers():
-            y = self._integer_product(flat)
+        if self.activations is not None and self.integers():
+            y = self._integer_product(flat, self.activations)
         else:
             y = self._float_product(flat)
         if self.bias is not None:
@@ -288,8 +289,7 @@ class PackedLinear(QLinear):
         )
         return y
 
-    def _integer_product(self, x: torch.Tensor) -> torch.Tensor:
-        spec = self.activations
+    def _integer_product(self, x: torch.Tensor, spec: ActivationQuantization) -> torch.Tensor:
         codes, scales, zeros = input_codes(x, spec, self.input_scale, self.input_zero_point)
         if not bool(scales.isfinite().all() & x.isfinite().all()):
             raise FloatingPointError("the inputs of a quantized layer hold NaN or Inf")

@@ -26,7 +26,9 @@ BITS = [2, 3, 4, 8, "ternary"]
 SHAPES = [((37, 96), 32), ((16, 70), 24), ((5, 64), None), ((1, 33), 16), ((48, 128), 128)]
 
 
-def case(bits, shape, group_size, *, permuted=False, symmetric=False, scale_dtype="float32", seed=0):
+def case(
+    bits, shape, group_size, *, permuted=False, symmetric=False, scale_dtype="float32", seed=0
+):
     rng = np.random.default_rng(seed)
     out, inputs = shape
     top = 3 if bits == "ternary" else 1 << bits

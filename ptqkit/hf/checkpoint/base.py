@@ -292,9 +292,7 @@ def build_matrix(
     if g_idx is None:
         g_idx = np.arange(inputs) // (group_size or max(inputs, 1))
     elif g_idx.shape != (inputs,) or (inputs and not 0 <= g_idx.min() <= g_idx.max() < groups):
-        raise ValueError(
-            f"g_idx must be {inputs} numbers in [0, {groups}): the files are damaged"
-        )
+        raise ValueError(f"g_idx must be {inputs} numbers in [0, {groups}): the files are damaged")
     return QuantizedMatrix(
         codes=codes,
         scales=np.ascontiguousarray(scales.to(torch.float32).numpy()),

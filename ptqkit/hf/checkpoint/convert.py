@@ -57,7 +57,9 @@ def converted_state(
 
 
 def _spec(name: str, matrix: QuantizedMatrix, activations: Any) -> LayerSpec:
-    natural = bool((matrix.g_idx[1:] >= matrix.g_idx[:-1]).all()) and even_groups(matrix.g_idx, matrix.group_size)
+    natural = bool((matrix.g_idx[1:] >= matrix.g_idx[:-1]).all()) and even_groups(
+        matrix.g_idx, matrix.group_size
+    )
     return LayerSpec(
         name, *matrix.shape, grid=matrix.grid, permuted=not natural, activations=activations
     )

@@ -33,8 +33,8 @@ For a layer ``P`` with weight (out, in) and ``g = ceil(in / group_size)`` groups
 ``P.bias``         as in the float model
 =================  ==========================  ====================================================
 
-Version 3 adds ``layout``: ``"rows"`` is the table above, ``"panels"`` holds the tensors of a layer as
-kernels read them (:mod:`ptqkit.arrays.packed`), so that a file is mapped and not converted. With
+Version 3 adds ``layout``: ``"rows"`` is the table above, ``"panels"`` holds the tensors of a layer
+as kernels read them (:mod:`ptqkit.arrays.packed`), so that a file is mapped and not converted. With
 ``p = ceil(out / 16)`` panels, of which the last is filled up, and ``w`` words per output:
 
 =================  ==========================  ====================================================
@@ -286,7 +286,11 @@ def _read_panels(name: str, fetch: Fetch, options: Mapping[str, Any]) -> Quantiz
             )
     g_idx = fetch(f"{name}.g_idx").numpy() if options["permuted"] else None
     groups = np.arange(shape[1]) // (options["group_size"] or shape[1]) if g_idx is None else g_idx
-    if groups.shape != shape[1:] or groups.min() < 0 or not even_groups(groups, options["group_size"]):
+    if (
+        groups.shape != shape[1:]
+        or groups.min() < 0
+        or not even_groups(groups, options["group_size"])
+    ):
         raise ValueError(f"{name}.g_idx must hold each group group_size times: it is damaged")
     zeros = unpack_grid(tensors["zero_points"], shape[0]).contiguous().numpy()
     scales = unpack_grid(tensors["scales"], shape[0])

@@ -1,4 +1,4 @@
-"""Make models with random weights, layer by layer, to measure speed: values do not matter for it."""
+"""Make models with random weights layer by layer: for speed, values do not matter."""
 
 from __future__ import annotations
 

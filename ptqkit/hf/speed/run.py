@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,11 @@ class SpeedCase:
 
 
 def folder_cases(
-    folders: Sequence[str | os.PathLike[str]],
+    folders: Mapping[str, str | os.PathLike[str]],
     computes: Sequence[str] = ("auto",),
     floats: Sequence[str] = _FLOATS,
 ) -> list[SpeedCase]:
-    """Return the cases of folders of models.
+    """Return the cases of folders of models, by the names that the report shows.
 
     A float model runs in each dtype of ``floats``; a quantized one in the dtype of its files, and
     each way of ``computes``. If all folders are quantized, the float rows are those of the
@@ -69,20 +69,27 @@ def folder_cases(
     """
     cases: list[SpeedCase] = []
     quantized: list[SpeedCase] = []
-    for folder in map(os.fspath, folders):
+    for name, path in folders.items():
+        folder = os.fspath(path)
         settings = read_config(Path(folder)).get("quantization_config")
         if not settings:
-            cases += [SpeedCase(folder, dtype, folder, dtype) for dtype in floats]
+            cases += [SpeedCase(name, dtype, folder, dtype) for dtype in floats]
             continue
         dtype = compute_dtype("auto", stored_dtype(Path(folder)), "cpu")
-        method = settings.get("checkpoint_format") or settings.get("quant_method", "quantized")
         for compute in computes:
-            form = str(method) + ("" if compute == "auto" else f" {compute}")
-            quantized.append(SpeedCase(folder, form, folder, dtype, compute))
+            form = _form(settings) + ("" if compute == "auto" else f" {compute}")
+            quantized.append(SpeedCase(name, form, folder, dtype, compute))
     if not cases and quantized:
-        first = quantized[0].folder
-        cases = [SpeedCase(first, d, first, d, dequantized=True) for d in floats]
+        first = quantized[0]
+        cases = [SpeedCase(first.model, d, first.folder, d, dequantized=True) for d in floats]
     return cases + quantized
+
+
+def _form(settings: Mapping[str, Any]) -> str:
+    """Return the short name of a format."""
+    version = settings.get("format_version")
+    method = settings.get("checkpoint_format") or settings.get("quant_method", "quantized")
+    return f"{method} v{version}" if version else str(method)
 
 
 def random_cases(
@@ -165,7 +172,7 @@ def measure_speed(
                 **values,
             )
         )
-    return SpeedReport(tuple(rows), show_config()["cpu_level"])
+    return SpeedReport(tuple(rows), str(show_config()["cpu_level"]))
 
 
 def _file_bytes(case: SpeedCase, tensors: int) -> int:

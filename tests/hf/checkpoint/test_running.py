@@ -55,7 +55,7 @@ def test_every_format_runs_packed(form, tmp_path):
     assert set(loaded.ptqkit_compute.layers) == set(layers)
     assert set(loaded.ptqkit_compute.layers.values()) == {"packed"}
     assert f"{len(layers)} x packed" in str(loaded.ptqkit_compute)
-    for name, q in layers.items():
+    for name in layers:
         module = loaded.get_submodule(name)
         assert isinstance(module, PackedLinear)
         assert module._packed.dtype == torch.int32 and not module.training
@@ -308,3 +308,54 @@ def test_truncated_files_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
         load(out)
+
+
+def test_perplexity_is_equal_to_four_digits(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ptqkit.demo import MODEL_DIR, text
+    from ptqkit.hf.evaluation.likelihood import perplexity
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    layers = fake_quantize(model, bits=3, group_size=64)
+    save_checkpoint(model, layers, None, tmp_path / "out", checkpoint_format="ptqkit_v3")
+    found, expected = (
+        perplexity(m, tokenizer, [text("test")], window=256, max_tokens=500, progress=False)
+        for m in (load(tmp_path / "out", compute="packed"), model)
+    )
+    assert f"{found.perplexity:.4g}" == f"{expected.perplexity:.4g}"
+    assert abs(found.perplexity / expected.perplexity - 1) < 1e-4
+
+
+def _private_bytes():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+def test_loading_version_3_takes_no_memory(tmp_path):
+    from safetensors.torch import save_file
+
+    from ptqkit.hf.checkpoint.formats import PANELS
+    from ptqkit.hf.checkpoint.spec import LayerSpec
+    from ptqkit.hf.speed.random_model import random_model
+    from ptqkit.hf.speed.shapes import ModelShape
+
+    model = random_model(ModelShape(1024, 3072, 5, 16, 16, 64), "W8", positions=64)
+    specs = [
+        LayerSpec(name, m.out_features, m.in_features, m.read().grid)
+        for name, m in model.named_modules()
+        if isinstance(m, PackedLinear)
+    ]
+    model.config.quantization_config = PANELS.config(specs, linears=[])
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(tmp_path)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = logits(model)
+    del model
+    size = (tmp_path / "model.safetensors").stat().st_size
+    before = _private_bytes()
+    loaded = load(tmp_path)
+    assert size > 60e6 and _private_bytes() - before < 0.2 * size
+    assert torch.equal(logits(loaded), expected)
+    assert _private_bytes() - before < 0.2 * size

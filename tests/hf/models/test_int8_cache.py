@@ -70,7 +70,9 @@ def test_beams_crops_and_repeats():
     cache.update(states(), states(seed=1), 0)
     before = cache.layers[0].stored[0].read(torch.float32)
     cache.batch_repeat_interleave(2)
-    assert torch.equal(cache.layers[0].stored[0].read(torch.float32), before.repeat_interleave(2, 0))
+    assert torch.equal(
+        cache.layers[0].stored[0].read(torch.float32), before.repeat_interleave(2, 0)
+    )
     cache.batch_select_indices(torch.tensor([0, 2]))
     assert torch.equal(cache.layers[0].stored[0].read(torch.float32), before)
     cache.reorder_cache(torch.tensor([1, 0]))
