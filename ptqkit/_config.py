@@ -10,7 +10,18 @@ import ptqkit._core as _core
 
 __all__ = ["configure", "show_config"]
 
-CPU_LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "neon")
+# Levels, and those features of theirs that are found together.
+CPU_LEVELS = (
+    "base",
+    "avx2",
+    "avx512",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512_vnni_bf16",
+    "avx512_vnni_bf16_amx",
+    "neon",
+    "neon_dotprod",
+)
 
 
 def configure(environ: Mapping[str, str] = os.environ) -> None:
@@ -29,7 +40,7 @@ def configure(environ: Mapping[str, str] = os.environ) -> None:
         level = _core.set_cpu_level(environ.get("PTQKIT_CPU", ""))
     except ValueError as error:
         raise ImportError(f"PTQKIT_CPU: {error}") from None
-    blas = environ.get("PTQKIT_BLAS", "") or ("scipy" if level in ("base", "neon") else "builtin")
+    blas = environ.get("PTQKIT_BLAS", "") or ("scipy" if level == "base" or level.startswith("neon") else "builtin")
     if blas not in ("scipy", "builtin"):
         raise ImportError(f"PTQKIT_BLAS must be scipy or builtin, not {blas!r}")
     _core.use_builtin_blas()

@@ -211,6 +211,28 @@ def int8_matmul(
     threads: int,
     /,
 ) -> None: ...
+def int8_pack(
+    codes: _U8 | _I8,  # (outputs, n); to int8 128 is added
+    words: _U32,  # (ceil(outputs / 16), ceil(n / 4), 16), written
+    sums: _I32,  # (outputs,), written: of codes less 128
+    threads: int,
+    /,
+) -> None: ...
+def int8_linear(
+    X: _Tokens,  # (tokens, n), rows may lie apart
+    dtype: int,
+    grid: _SignedGrid,  # at most 8 bits
+    x_scales: _F32 | None,  # (1,), or None: a grid is fitted to each token
+    x_zeros: _I8 | None,  # the same
+    words: _U32,  # of int8_pack
+    sums: _I32 | None,  # of int8_pack; None: summed when needed
+    w_scales: _F32,  # (outputs,) or (1,)
+    w_zeros: _F32,  # the same, of codes from 0 to 255
+    bias: _F32 | None,  # (outputs,)
+    y: _F32,  # (tokens, outputs), written
+    threads: int,
+    /,
+) -> None: ...
 def pack(
     codes: _U8,  # (rows, columns), below 2**bits
     bits: int,

@@ -286,6 +286,17 @@ int args_grid(PyObject *tuple, ptq_grid *grid) {
     return -1;
 }
 
+int args_signed_grid(PyObject *tuple, ptq_signed_grid *grid) {
+    static const args_field fields[] = {
+        {"bits", 0, 2, 16}, {"symmetric", 0, 0, 1}, {"narrow", 0, 0, 1}};
+    double v[3];
+    if (args_fields(tuple, "grid", fields, 3, v)) return -1;
+    *grid = (ptq_signed_grid){(int)v[0], (int)v[1], (int)v[2]};
+    if (grid->symmetric || !grid->narrow) return 0;
+    PyErr_SetString(PyExc_ValueError, "grid.narrow must be 0 if grid.symmetric is 0");
+    return -1;
+}
+
 /* ---- results --------------------------------------------------------------------------- */
 
 int args_raise(ptq_status status) {

@@ -68,6 +68,8 @@ int args_fields(PyObject *tuple, const char *name, const args_field *fields, int
                 double *values);
 /* (max_code, symmetric, method, steps, candidates, scale_type, min_zero, min_shrink, norm) */
 int args_grid(PyObject *tuple, ptq_grid *grid);
+/* (bits, symmetric, narrow) */
+int args_signed_grid(PyObject *tuple, ptq_signed_grid *grid);
 
 /* Raise what a status means; 0 if it is PTQ_OK. */
 int args_raise(ptq_status status);

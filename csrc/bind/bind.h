@@ -26,6 +26,8 @@
     X(outlier_columns)      \
     X(bias_correction)      \
     X(int8_matmul)          \
+    X(int8_pack)            \
+    X(int8_linear)          \
     X(pack)                 \
     X(unpack)               \
     X(words_pack)           \

@@ -18,24 +18,13 @@ static int skip_array(const uint8_t **skip, PyObject *o, npy_intp n) {
     return a ? args_dim(a, "skip", 0, n) : 0;
 }
 
-static int parse_grid(PyObject *tuple, ptq_signed_grid *grid) {
-    static const args_field fields[] = {
-        {"bits", 0, 2, 16}, {"symmetric", 0, 0, 1}, {"narrow", 0, 0, 1}};
-    double v[3];
-    if (args_fields(tuple, "grid", fields, 3, v)) return -1;
-    *grid = (ptq_signed_grid){(int)v[0], (int)v[1], (int)v[2]};
-    if (grid->symmetric || !grid->narrow) return 0;
-    PyErr_SetString(PyExc_ValueError, "grid.narrow must be 0 if grid.symmetric is 0");
-    return -1;
-}
-
 PTQ_BIND(signed_grid, 3, "low, high, grid",
          "Return (scale, zero) of the grid that covers 0 and the range from low to high.\n\n"
          "grid is (bits, symmetric, narrow), bits from 2 to 16; x = scale * (code - zero).") {
     ptq_signed_grid grid;
     double low, high;
     if (args_real(&low, args[0], "low") || args_real(&high, args[1], "high") ||
-        parse_grid(args[2], &grid))
+        args_signed_grid(args[2], &grid))
         return NULL;
     float scale;
     int zero;
@@ -80,7 +69,8 @@ PTQ_BIND(activations_quantize, 9, "X, dtype, skip, grid, per_token, codes, scale
     const uint8_t *skip;
     ptq_signed_grid grid;
     int threads;
-    if (channels_array(&X, args[0], args[1], &dtype) || parse_grid(args[3], &grid)) return NULL;
+    if (channels_array(&X, args[0], args[1], &dtype) || args_signed_grid(args[3], &grid))
+        return NULL;
     const long long per_token = args_int(args[4], "per_token", 0, 1);
     if (per_token < 0 ||
         args_output(&codes, args[5], "codes", grid.bits > 8 ? NPY_INT16 : NPY_INT8, 2) ||

@@ -75,7 +75,8 @@ static PyObject *set_cpu_level(PyObject *self, PyObject *name) {
     if (ptq_cpu_select(level) != PTQ_OK)
         return PyErr_Format(PyExc_ValueError,
                             "CPU level %R is unknown or not supported by this CPU; use base, "
-                            "avx2, avx512, avx512_bf16 or neon",
+                            "avx2, avx512 with _vnni, _bf16, _amx in this order, neon or "
+                            "neon_dotprod",
                             name);
     return PyUnicode_FromString(ptq_cpu_level());
 }

@@ -29,7 +29,7 @@ typedef struct {
     int64_t depth;        /* of a sum, in rows of a panel */
     int64_t tile;         /* panels per tile side */
     float *work;          /* (threads, tile * nr, nr) sums of a chunk */
-    float limit; /* below it, no sum of squares can overflow */
+    float limit;          /* below it, no sum of squares can overflow */
     atomic_int bad, large;
 } update;
 
@@ -85,9 +85,10 @@ static void multiply(const update *u, int64_t a, int64_t b, int64_t depth, float
     }
     memset(C, 0, sizeof(float) * (size_t)size);
     if (u->pairs)
-        u->k->pairs.gemm(C, (const uint32_t *)u->packed + a, u->nr,
-                         (const uint32_t *)u->packed + b, depth);
-    else u->k->gemm.f32(C, (const float *)u->packed + a, u->nr, (const float *)u->packed + b, depth);
+        u->k->pairs.gemm(C, (const uint32_t *)u->packed + a, u->nr, (const uint32_t *)u->packed + b,
+                         depth);
+    else
+        u->k->gemm.f32(C, (const float *)u->packed + a, u->nr, (const float *)u->packed + b, depth);
     for (int64_t i = 0; i < size; i++) sum[i] += C[i];
 }
 
@@ -231,6 +232,7 @@ static ptq_status update_chunks(update *u, int64_t tokens, int threads) {
 }
 
 static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
+    if (!tokens) return PTQ_OK;
     u->panels = ptq_ceil_div(u->n, u->nr);
     choose_tiles(u, tokens, threads);
     const int64_t words = u->panels * rows_for(u, ptq_min64(CHUNK, tokens)) * u->nr;

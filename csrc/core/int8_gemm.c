@@ -1,8 +1,8 @@
 /* int8_gemm.c - X W^T from 8-bit codes: int32 sums of tiles of panels, then zero-points and scales.
  *
  * The weights lie in panels, packed once or here. The tokens are packed in strips, a chunk of them
- * at a time, and quantized on the way if they are values. A task is a block of both: its strips stay
- * in the second cache while its panels pass by, each of which is read once per task. */
+ * at a time, and quantized on the way if they are values. A task is a block of both: its strips
+ * stay in the second cache while its panels pass by, each of which is read once per task. */
 #include <math.h>
 #include <stdatomic.h>
 
@@ -25,11 +25,11 @@ typedef struct {
     const ptq_kernels *k;
     const ptq_int8_args *a;
     const uint32_t *panels;
-    const int32_t *w_sums;       /* NULL: no activation has a zero-point */
-    int64_t words, strip_bytes;  /* of one lane; of one strip */
+    const int32_t *w_sums;        /* NULL: no activation has a zero-point */
+    int64_t words, strip_bytes;   /* of one lane; of one strip */
     int64_t height, width, depth; /* of a task: tokens, outputs; words of a sum */
-    int64_t first, count;        /* tokens of this chunk */
-    int64_t blocks;              /* of tokens in the chunk */
+    int64_t first, count;         /* tokens of this chunk */
+    int64_t blocks;               /* of tokens in the chunk */
     char *strips;
     ptq_int8_row *rows; /* (count) */
     char *work;         /* of the threads, `workspace` each */
@@ -50,7 +50,7 @@ typedef struct {
     int32_t *sums;
 } packing;
 
-typedef uint32_t four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t four __attribute__((vector_size(16), aligned(1), may_alias));
 #define SHUFFLE __builtin_shufflevector
 
 /* Quads k .. k + 3 of four rows, words of four lanes. */
@@ -90,16 +90,14 @@ static void pack_panel_task(void *ctx, int64_t panel, int thread) {
     const uint8_t *codes = p->codes + row * n;
     uint32_t *out = p->out + panel * p->words * PTQ_ROW_WORDS;
     const four flip = {p->flip, p->flip, p->flip, p->flip};
-    if (present < PTQ_LANES)
-        memset(out, 0, sizeof *out * (size_t)(p->words * PTQ_ROW_WORDS));
+    if (present < PTQ_LANES) memset(out, 0, sizeof *out * (size_t)(p->words * PTQ_ROW_WORDS));
     for (int64_t k = 0; k < whole; k += 4)
         for (int r = 0; r < fours; r += 4)
             pack_four(codes + r * n + k * PTQ_QUAD, n, flip, out + k * PTQ_ROW_WORDS + r);
     for (int r = 0; r < present; r++)
         for (int64_t k = r < fours ? whole : 0; k < p->words; k++)
-            out[k * PTQ_ROW_WORDS + r] =
-                one_quad(codes + r * n + k * PTQ_QUAD,
-                         ptq_min64(PTQ_QUAD, n - k * PTQ_QUAD), p->flip);
+            out[k * PTQ_ROW_WORDS + r] = one_quad(codes + r * n + k * PTQ_QUAD,
+                                                  ptq_min64(PTQ_QUAD, n - k * PTQ_QUAD), p->flip);
     if (!p->sums) return;
     for (int r = 0; r < present; r++) /* signed codes are less by 128 already */
         p->sums[row + r] = sum_codes(codes + r * n, n, p->flip ? 0 : MIDDLE);
@@ -135,7 +133,8 @@ static void sum_panel_task(void *ctx, int64_t panel, int thread) {
 /* Bytes from row to row of codes on their way to a strip; not a power of two. */
 static int64_t row_stride(const product *p) { return ptq_round_up(p->a->n, 64) + 64; }
 
-/* Codes of token t, made in `codes` if there are none, and what its results have in common. */
+/* Codes of token t, made in `codes` if there are none, and what its results have in common. NULL if
+ * it is not finite, or its range. */
 static const int8_t *token_codes(product *p, int64_t t, int8_t *codes, float *values,
                                  ptq_int8_row *row) {
     const ptq_int8_args *a = p->a;
@@ -144,17 +143,15 @@ static const int8_t *token_codes(product *p, int64_t t, int8_t *codes, float *va
     int zero = a->x_grids ? a->x_zeros[g] : 0;
     if (a->x) codes = (int8_t *)(uintptr_t)(a->x + t * n);
     else {
-        const char *in = (const char *)a->values + t * n * (a->dtype == PTQ_F32 ? 4 : 2);
+        const char *in = (const char *)a->values + t * a->ldx * (a->dtype == PTQ_F32 ? 4 : 2);
         const float *x = a->dtype == PTQ_F32 ? (const float *)(const void *)in : values;
-        if (!p->k->tokens.all_below(a->dtype, in, n, INFINITY)) {
-            p->nonfinite = 1;
-            return NULL;
-        }
+        if (!p->k->tokens.all_below(a->dtype, in, n, INFINITY)) return NULL;
         if (x == values) p->k->tokens.widen(a->dtype, in, NULL, n, values);
         if (!a->x_grids) {
             float low, high;
             p->k->activations.range(x, n, &low, &high);
             ptq_signed_grid_fit(&a->grid, low, high, &scale, &zero);
+            if (isinf(scale)) return NULL;
         }
         const int half = 1 << (a->grid.bits - 1);
         p->k->activations.codes(x, n, scale, (float)zero, a->grid.narrow ? 1 - half : -half,
@@ -175,8 +172,10 @@ static void strip_task(void *ctx, int64_t strip, int thread) {
     float *values = (float *)(void *)(work + row_stride(p) * mr);
     const int8_t *codes = a->x ? a->x + (p->first + first) * a->n : work;
     for (int i = 0; i < tokens; i++)
-        if (!token_codes(p, p->first + first + i, work + i * stride, values, p->rows + first + i))
+        if (!token_codes(p, p->first + first + i, work + i * stride, values, p->rows + first + i)) {
+            p->nonfinite = 1;
             return;
+        }
     p->k->int8.pack(codes, stride, a->n, tokens, p->strips + strip * p->strip_bytes);
 }
 
@@ -250,7 +249,8 @@ static void block_task(void *ctx, int64_t task, int thread) {
     }
 }
 
-/* Sizes of blocks: strips in half of the second cache, a sum as deep as it is wide for the first. */
+/* Sizes of blocks: strips in half of the second cache, a sum as deep as it is wide for the first.
+ */
 static void choose_blocks(product *p, int64_t chunk, int threads) {
     const ptq_int8_kernels *k = &p->k->int8;
     const int64_t tile = k->panels * PTQ_LANES, token = p->strip_bytes / k->mr;

@@ -239,7 +239,8 @@ ptq_status ptq_int8_pack(const void *codes, int flipped, int64_t outputs, int64_
 typedef struct {
     int64_t tokens, outputs, n; /* n at most PTQ_INT8_INPUTS */
     const int8_t *x;            /* (tokens, n) codes, or NULL */
-    const void *values;         /* (tokens, n) */
+    const void *values;         /* (tokens, n), rows ldx apart */
+    int64_t ldx;
     ptq_dtype dtype;
     ptq_signed_grid grid;   /* of values, at most 8 bits */
     int64_t x_grids;        /* tokens or 1; values: 1, or 0 for a grid fitted to each token */
@@ -259,7 +260,8 @@ typedef struct {
 } ptq_int8_args;
 
 /* y = s_x s_w sum (x - zero_x)(w - zero_w) + bias, the sum exact, one rounding; + x_float w_float.
- * PTQ_NONFINITE if values are NaN or Inf; y is then undefined. */
+ * PTQ_NONFINITE if values are NaN or Inf, or the range of a token overflows; y is then undefined.
+ */
 ptq_status ptq_int8_matmul(const ptq_int8_args *args, int threads);
 
 /* ---- obq.c ----------------------------------------------------------------------------- */

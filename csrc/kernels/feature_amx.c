@@ -1,6 +1,6 @@
 /* feature_amx.c - x86 with AMX: 2 x 2 tiles of 16 rows of 64 bytes, for int8 codes and for pairs of
- * bf16. A row of a panel of words is a row of the right tile as it stands; tokens are packed as left
- * tiles. The bf16 product takes subnormal numbers for 0, in operands and in sums, and sums two
+ * bf16. A row of a panel of words is a row of the right tile as it stands; tokens are packed as
+ * left tiles. The bf16 product takes subnormal numbers for 0, in operands and in sums, and sums two
  * products at a time, each sum rounded to nearest. */
 #include "kernels.h"
 
@@ -9,7 +9,7 @@
 #include <string.h>
 
 #ifdef __clang__
-#pragma clang attribute push(                                                        \
+#pragma clang attribute push(                                                                 \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,amx-bf16"))), \
     apply_to = function)
 #else
@@ -20,7 +20,13 @@
 /* GCC does not know that the instructions below read memory. */
 #define WRITTEN() __asm__ volatile("" ::: "memory")
 
-enum { ROWS = 16, ROW = 64 /* bytes */, WORDS = ROW / 4, TILE = ROWS * WORDS /* words */, SIDE = 32 };
+enum {
+    ROWS = 16,
+    ROW = 64 /* bytes */,
+    WORDS = ROW / 4,
+    TILE = ROWS * WORDS /* words */,
+    SIDE = 32
+};
 
 /* All eight tiles whole. The tile state is a thread's own. */
 static void amx_enter(void) {
@@ -51,7 +57,8 @@ static void amx_int8_pack(const int8_t *restrict codes, int64_t stride, int64_t 
     for (int64_t c = 0; c < n; c += ROW, out += SIDE * ROW) {
         const int64_t width = n - c < ROW ? n - c : ROW;
         if (tokens < SIDE || width < ROW) memset(out, 0, SIDE * ROW);
-        for (int i = 0; i < tokens; i++) memcpy(out + i * ROW, codes + i * stride + c, (size_t)width);
+        for (int i = 0; i < tokens; i++)
+            memcpy(out + i * ROW, codes + i * stride + c, (size_t)width);
     }
 }
 
@@ -168,8 +175,8 @@ static void amx_pairs_pack(const uint16_t *X, int64_t ldx, const int64_t *rows, 
     memset(out + pairs * SIDE, 0, sizeof *out * (size_t)((whole - pairs) * SIDE));
     for (int64_t k = 0; k < whole; k += 4)
         for (int i = 0; i < SIDE; i += 4)
-            turn_four(out + k * SIDE + i, left + k / WORDS * 2 * TILE + i / ROWS * TILE +
-                                              i % ROWS * WORDS + k % WORDS);
+            turn_four(out + k * SIDE + i,
+                      left + k / WORDS * 2 * TILE + i / ROWS * TILE + i % ROWS * WORDS + k % WORDS);
 }
 
 void ptq_add_avx512_amx(ptq_kernels *k) {

@@ -45,8 +45,8 @@ static void pairs_gemm(float *restrict C, const uint32_t *restrict A, ptrdiff_t 
 }
 
 void ptq_add_avx512_bf16(ptq_kernels *k) {
-    k->pairs = (ptq_pairs_kernels){
-        .mr = MR, .nr = NR, .step = 1, .gemm = pairs_gemm, .pack = pairs_pack};
+    k->pairs =
+        (ptq_pairs_kernels){.mr = MR, .nr = NR, .step = 1, .gemm = pairs_gemm, .pack = pairs_pack};
 }
 #ifdef __clang__
 #pragma clang attribute pop

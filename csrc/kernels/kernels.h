@@ -55,8 +55,8 @@ typedef struct {
  */
 typedef struct {
     int mr, nr;
-    int step;    /* the pairs of a panel are filled up to a multiple of it with zeros */
-    int turned;  /* panels are packed a second time as left operands, at the same places */
+    int step;   /* the pairs of a panel are filled up to a multiple of it with zeros */
+    int turned; /* panels are packed a second time as left operands, at the same places */
     /* As gemm.f32; both products of a pair are exact in float32. With `turned`, sa is ignored. */
     void (*gemm)(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *B, ptrdiff_t K);
     /* Columns [c, c + nr) of `count` tokens into (ceil(count / 2), nr) words, and those of the left
@@ -207,9 +207,9 @@ typedef struct {
     int32_t codes; /* sum of its codes */
 } ptq_int8_row;
 
-/* Products of signed 8-bit codes of tokens, packed in strips, and unsigned ones of weights in panels
- * (words.h). A strip is mr tokens, `token_bytes` for each and each word of weights; its words are
- * filled up to a multiple of `step` with zeros. */
+/* Products of signed 8-bit codes of tokens, packed in strips, and unsigned ones of weights in
+ * panels (words.h). A strip is mr tokens, `token_bytes` for each and each word of weights; its
+ * words are filled up to a multiple of `step` with zeros. */
 typedef struct {
     int mr, panels; /* the tile of `dots` */
     int token_bytes, step;

@@ -45,8 +45,8 @@ static inline void vf_widen_add(double *sum, vf x) {
 #define vi_store(p, v) _mm256_storeu_si256((__m256i *)(p), (__m256i)(v))
 #define vi_set1(x) ((vi)_mm256_set1_epi32(x))
 /* Pairs of 16 bits: pmaddubsw would saturate, and what avoids it takes as long. */
-#define vi_part(s, w)                                                     \
-    ((s) ? (vi)_mm256_srli_epi16((__m256i)(w), 8)                         \
+#define vi_part(s, w)                             \
+    ((s) ? (vi)_mm256_srli_epi16((__m256i)(w), 8) \
          : (vi)_mm256_and_si256((__m256i)(w), _mm256_set1_epi16(0x00ff)))
 #define vi_dot(acc, w, x) \
     ((vi)_mm256_add_epi32((__m256i)(acc), _mm256_madd_epi16((__m256i)(w), (__m256i)(x))))

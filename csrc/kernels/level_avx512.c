@@ -29,8 +29,8 @@
 #define vi_load(p) ((vi)_mm512_loadu_si512(p))
 #define vi_store(p, v) _mm512_storeu_si512(p, (__m512i)(v))
 #define vi_set1(x) ((vi)_mm512_set1_epi32(x))
-#define vi_part(s, w)                                                     \
-    ((s) ? (vi)_mm512_srli_epi16((__m512i)(w), 8)                         \
+#define vi_part(s, w)                             \
+    ((s) ? (vi)_mm512_srli_epi16((__m512i)(w), 8) \
          : (vi)_mm512_and_si512((__m512i)(w), _mm512_set1_epi16(0x00ff)))
 #define vi_dot(acc, w, x) \
     ((vi)_mm512_add_epi32((__m512i)(acc), _mm512_madd_epi16((__m512i)(w), (__m512i)(x))))

@@ -37,10 +37,11 @@ static inline void vf_widen_add(double *sum, vf x) {
 #define vi_load(p) ((vi)vld1q_s32((const int32_t *)(p)))
 #define vi_store(p, v) vst1q_s32(p, (int32x4_t)(v))
 #define vi_set1(x) ((vi)vdupq_n_s32(x))
-#define vi_part(s, w)                                                  \
-    ((s) ? (vi)vshrq_n_u16((uint16x8_t)(w), 8)                         \
+#define vi_part(s, w)                          \
+    ((s) ? (vi)vshrq_n_u16((uint16x8_t)(w), 8) \
          : (vi)vandq_u16((uint16x8_t)(w), vdupq_n_u16(0x00ff)))
-#define vi_dot(acc, w, x) ((vi)vaddq_s32((int32x4_t)(acc), pair_sums((int16x8_t)(w), (int16x8_t)(x))))
+#define vi_dot(acc, w, x) \
+    ((vi)vaddq_s32((int32x4_t)(acc), pair_sums((int16x8_t)(w), (int16x8_t)(x))))
 static inline int32x4_t pair_sums(int16x8_t w, int16x8_t x) {
     return vpaddq_s32(vmull_s16(vget_low_s16(w), vget_low_s16(x)), vmull_high_s16(w, x));
 }

@@ -346,6 +346,7 @@ static void run_int8(results *r) {
                                 .outputs = O,
                                 .n = n,
                                 .values = values,
+                                .ldx = n,
                                 .grid = {.bits = 8, .symmetric = extreme == 1},
                                 .words = words,
                                 .sums = sums,

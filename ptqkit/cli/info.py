@@ -15,7 +15,7 @@ from ptqkit.cli.output import check_json, say, write_json
 __all__ = ["ENVIRONMENT", "add_parser", "collect"]
 
 ENVIRONMENT = {
-    "PTQKIT_CPU": "kernels to use: base, avx2, avx512 or avx512_bf16 (default: the CPU's best)",
+    "PTQKIT_CPU": "kernels to use: base, avx2, avx512, avx512_vnni_bf16_amx ... (default: the CPU's best)",
     "PTQKIT_BLAS": "code that factorizes: builtin or scipy (default: the faster one)",
     "PTQKIT_OPENMP": "when building: 0 leaves OpenMP out, 1 requires it",
     "PTQKIT_CFLAGS": "when building: further flags of the C compiler",

@@ -14,7 +14,7 @@ import ptqkit.reference as reference
 from ptqkit.arrays.equalization import SCALE_LIMITS
 
 STATS = SHARED / "act_stats"
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["base", "avx2", "avx512", "avx512_bf16", "avx512_vnni_bf16_amx"]
 
 
 def _problem(tokens=60, n=48, rows=(30,), seed=0):

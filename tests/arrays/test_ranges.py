@@ -12,7 +12,7 @@ import ptqkit.reference as reference
 CHANNELS = [1, 3, 4, 15, 16, 17, 63, 64, 65, 127, 1023, 1025, 2100]
 TOKENS = [1, 2, 7, 8, 9, 15, 16, 17, 100]
 DTYPES = ["float32", "float16", "bfloat16"]
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["base", "avx2", "avx512", "avx512_bf16", "avx512_vnni_bf16_amx"]
 
 
 def _inputs(tokens, n, dtype, seed=0):

@@ -15,7 +15,7 @@ from ptqkit.errors import CalibrationError
 
 CHANNELS = [1, 2, 15, 16, 17, 31, 33, 64, 130, 1025]
 DTYPES = ["float32", "float16", "bfloat16"]
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["base", "avx2", "avx512", "avx512_bf16", "avx512_vnni_bf16_amx"]
 
 # Half a bin of 1/32 octave, where octaves begin: sqrt(33/32) - 1.
 HALF_BIN = math.sqrt(33 / 32) - 1

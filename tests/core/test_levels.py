@@ -11,7 +11,16 @@ from helpers.core_cases import EPS, assert_codes, assert_grid, layer, max_code, 
 import ptqkit
 import ptqkit.reference as reference
 
-LEVELS = ["base", "avx2", "avx512", "avx512_bf16", "neon"]
+LEVELS = [
+    "base",
+    "avx2",
+    "avx512",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512_vnni_bf16_amx",
+    "neon",
+    "neon_dotprod",
+]
 BLAS = ["builtin", "scipy"]
 SHAPES = [(30, 48, 16), (49, 97, None), (20, 132, 12)]
 
