@@ -109,7 +109,7 @@ def torch_peers(outputs: int, inputs: int, tokens: list[int], least: int) -> dic
 def onnx_peers(
     outputs: int, inputs: int, tokens: list[int], least: int, threads: int
 ) -> dict[Any, Candidate]:
-    """MatMulNBits of ONNX Runtime at 4 and 2 bits, with int8 (accuracy level 4) and float compute."""
+    """MatMulNBits of ONNX Runtime, with int8 (accuracy level 4) and float compute."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
