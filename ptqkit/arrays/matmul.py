@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import check_threads
-from ptqkit.arrays.activations import QuantizedActivations
+from ptqkit.arrays._inputs import F32, check_threads
+from ptqkit.arrays.activations import QuantizedActivations, SignedGrid
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.arrays.packed import PackedMatrix
 
-__all__ = ["int8_matmul"]
+__all__ = ["PackedInt8", "int8_matmul"]
 
 # Longest sum of products of two int8 codes that surely fits 32 bits.
 LONGEST_SUM = (2**31 - 1) // 2**14
@@ -104,3 +105,103 @@ def _dequantized(q: QuantizedActivations, columns: np.ndarray) -> np.ndarray:
     outliers = None if q.outliers is None else q.outliers[columns]
     part = replace(q, codes=q.codes[..., columns], outliers=outliers)
     return np.ascontiguousarray(part.dequantize().reshape(-1, int(columns.sum())))
+
+
+@dataclass(frozen=True)
+class PackedInt8:
+    """A packed weight of 8 bits with one grid per output, for products with quantized inputs.
+
+    Attributes
+    ----------
+    words : ndarray of uint32, shape (panels, words, 16)
+        Of :class:`ptqkit.PackedMatrix`; not copied.
+    sums : ndarray of int32, shape (out,)
+        Of each output's codes less 128.
+    scales, zeros : ndarray of float32, shape (out,)
+    inputs : int
+    """
+
+    words: np.ndarray
+    sums: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray
+    inputs: int
+
+    @classmethod
+    def of(cls, matrix: PackedMatrix) -> PackedInt8:
+        """View a packed matrix.
+
+        Raises
+        ------
+        ValueError
+            If it has other bits or several groups, or is too wide for 32-bit sums.
+        """
+        inputs = matrix.shape[1]
+        if matrix.bits != 8 or matrix.groups != 1:
+            raise ValueError("integer products take 8 bits and one grid per output")
+        if inputs > LONGEST_SUM:
+            raise ValueError(f"{inputs} inputs: more than {LONGEST_SUM} products can leave int32")
+        codes, scales, zeros, _ = matrix.unpack()
+        sums = codes.sum(axis=1, dtype=np.int64) - 128 * inputs
+        return cls(
+            matrix.words,
+            sums.astype(np.int32),
+            np.ascontiguousarray(scales[:, 0]),
+            zeros[:, 0].astype(np.float32),
+            inputs,
+        )
+
+    def matmul(
+        self,
+        X: np.ndarray,
+        *,
+        bits: int = 8,
+        symmetric: bool = True,
+        scale: float | None = None,
+        zero_point: int = 0,
+        bias: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+        threads: int = 0,
+    ) -> np.ndarray:
+        """Quantize inputs on the way and multiply: exact integer sums, one rounding.
+
+        The codes are those of :func:`quantize_activations` with the same options.
+
+        Parameters
+        ----------
+        X : ndarray of float32, shape (tokens, in)
+        bits : int from 2 to 8
+        symmetric : bool
+        scale, zero_point : number, optional
+            One grid for all tokens; None: each token has its own.
+        bias : ndarray of float32, shape (out,), optional
+        out : ndarray of float32, shape (tokens, out), optional
+            Written and returned.
+        threads : int
+            0 means automatic. The result does not depend on it.
+
+        Raises
+        ------
+        FloatingPointError
+            If X holds NaN or Inf.
+        """
+        if X.ndim != 2 or X.dtype != np.float32 or X.shape[1] != self.inputs:
+            raise ValueError(f"X must be float32 of shape (tokens, {self.inputs})")
+        if out is None:
+            out = np.empty((len(X), len(self.scales)), np.float32)
+        static = scale is not None
+        _core.int8_linear(
+            X,
+            F32,
+            SignedGrid(bits, symmetric, False),
+            np.array([scale], np.float32) if static else None,
+            np.array([zero_point], np.int8) if static else None,
+            self.words,
+            self.sums,
+            self.scales,
+            self.zeros,
+            bias,
+            out,
+            check_threads(threads),
+        )
+        return out

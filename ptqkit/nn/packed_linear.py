@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.activations import QuantizedActivations
-from ptqkit.arrays.matmul import int8_matmul
+from ptqkit.arrays.matmul import PackedInt8, int8_matmul
 from ptqkit.arrays.packed import PackedMatrix
 from ptqkit.arrays.packing import native_pack
 from ptqkit.errors import check_choice
@@ -44,7 +44,7 @@ class PackedLinear(QLinear):
         most ``2 (in + 8) 2**-24 sum_g 2**bits |scale_g| sum |x|`` before the result is rounded to
         the dtype of the inputs. If the inputs are quantized to at most 8 bits, without outlier
         columns, and the weight has 8 bits and one grid per output, the product is one of integers:
-        the very codes of the simulation, an exact sum, one rounding.
+        the very codes of the simulation and an exact sum.
         "int8": as "packed", but float inputs are rounded to 8 bits too, each token and group of
         inputs on a symmetric grid of its own: an input is wrong by at most 1/254 of the largest
         magnitude in its group.
@@ -70,6 +70,7 @@ class PackedLinear(QLinear):
         super().__init__(*args, **kwargs)
         self.compute, self.stored = compute, stored
         self._matrix: PackedMatrix | None = None
+        self._integers: PackedInt8 | None = None
         self._viewed: tuple[Any, ...] = ()
         self._warned: set[str] = set()
 
@@ -149,7 +150,7 @@ class PackedLinear(QLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the module has memory of its own, which its matrix must view.
-        return {**self.__dict__, "_matrix": None, "_viewed": ()}
+        return {**self.__dict__, "_matrix": None, "_viewed": (), "_integers": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         self._matrix, self._viewed = None, ()
@@ -290,17 +291,46 @@ class PackedLinear(QLinear):
         return y
 
     def _integer_product(self, x: torch.Tensor, spec: ActivationQuantization) -> torch.Tensor:
-        codes, scales, zeros = input_codes(x, spec, self.input_scale, self.input_zero_point)
+        weight = self._integer_weight()
+        y = torch.empty(x.shape[0], self.out_features, dtype=torch.float32)
+        symmetric, scale, zero = bool(spec.symmetric), self.input_scale, self.input_zero_point
+        if x.dtype == torch.float32:
+            weight.matmul(
+                x.contiguous().numpy(),
+                bits=spec.bits,
+                symmetric=symmetric,
+                scale=None if scale is None else float(scale),
+                zero_point=0 if zero is None else int(zero),
+                out=y.numpy(),
+            )
+            return y
+        # The simulation makes its codes in half precision: a grid of step 1 finds them again, and the
+        # step is multiplied by afterwards.
+        codes, scales, zeros = input_codes(x, spec, scale, zero)
         if not bool(scales.isfinite().all() & x.isfinite().all()):
             raise FloatingPointError("the inputs of a quantized layer hold NaN or Inf")
-        if zeros is None:
-            zeros = torch.zeros_like(scales)
-        inputs = QuantizedActivations(
-            codes.numpy(),
-            scales.float().numpy(),
-            zeros.to(torch.int8).numpy(),
-            spec.bits,
-            spec.granularity,
-            bool(spec.symmetric),
+        if zeros is not None and zeros.numel() > 1:
+            inputs = QuantizedActivations(
+                codes.numpy(),
+                scales.float().numpy(),
+                zeros.to(torch.int8).numpy(),
+                spec.bits,
+                spec.granularity,
+                symmetric,
+            )
+            return torch.from_numpy(int8_matmul(inputs, self.read()))
+        steps = codes.float() if zeros is None else codes.float() - zeros.float()
+        weight.matmul(
+            steps.numpy(),
+            symmetric=zeros is None,
+            scale=1.0,
+            zero_point=0 if zeros is None else int(zeros),
+            out=y.numpy(),
         )
-        return torch.from_numpy(int8_matmul(inputs, self.read()))
+        return y.mul_(scales.float())
+
+    def _integer_weight(self) -> PackedInt8:
+        matrix = self.matrix()
+        if self._integers is None or self._integers.words is not matrix.words:
+            self._integers = PackedInt8.of(matrix)
+        return self._integers
