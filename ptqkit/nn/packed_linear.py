@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
@@ -129,9 +130,9 @@ class PackedLinear(QLinear):
         ValueError
             If the tensors do not belong together.
         """
-        now = (self._packed, self.scales, self.zero_points, self.g_idx)
-        known = self._viewed
-        if self._matrix is None or any(a is not b for a, b in zip(now, known, strict=True)):
+        held = self._buffers  # Not by attribute: this is asked for at every token.
+        now = (held["weight"], held["scales"], held["zero_points"], held["g_idx"])
+        if self._matrix is None or any(map(operator.is_not, now, self._viewed)):
             scales = self.scales
             if scales.dtype == torch.bfloat16:  # NumPy has none: its bits
                 grid = scales.view(torch.int16).numpy().view(np.uint16)
@@ -229,12 +230,13 @@ class PackedLinear(QLinear):
 
     def _obstacle(self, x: torch.Tensor) -> str:
         """Say what keeps the kernels from this input; empty if nothing does."""
-        if x.device.type != "cpu" or self._packed.device.type != "cpu":
+        if not x.is_cpu or not self._buffers["scales"].is_cpu:
             return f"packed layers run on the CPU, the inputs are on {x.device}"
         if x.dtype not in _DTYPES:
             return f"packed layers take {', '.join(_DTYPES.values())} inputs, not {x.dtype}"
-        bias = self.bias is not None and self.bias.requires_grad
-        if torch.is_grad_enabled() and (x.requires_grad or bias):
+        bias = self._parameters["bias"]
+        asked = x.requires_grad or (bias is not None and bias.requires_grad)
+        if asked and torch.is_grad_enabled():
             return "packed layers have no gradient: run them under torch.no_grad()"
         return ""
 
@@ -251,7 +253,7 @@ class PackedLinear(QLinear):
             return super().forward(x)
         obstacle = self._obstacle(x)
         if not obstacle:
-            return self._product(x)
+            return self._uncompiled(x) if torch.compiler.is_compiling() else self._product(x)
         if self.compute != "auto":
             raise RuntimeError(f"{obstacle}, or set compute='dequantize'")
         if obstacle not in self._warned:
@@ -260,7 +262,9 @@ class PackedLinear(QLinear):
         return super().forward(x)
 
     @torch.compiler.disable
-    @torch.no_grad()
+    def _uncompiled(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x)
+
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.in_features)
         shape = (*x.shape[:-1], self.out_features)
@@ -270,8 +274,9 @@ class PackedLinear(QLinear):
             y = self._integer_product(flat, self.activations)
         else:
             y = self._float_product(flat)
-        if self.bias is not None:
-            y += self.bias
+        bias = self._parameters["bias"]
+        if bias is not None:
+            y += bias
         return y.to(x.dtype).view(shape)
 
     def _float_product(self, x: torch.Tensor) -> torch.Tensor:

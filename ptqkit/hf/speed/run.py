@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -200,7 +201,8 @@ def _in_a_process(job: dict[str, Any], label: str, tell: Callable[[str], None]) 
         )
         assert process.stdin is not None and process.stdout is not None
         try:
-            with process.stdin as pipe:
+            # A process that has failed already reads nothing; its end says why.
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
                 pipe.write(json.dumps(job))
             for line in process.stdout:
                 if not line.startswith('{"event"'):

@@ -67,7 +67,7 @@ def test_every_form_is_measured(folders):
         values = measure(job(case, int8_cache=case.form == "W8A8"), steps.append)
         assert values["prompt_rate"] > 0 and values["generation_rate"] > 0
         assert values["prompt"] == 24 and values["tokens"] == 3
-        assert ("packed" in values["computed"]) == (case.form == "ptqkit v3")
+        assert bool(values["computed"]) == (case.form != "bfloat16")
     assert values["cache_bytes"] == TINY.cache_bytes(16 + 3, bits=8, scale_bits=32)
     assert "int8 inputs as simulated" in values["computed"]
     assert steps[:3] == ["loading", "prompt of 24 tokens", "generating 3 tokens"]
