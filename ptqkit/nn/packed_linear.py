@@ -309,7 +309,7 @@ class PackedLinear(QLinear):
                 out=y.numpy(),
             )
             return y
-        # The simulation makes its codes in half precision: a grid of step 1 finds them again, and the
+        # The simulation makes codes in half precision: a grid of step 1 finds them again, and the
         # step is multiplied by afterwards.
         codes, scales, zeros = input_codes(x, spec, scale, zero)
         if not bool(scales.isfinite().all() & x.isfinite().all()):

@@ -48,7 +48,7 @@ class CheckpointInfo:
     ----------
     directory : Path
     format : str
-        "compressed-tensors", "gptq", "gptq_v2" or "ptqkit".
+        "compressed-tensors", "gptq", "gptq_v2", "ptqkit" or "ptqkit_v3".
     reason : str
     files : tuple of str
     bytes : int
