@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import F32, check_threads
-from ptqkit.arrays.activations import QuantizedActivations, SignedGrid
+from ptqkit.arrays._inputs import as_tokens, check_count, check_number, check_threads
+from ptqkit.arrays.activations import QuantizedActivations, _signed_grid
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.arrays.packed import PackedMatrix
 
-__all__ = ["PackedInt8", "int8_matmul"]
+__all__ = ["int8_linear", "int8_matmul", "pack_int8"]
 
 # Longest sum of products of two int8 codes that surely fits 32 bits.
 LONGEST_SUM = (2**31 - 1) // 2**14
@@ -71,8 +70,7 @@ def int8_matmul(
     n = w.shape[1]
     if x.shape[-1] != n:
         raise ValueError(f"qx has {x.shape[-1]} channels, but qw has {n} inputs")
-    if n > LONGEST_SUM:
-        raise ValueError(f"{n} inputs: more than {LONGEST_SUM} products can leave int32")
+    _check_inputs(n)
     tokens, lead = x.codes.size // n, x.shape[:-1]
     y = np.empty((tokens, len(w.codes)), np.float32)
     x_codes, x_scales, x_zeros = _arrays(x)
@@ -80,6 +78,123 @@ def int8_matmul(
     X, W = _float_columns(x, w) or (None, None)
     _core.int8_matmul(x_codes, x_scales, x_zeros, w_codes, w_scales, w_zeros, X, W, y, threads)
     return y.reshape(*lead, len(w.codes))
+
+
+LANES, QUAD = 16, 4  # outputs of a panel, inputs of a 32-bit word
+
+
+def pack_int8(codes: Any, *, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return 8-bit codes of weights in the order in which :func:`int8_linear` reads them.
+
+    Parameters
+    ----------
+    codes : ndarray of uint8, or of int8 (to which 128 is added), shape (out, in)
+    threads : int
+        0 means automatic.
+
+    Returns
+    -------
+    words : ndarray of uint32, shape (ceil(out / 16), ceil(in / 4), 16)
+        Four codes of one output in a word; outputs and inputs beyond the last have code 0.
+    sums : ndarray of int32, shape (out,)
+        Of each output's codes less 128, for activations with zero-points.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Codes of another type or shape, or sums that could leave int32.
+    """
+    codes = np.ascontiguousarray(codes)
+    if codes.dtype not in (np.uint8, np.int8) or codes.ndim != 2:
+        raise TypeError("codes must be an array of uint8 or int8 of shape (out, in)")
+    outputs, n = codes.shape
+    _check_inputs(n)
+    words = np.empty((-(-outputs // LANES), -(-n // QUAD), LANES), np.uint32)
+    sums = np.empty(outputs, np.int32)
+    _core.int8_pack(codes, words, sums, check_threads(threads))
+    return words, sums
+
+
+def int8_linear(
+    x: Any,
+    words: np.ndarray,
+    w_scales: np.ndarray,
+    w_zeros: np.ndarray,
+    *,
+    sums: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    outputs: int | None = None,
+    bits: int = 8,
+    symmetric: bool = True,
+    narrow_range: bool = False,
+    scale: float | None = None,
+    zero_point: int = 0,
+    threads: int = 0,
+) -> np.ndarray:
+    """Return x W^T + bias, x quantized on the way and W packed, with exact integer sums [IPQS].
+
+    The same numbers as :func:`int8_matmul` of ``quantize_activations(x, bits, ...)`` gives, plus
+    the bias; one rounding to float32.
+
+    Parameters
+    ----------
+    x : array or torch tensor, shape (..., in)
+        float32, float16 or bfloat16 (tensor).
+    words : ndarray of uint32, shape (ceil(out / 16), ceil(in / 4), 16)
+        Of :func:`pack_int8`.
+    w_scales, w_zeros : ndarray of float32, shape (out,) or (1,)
+        W = scale * (code - zero) with codes from 0 to 255.
+    sums : ndarray of int32, shape (out,), optional
+        Of :func:`pack_int8`: saves a pass over W if the activations have zero-points.
+    bias : ndarray of float32, shape (out,), optional
+    outputs : int, optional
+        None: as many as scales, or all that the panels have room for if there is one scale.
+    bits : int from 2 to 8
+    symmetric, narrow_range
+        Grids of the activations, as in ``quantize_activations``; one is fitted to each token.
+    scale, zero_point : number, optional
+        One static grid instead.
+    threads : int
+        0 means automatic. The result does not depend on it.
+
+    Returns
+    -------
+    ndarray of float32, shape (..., out)
+
+    Raises
+    ------
+    TypeError, ValueError
+        Shapes or types that do not fit, more than 8 bits, NaN or Inf in x.
+    """
+    grid = _signed_grid(bits, symmetric, narrow_range)
+    if grid.bits > 8:
+        raise ValueError(f"an int8 product takes at most 8 bits, not {grid.bits}")
+    X, dtype, shape = as_tokens(x)
+    _check_inputs(shape[-1])
+    x_scales = x_zeros = None
+    if scale is not None:
+        scale = check_number(scale, "scale")
+        if not scale > 0:
+            raise ValueError(f"scale must be above 0, not {scale}")
+        x_scales = np.array([scale], np.float32)
+        x_zeros = np.array([zero_point], np.int8)
+    if outputs is None:
+        outputs = len(w_scales) if len(w_scales) > 1 else len(words) * LANES
+    outputs = check_count(outputs, "outputs", 1, len(words) * LANES)
+    y = np.empty((len(X), outputs), np.float32)
+    threads = check_threads(threads)
+    try:
+        _core.int8_linear(
+            X, dtype, grid, x_scales, x_zeros, words, sums, w_scales, w_zeros, bias, y, threads
+        )
+    except FloatingPointError:
+        raise ValueError("x holds NaN or Inf, or the range of a token overflows") from None
+    return y.reshape(*shape[:-1], outputs)
+
+
+def _check_inputs(n: int) -> None:
+    if n > LONGEST_SUM:
+        raise ValueError(f"{n} inputs: more than {LONGEST_SUM} products can leave int32")
 
 
 def _arrays(q: QuantizedActivations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -105,103 +220,3 @@ def _dequantized(q: QuantizedActivations, columns: np.ndarray) -> np.ndarray:
     outliers = None if q.outliers is None else q.outliers[columns]
     part = replace(q, codes=q.codes[..., columns], outliers=outliers)
     return np.ascontiguousarray(part.dequantize().reshape(-1, int(columns.sum())))
-
-
-@dataclass(frozen=True)
-class PackedInt8:
-    """A packed weight of 8 bits with one grid per output, for products with quantized inputs.
-
-    Attributes
-    ----------
-    words : ndarray of uint32, shape (panels, words, 16)
-        Of :class:`ptqkit.PackedMatrix`; not copied.
-    sums : ndarray of int32, shape (out,)
-        Of each output's codes less 128.
-    scales, zeros : ndarray of float32, shape (out,)
-    inputs : int
-    """
-
-    words: np.ndarray
-    sums: np.ndarray
-    scales: np.ndarray
-    zeros: np.ndarray
-    inputs: int
-
-    @classmethod
-    def of(cls, matrix: PackedMatrix) -> PackedInt8:
-        """View a packed matrix.
-
-        Raises
-        ------
-        ValueError
-            If it has other bits or several groups, or is too wide for 32-bit sums.
-        """
-        inputs = matrix.shape[1]
-        if matrix.bits != 8 or matrix.groups != 1:
-            raise ValueError("integer products take 8 bits and one grid per output")
-        if inputs > LONGEST_SUM:
-            raise ValueError(f"{inputs} inputs: more than {LONGEST_SUM} products can leave int32")
-        codes, scales, zeros, _ = matrix.unpack()
-        sums = codes.sum(axis=1, dtype=np.int64) - 128 * inputs
-        return cls(
-            matrix.words,
-            sums.astype(np.int32),
-            np.ascontiguousarray(scales[:, 0]),
-            zeros[:, 0].astype(np.float32),
-            inputs,
-        )
-
-    def matmul(
-        self,
-        X: np.ndarray,
-        *,
-        bits: int = 8,
-        symmetric: bool = True,
-        scale: float | None = None,
-        zero_point: int = 0,
-        bias: np.ndarray | None = None,
-        out: np.ndarray | None = None,
-        threads: int = 0,
-    ) -> np.ndarray:
-        """Quantize inputs on the way and multiply: exact integer sums, one rounding.
-
-        The codes are those of :func:`quantize_activations` with the same options.
-
-        Parameters
-        ----------
-        X : ndarray of float32, shape (tokens, in)
-        bits : int from 2 to 8
-        symmetric : bool
-        scale, zero_point : number, optional
-            One grid for all tokens; None: each token has its own.
-        bias : ndarray of float32, shape (out,), optional
-        out : ndarray of float32, shape (tokens, out), optional
-            Written and returned.
-        threads : int
-            0 means automatic. The result does not depend on it.
-
-        Raises
-        ------
-        FloatingPointError
-            If X holds NaN or Inf.
-        """
-        if X.ndim != 2 or X.dtype != np.float32 or X.shape[1] != self.inputs:
-            raise ValueError(f"X must be float32 of shape (tokens, {self.inputs})")
-        if out is None:
-            out = np.empty((len(X), len(self.scales)), np.float32)
-        static = scale is not None
-        _core.int8_linear(
-            X,
-            F32,
-            SignedGrid(bits, symmetric, False),
-            np.array([scale], np.float32) if static else None,
-            np.array([zero_point], np.int8) if static else None,
-            self.words,
-            self.sums,
-            self.scales,
-            self.zeros,
-            bias,
-            out,
-            check_threads(threads),
-        )
-        return out

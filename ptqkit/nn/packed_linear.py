@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.activations import QuantizedActivations
-from ptqkit.arrays.matmul import PackedInt8, int8_matmul
+from ptqkit.arrays.matmul import LONGEST_SUM, int8_linear, int8_matmul
 from ptqkit.arrays.packed import PackedMatrix
 from ptqkit.arrays.packing import native_pack
 from ptqkit.errors import check_choice
@@ -71,7 +71,7 @@ class PackedLinear(QLinear):
         super().__init__(*args, **kwargs)
         self.compute, self.stored = compute, stored
         self._matrix: PackedMatrix | None = None
-        self._integers: PackedInt8 | None = None
+        self._integers: tuple[Any, ...] | None = None
         self._viewed: tuple[Any, ...] = ()
         self._warned: set[str] = set()
 
@@ -216,6 +216,7 @@ class PackedLinear(QLinear):
             and spec.outlier_threshold is None
             and self.groups == 1
             and self.bits == 8
+            and self.in_features <= LONGEST_SUM
         )
 
     def describe(self) -> str:
@@ -296,24 +297,20 @@ class PackedLinear(QLinear):
         return y
 
     def _integer_product(self, x: torch.Tensor, spec: ActivationQuantization) -> torch.Tensor:
-        weight = self._integer_weight()
-        y = torch.empty(x.shape[0], self.out_features, dtype=torch.float32)
         symmetric, scale, zero = bool(spec.symmetric), self.input_scale, self.input_zero_point
         if x.dtype == torch.float32:
-            weight.matmul(
-                x.contiguous().numpy(),
+            return self._packed_integers(
+                x.contiguous(),
                 bits=spec.bits,
                 symmetric=symmetric,
                 scale=None if scale is None else float(scale),
                 zero_point=0 if zero is None else int(zero),
-                out=y.numpy(),
             )
-            return y
         # The simulation makes codes in half precision: a grid of step 1 finds them again, and the
         # step is multiplied by afterwards.
         codes, scales, zeros = input_codes(x, spec, scale, zero)
         if not bool(scales.isfinite().all() & x.isfinite().all()):
-            raise FloatingPointError("the inputs of a quantized layer hold NaN or Inf")
+            raise ValueError("x holds NaN or Inf")
         if zeros is not None and zeros.numel() > 1:
             inputs = QuantizedActivations(
                 codes.numpy(),
@@ -325,17 +322,24 @@ class PackedLinear(QLinear):
             )
             return torch.from_numpy(int8_matmul(inputs, self.read()))
         steps = codes.float() if zeros is None else codes.float() - zeros.float()
-        weight.matmul(
-            steps.numpy(),
+        y = self._packed_integers(
+            steps,
             symmetric=zeros is None,
             scale=1.0,
             zero_point=0 if zeros is None else int(zeros),
-            out=y.numpy(),
         )
         return y.mul_(scales.float())
 
-    def _integer_weight(self) -> PackedInt8:
+    def _packed_integers(self, x: torch.Tensor, **grid: Any) -> torch.Tensor:
+        """Multiply float32 inputs that are rounded to this grid on the way."""
         matrix = self.matrix()
-        if self._integers is None or self._integers.words is not matrix.words:
-            self._integers = PackedInt8.of(matrix)
-        return self._integers
+        if self._integers is None or self._integers[0] is not matrix:
+            codes, scales, zeros, _ = matrix.unpack()
+            sums = codes.sum(axis=1, dtype=np.int64) - 128 * self.in_features
+            column = (np.ascontiguousarray(scales[:, 0]), zeros[:, 0].astype(np.float32))
+            self._integers = (matrix, *column, sums.astype(np.int32))
+        _, scales, zeros, sums = self._integers
+        y = int8_linear(
+            x.numpy(), matrix.words, scales, zeros, sums=sums, outputs=self.out_features, **grid
+        )
+        return torch.from_numpy(y)
