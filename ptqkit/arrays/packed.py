@@ -16,7 +16,7 @@ LANES = 16  # PTQ_LANES: outputs of a panel
 LONGEST_INT8_GROUP = 66311  # PTQ_INT8_GROUP
 MOST_PLACES = 1 << 28  # PTQ_MOST_PLACES
 ACTIVATIONS = {"float": 0, "int8": 1}
-_STEPS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}  # bits: inputs of a step, its words
+STEPS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}  # bits: inputs of a step, its words
 _DTYPES = {
     "float32": (np.float32, F32),
     "float16": (np.float16, F16),
@@ -24,11 +24,11 @@ _DTYPES = {
 }
 
 
-def _check_bits(bits: Any) -> int:
+def stored_bits(bits: Any) -> int:
     """Return the bits of a stored code; ternary codes are stored in 2 bits."""
     if isinstance(bits, str) and bits == "ternary":
         return 2
-    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or bits not in _STEPS:
+    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or bits not in STEPS:
         raise ValueError(f"bits must be 2, 3, 4, 8 or 'ternary', not {bits!r}")
     return int(bits)
 
@@ -155,7 +155,7 @@ class PackedMatrix:
         shape: tuple[int, int],
         g_idx: Any = None,
     ) -> None:
-        self.bits = _check_bits(bits)
+        self.bits = stored_bits(bits)
         outputs, inputs = (int(n) for n in shape)
         if not (1 <= outputs <= MOST_PLACES and 1 <= inputs <= MOST_PLACES):
             raise ValueError(f"shape must be two sizes from 1 to {MOST_PLACES}, not {shape!r}")
@@ -173,7 +173,7 @@ class PackedMatrix:
         groups = scales.shape[1]
         if groups < 1:
             raise ValueError("scales must have at least one group")
-        step, step_words = _STEPS[self.bits]
+        step, step_words = STEPS[self.bits]
         if words.shape[1] < -(-inputs // step) * step_words:  # before anything of this size is made
             raise ValueError(f"words of shape {words.shape} are too few for {inputs} inputs")
         self.g_idx = _check_g_idx(g_idx, inputs, groups)
@@ -214,7 +214,7 @@ class PackedMatrix:
         TypeError, ValueError
             See the class.
         """
-        stored = _check_bits(bits)
+        stored = stored_bits(bits)
         codes, scales = np.asarray(codes), as_array(scales, "scales")
         zeros, largest = np.asarray(zeros), (1 << stored) - 1
         for name, a in {"codes": codes, "zeros": zeros}.items():
@@ -234,7 +234,7 @@ class PackedMatrix:
         with np.errstate(over="ignore"):
             scales = np.ascontiguousarray(scales, np.float32)
         g_idx = _check_g_idx(g_idx, inputs, groups)
-        step, step_words = _STEPS[stored]
+        step, step_words = STEPS[stored]
         starts, order = _places(g_idx, groups, step)
         lane_words = int(starts[-1]) // step * step_words
         words = _empty_aligned((-(-outputs // LANES), lane_words, LANES), np.uint32)
@@ -389,3 +389,14 @@ def _tokens(x: Any, dtype: str | None) -> tuple[np.ndarray, int]:
     if x.dtype != kind:
         raise TypeError(f"x of dtype={dtype!r} must be an array of {np.dtype(kind)}, not {x.dtype}")
     return np.require(x, kind, ["C", "A"]), code
+
+
+def input_places(g_idx: np.ndarray, groups: int, bits: int) -> np.ndarray:
+    """Return the place of each input in a lane, int64 (in,): the layout as a reader needs it."""
+    order = _places(g_idx, groups, STEPS[bits][0])[1]
+    if order is None:
+        return np.arange(len(g_idx))
+    at = np.empty(len(g_idx), np.int64)
+    filled = np.flatnonzero(order >= 0)
+    at[order[filled]] = filled
+    return at

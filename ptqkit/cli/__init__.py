@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from ptqkit._version import __version__
-from ptqkit.cli import demo, diagnose, evaluate, info, quantize, softmax, sweep
+from ptqkit.cli import bench, demo, diagnose, evaluate, info, quantize, softmax, sweep
 from ptqkit.cli.options import Parser
 from ptqkit.cli.output import one_line
 from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ptqkit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (quantize, evaluate, softmax, diagnose, sweep, demo, info):
+    for module in (quantize, evaluate, bench, softmax, diagnose, sweep, demo, info):
         module.add_parser(commands)
     return parser
 

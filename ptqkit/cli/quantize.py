@@ -60,6 +60,7 @@ grids, float arithmetic.
 Formats:
   compressed-tensors  symmetric grids, and W8A8; stock transformers loads it exactly
   ptqkit              everything; load it with ptqkit.load(DIR), or import ptqkit.hf first
+  ptqkit_v3           the same as kernels read it: mapped into memory, runs packed on the CPU
   gptq, gptq_v2       for other tools that read the GPTQ format
   auto                (default) compressed-tensors if it fits exactly, otherwise ptqkit
 """
@@ -131,7 +132,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--format",
         default="auto",
-        choices=("auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit"),
+        choices=("auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit", "ptqkit_v3"),
     )
     group.add_argument(
         "--overwrite", action="store_true", help="replace a checkpoint if one is there"

@@ -1,6 +1,9 @@
 from .checkpoint.plugin import register_format as register_format
 from .checkpoint.reader import load as load
 from .checkpoint.reader import read_matrices as read_matrices
+from .checkpoint.resave import save_loaded as save_loaded
+from .checkpoint.running import ComputeReport as ComputeReport
+from .checkpoint.running import set_compute as set_compute
 from .checkpoint.save import CheckpointInfo as CheckpointInfo
 from .checkpoint.save import save_checkpoint as save_checkpoint
 from .data.calibration import CalibrationSet as CalibrationSet
@@ -23,6 +26,7 @@ from .models.attention import find_attention as find_attention
 from .models.attention import install_attention as install_attention
 from .models.attention import installed_attention as installed_attention
 from .models.attention import remove_attention as remove_attention
+from .models.int8_cache import Int8Cache as Int8Cache
 from .progress import ProgressEvent as ProgressEvent
 from .quantization.driver import QuantizationInterrupted as QuantizationInterrupted
 from .quantization.driver import QuantizationResult as QuantizationResult

@@ -5,6 +5,7 @@ from .activations import remove_quantizers as remove_quantizers
 from .attention import AttentionCall as AttentionCall
 from .attention import AttentionHook as AttentionHook
 from .attention_quantizer import AttentionQuantizer as AttentionQuantizer
+from .packed_linear import PackedLinear as PackedLinear
 from .softmax.compare import softmax_hooks as softmax_hooks
 from .softmax.quantizer import SoftmaxQuantizer as SoftmaxQuantizer
 from .softmax.report import SoftmaxReport as SoftmaxReport

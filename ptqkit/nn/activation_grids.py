@@ -21,7 +21,7 @@ import torch
 
 from ptqkit.arrays.activations import activation_grid
 
-__all__ = ["dynamic_grid", "fake_quantize", "limits", "static_grid"]
+__all__ = ["dynamic_grid", "fake_quantize", "grid_codes", "limits", "static_grid"]
 
 
 def limits(bits: int) -> tuple[int, int]:
@@ -30,10 +30,10 @@ def limits(bits: int) -> tuple[int, int]:
     return -half, half - 1
 
 
-def fake_quantize(
+def grid_codes(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """Round ``x`` to the grid and back, in the dtype of ``x`` and ``scale``.
+    """Return the signed codes of ``x`` as whole numbers of its own dtype.
 
     Parameters
     ----------
@@ -45,11 +45,17 @@ def fake_quantize(
     low, high = limits(bits)
     steps = x / scale
     if zero_point is not None:
-        zero_point = zero_point.to(x.dtype)
-        steps += zero_point
-    steps = steps.clamp_(low, high).round_()
+        steps += zero_point.to(x.dtype)
+    return steps.clamp_(low, high).round_()
+
+
+def fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """Round ``x`` to the grid and back, in the dtype of ``x``: as :func:`grid_codes` takes it."""
+    steps = grid_codes(x, scale, zero_point, bits)
     if zero_point is not None:
-        steps -= zero_point
+        steps -= zero_point.to(x.dtype)
     return steps.mul_(scale)
 
 

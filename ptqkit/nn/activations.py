@@ -11,12 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptqkit.nn.activation_grids import dynamic_grid, fake_quantize, limits, static_grid
+from ptqkit.nn.activation_grids import (
+    dynamic_grid,
+    fake_quantize,
+    grid_codes,
+    limits,
+    static_grid,
+)
 from ptqkit.nn.linear import is_linear
 from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = [
     "ActivationQuantizer",
+    "input_codes",
     "install_quantizer",
     "installed_quantizer",
     "quantize_input",
@@ -51,6 +58,37 @@ def quantize_input(
     grid = dynamic_grid(value, spec.bits, bool(spec.symmetric))
     y = fake_quantize(value, *grid, spec.bits).to(x.dtype)
     return y if outlier is None else torch.where(outlier, x, y)
+
+
+@torch.no_grad()
+def input_codes(
+    x: torch.Tensor,
+    spec: ActivationQuantization,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the integers that :func:`quantize_input` multiplies by the scale, and their grids.
+
+    Parameters
+    ----------
+    x : tensor, shape (tokens, channels), at least one token
+    spec : ActivationQuantization
+        At most 8 bits, without an outlier threshold.
+    scale, zero_point : tensor of shape (1,)
+        Of a static grid.
+
+    Returns
+    -------
+    codes : int8 tensor, shape (tokens, channels)
+    scales : tensor of the dtype of x, shape (tokens, 1) or (1,)
+    zero_points : like scales, whole numbers, or None
+        ``x`` is ``scale * (code - zero_point)``.
+    """
+    if scale is not None:
+        scale = scale.to(x.dtype)
+    else:
+        scale, zero_point = dynamic_grid(x, spec.bits, bool(spec.symmetric))
+    return grid_codes(x, scale, zero_point, spec.bits).to(torch.int8), scale, zero_point
 
 
 class ActivationQuantizer:

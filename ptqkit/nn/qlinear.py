@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ptqkit.arrays.matrix import QuantizedMatrix, WeightGrid
 from ptqkit.arrays.packing import TRITS_PER_BYTE, native_row_bytes
 from ptqkit.nn.activations import ActivationQuantizer, quantize_input
 from ptqkit.recipe.options import ActivationQuantization
@@ -125,21 +126,26 @@ class QLinear(nn.Module):
         self._scale_dtype = SCALE_DTYPES[scale_dtype]
         self.cache = False
         self._cached: torch.Tensor | None = None
-        codes = torch.zeros(out_features * native_row_bytes(in_features, bits), dtype=torch.uint8)
-        self.register_buffer("weight", codes)
-        scales = torch.ones(out_features, self.groups, dtype=SCALE_DTYPES[scale_dtype])
-        self.register_buffer("scales", scales)
-        zeros = g_idx = None
-        if not symmetric:
-            size = out_features * native_row_bytes(self.groups, bits)
-            zeros = torch.zeros(size, dtype=torch.uint8)
-        if permuted:
-            g_idx = torch.zeros(in_features, dtype=torch.int32)
-        self.register_buffer("zero_points", zeros)
-        self.register_buffer("g_idx", g_idx)
+        self._register_codes(permuted)
         self._register_input_grid()
         value = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False)
         self.register_parameter("bias", value if bias else None)
+
+    def _register_codes(self, permuted: bool) -> None:
+        out, groups = self.out_features, self.groups
+        size = out * native_row_bytes(self.in_features, self.bits)
+        self.register_buffer("weight", torch.zeros(size, dtype=torch.uint8))
+        self.register_buffer("scales", torch.ones(out, groups, dtype=self._scale_dtype))
+        zeros = None
+        if not self.symmetric:
+            size = out * native_row_bytes(groups, self.bits)
+            zeros = torch.zeros(size, dtype=torch.uint8)
+        self.register_buffer("zero_points", zeros)
+        self._register_order(permuted)
+
+    def _register_order(self, permuted: bool) -> None:
+        g_idx = torch.zeros(self.in_features, dtype=torch.int32) if permuted else None
+        self.register_buffer("g_idx", g_idx)
 
     def _register_input_grid(self) -> None:
         scale = zero_point = None
@@ -222,10 +228,35 @@ class QLinear(nn.Module):
         packed = self.zero_points.view(self.out_features, -1)
         return unpack_codes(packed, self.bits, self.groups)
 
+    def grids(self) -> torch.Tensor:
+        """Return the scales, (out, groups)."""
+        return self.scales
+
+    def read(self) -> QuantizedMatrix:
+        """Return codes and grids as arrays, copies."""
+        g_idx = self.g_idx
+        if g_idx is None:
+            g_idx = torch.arange(self.in_features, dtype=torch.int32)
+            g_idx = g_idx.div(self.group_size or self.in_features, rounding_mode="floor")
+        scales = self.grids()
+        return QuantizedMatrix(
+            self.codes().cpu().numpy(),
+            scales.to("cpu", torch.float32).contiguous().numpy(),
+            self.zeros().cpu().numpy(),
+            g_idx.cpu().to(torch.int32).numpy().copy(),
+            WeightGrid(
+                self.bits,
+                self.group_size,
+                self.symmetric,
+                self.per_tensor,
+                str(scales.dtype).removeprefix("torch."),
+            ),
+        )
+
     def dequantize(self) -> torch.Tensor:
         """Return ``scale * (code - zero_point)``, (out, in), rounded once to ``dtype``."""
         steps = self.codes().to(torch.float32)
-        zeros, scales = self.zeros().to(torch.float32), self.scales.to(torch.float32)
+        zeros, scales = self.zeros().to(torch.float32), self.grids().to(torch.float32)
         if self.g_idx is None and steps.shape[1] % self.groups == 0:
             shape = (self.out_features, self.groups, -1)
             steps.view(shape).sub_(zeros[..., None]).mul_(scales[..., None])

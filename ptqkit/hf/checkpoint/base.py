@@ -278,10 +278,24 @@ def build_matrix(
     g_idx: np.ndarray | None,
     options: Mapping[str, Any],
 ) -> QuantizedMatrix:
-    """Put what was read together; without ``g_idx`` groups are runs of consecutive inputs."""
-    inputs, group_size = codes.shape[1], options["group_size"]
+    """Put what was read together; without ``g_idx`` groups are runs of consecutive inputs.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not belong together, or a group is out of range.
+    """
+    (out, inputs), group_size = codes.shape, options["group_size"]
+    groups = 1 if group_size is None else -(-inputs // group_size)
+    if scales.shape != (out, groups) or zeros.shape != (out, groups):
+        raise ValueError(
+            f"scales {tuple(scales.shape)} and zero-points {zeros.shape} must have shape "
+            f"{(out, groups)} for codes of shape {codes.shape}: the files are damaged"
+        )
     if g_idx is None:
         g_idx = np.arange(inputs) // (group_size or max(inputs, 1))
+    elif g_idx.shape != (inputs,) or (inputs and not 0 <= g_idx.min() <= g_idx.max() < groups):
+        raise ValueError(f"g_idx must be {inputs} numbers in [0, {groups}): the files are damaged")
     return QuantizedMatrix(
         codes=codes,
         scales=np.ascontiguousarray(scales.to(torch.float32).numpy()),

@@ -42,6 +42,7 @@ from ptqkit.hf.checkpoint.base import (
 from ptqkit.hf.checkpoint.files import TensorPlan
 from ptqkit.hf.checkpoint.spec import LayerSpec
 from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["CompressedTensorsFormat", "compressed_pack", "compressed_unpack"]
 
@@ -170,6 +171,11 @@ class CompressedTensorsFormat(CheckpointFormat):
         if options["packed"]:
             out, inputs = (int(n) for n in fetch(f"{name}.weight_shape"))
             codes = compressed_unpack(fetch(f"{name}.weight_packed").numpy(), bits, inputs)
+            if out != len(codes):
+                raise ValueError(
+                    f"{name}.weight_shape says {out} outputs, but there are {len(codes)}: the "
+                    "files are damaged"
+                )
         else:
             codes = _unsigned(fetch(f"{name}.weight"), bits, f"{name}.weight")
             out = len(codes)
@@ -280,7 +286,22 @@ def _stored_scheme(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         "group_size": None if per_channel else size,
         "symmetric": weights["symmetric"],
         "per_tensor": strategy == "tensor",
+        "activations": _stored_inputs(name, matches[0].get("input_activations")),
     }
+
+
+def _stored_inputs(name: str, inputs: Mapping[str, Any] | None) -> ActivationQuantization | None:
+    if inputs is None:
+        return None
+    dynamic = inputs["strategy"] == "token"
+    if bool(inputs.get("dynamic")) != dynamic or inputs.get("type", "int") != "int":
+        raise ValueError(f"{name}: input_activations {dict(inputs)} are not read")
+    try:
+        return ActivationQuantization(
+            inputs["num_bits"], inputs["strategy"], bool(inputs["symmetric"])
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _signed(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -20,13 +20,15 @@ from huggingface_hub import split_state_dict_into_shards_factory
 __all__ = ["TensorPlan", "write_tensors"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Widest types first keeps every tensor aligned to its own size; in this order, then by name, the
+# safetensors writer does it, so that a model that is saved again gives the same bytes.
 DTYPE_CODES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -68,8 +70,8 @@ class TensorPlan:
 
 
 def _write_file(path: Path, plans: Sequence[TensorPlan]) -> None:
-    # Widest types first keeps every tensor aligned to its own size, as the safetensors writer does.
-    ordered = sorted(plans, key=lambda p: (-p.dtype.itemsize, p.name))
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
+    ordered = sorted(plans, key=lambda p: (ranks[p.dtype], p.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for plan in ordered:

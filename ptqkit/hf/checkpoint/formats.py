@@ -10,18 +10,19 @@ from ptqkit.errors import by_cause, check_choice
 from ptqkit.hf.checkpoint.base import CheckpointFormat
 from ptqkit.hf.checkpoint.compressed_tensors import CompressedTensorsFormat
 from ptqkit.hf.checkpoint.gptq import GptqFormat
-from ptqkit.hf.checkpoint.native import NativeFormat
+from ptqkit.hf.checkpoint.native import NativeFormat, PanelFormat
 from ptqkit.hf.checkpoint.spec import LayerSpec
 from ptqkit.nn.activations import ActivationQuantizer
 
-__all__ = ["FORMATS", "NATIVE", "choose_format", "format_problems", "stored_format"]
+__all__ = ["FORMATS", "NATIVE", "PANELS", "choose_format", "format_problems", "stored_format"]
 
 NATIVE = NativeFormat()
+PANELS = PanelFormat()
 _PREFERRED = CompressedTensorsFormat()
 
 #: Every format by the name that ``checkpoint_format`` takes; "auto" is the choice among them.
 FORMATS: Mapping[str, CheckpointFormat] = {
-    f.name: f for f in (_PREFERRED, GptqFormat(1), GptqFormat(2), NATIVE)
+    f.name: f for f in (_PREFERRED, GptqFormat(1), GptqFormat(2), NATIVE, PANELS)
 }
 
 

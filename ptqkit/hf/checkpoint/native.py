@@ -1,7 +1,7 @@
 """Define ptqkit's own checkpoint format: everything that a quantized layer can be.
 
-FORMAT of ``quant_method: "ptqkit"``, versions 1 and 2
-------------------------------------------------------
+FORMAT of ``quant_method: "ptqkit"``, versions 1 to 3
+----------------------------------------------------
 ``config.json`` holds under ``quantization_config``::
 
     {"quant_method": "ptqkit", "format_version": 1,
@@ -33,6 +33,18 @@ For a layer ``P`` with weight (out, in) and ``g = ceil(in / group_size)`` groups
 ``P.bias``         as in the float model
 =================  ==========================  ====================================================
 
+Version 3 adds ``layout``: ``"rows"`` is the table above, ``"panels"`` holds the tensors of a layer
+as kernels read them (:mod:`ptqkit.arrays.packed`), so that a file is mapped and not converted. With
+``p = ceil(out / 16)`` panels, of which the last is filled up, and ``w`` words per output:
+
+=================  ==========================  ====================================================
+``P.weight``       int32 (p * w * 16)          words (p, w, 16); 2, 3, 4 or 8 bits, ternary as 2.
+                                               Groups start at whole steps of 16, 32, 8 or 4 inputs
+                                               (1, 3, 1 or 1 words); all but the last are full
+``P.scales``       scale_dtype (p, g, 16)      1 beyond the last output
+``P.zero_points``  uint8 (p, g, 16)            always there
+=================  ==========================  ====================================================
+
 The weight is ``scale * (code - zero_point)`` in float32, rounded once to the model's dtype. A layer
 whose inputs have a static grid holds it as ``P.input_scale``, float32 (1), and if it is
 asymmetric ``P.input_zero_point``, signed, int8 (1), or int16 for more than 8 bits. All other
@@ -44,6 +56,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -65,17 +78,34 @@ from ptqkit.hf.checkpoint.base import (
 from ptqkit.hf.checkpoint.files import TensorPlan
 from ptqkit.hf.checkpoint.spec import LayerSpec
 from ptqkit.nn.activations import ActivationQuantizer
+from ptqkit.nn.panels import (
+    even_groups,
+    has_panels,
+    pack_panels,
+    panel_shapes,
+    scale_panels,
+    unpack_grid,
+    unpack_panels,
+    zero_panels,
+)
 from ptqkit.nn.qlinear import SCALE_DTYPES
 from ptqkit.recipe.options import ActivationQuantization
 
-__all__ = ["FORMAT_VERSION", "METHOD", "NativeFormat", "layer_options"]
+__all__ = [
+    "FORMAT_VERSION",
+    "METHOD",
+    "NativeFormat",
+    "PanelFormat",
+    "layer_options",
+]
 
 METHOD = "ptqkit"
 # Version 2 adds quantized activations and gained biases, which a reader of version 1 would drop;
-# a checkpoint that has neither is written as version 1.
-FORMAT_VERSION = 2
+# version 3 the layout in panels. A checkpoint that has none of these is written as version 1.
+FORMAT_VERSION = 3
 _SHARED = ("bits", "group_size", "symmetric", "permuted", "kind", "scale_dtype")
-_OPTIONAL: dict[str, Any] = {"per_tensor": False, "activations": None}
+_OPTIONAL: dict[str, Any] = {"per_tensor": False, "activations": None, "layout": "rows"}
+_LAYOUTS = ("rows", "panels")
 
 
 class NativeFormat(CheckpointFormat):
@@ -88,6 +118,10 @@ class NativeFormat(CheckpointFormat):
         """Return the dtype in which the scales of the layer are stored."""
         return spec.grid.scale_dtype
 
+    def layout(self, spec: LayerSpec) -> str:
+        """Return how this object writes the layer: ``"rows"`` or ``"panels"``."""
+        return "rows"
+
     def config(
         self,
         specs: Sequence[LayerSpec],
@@ -97,7 +131,7 @@ class NativeFormat(CheckpointFormat):
         gained_biases: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Return the ``quantization_config`` of ``config.json``."""
-        values = [_native_values(spec) for spec in specs]
+        values = [{**_native_values(spec), "layout": self.layout(spec)} for spec in specs]
         # The most frequent setting becomes the default, so `layers` shows what is special.
         keys = [repr(v) for v in values]
         defaults = values[keys.index(max(keys, key=keys.count))]
@@ -108,10 +142,14 @@ class NativeFormat(CheckpointFormat):
             }
             for spec, value in zip(specs, values, strict=True)
         }
-        newer = bool(gained_biases) or any(spec.activations is not None for spec in specs)
+        version = 1
+        if gained_biases or any(spec.activations is not None for spec in specs):
+            version = 2
+        if any(value["layout"] != "rows" for value in values):
+            version = 3
         config = {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION if newer else 1,
+            "format_version": version,
             "defaults": {
                 k: v for k, v in defaults.items() if k not in _OPTIONAL or v != _OPTIONAL[k]
             },
@@ -158,7 +196,9 @@ class NativeFormat(CheckpointFormat):
             "weight": (torch.uint8,),
             "scales": (SCALE_DTYPES[options["scale_dtype"]],),
         }
-        if not options["symmetric"]:
+        if options["layout"] == "panels":
+            found["weight"] = (torch.int32,)
+        if not options["symmetric"] or options["layout"] == "panels":
             found["zero_points"] = (torch.uint8,)
         if options["permuted"]:
             found["g_idx"] = (torch.int32,)
@@ -166,7 +206,11 @@ class NativeFormat(CheckpointFormat):
 
     def read(self, name: str, fetch: Fetch, options: Mapping[str, Any]) -> QuantizedMatrix:
         """Read one layer back."""
+        if options["layout"] == "panels":
+            return _read_panels(name, fetch, options)
         bits, scales = options["bits"], fetch(f"{name}.scales")
+        if scales.dim() != 2:
+            raise ValueError(f"{name}.scales must have 2 dimensions, not {scales.dim()}")
         out, groups = scales.shape
 
         def unpack(tensor: torch.Tensor, columns: int) -> np.ndarray:
@@ -181,10 +225,83 @@ class NativeFormat(CheckpointFormat):
         return build_matrix(codes, scales, zeros, g_idx, options)
 
 
+class PanelFormat(NativeFormat):
+    """``quant_method: "ptqkit"`` of version 3: layers as they are computed with, for mapping.
+
+    Layers that have no such layout (5 to 7 bits) are written in rows.
+    """
+
+    name = f"{METHOD}_v3"
+
+    def layout(self, spec: LayerSpec) -> str:
+        """Return how this object writes the layer: ``"rows"`` or ``"panels"``."""
+        return "panels" if has_panels(spec.grid.bits) else "rows"
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        """Return False: :class:`NativeFormat` reads every version."""
+        return False
+
+    def _data_limits(
+        self, spec: LayerSpec, matrix: QuantizedMatrix, quantizer: ActivationQuantizer | None
+    ) -> list[str]:
+        if self.layout(spec) == "rows" or even_groups(matrix.g_idx, matrix.group_size):
+            return []
+        return ["version 3 has groups of one size alone (use 'ptqkit')"]
+
+    def plans(
+        self,
+        spec: LayerSpec,
+        matrix: QuantizedMatrix,
+        quantizer: ActivationQuantizer | None = None,
+    ) -> list[TensorPlan]:
+        """Return the tensors that replace the weight of one layer; nothing is packed yet."""
+        if self.layout(spec) == "rows":
+            return super().plans(spec, matrix, quantizer)
+        words, grids = panel_shapes(matrix.shape, matrix.bits, matrix.group_size)
+        scales = SCALE_DTYPES[matrix.scale_dtype]
+        plans = [
+            TensorPlan(
+                f"{spec.name}.weight",
+                torch.int32,
+                (prod(words),),
+                lambda: pack_panels(matrix)[0].view(-1),
+            ),
+            TensorPlan(f"{spec.name}.scales", scales, grids, lambda: scale_panels(matrix)),
+            TensorPlan(f"{spec.name}.zero_points", torch.uint8, grids, lambda: zero_panels(matrix)),
+        ]
+        if spec.permuted:
+            plans.append(g_idx_plan(spec, matrix))
+        return plans + input_plans(spec, quantizer, "float32")
+
+
+def _read_panels(name: str, fetch: Fetch, options: Mapping[str, Any]) -> QuantizedMatrix:
+    shape, bits = tuple(options["shape"]), options["bits"]
+    words, grids = panel_shapes(shape, bits, options["group_size"])
+    tensors = {part: fetch(f"{name}.{part}") for part in ("weight", "scales", "zero_points")}
+    wanted = {"weight": (prod(words),), "scales": grids, "zero_points": grids}
+    for part, tensor in tensors.items():
+        if tuple(tensor.shape) != wanted[part]:
+            raise ValueError(
+                f"{name}.{part} must have shape {wanted[part]}, not {tuple(tensor.shape)}"
+            )
+    g_idx = fetch(f"{name}.g_idx").numpy() if options["permuted"] else None
+    groups = np.arange(shape[1]) // (options["group_size"] or shape[1]) if g_idx is None else g_idx
+    if (
+        groups.shape != shape[1:]
+        or groups.min() < 0
+        or not even_groups(groups, options["group_size"])
+    ):
+        raise ValueError(f"{name}.g_idx must hold each group group_size times: it is damaged")
+    zeros = unpack_grid(tensors["zero_points"], shape[0]).contiguous().numpy()
+    scales = unpack_grid(tensors["scales"], shape[0])
+    codes = unpack_panels(tensors["weight"].view(words), shape, bits, groups, grids[1]).numpy()
+    return build_matrix(codes, scales, zeros, g_idx, options)
+
+
 def _native_values(spec: LayerSpec) -> dict[str, Any]:
     values = {**asdict(spec.grid), "permuted": spec.permuted, "kind": spec.kind}
     values["activations"] = None if spec.activations is None else spec.activations.to_dict()
-    return {key: values[key] for key in (*_SHARED, *_OPTIONAL)}
+    return {key: values[key] for key in (*_SHARED, *_OPTIONAL) if key in values}
 
 
 def layer_options(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -212,6 +329,12 @@ def layer_options(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if missing:
             raise ValueError(f"{name}: quantization_config lacks {', '.join(missing)}")
         expanded[name] = {key: options[key] for key in keys}
+        if options["layout"] not in _LAYOUTS or (
+            options["layout"] == "panels" and not has_panels(options["bits"])
+        ):
+            raise ValueError(
+                f"{name}: layout {options['layout']!r} of {options['bits']} bits is not read"
+            )
         if options["activations"] is not None:
             try:
                 expanded[name]["activations"] = ActivationQuantization.parse(options["activations"])

@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ptqkit.hf.checkpoint.native import METHOD, layer_options
 from ptqkit.hf.checkpoint.skeleton import memory_names
 from ptqkit.nn.activations import install_quantizer
+from ptqkit.nn.packed_linear import PackedLinear
 from ptqkit.nn.qlinear import QLinear
 
 __all__ = ["METHOD", "PtqkitConfig", "PtqkitQuantizer", "register_format"]
@@ -121,9 +122,10 @@ def _replacement(name: str, module: nn.Module, options: dict[str, Any]) -> QLine
     shape = list(module.weight.shape[::-1] if kind == "conv1d" else module.weight.shape)
     if shape != list(options["shape"]):
         raise ValueError(f"{name}: saved with shape {options['shape']}, the model has {shape}")
-    kwargs = {k: v for k, v in options.items() if k != "shape"}
+    kwargs = {k: v for k, v in options.items() if k not in ("shape", "layout")}
+    layer_class = PackedLinear if options["layout"] == "panels" else QLinear
     with torch.device("meta"):
-        replacement = QLinear(
+        replacement = layer_class(
             shape[1],
             shape[0],
             bias=module.bias is not None,

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 
 from ptqkit.arrays.matrix import QuantizedMatrix, WeightGrid
+from ptqkit.errors import check_choice
 from ptqkit.hf.checkpoint.base import CheckpointFormat, with_suffix
+from ptqkit.hf.checkpoint.convert import converted_state
 from ptqkit.hf.checkpoint.files import DTYPE_CODES, INDEX, SINGLE
 from ptqkit.hf.checkpoint.formats import FORMATS, stored_format
+from ptqkit.hf.checkpoint.native import METHOD
+from ptqkit.nn.packed_linear import COMPUTE
 from ptqkit.nn.quantized_mark import mark_quantized
 
 __all__ = ["load", "read_matrices"]
@@ -164,7 +168,13 @@ def read_matrices(directory: str | os.PathLike[str]) -> dict[str, QuantizedMatri
         tensors.close()
 
 
-def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: Any) -> Any:
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    cache: bool = False,
+    compute: str | None = None,
+    **kwargs: Any,
+) -> Any:
     """Load a checkpoint directory with the model class it names.
 
     The method ``"ptqkit"`` is registered with transformers first. GPTQ checkpoints are read by
@@ -177,6 +187,13 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     cache : bool
         Keep each dequantized weight after its first use: generation is then as fast as with a
         float model, and takes the memory of one. Only for the format ``"ptqkit"``.
+    compute : {"auto", "packed", "int8", "dequantize"}, optional
+        How quantized layers compute (:class:`ptqkit.nn.PackedLinear`); ``model.ptqkit_compute``
+        tells what became of each. "packed": from packed codes on the CPU, many times faster and
+        smaller than a float model, within float32 rounding of it. "int8": with inputs rounded to 8
+        bits, a different model. "auto": packed where that is possible. "dequantize": exactly the
+        simulated model, bit for bit. By default "auto" for files of version 3, which are written
+        to be run, and "dequantize" for all others.
     **kwargs
         Passed to ``from_pretrained``: ``dtype`` (by default that of the checkpoint),
         ``device_map``, ``attn_implementation``, ...
@@ -198,6 +215,7 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     folder, config = _check_directory(directory)
     settings = _settings(folder, config)
     known = next((f for f in FORMATS.values() if f.reads(settings)), None)
+    compute = _chosen_compute(folder, compute, settings, known is not None)
     model_class = _model_class(folder, config)
     tensors = _Tensors(folder)
     try:
@@ -207,12 +225,15 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     finally:
         tensors.close()
     from ptqkit.hf.checkpoint.plugin import register_format
+    from ptqkit.hf.checkpoint.running import set_compute
     from ptqkit.nn.qlinear import QLinear
 
     register_format()
     want_info = kwargs.pop("output_loading_info", False)
     kwargs.setdefault("dtype", "auto")
-    if known is not None and known.float_parts:
+    if known is not None and known.foreign and compute != "dequantize":
+        model, info = _load_converted(folder, model_class, known, layers, kwargs)
+    elif known is not None and known.float_parts:
         model, info = _load_float(folder, model_class, known, kwargs)
     else:
         if (
@@ -236,11 +257,25 @@ def load(directory: str | os.PathLike[str], *, cache: bool = False, **kwargs: An
     from ptqkit.hf.softmax.driver import load_softmax
 
     load_softmax(model, folder)
+    if known is not None:
+        set_compute(model, compute)
     if cache:
         for module in model.modules():
             if isinstance(module, QLinear):
                 module.cache = True
     return (model, info) if want_info else model
+
+
+def _chosen_compute(
+    folder: Path, compute: str | None, settings: dict[str, Any], known: bool
+) -> str:
+    if compute is None:
+        newest = settings.get("quant_method") == METHOD and settings.get("format_version") == 3
+        return "auto" if newest else "dequantize"
+    check_choice("compute", compute, COMPUTE)
+    if compute in ("packed", "int8") and not known:
+        raise ValueError(f"{folder} is no quantized checkpoint that compute={compute!r} could run")
+    return compute
 
 
 def _check_layers(
@@ -302,6 +337,28 @@ def _model_class(folder: Path, config: dict[str, Any]) -> Any:
             raise ValueError(f"{folder / 'config.json'}: architectures names {name}, not a model")
         return found
     return transformers.AutoModelForCausalLM
+
+
+def _load_converted(
+    folder: Path,
+    model_class: Any,
+    stored: CheckpointFormat,
+    layers: dict[str, dict[str, Any]],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Build the model with the layers of another format as those of ptqkit's own."""
+    from transformers import AutoConfig
+
+    tensors = _Tensors(folder)
+    try:
+        settings, state = converted_state(stored, layers, tensors.files, tensors)
+    finally:
+        tensors.close()
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = settings
+    return model_class.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **kwargs
+    )
 
 
 def _load_float(

@@ -48,7 +48,7 @@ class CheckpointInfo:
     ----------
     directory : Path
     format : str
-        "compressed-tensors", "gptq", "gptq_v2" or "ptqkit".
+        "compressed-tensors", "gptq", "gptq_v2", "ptqkit" or "ptqkit_v3".
     reason : str
     files : tuple of str
     bytes : int
@@ -90,6 +90,7 @@ def save_checkpoint(
     overwrite: bool = False,
     max_shard_size: int | str = SHARD_BYTES,
     activations: Mapping[str, ActivationQuantizer] | None = None,
+    flat_inputs: Mapping[str, bool] | None = None,
 ) -> CheckpointInfo:
     """Write ``model`` with the weights of ``layers`` replaced by their packed codes.
 
@@ -106,7 +107,7 @@ def save_checkpoint(
     recipe : Recipe, dict or None
         Written as ``ptqkit_recipe.json``.
     directory : path
-    checkpoint_format : {"auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit"}
+    checkpoint_format : {"auto", "compressed-tensors", "gptq", "gptq_v2", "ptqkit", "ptqkit_v3"}
         "auto" takes compressed-tensors if it carries every layer exactly, otherwise "ptqkit".
     tokenizer : optional
         Saved along.
@@ -120,6 +121,8 @@ def save_checkpoint(
     activations : mapping of str to ActivationQuantizer, optional
         What quantizes the inputs, by module name; every name is one of ``layers``. The file loads
         as the model with these quantizers installed.
+    flat_inputs : mapping of str to bool, optional
+        Which layers get inputs without a batch axis; measured by running the model if not given.
 
     Raises
     ------
@@ -134,7 +137,9 @@ def save_checkpoint(
     activations = dict(activations or {})
     check_activations(model, layers, activations)
     dynamic = [name for name, q in activations.items() if q.spec.dynamic]
-    specs = describe_layers(model, layers, activations, measure_flat_inputs(model, dynamic))
+    if flat_inputs is None:
+        flat_inputs = measure_flat_inputs(model, dynamic)
+    specs = describe_layers(model, layers, activations, flat_inputs)
     biases, names = find_gained_biases(model), saved_names(model)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     chosen, reason = choose_format(
@@ -200,7 +205,10 @@ def check_savable(model: Any, layers: Container[str] = ()) -> None:
             "checkpoint needs; quantize it without saving"
         )
     if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError("model is loaded from a quantized checkpoint already: save_pretrained it")
+        raise ValueError(
+            "model is loaded from a quantized checkpoint already: save_pretrained it, or use "
+            "ptqkit.hf.save_loaded for another format"
+        )
     for name, tensor in saved_tensors(model).items():
         if name.removesuffix(".weight") not in layers:
             TensorPlan.of(name, tensor)

@@ -332,10 +332,10 @@ def test_load_errors(quantized, tmp_path):
             function(out)
     (tmp_path / "aside").rename(out / "model.safetensors")
 
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = 4
     (out / "config.json").write_text(json.dumps(config))
     for function in (load, read_matrices, transformers.AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match="format version 3.*newer ptqkit"):
+        with pytest.raises(ValueError, match="format version 4.*newer ptqkit"):
             function(out)
     config["quantization_config"] = {"quant_method": "awq"}
     (out / "config.json").write_text(json.dumps(config))
