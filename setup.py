@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 
 def openmp_flags():
@@ -50,4 +52,29 @@ def extension():
     )
 
 
-setup(ext_modules=[extension()])
+class ParallelBuild(build_ext):
+    """Compiles as many files at a time as there are processors; setuptools takes one by one."""
+
+    def build_extensions(self):
+        def compile_all(sources, output_dir=None, macros=None, include_dirs=None, debug=0,
+                        extra_preargs=None, extra_postargs=None, depends=None):  # fmt: skip
+            macros, objects, extra, options, build = self.compiler._setup_compile(
+                output_dir, macros, include_dirs, sources, depends, extra_postargs
+            )
+            arguments = self.compiler._get_cc_args(options, debug, extra_preargs)
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                jobs = [
+                    pool.submit(self.compiler._compile, o, *build[o], arguments, extra, options)
+                    for o in objects
+                    if o in build
+                ]
+                for job in jobs:
+                    job.result()
+            return objects
+
+        if self.compiler.compiler_type == "unix":
+            self.compiler.compile = compile_all
+        super().build_extensions()
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": ParallelBuild})
