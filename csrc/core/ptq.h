@@ -461,9 +461,9 @@ ptq_status ptq_words_unpack(const ptq_packed *w, uint8_t *codes, int threads);
 ptq_status ptq_packed_dequantize(const ptq_packed *w, float *out, int threads);
 
 /* y (tokens, outputs) = x w^T; x tokens of `inputs` values at stride ldx elements, of `dtype`.
- * Float: sums of a group's codes times x in float32, or exactly with x in fixed point (23 bits under
- * the group's largest), whichever is faster; less zero times the sum of x; then the scale. With
- * u = 2^-24 and k the places, |error| <= 2 (k + 8) u sum over groups of 2^bits scale sum |x|.
+ * Float: sums of a group's codes times x in float32, or exactly with x in fixed point (23 bits
+ * under the group's largest), whichever is faster; less zero times the sum of x; then the scale.
+ * With u = 2^-24 and k the places, |error| <= 2 (k + 8) u sum over groups of 2^bits scale sum |x|.
  * int8: the x of a token and a group become round(x / s), s = max |x| / 127; then products and sums
  * are exact integers, and the result is the same at every CPU level. PTQ_NONFINITE (int8 only): x
  * holds NaN or Inf; PTQ_INVALID (int8 only): a group of more than PTQ_INT8_GROUP places.

@@ -1,5 +1,5 @@
-/* avx512.h - vectors of 16 floats and integers, for the level and what it has on top: to be included
- * where the target is set. */
+/* avx512.h - vectors of 16 floats and integers, for the level and what it has on top: to be
+ * included where the target is set. */
 #ifndef PTQ_AVX512_H
 #define PTQ_AVX512_H
 
