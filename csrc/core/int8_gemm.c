@@ -218,18 +218,18 @@ static void sum_block(const product *p, int64_t t, int64_t height, int64_t o, in
         const uint32_t start = 0u - (uint32_t)k->offset * (uint32_t)p->rows[t + i].codes;
         for (int64_t j = 0; j < panels * PTQ_LANES; j++) C[i * ldc + j] = (int32_t)start;
     }
-    if (k->enter) k->enter();
     for (int64_t k0 = 0; k0 < p->words; k0 += p->depth) {
         const int64_t depth = ptq_min64(p->depth, p->words - k0);
-        if (ptq_should_stop()) break;
+        if (ptq_should_stop()) return; /* may run anything, other products too */
+        if (k->enter) k->enter();
         for (int64_t q = 0; q < panels; q += k->panels)
             for (int64_t i = 0; i < height; i += k->mr)
                 k->dots((int)ptq_min64(k->mr, height - i), (int)ptq_min64(k->panels, panels - q),
                         p->strips + (t + i) / k->mr * p->strip_bytes + k0 * k->mr * k->token_bytes,
                         p->panels + (o / PTQ_LANES + q) * stride + k0 * PTQ_ROW_WORDS, stride,
                         depth, C + i * ldc + q * PTQ_LANES, ldc);
+        if (k->leave) k->leave();
     }
-    if (k->leave) k->leave();
 }
 
 static void block_task(void *ctx, int64_t task, int thread) {

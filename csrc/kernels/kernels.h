@@ -69,7 +69,7 @@ typedef struct {
      * operand if `turned`; absent columns and absent last tokens are zero. */
     void (*pack)(const uint16_t *X, int64_t ldx, const int64_t *rows, int64_t first, int64_t count,
                  int64_t c, int64_t columns, uint32_t *out, uint32_t *left);
-    /* Around the calls of `gemm` of one thread; NULL: nothing to do. */
+    /* Around the calls of `gemm` of one thread, as in ptq_int8_kernels. */
     void (*enter)(void);
     void (*leave)(void);
 } ptq_pairs_kernels;
@@ -226,7 +226,7 @@ typedef struct {
      * words are `stride` words apart, modulo 2^32. */
     void (*dots)(int tokens, int panels, const void *strip, const uint32_t *B, int64_t stride,
                  int64_t words, int32_t *C, int64_t ldc);
-    /* Around the calls of `dots` of one thread; NULL: nothing to do. */
+    /* Around the calls of `dots` of one thread, without ptq_should_stop; NULL: nothing to do. */
     void (*enter)(void);
     void (*leave)(void);
     /* y (n) = (C - row zero * sum_w - row sum * zero_w) * row scale * scale_w + bias, in double;
