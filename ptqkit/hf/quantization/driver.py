@@ -160,9 +160,10 @@ def quantize(
     recipe : Recipe, preset name, dict or list of parts
         A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"best"``, ``"reference"``,
         ``"rtn"``, ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]``
-        (:mod:`ptqkit.recipe.parts`); ``**changes`` are applied to it, such as ``bits=3``.
-        ``"best"`` also corrects every weight for the errors made before it, at the price of a
-        second forward pass and twice the activations.
+        (:mod:`ptqkit.recipe.parts`); ``**changes`` are applied to it, such as ``bits=3``, or
+        ``error_propagation=0.75``, which corrects every weight for the errors of the layers before
+        it at the price of a second forward pass and twice the activations; ``"best"`` does that and
+        more.
     calibration
         Text, tokens, batches or a dataset; see
         :func:`ptqkit.hf.data.calibration.prepare_calibration`, which also explains ``samples``,
