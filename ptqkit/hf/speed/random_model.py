@@ -17,6 +17,7 @@ from ptqkit.recipe.options import ActivationQuantization
 __all__ = ["VARIANTS", "random_model"]
 
 _GROUP = 128
+_BLOCK = 1 << 20
 #: What the linear layers hold, the head among them: bits, group size, quantized inputs.
 VARIANTS: dict[str, tuple[int, int | None, bool]] = {
     "W8A8": (8, None, True),
@@ -111,7 +112,7 @@ def _filled(module: nn.Module, dtype: torch.dtype, random: torch.Generator) -> n
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=dtype)
-            value = value.fill_(1) if value.dim() == 1 else value.normal_(0, 0.02, generator=random)
+            value = value.fill_(1) if value.dim() == 1 else _repeat(value, random)
             setattr(part, name, nn.Parameter(value, requires_grad=False))
         if not isinstance(part, PackedLinear):
             continue
@@ -121,3 +122,14 @@ def _filled(module: nn.Module, dtype: torch.dtype, random: torch.Generator) -> n
         part.scales = torch.full(part.scales.shape, 0.08 / top, dtype=part.scales.dtype)
         part.zero_points = torch.full(part.zero_points.shape, top // 2, dtype=torch.uint8)
     return module
+
+
+def _repeat(value: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Fill a tensor with a block of random values over and over: a billion take too long."""
+    flat = value.view(-1)
+    block = torch.empty(min(len(flat), _BLOCK), dtype=value.dtype).normal_(
+        0, 0.02, generator=random
+    )
+    for part in flat.split(_BLOCK):
+        part.copy_(block[: len(part)])
+    return value

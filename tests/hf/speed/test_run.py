@@ -71,7 +71,7 @@ def test_every_form_is_measured(folders):
     assert values["cache_bytes"] == TINY.cache_bytes(16 + 3, bits=8, scale_bits=32)
     assert "int8 inputs as simulated" in values["computed"]
     assert steps[:3] == ["loading", "prompt of 24 tokens", "generating 3 tokens"]
-    assert memory() > memory("VmRSS") > 2**20
+    assert memory() >= memory("VmRSS") > 2**20
 
 
 def test_a_case_runs_in_a_process_of_its_own(folders):
