@@ -81,7 +81,7 @@ def gptq(args: argparse.Namespace) -> dict[str, Any]:
             out.append([machine, "-", "-", "-", f"{values[0]} -> {values[1]}: {values[2]} x"])
     columns = ["ms per token", "float", "3 bits", "ratio", "published, OPT-175B, FP16"]
     show("Latency of one token", columns, out)
-    print("the shape here has 1.1 billion random weights, groups of 128, the head packed too")
+    print("random weights in the shape above, groups of 128, the head packed too")
     show(
         "Memory at 3 bits, by arithmetic (groups of 128, the rest in 16 bits)",
         MEMORY,

@@ -189,7 +189,7 @@ def load(
         float model, and takes the memory of one. Only for the format ``"ptqkit"``.
     compute : {"auto", "packed", "int8", "dequantize"}, optional
         How quantized layers compute (:class:`ptqkit.nn.PackedLinear`); ``model.ptqkit_compute``
-        tells what became of each. "packed": from packed codes on the CPU, many times faster and
+        tells what became of each. "packed": from packed codes on the CPU, faster for single tokens,
         smaller than a float model, within float32 rounding of it. "int8": with inputs rounded to 8
         bits, a different model. "auto": packed where that is possible. "dequantize": exactly the
         simulated model, bit for bit. By default "auto" for files of version 3, which are written
