@@ -11,7 +11,7 @@ from helpers.driver_models import build, tokens
 
 from ptqkit import quantize
 from ptqkit.hf.quantization import memory as memory_module
-from ptqkit.hf.quantization import one_pass
+from ptqkit.hf.quantization import one_pass, replay
 from ptqkit.hf.quantization.memory import (
     available_memory,
     container_memory,
@@ -105,6 +105,16 @@ def test_free_memory_is_released_between_the_groups(monkeypatch):
     groups = {r.name: r for r in result.report.layers if not r.status.startswith("skipped")}
     shared = sum(len(r.shares_input_with) / (1 + len(r.shares_input_with)) for r in groups.values())
     assert calls == [HOST] * (round(len(groups) - shared) + 1)
+
+
+def test_free_memory_is_released_between_the_groups_of_replay(monkeypatch):
+    calls = []
+    monkeypatch.setattr(replay, "release_free_memory", calls.append)
+    result = quantize(build(), "reference", tokens(64), group_size=16, schedule="replay")
+    groups = {r.name: r for r in result.report.layers if not r.status.startswith("skipped")}
+    shared = sum(len(r.shares_input_with) / (1 + len(r.shares_input_with)) for r in groups.values())
+    # After the inputs of each group, after the outputs of each block, and at the end.
+    assert calls == [HOST] * (round(len(groups) - shared) + 2 + 1)
 
 
 def test_release_needs_no_glibc(monkeypatch):
