@@ -142,7 +142,8 @@ def test_conv1d_and_empty_and_single_tokens():
     assert packed.weight.shape == (128, 48) and torch.equal(packed.weight, layer.weight)
     x = inputs_of(q)
     torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-5)
-    assert torch.equal(packed(x[0, 0]), packed(x)[0, 0])
+    # one token takes another path than many: the same but for rounding
+    torch.testing.assert_close(packed(x[0, 0]), packed(x)[0, 0], rtol=1e-5, atol=1e-5)
     assert torch.equal(packed(x.transpose(0, 1)), packed(x).transpose(0, 1))
     assert packed(x[:, :0]).shape == (2, 0, 48)
 

@@ -11,6 +11,7 @@ import torch
 
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.models.recorded import RecordedBlocks
+from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.forward import StopForwardError, hooks
@@ -22,6 +23,7 @@ def replay_groups(work: Work) -> Steps:
     """Yield every group that is left, running its block per group and once for its outputs."""
     recorded = RecordedBlocks(work.model, work.blocks, work.batches)
     positions = work.positions()
+    pages = HeapPages(next(work.model.parameters()).device)
     with recorded.patched():
         for position, block in enumerate([*work.blocks, None]):
             groups = [g for g, p in zip(work.groups, positions, strict=True) if p == position]
@@ -30,11 +32,16 @@ def replay_groups(work: Work) -> Steps:
             if not groups and not unprobed:
                 continue
             recorded.advance(position)
+            pages.release()
             if block is not None and unprobed:
                 groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
             for group in groups:
-                yield work.members(group), _moments(work, recorded, group)
+                moments = _moments(work, recorded, group)
+                pages.release()
+                yield work.members(group), moments
+                del moments
                 work.done.update(group)
+    pages.release()
     return None
 
 

@@ -20,6 +20,7 @@ BRANCHES = {
 }
 for _like in ("mistral", "qwen2", "qwen3", "gemma", "phi3"):
     BRANCHES[_like] = BRANCHES["llama"]
+KNOWN = frozenset(ARCHITECTURES)  # other tests add variants while they run
 UNTOLD = {"gemma2", "gpt_neox", "falcon", "bert", "roberta"}  # norms after a branch, or in parallel
 
 
@@ -34,7 +35,7 @@ def writers_of(model, batch):
 
 
 def test_every_architecture_is_expected():
-    assert set(BRANCHES) | UNTOLD == set(ARCHITECTURES)
+    assert set(BRANCHES) | UNTOLD == KNOWN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -117,6 +117,16 @@ def test_pages_are_released_once_the_process_has_grown(monkeypatch):
         assert len(trims) == times
 
 
+def test_free_memory_is_released_between_the_groups_of_replay(monkeypatch):
+    calls = []
+    monkeypatch.setattr(HeapPages, "release", lambda pages: calls.append(pages))
+    result = quantize(build(), "reference", tokens(64), group_size=16, schedule="replay")
+    groups = {r.name: r for r in result.report.layers if not r.status.startswith("skipped")}
+    shared = sum(len(r.shares_input_with) / (1 + len(r.shares_input_with)) for r in groups.values())
+    # After the inputs of each group, after the outputs of each block, and at the end.
+    assert len(calls) == round(len(groups) - shared) + 2 + 1
+
+
 def test_release_needs_no_glibc(monkeypatch):
     monkeypatch.setattr(memory_module, "_malloc_trim", lambda: None)
     HeapPages(HOST, spare=-1).release()
