@@ -40,46 +40,35 @@ static inline int64_t panel_words(const ptq_packed *w) {
 
 /* ---- packing --------------------------------------------------------------------------- */
 
-typedef struct {
+typedef struct conversion {
     const ptq_packed *w;
+    /* Converts an output, lane r of panel p. */
+    void (*row)(const struct conversion *c, int64_t p, int64_t r);
     const uint8_t *codes;
-    uint32_t *words;
+    uint32_t *words; /* packed: written, all others NULL */
     uint8_t *unpacked;
     float *values;
 } conversion;
 
-static void pack_task(void *ctx, int64_t task, int thread) {
-    (void)thread;
-    const conversion *c = ctx;
+static void pack_row(const conversion *c, int64_t p, int64_t r) {
     const ptq_packed *w = c->w;
-    const int64_t end = ptq_min64((task + 1) * PANELS, ptq_panels(w->outputs));
-    for (int64_t p = task * PANELS; p < end && !ptq_should_stop(); p++) {
-        uint32_t *words = c->words + p * panel_words(w);
-        memset(words, 0, sizeof *words * (size_t)panel_words(w));
-        for (int64_t r = 0; r < ptq_min64(PTQ_LANES, w->outputs - p * PTQ_LANES); r++)
-            for (int64_t i = 0; i < w->places; i++) {
-                const int64_t input = input_at(w, i);
-                if (input < 0) continue;
-                const uint32_t code = c->codes[(p * PTQ_LANES + r) * w->inputs + input];
-                ptq_word_put(words + r, w->bits, i, code & ((1u << w->bits) - 1));
-            }
+    uint32_t *const lane = c->words + p * panel_words(w) + r;
+    for (int64_t i = 0; i < w->places; i++) {
+        const int64_t input = input_at(w, i);
+        if (input < 0) continue;
+        const uint32_t code = c->codes[(p * PTQ_LANES + r) * w->inputs + input];
+        ptq_word_put(lane, w->bits, i, code & ((1u << w->bits) - 1));
     }
 }
 
-static void unpack_task(void *ctx, int64_t task, int thread) {
-    (void)thread;
-    const conversion *c = ctx;
+static void unpack_row(const conversion *c, int64_t p, int64_t r) {
     const ptq_packed *w = c->w;
-    const int64_t end = ptq_min64((task + 1) * PANELS, ptq_panels(w->outputs));
-    for (int64_t p = task * PANELS; p < end && !ptq_should_stop(); p++) {
-        const uint32_t *words = w->words + p * panel_words(w);
-        for (int64_t r = 0; r < ptq_min64(PTQ_LANES, w->outputs - p * PTQ_LANES); r++)
-            for (int64_t i = 0; i < w->places; i++) {
-                const int64_t input = input_at(w, i);
-                if (input < 0) continue;
-                c->unpacked[(p * PTQ_LANES + r) * w->inputs + input] =
-                    (uint8_t)ptq_word_code(words + r, w->bits, i);
-            }
+    const uint32_t *const lane = w->words + p * panel_words(w) + r;
+    for (int64_t i = 0; i < w->places; i++) {
+        const int64_t input = input_at(w, i);
+        if (input < 0) continue;
+        c->unpacked[(p * PTQ_LANES + r) * w->inputs + input] =
+            (uint8_t)ptq_word_code(lane, w->bits, i);
     }
 }
 
@@ -89,48 +78,54 @@ static float scale_at(const ptq_packed *w, int64_t at) {
     return w->scale_dtype == PTQ_F16 ? ptq_from_half(half) : ptq_from_bf16(half);
 }
 
-static void dequantize_task(void *ctx, int64_t task, int thread) {
+static void dequantize_row(const conversion *c, int64_t p, int64_t r) {
+    const ptq_packed *w = c->w;
+    const uint32_t *const lane = w->words + p * panel_words(w) + r;
+    for (int64_t g = 0; g < w->groups; g++) {
+        const int64_t at = (p * w->groups + g) * PTQ_LANES + r;
+        const float scale = scale_at(w, at);
+        const int zero = w->zeros[at];
+        for (int64_t i = w->starts[g]; i < w->starts[g + 1]; i++) {
+            const int64_t input = input_at(w, i);
+            if (input < 0) continue;
+            const int code = (int)ptq_word_code(lane, w->bits, i);
+            c->values[(p * PTQ_LANES + r) * w->inputs + input] = scale * (float)(code - zero);
+        }
+    }
+}
+
+static void convert_task(void *ctx, int64_t task, int thread) {
     (void)thread;
     const conversion *c = ctx;
     const ptq_packed *w = c->w;
     const int64_t end = ptq_min64((task + 1) * PANELS, ptq_panels(w->outputs));
     for (int64_t p = task * PANELS; p < end && !ptq_should_stop(); p++) {
-        const uint32_t *words = w->words + p * panel_words(w);
+        if (c->words)
+            memset(c->words + p * panel_words(w), 0, sizeof *c->words * (size_t)panel_words(w));
         for (int64_t r = 0; r < ptq_min64(PTQ_LANES, w->outputs - p * PTQ_LANES); r++)
-            for (int64_t g = 0; g < w->groups; g++) {
-                const int64_t at = (p * w->groups + g) * PTQ_LANES + r;
-                const float scale = scale_at(w, at);
-                const int zero = w->zeros[at];
-                for (int64_t i = w->starts[g]; i < w->starts[g + 1]; i++) {
-                    const int64_t input = input_at(w, i);
-                    if (input < 0) continue;
-                    const int code = (int)ptq_word_code(words + r, w->bits, i);
-                    c->values[(p * PTQ_LANES + r) * w->inputs + input] =
-                        scale * (float)(code - zero);
-                }
-            }
+            c->row(c, p, r);
     }
 }
 
-static ptq_status convert(conversion *c, ptq_task task, int threads) {
+static ptq_status convert(conversion *c, int threads) {
     const int64_t tasks = ptq_ceil_div(ptq_panels(c->w->outputs), PANELS);
     threads = ptq_threads_for_work(threads, (double)c->w->outputs * (double)c->w->places);
-    return ptq_parallel_for(tasks, threads, task, c);
+    return ptq_parallel_for(tasks, threads, convert_task, c);
 }
 
 ptq_status ptq_words_pack(const ptq_packed *w, const uint8_t *codes, uint32_t *words, int threads) {
-    conversion c = {.w = w, .codes = codes, .words = words};
-    return valid(w) ? convert(&c, pack_task, threads) : PTQ_INVALID;
+    conversion c = {.w = w, .row = pack_row, .codes = codes, .words = words};
+    return valid(w) ? convert(&c, threads) : PTQ_INVALID;
 }
 
 ptq_status ptq_words_unpack(const ptq_packed *w, uint8_t *codes, int threads) {
-    conversion c = {.w = w, .unpacked = codes};
-    return valid(w) ? convert(&c, unpack_task, threads) : PTQ_INVALID;
+    conversion c = {.w = w, .row = unpack_row, .unpacked = codes};
+    return valid(w) ? convert(&c, threads) : PTQ_INVALID;
 }
 
 ptq_status ptq_packed_dequantize(const ptq_packed *w, float *out, int threads) {
-    conversion c = {.w = w, .values = out};
-    return valid_groups(w, w->places) ? convert(&c, dequantize_task, threads) : PTQ_INVALID;
+    conversion c = {.w = w, .row = dequantize_row, .values = out};
+    return valid_groups(w, w->places) ? convert(&c, threads) : PTQ_INVALID;
 }
 
 /* ---- products -------------------------------------------------------------------------- */

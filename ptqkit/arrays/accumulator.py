@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
+
+import numpy as np
 
 from ptqkit.errors import CalibrationError
 
-__all__ = ["Accumulator"]
+__all__ = ["Accumulator", "MatrixSum"]
 
 
 class Accumulator:
@@ -40,3 +43,44 @@ class Accumulator:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+
+
+class MatrixSum(Accumulator):
+    """Base of the accumulators that write a matrix of float32 sums in place.
+
+    Attributes
+    ----------
+    tokens : int
+        How many have been added.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.tokens = 0
+        self._sum = np.zeros((rows, columns), np.float32)
+
+    def _add_batch(
+        self, write: Callable[[], None], tokens: int, not_finite: str, too_large: str
+    ) -> None:
+        """Let ``write`` add a batch of so many tokens to the sum.
+
+        The core refuses values that are not finite or too large before it adds anything: then the
+        sum is whole, and a ValueError says which with the text given.
+        """
+        with self._lock:
+            self._check_whole()
+            self._torn = True
+            try:
+                write()
+            except FloatingPointError:
+                self._torn = False
+                raise ValueError(not_finite) from None
+            except OverflowError:
+                self._torn = False
+                raise ValueError(too_large) from None
+            self.tokens += tokens
+            self._torn = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {**super().__getstate__(), "_sum": self._sum.copy()}

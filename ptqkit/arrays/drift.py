@@ -17,7 +17,7 @@ from ptqkit.arrays._inputs import (
     check_threads,
     widen,
 )
-from ptqkit.arrays.accumulator import Accumulator
+from ptqkit.arrays.accumulator import MatrixSum
 from ptqkit.errors import CalibrationError
 
 __all__ = ["Drift"]
@@ -32,7 +32,7 @@ _TOO_LARGE = (
 )
 
 
-class Drift(Accumulator):
+class Drift(MatrixSum):
     """Accumulate ``(2/N) * sum_t (a_t - b_t) x_t^T``, in float32.
 
     With a what a value is in the float model and b what it is in the quantized one, x the inputs of
@@ -63,12 +63,10 @@ class Drift(Accumulator):
     _quantity = "drift"
 
     def __init__(self, features: int, in_features: int, *, threads: int = 0) -> None:
-        super().__init__()
         self.features = check_count(features, "features", 1, 1 << 24)
         self.in_features = check_count(in_features, "in_features", 1, 1 << 24)
         self.threads = check_threads(threads)
-        self.tokens = 0
-        self._sum = np.zeros((self.features, self.in_features), np.float32)
+        super().__init__(self.features, self.in_features)
 
     @classmethod
     def from_matrix(cls, matrix: Any, tokens: int, *, threads: int = 0) -> Drift:
@@ -122,19 +120,11 @@ class Drift(Accumulator):
         rows = None if mask is None else as_mask(mask, shape[:-1])
         if rows is not None and len(rows) == len(x):
             rows = None
-        with self._lock:
-            self._check_whole()
-            self._torn = True
-            try:
-                _core.cross_update(self._sum, a, b, x, dtype, rows, self.threads)
-            except FloatingPointError:
-                self._torn = False
-                raise ValueError(_NOT_FINITE) from None
-            except OverflowError:
-                self._torn = False
-                raise ValueError(_TOO_LARGE) from None
-            self.tokens += len(x) if rows is None else len(rows)
-            self._torn = False
+
+        def write() -> None:
+            _core.cross_update(self._sum, a, b, x, dtype, rows, self.threads)
+
+        self._add_batch(write, len(x) if rows is None else len(rows), _NOT_FINITE, _TOO_LARGE)
 
     def merge(self, other: Drift) -> None:
         """Add what ``other`` has seen: (N1 D1 + N2 D2) / (N1 + N2)."""
@@ -163,10 +153,6 @@ class Drift(Accumulator):
             result.tokens = self.tokens
             result._torn = self._torn
         return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
-            return {**super().__getstate__(), "_sum": self._sum.copy()}
 
     def finish(self) -> Drift:
         """Return the drift itself: accumulators on other devices return one."""

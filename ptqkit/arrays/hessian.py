@@ -15,7 +15,7 @@ from ptqkit.arrays._inputs import (
     check_count,
     check_threads,
 )
-from ptqkit.arrays.accumulator import Accumulator
+from ptqkit.arrays.accumulator import MatrixSum
 from ptqkit.errors import CalibrationError
 
 __all__ = ["SYMMETRY_TOLERANCE", "Hessian"]
@@ -23,7 +23,7 @@ __all__ = ["SYMMETRY_TOLERANCE", "Hessian"]
 SYMMETRY_TOLERANCE = 1e-4  # of the largest entry of H
 
 
-class Hessian(Accumulator):
+class Hessian(MatrixSum):
     """Accumulate the Hessian of a linear layer, ``H = (2/N) * sum_t x_t x_t^T`` [GPTQ, section 3].
 
     Only one triangle is accumulated, in float32. If the CPU can, bfloat16 inputs are multiplied
@@ -49,11 +49,9 @@ class Hessian(Accumulator):
     _quantity = "Hessian"
 
     def __init__(self, in_features: int, *, threads: int = 0) -> None:
-        super().__init__()
         self.in_features = check_count(in_features, "in_features", 1, 1 << 24)
         self.threads = check_threads(threads)
-        self.tokens = 0
-        self._sum = np.zeros((self.in_features, self.in_features), np.float32)
+        super().__init__(self.in_features, self.in_features)
         self._matrix: np.ndarray | None = None
 
     @classmethod
@@ -95,20 +93,12 @@ class Hessian(Accumulator):
             An earlier update was interrupted, by Ctrl-C or an exception of a signal handler.
         """
         X, dtype, rows, tokens = as_batch(X, mask, self.in_features)
-        with self._lock:
-            self._check_whole()
-            self._torn = True
-            try:
-                _core.hessian_update(self._sum, X, dtype, rows, self.threads)
-            except FloatingPointError:
-                self._torn = False
-                raise ValueError(NOT_FINITE) from None
-            except OverflowError:
-                self._torn = False
-                raise ValueError(TOO_LARGE) from None
-            self.tokens += tokens
+
+        def write() -> None:
+            _core.hessian_update(self._sum, X, dtype, rows, self.threads)
             self._matrix = None
-            self._torn = False
+
+        self._add_batch(write, tokens, NOT_FINITE, TOO_LARGE)
 
     def merge(self, other: Hessian) -> None:
         """Add what ``other`` has seen: H = (N1 H1 + N2 H2) / (N1 + N2)."""
@@ -141,7 +131,7 @@ class Hessian(Accumulator):
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            return {**super().__getstate__(), "_sum": self._sum.copy(), "_matrix": None}
+            return {**super().__getstate__(), "_matrix": None}
 
     def finish(self) -> Hessian:
         """Return the Hessian itself: accumulators on other devices return one."""

@@ -11,6 +11,7 @@ import ptqkit._core as _core
 from ptqkit.arrays._inputs import as_tokens, check_count, check_number, check_threads
 from ptqkit.arrays.activations import QuantizedActivations, _signed_grid
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.arrays.packed import LANES
 
 __all__ = ["int8_linear", "int8_matmul", "pack_int8"]
 
@@ -80,7 +81,7 @@ def int8_matmul(
     return y.reshape(*lead, len(w.codes))
 
 
-LANES, QUAD = 16, 4  # outputs of a panel, inputs of a 32-bit word
+QUAD = 4  # inputs of a 32-bit word
 
 
 def pack_int8(codes: Any, *, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
