@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH
+from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH, TUNE_STEPS
 from ptqkit._places import claim_place
 from ptqkit._units import parse_bytes
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
@@ -45,7 +45,8 @@ Recipes:
   quality      (default) GPTQ: groups and their columns by decreasing activation power, grids
                searched under the Hessian, one coordinate-descent pass
   best         quality, each weight corrected for the errors made before it, scales fitted again to
-               their codes; twice the time, and twice the memory of the activations
+               their codes; twice the time, and twice the memory of the activations; with --tune
+               its scales, norm gains and biases then learn from the float model
   reference    GPTQ as published: natural order, min-max grids
   rtn          rounding to nearest; needs no text
   aweq         W8A8: activation-weight equalization by the closed form, one scale per tensor, bias
@@ -71,6 +72,8 @@ examples:
   ptqkit quantize ./model --bits 4 --symmetric --calibration train.txt --out model-w4
   ptqkit quantize ./model --bits 3 --group-size 64 --calibration train.jsonl.gz \\
       --override '*.down_proj=bits:4,group_size:32' --override '*.0.*=skip' --out model-w3
+  ptqkit quantize ./model --recipe best --tune --bits 3 --group-size 64 \\
+      --calibration train.txt --out model-w3
   ptqkit quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
   ptqkit quantize ./model --recipe aweq --alpha search --calibration train.txt --out model-w8a8
   ptqkit quantize ./model --bits 4 --equalize awe --activations 8:token \\
@@ -183,6 +186,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "answer for the errors of the stream too (0: off)",
     )
     group.add_argument(
+        "--tune",
+        nargs="?",
+        type=_steps,
+        const=TUNE_STEPS,
+        metavar="STEPS",
+        help="afterwards let scales, norm gains and biases learn from the float model's logits, so "
+        f"many steps ({TUNE_STEPS} if no number follows; default: 0, or the recipe's)",
+    )
+    group.add_argument(
         "--scale-dtype",
         choices=("float32", "float16", "bfloat16"),
         help="dtype that holds the scales; default: that of the stored model",
@@ -291,6 +303,12 @@ def _group_size(text: str) -> int | str:
     return int(text)
 
 
+def _steps(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, 0 or more")
+    return int(text)
+
+
 def _alpha(text: str) -> float | str:
     if text == "search":
         return text
@@ -364,7 +382,7 @@ def _value(text: str) -> Any:
     return text
 
 
-_PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction")
+_PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction", "tune")
 _OF_GPTQ = (
     "order",
     "static_groups",

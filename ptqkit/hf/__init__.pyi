@@ -34,6 +34,9 @@ from .quantization.driver import quantize as quantize
 from .quantization.float_weights import FloatWeights as FloatWeights
 from .quantization.report import LayerReport as LayerReport
 from .quantization.report import Report as Report
+from .quantization.tune import tune as tune
+from .quantization.tuning import TuningInterrupted as TuningInterrupted
+from .quantization.tuning import TuningReport as TuningReport
 from .softmax.driver import SoftmaxCalibration as SoftmaxCalibration
 from .softmax.driver import SoftmaxQuantization as SoftmaxQuantization
 from .softmax.driver import load_softmax as load_softmax

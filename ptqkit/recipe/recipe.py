@@ -89,6 +89,9 @@ class Recipe:
     bias_correction : bool
         Subtract ``(W_hat - W) E[x]`` from each layer's bias [AWEQ, eqs. 11-15]; a layer without a
         bias gains one.
+    tune : int
+        Steps of tuning after the run (:func:`ptqkit.hf.tune`; 150 is a good number): scales, norm
+        gains and biases learn from the float model's logits. 0: none. It holds for the whole run.
     overrides : mapping of pattern to a mapping of changes, or to "skip"
         Patterns are globs on the full module name, or regular expressions after ``re:``. All
         matching patterns apply in order, the last one wins.
@@ -132,6 +135,7 @@ class Recipe:
     activations: ActivationQuantization | None = None
     equalization: Equalization | None = None
     bias_correction: bool = False
+    tune: int = 0
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
 
@@ -142,6 +146,11 @@ class Recipe:
         self._check_fields()
         self._check_propagation()
         self._check_per_tensor()
+        if self.tune and self.activations is not None:
+            raise ValueError(
+                f"tune={self.tune} cannot be combined with activations: no gradient passes through "
+                "quantized inputs; use tune=0"
+            )
         if isinstance(self.include, str):
             raise ValueError("include must be a sequence of patterns, not one string")
         object.__setattr__(self, "include", tuple(self.include))
@@ -163,6 +172,7 @@ class Recipe:
         check_int("refine_passes", self.refine_passes, 0)
         check_int("refit_rounds", self.refit_rounds, 0)
         check_int("block_size", self.block_size, 1)
+        check_int("tune", self.tune, 0)
         check_int("min_zero_point", self.min_zero_point, 0, 1)
         for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):
             if not isinstance(getattr(self, name), bool):
@@ -250,7 +260,7 @@ class Recipe:
         check_names(change, where, _names())
         if {"overrides", "include"} & set(change):
             raise ValueError(f"{where} cannot hold overrides or include")
-        for name in (*PROPAGATIONS, "equalization"):
+        for name in (*PROPAGATIONS, "equalization", "tune"):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
         try:
@@ -329,6 +339,7 @@ class Recipe:
             "method 'gptq'": self.method == "gptq",
             "grid 'hessian'": self.grid == "hessian",
             "bias_correction": self.bias_correction,
+            f"tune={self.tune}": self.tune > 0,
             "a static grid of activations": self.needs_ranges,
         }
         for what, needed in reasons.items():

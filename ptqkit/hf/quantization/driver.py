@@ -27,6 +27,8 @@ from ptqkit.hf.quantization.inspection import inspect_model
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
+from ptqkit.hf.quantization.tune import prepare_tuning, tune_prepared
+from ptqkit.hf.quantization.tuning import TuningOptions, TuningReport
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.forward import forget_compiled
 from ptqkit.nn.linear import LinearView
@@ -58,6 +60,8 @@ class QuantizationResult:
         Saved with the model.
     stored_dtype : str
         Type in which :meth:`save` writes the float values.
+    tuning : TuningReport or None
+        What :func:`ptqkit.hf.tune`, or ``tune`` of the recipe, has done.
     checkpoint : CheckpointInfo or None
         What was written last.
     """
@@ -72,6 +76,7 @@ class QuantizationResult:
     equalization: EqualizationReport | None = None
     tokenizer: Any = field(default=None, repr=False)
     stored_dtype: str = ""
+    tuning: TuningReport | None = None
     checkpoint: CheckpointInfo | None = None
 
     def save(
@@ -265,6 +270,13 @@ def quantize(
     )
     assert chosen is not None and written is not None  # or there had been problems
     recipe = chosen
+    tuning = None
+    if recipe.tune and found.calibration is not None:
+        tuning = TuningOptions(steps=recipe.tune, batch_size=batch_size)
+        # Its memory is checked now, and taken from what the schedule finds free.
+        layers = found.structure.targets
+        learned_from = prepare_tuning(model, layers, found.calibration, tuning, budget)
+        options = replace(options, start=options.start + learned_from.seconds)  # told as tuning's
     plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
     equalized = None
     if recipe.equalization is not None and found.calibration is not None:
@@ -286,6 +298,9 @@ def quantize(
         model, run.matrices, run.report, recipe, run.activations, equalized, tokenizer
     )
     result.stored_dtype = dtype_name(written)
+    if tuning is not None:
+        with _carrying(result):
+            tune_prepared(result, learned_from, tuning, options.progress)
     if out_dir is not None:
         with _carrying(result):
             result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)

@@ -116,6 +116,9 @@ class Report(JsonReport):
         ``estimate_one_pass`` and ``estimate_replay`` (what each schedule needs in addition to the
         model), ``budget`` (None if none was given) and ``available`` (free before the run).
     recipe : dict
+    tuning : dict or None
+        :meth:`TuningReport.to_dict`, if scales, gains and biases were tuned; the layers' rows are
+        of the time before.
     warnings : list of str
     """
 
@@ -129,6 +132,7 @@ class Report(JsonReport):
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    tuning: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> LayerReport:
@@ -152,6 +156,13 @@ class Report(JsonReport):
     def failed(self) -> list[LayerReport]:
         """Rows of the layers that were left float because of an error."""
         return [layer for layer in self.layers if layer.status.startswith("failed")]
+
+    def note_tuning(self, facts: dict[str, Any]) -> None:
+        """Add what tuning did, and its time."""
+        self.tuning = facts
+        spent = self.seconds.get("tuning", 0.0)
+        self.seconds["tuning"] = spent + facts["seconds"]
+        self.seconds["total"] = self.seconds.get("total", 0.0) + facts["seconds"]
 
     def totals(self) -> dict[str, Any]:
         """Return sums over the quantized layers; ``bits_per_weight`` is weighted by size."""
@@ -227,6 +238,8 @@ class Report(JsonReport):
         told = ", ".join(f"{w} propagation {alpha:g}" for w, alpha in alphas.items() if alpha)
         if told:
             lines.append(f"{told}: figures are of the corrected weights, not the model's own")
+        if self.tuning is not None:
+            lines.append(f"{_tuned(self.tuning)}; figures of layers are of before")
         if self.memory.get("peak"):
             lines.append(f"peak memory {self.memory['peak'] / 2**20:,.0f} MiB")
         return lines + [f"warning: {w}" for w in self.warnings]
@@ -273,6 +286,14 @@ _LESS_IMPORTANT = ("dead", "tokens", "rtn", "damping", "shape", "bpw", "act")
 """Columns that are left out, in this order, as long as the lines are too long."""
 _NAME = 32
 """Characters of a layer's name that other columns make room for."""
+
+
+def _tuned(facts: dict[str, Any]) -> str:
+    return (
+        f"tuned {facts['steps']} steps, kept step {facts['kept']}: divergence from the float model "
+        f"on {facts['held_out']} held-out windows {facts['loss_before']:.4g} -> "
+        f"{facts['loss_after']:.4g} nats per token, {facts['seconds']:.1f} s"
+    )
 
 
 def _cells(r: LayerReport) -> tuple[str, ...]:
