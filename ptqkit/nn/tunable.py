@@ -175,12 +175,10 @@ class _Divergence(torch.autograd.Function):
             rows = slice(start, min(start + _TOKENS, len(logits)))
             log_p = F.log_softmax(target(rows).to(torch.float32), -1)
             log_q = F.log_softmax(logits[rows].to(torch.float32), -1)
-            p = log_p.exp()
-            # Where a float model rules a token out, log p is -inf and the term is 0.
-            terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
-            total += terms.sum(-1).to(torch.float64).sum()
+            p, q = log_p.exp(), log_q.exp()
+            total += _divergences(log_p, log_q, p, q).to(torch.float64).sum()
             if gradient is not None:
-                gradient[rows] = (log_q.exp() - p).to(gradient.dtype)
+                gradient[rows] = (q - p).to(gradient.dtype)
         ctx.gradient = gradient
         return total
 
@@ -188,6 +186,20 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, factor: torch.Tensor) -> Any:  # type: ignore[override]
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(factor.to(gradient.dtype)), None
+
+
+def _divergences(
+    log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor, q: torch.Tensor
+) -> torch.Tensor:
+    """Return sum p (log p - log q) + q - p per row, which is KL(p || q).
+
+    No term is negative, so that next to nothing cancels where p and q are nearly the same: with
+    d = log p - log q a term is p (d + expm1(-d)). Where p is 0, as of a token that the float model
+    rules out, it is q.
+    """
+    d = log_p - log_q
+    terms = torch.where(d > -20, p * (d + torch.expm1(-d)), p * d + (q - p))
+    return torch.where(p > 0, terms, q).sum(-1)
 
 
 def divergence(logits: torch.Tensor, target: Callable[[slice], torch.Tensor]) -> torch.Tensor:

@@ -101,6 +101,13 @@ def test_divergence_and_its_gradient():
     assert float(loss.detach()) == pytest.approx(value, rel=1e-6)
     np.testing.assert_allclose(gradient, expected / 7, atol=1e-7)
     assert reference.divergence(logits, logits)[0] == 0.0
+    close = logits + 1e-3 * rng.normal(size=logits.shape).astype(np.float32)
+    value = reference.divergence(close, logits)[0]  # 1e-7 per token
+    near = divergence(given.detach(), lambda rows: torch.from_numpy(close[rows]))
+    assert float(near) == pytest.approx(value, rel=1e-3)
+    apart = np.float32([[0, -120, 3]]), np.float32([[0, 100, -30]])
+    far = divergence(torch.from_numpy(apart[1]), lambda rows: torch.from_numpy(apart[0][rows]))
+    assert float(far) == pytest.approx(reference.divergence(*apart)[0], rel=1e-6)
     alike = divergence(given.detach(), lambda rows: torch.from_numpy(logits[rows]))
     assert float(alike) == 0.0
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH, TUNE_STEPS
@@ -155,7 +156,7 @@ def tune(
         start_token=start_token,
         max_length=max_positions(model),
     )
-    with interruptible():
+    with interruptible(), torch.inference_mode(False):
         # Its memory is that of the quantized model; its logits those of the float one.
         needed, free = _measure(model, result.matrices, data, chosen, budget)
         start = time.perf_counter()
@@ -188,9 +189,10 @@ def prepare_tuning(
         False if the quantization leaves the head's weight alone.
     """
     start = time.perf_counter()
-    needed, free = _measure(model, layers, data, options, budget)
-    windows = split_windows(data.batches)
-    logits = record_logits(model, windows, copy_head=copy_head)
+    with torch.inference_mode(False):
+        needed, free = _measure(model, layers, data, options, budget)
+        windows = split_windows(data.batches)
+        logits = record_logits(model, windows, copy_head=copy_head)
     return TuningData(windows, logits, _told(needed, free), time.perf_counter() - start)
 
 
@@ -200,7 +202,7 @@ def tune_prepared(
     """Tune a result in place."""
     stored = as_dtype(result.stored_dtype or dtype_of(result.model))
     start = time.perf_counter()
-    with interruptible():
+    with interruptible(), torch.inference_mode(False):
         try:
             learned, report = learn(
                 result.model,
