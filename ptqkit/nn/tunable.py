@@ -91,7 +91,7 @@ class _Product(torch.autograd.Function):
     """The product with a weight that is made anew for the gradients, not kept for them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         value: torch.Tensor,
         scales: torch.Tensor,
@@ -103,7 +103,7 @@ class _Product(torch.autograd.Function):
         return F.linear(value, matrix.weight(scales).to(value.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         value, scales = ctx.saved_tensors
         matrix: TunableMatrix = ctx.matrix
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -166,7 +166,7 @@ def _make_forward(
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, logits: torch.Tensor, target: Callable[[slice], torch.Tensor]
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
@@ -183,7 +183,7 @@ class _Divergence(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, factor: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, factor: torch.Tensor) -> Any:
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(factor.to(gradient.dtype)), None
 
@@ -220,14 +220,14 @@ def divergence(logits: torch.Tensor, target: Callable[[slice], torch.Tensor]) ->
 
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, value: torch.Tensor, held: torch.dtype, dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.dtype = value.dtype
         return value.to(held).to(dtype, copy=True)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return gradient.to(ctx.dtype), None, None
 
 

@@ -149,4 +149,4 @@ def _head(
     weight = values.get(f"{name}.weight", head.weight)
     own = getattr(head, "bias", None)
     bias = values.get(f"{name}.bias", own)
-    return weight.detach(), None if bias is None else bias.detach()  # type: ignore[union-attr]
+    return weight.detach(), None if bias is None else bias.detach()

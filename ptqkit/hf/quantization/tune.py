@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH, TUNE_STEPS
 from ptqkit._places import source_folder
 from ptqkit._units import parse_bytes
+from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import UnsupportedModuleError, UsageError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models.dtypes import as_dtype, dtype_of
@@ -27,8 +28,10 @@ from ptqkit.hf.quantization.float_logits import (
 )
 from ptqkit.hf.quantization.float_weights import FloatWeights
 from ptqkit.hf.quantization.memory import available_memory
+from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.tuning import (
     TuningOptions,
+    TuningReport,
     interruptible,
     learn,
     learned_vectors,
@@ -38,11 +41,21 @@ from ptqkit.hf.quantization.tuning_memory import TuningMemory, check_memory, mea
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.recipe.options import check_int
 
-if TYPE_CHECKING:
-    from ptqkit.arrays.matrix import QuantizedMatrix
-    from ptqkit.hf.quantization.driver import QuantizationResult
-
 __all__ = ["TuningData", "prepare_tuning", "tune", "tune_prepared"]
+
+
+class _Result(Protocol):
+    """What tuning reads and changes of a :class:`ptqkit.hf.QuantizationResult`."""
+
+    model: nn.Module
+    matrices: dict[str, QuantizedMatrix]
+    report: Report
+    tokenizer: Any
+    stored_dtype: str
+    tuning: TuningReport | None
+
+
+_R = TypeVar("_R", bound=_Result)
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class TuningData:
 
 
 def tune(
-    result: QuantizationResult,
+    result: _R,
     calibration: Any,
     steps: int = TUNE_STEPS,
     *,
@@ -79,7 +92,7 @@ def tune(
     memory_budget: int | str | None = None,
     progress: bool | Progress | None = None,
     **options: Any,
-) -> QuantizationResult:
+) -> _R:
     """Let scales, norm gains and biases of a quantized model learn from the float model's logits.
 
     Codes and zero-points stay, so every format that holds the result holds the tuned one: all of
@@ -197,8 +210,8 @@ def prepare_tuning(
 
 
 def tune_prepared(
-    result: QuantizationResult, data: TuningData, options: TuningOptions, progress: Progress | None
-) -> QuantizationResult:
+    result: _R, data: TuningData, options: TuningOptions, progress: Progress | None
+) -> _R:
     """Tune a result in place."""
     stored = as_dtype(result.stored_dtype or dtype_of(result.model))
     start = time.perf_counter()
@@ -236,7 +249,7 @@ def _measure(
     free = available_memory(next(model.parameters()).device)
     learned = sum(p.numel() for p in learned_vectors(model).values())
     # A scale per 32 weights is more than most grids have.
-    learned += sum(m.weight.numel() // 32 for m in modules.values())  # type: ignore[operator]
+    learned += sum(m.weight.numel() // 32 for m in modules.values())
     limit = free if budget is None else budget
     needed = measure_memory(model, modules, windows, options.batch_size, learned, limit)
     return needed, check_memory(needed, model, budget)
