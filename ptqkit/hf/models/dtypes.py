@@ -46,7 +46,9 @@ def slow_on_cpu(dtype: torch.dtype | None) -> bool:
     """
     if dtype == torch.bfloat16:
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        return x86 and not any("bf16" in level for level in show_config()["cpu_levels"])
+        levels = show_config()["cpu_levels"]
+        assert isinstance(levels, list)
+        return x86 and not any("bf16" in level for level in levels)
     return dtype == torch.float16
 
 
