@@ -48,6 +48,7 @@ Recipes:
                their codes; twice the time, and twice the memory of the activations
   reference    GPTQ as published: natural order, min-max grids
   rtn          rounding to nearest; needs no text
+  obq          Optimal Brain Quantization, which GPTQ approximates: for small models
   aweq         W8A8: activation-weight equalization by the closed form, one scale per tensor, bias
                correction
   smoothquant  W8A8: SmoothQuant with alpha 0.5, one scale per tensor
@@ -89,7 +90,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
     group = parser.add_argument_group("what to do")
-    group.add_argument("--method", choices=("gptq", "rtn"), help="default: gptq, or the recipe's")
+    group.add_argument(
+        "--method", choices=("gptq", "rtn", "obq"), help="default: gptq, or the recipe's"
+    )
     group.add_argument(
         "--bits", type=_bits, metavar="B", help="2 to 8, or 'ternary' (default: 4, or the recipe's)"
     )
@@ -181,6 +184,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="ALPHA",
         help="the same for layers that write into a residual stream (o_proj, down_proj): they "
         "answer for the errors of the stream too (0: off)",
+    )
+    group.add_argument(
+        "--calibrate-on",
+        choices=("quantized", "float"),
+        help="inputs that each layer is fitted to: those after the quantized layers before it, or "
+        "the float model's (default: quantized)",
     )
     group.add_argument(
         "--scale-dtype",
@@ -364,7 +373,15 @@ def _value(text: str) -> Any:
     return text
 
 
-_PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction")
+_PLAIN = (
+    "bits",
+    "group_size",
+    "symmetric",
+    "grid",
+    "scale_dtype",
+    "bias_correction",
+    "calibrate_on",
+)
 _OF_GPTQ = (
     "order",
     "static_groups",
@@ -379,14 +396,14 @@ _OF_GPTQ = (
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     """Build the recipe that the options describe."""
-    preset = args.recipe or ("rtn" if args.method == "rtn" else "quality")
+    preset = args.recipe or (args.method if args.method in ("rtn", "obq") else "quality")
     method = Recipe.preset(preset).method
     if args.method not in (None, method):
         raise UsageError(f"--recipe {preset} is for --method {method}")
     given = {n: getattr(args, n) for n in (*_PLAIN, *_OF_GPTQ) if getattr(args, n) is not None}
     for name in _OF_GPTQ:
-        if method == "rtn" and name in given:
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method rtn")
+        if method != "gptq" and name in given and (method, name) != ("obq", "damping"):
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method {method}")
     if "group_size" in given:
         given["per_tensor"] = args.group_size == "tensor"
         if not isinstance(args.group_size, int):

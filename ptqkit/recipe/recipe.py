@@ -19,7 +19,8 @@ from ptqkit.recipe.presets import PRESETS
 __all__ = ["Recipe", "match_pattern"]
 
 _CHOICES = {
-    "method": ("gptq", "rtn"),
+    "method": ("gptq", "rtn", "obq"),
+    "calibrate_on": ("quantized", "float"),
     "order": ORDERS,
     "grid": tuple(GRID_METHODS),
     "target": TARGETS,
@@ -43,7 +44,9 @@ class Recipe:
 
     Parameters
     ----------
-    method : {"gptq", "rtn"}
+    method : {"gptq", "rtn", "obq"}
+        "obq" is the slow reference (:func:`ptqkit.obq`) for small models: of the options of the
+        solve it has ``damping`` alone, and its grids are fitted to the original weights.
     bits : int from 2 to 8, or "ternary"
     group_size : int or None
         Inputs that share a scale; None for one scale per output channel.
@@ -89,6 +92,9 @@ class Recipe:
     bias_correction : bool
         Subtract ``(W_hat - W) E[x]`` from each layer's bias [AWEQ, eqs. 11-15]; a layer without a
         bias gains one.
+    calibrate_on : {"quantized", "float"}
+        Whose inputs a layer is calibrated on: those that it gets from the quantized layers before
+        it, or those of the float model. It holds for the whole run.
     overrides : mapping of pattern to a mapping of changes, or to "skip"
         Patterns are globs on the full module name, or regular expressions after ``re:``. All
         matching patterns apply in order, the last one wins.
@@ -132,6 +138,7 @@ class Recipe:
     activations: ActivationQuantization | None = None
     equalization: Equalization | None = None
     bias_correction: bool = False
+    calibrate_on: str = "quantized"
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
 
@@ -193,6 +200,11 @@ class Recipe:
                 f"{setting} needs method 'gptq', not {self.method!r}: it is made for a solver with "
                 f"the Hessian; {off}, or 'skip' the layer"
             )
+        if self.calibrate_on == "float":
+            raise ValueError(
+                f"{setting} cannot be combined with calibrate_on='float': it corrects weights for "
+                f"what the quantized layers before them change; {off}"
+            )
         for name in ("bias_correction", "activations"):
             if getattr(self, name):
                 raise ValueError(
@@ -250,7 +262,7 @@ class Recipe:
         check_names(change, where, _names())
         if {"overrides", "include"} & set(change):
             raise ValueError(f"{where} cannot hold overrides or include")
-        for name in (*PROPAGATIONS, "equalization"):
+        for name in (*PROPAGATIONS, "equalization", "calibrate_on"):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
         try:
@@ -326,7 +338,7 @@ class Recipe:
         """
         reasons = {
             "equalization": self.equalization is not None,
-            "method 'gptq'": self.method == "gptq",
+            f"method {self.method!r}": self.method != "rtn",
             "grid 'hessian'": self.grid == "hessian",
             "bias_correction": self.bias_correction,
             "a static grid of activations": self.needs_ranges,
