@@ -131,11 +131,11 @@ def _encoder(data: Path, models: Path, samples: int) -> Case:
 
 def _minilm(data: Path, models: Path, samples: int) -> Case:
     model, tokenizer = minilm.load(models / "minilm")
-    texts = minilm.paragraphs(data / "wikitext2")
+    texts, articles = minilm.paragraphs(data / "wikitext2")
     return Case(
         model,
         lambda seed: minilm.calibration(data / "wikitext2", tokenizer, seed, min(samples, 256)),
-        lambda m: minilm.first_hits(m, tokenizer, texts),
+        lambda m: minilm.same_article(m, tokenizer, texts, articles),
         True,
         {},
         # 1,536 inputs would take OBQ hours

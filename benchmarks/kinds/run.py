@@ -16,6 +16,7 @@ import concurrent.futures
 import csv
 import itertools
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=0, help="per process; 0: all cores shared")
     args = p.parse_args()
     threads = args.threads or max(1, (multiprocessing.cpu_count() or 1) // args.processes)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started
     args.out.mkdir(parents=True, exist_ok=True)
     path, items = args.out / "runs.csv", args.out / "items.npz"
     rows, right = [], {}
