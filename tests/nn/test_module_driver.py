@@ -319,6 +319,20 @@ def test_threads_change_nothing():
         np.testing.assert_array_equal(first.matrices[name].codes, other.matrices[name].codes)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("calibrate_on", ["quantized", "float"])
+def test_gpu_equals_host(calibrate_on):
+    options = {"calibrate_on": calibrate_on, "bias_correction": True}
+    host = quantize_module(build(), batches(), PUBLISHED, **options)
+    device = quantize_module(build().cuda(), batches(), PUBLISHED, **options)
+    for name in NAMES:
+        different = np.mean(device.matrices[name].codes != host.matrices[name].codes)
+        assert different < (0.01 if name == "stem" or calibrate_on == "float" else 0.1), name
+        weight = device.model.get_submodule(name).weight
+        values = torch.from_numpy(device.matrices[name].dequantize())
+        assert weight.is_cuda and torch.equal(weight.cpu(), values.view_as(weight))
+
+
 # --- what cannot be ---
 
 
