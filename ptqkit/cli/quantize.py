@@ -49,6 +49,7 @@ Recipes:
                its scales, norm gains and biases then learn from the float model
   reference    GPTQ as published: natural order, min-max grids
   rtn          rounding to nearest; needs no text
+  obq          Optimal Brain Quantization, which GPTQ approximates: for small models
   aweq         W8A8: activation-weight equalization by the closed form, one scale per tensor, bias
                correction
   smoothquant  W8A8: SmoothQuant with alpha 0.5, one scale per tensor
@@ -92,7 +93,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
     group = parser.add_argument_group("what to do")
-    group.add_argument("--method", choices=("gptq", "rtn"), help="default: gptq, or the recipe's")
+    group.add_argument(
+        "--method", choices=("gptq", "rtn", "obq"), help="default: gptq, or the recipe's"
+    )
     group.add_argument(
         "--bits", type=_bits, metavar="B", help="2 to 8, or 'ternary' (default: 4, or the recipe's)"
     )
@@ -193,6 +196,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="afterwards let scales, norm gains and biases learn from the float model's logits, so "
         f"many steps ({TUNE_STEPS} if no number follows; default: 0, or the recipe's)",
+    )
+    group.add_argument(
+        "--calibrate-on",
+        choices=("quantized", "float"),
+        help="inputs that each layer is fitted to: those after the quantized layers before it, or "
+        "the float model's (default: quantized)",
     )
     group.add_argument(
         "--scale-dtype",
@@ -382,7 +391,16 @@ def _value(text: str) -> Any:
     return text
 
 
-_PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction", "tune")
+_PLAIN = (
+    "bits",
+    "group_size",
+    "symmetric",
+    "grid",
+    "scale_dtype",
+    "bias_correction",
+    "calibrate_on",
+    "tune",
+)
 _OF_GPTQ = (
     "order",
     "static_groups",
@@ -397,14 +415,14 @@ _OF_GPTQ = (
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     """Build the recipe that the options describe."""
-    preset = args.recipe or ("rtn" if args.method == "rtn" else "quality")
+    preset = args.recipe or (args.method if args.method in ("rtn", "obq") else "quality")
     method = Recipe.preset(preset).method
     if args.method not in (None, method):
         raise UsageError(f"--recipe {preset} is for --method {method}")
     given = {n: getattr(args, n) for n in (*_PLAIN, *_OF_GPTQ) if getattr(args, n) is not None}
     for name in _OF_GPTQ:
-        if method == "rtn" and name in given:
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method rtn")
+        if method != "gptq" and name in given and (method, name) != ("obq", "damping"):
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method {method}")
     if "group_size" in given:
         given["per_tensor"] = args.group_size == "tensor"
         if not isinstance(args.group_size, int):

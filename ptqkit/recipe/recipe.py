@@ -19,7 +19,8 @@ from ptqkit.recipe.presets import PRESETS
 __all__ = ["Recipe", "match_pattern"]
 
 _CHOICES = {
-    "method": ("gptq", "rtn"),
+    "method": ("gptq", "rtn", "obq"),
+    "calibrate_on": ("quantized", "float"),
     "order": ORDERS,
     "grid": tuple(GRID_METHODS),
     "target": TARGETS,
@@ -43,7 +44,9 @@ class Recipe:
 
     Parameters
     ----------
-    method : {"gptq", "rtn"}
+    method : {"gptq", "rtn", "obq"}
+        "obq" is the slow reference (:func:`ptqkit.obq`) for small models: of the options of the
+        solve it has ``damping`` alone, and its grids are fitted to the original weights.
     bits : int from 2 to 8, or "ternary"
     group_size : int or None
         Inputs that share a scale; None for one scale per output channel.
@@ -92,6 +95,9 @@ class Recipe:
     tune : int
         Steps of tuning after the run (:func:`ptqkit.hf.tune`; 150 is a good number): scales, norm
         gains and biases learn from the float model's logits. 0: none. It holds for the whole run.
+    calibrate_on : {"quantized", "float"}
+        Whose inputs a layer is calibrated on: those that it gets from the quantized layers before
+        it, or those of the float model. It holds for the whole run.
     overrides : mapping of pattern to a mapping of changes, or to "skip"
         Patterns are globs on the full module name, or regular expressions after ``re:``. All
         matching patterns apply in order, the last one wins.
@@ -136,6 +142,7 @@ class Recipe:
     equalization: Equalization | None = None
     bias_correction: bool = False
     tune: int = 0
+    calibrate_on: str = "quantized"
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
 
@@ -203,6 +210,11 @@ class Recipe:
                 f"{setting} needs method 'gptq', not {self.method!r}: it is made for a solver with "
                 f"the Hessian; {off}, or 'skip' the layer"
             )
+        if self.calibrate_on == "float":
+            raise ValueError(
+                f"{setting} cannot be combined with calibrate_on='float': it corrects weights for "
+                f"what the quantized layers before them change; {off}"
+            )
         for name in ("bias_correction", "activations"):
             if getattr(self, name):
                 raise ValueError(
@@ -260,7 +272,7 @@ class Recipe:
         check_names(change, where, _names())
         if {"overrides", "include"} & set(change):
             raise ValueError(f"{where} cannot hold overrides or include")
-        for name in (*PROPAGATIONS, "equalization", "tune"):
+        for name in (*PROPAGATIONS, "equalization", "calibrate_on", "tune"):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
         try:
@@ -336,7 +348,7 @@ class Recipe:
         """
         reasons = {
             "equalization": self.equalization is not None,
-            "method 'gptq'": self.method == "gptq",
+            f"method {self.method!r}": self.method != "rtn",
             "grid 'hessian'": self.grid == "hessian",
             "bias_correction": self.bias_correction,
             f"tune={self.tune}": self.tune > 0,

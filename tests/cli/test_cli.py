@@ -404,3 +404,15 @@ def test_reader_that_goes_away(tmp_path):
         error = process.stderr.read()
         assert process.wait(60) == 1
     assert error == ""
+
+
+def test_obq_on_float_inputs_from_the_command_line(folder, tmp_path):
+    file, out = tmp_path / "q.json", tmp_path / "q"
+    options = ["--method", "obq", "--damping", "0.02", "--calibrate-on", "float"]
+    assert quantize(folder, *options, "--bits", "3", "--json", str(file), out=out) == 0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert {r["method"] for r in found["report"]["layers"] if r["status"] == "quantized"} == {"obq"}
+    recipe = found["recipe"]
+    assert (recipe["method"], recipe["damping"], recipe["group_size"]) == ("obq", 0.02, 32)
+    assert recipe["calibrate_on"] == "float"
+    assert ptqkit.hf.read_matrices(out)["model.layers.1.mlp.down_proj"].bits == 3

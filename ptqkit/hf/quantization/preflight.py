@@ -26,6 +26,7 @@ from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.models.wrappers import wrapper_problem
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.linear import is_linear
+from ptqkit.nn.matrix_solver import obq_problem
 from ptqkit.nn.quantized_mark import is_quantized
 from ptqkit.recipe.recipe import Recipe
 
@@ -81,6 +82,9 @@ def check_model(
         return
     for target in structure.targets.values():
         _check_target(problems, target, calibrated)
+    slow = {n: t.view.shape for n, t in structure.targets.items() if t.options.method == "obq"}
+    if text := obq_problem(slow):
+        problems.add(text, UnsupportedModuleError)
     _check_finite(problems, structure.targets)
     if checkpoint_format is None or not structure.targets:
         return

@@ -395,7 +395,7 @@ def layer_report(
         bits_per_weight=matrix.bits_per_weight,
         activations=_activations(options.activations),
         bias_share=_bias_share(solved),
-        damping=matrix.damping if options.method == "gptq" else math.nan,
+        damping=matrix.damping if options.method != "rtn" else math.nan,
         damping_raised=matrix.damping_raised,
         dead_inputs=matrix.dead_inputs,
         tokens=tokens,

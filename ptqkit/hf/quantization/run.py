@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from torch import nn
 
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -31,6 +32,7 @@ from ptqkit.hf.quantization.solve import LayerResult, solve_group
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
 from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.on_grid import dequantize
 from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.recipe.recipe import Recipe
 
@@ -99,6 +101,8 @@ class QuantizationRun:
         self.model, self.recipe, self.plan, self.options = model, recipe, plan, options
         self.inspection, self.equalization = inspection, equalization
         self.matrices: dict[str, QuantizedMatrix] = {}
+        # With calibrate_on="float": what is written once all inputs of the float model are seen.
+        self._held: list[tuple[Target, LayerResult, Moments]] = []
         self.activations: dict[str, ActivationQuantizer] = {}
         self.report = Report(
             recipe=recipe.to_dict(), memory=dict(plan.estimate), warnings=list(plan.warnings)
@@ -128,6 +132,7 @@ class QuantizationRun:
             setup -= self.seconds["equalization"]
         with self._telling_what_is_done():
             self._all_groups()
+            self._write_held()
         self.report.layers += _skipped_rows(self.model, self.inspection.structure)
         total = time.perf_counter() - self.options.start
         rest = total - setup - sum(self.seconds.values())
@@ -224,7 +229,10 @@ class QuantizationRun:
         self.seconds["hessian"] += moments.seconds
         for target in members:
             result, share = solved[target.name], target.view.shape[0] / rows
-            self._write(target, result, moments)
+            if self.recipe.calibrate_on == "float":
+                self._hold(target, result, moments)
+            else:
+                self._write(target, result, moments)
             result.seconds_propagation += share * moments.seconds_drift
             self.seconds["solve"] += result.seconds_solve
             self.seconds["diagnostics"] += result.seconds_diagnostics
@@ -235,6 +243,17 @@ class QuantizationRun:
             if row.notes:
                 self.report.warnings.append(f"{row.name}: {row.notes}")
             self.report.layers.append(row)
+
+    def _hold(self, target: Target, result: LayerResult, moments: Moments) -> None:
+        """Keep a layer's result, in codes, until the layers after it have been calibrated too."""
+        codes = replace(result, dequantized=np.empty(0, np.float32))
+        self._held.append((target, codes, Moments(ranges=moments.ranges)))
+
+    def _write_held(self) -> None:
+        """Write what was kept; nothing before has changed the model."""
+        for target, result, moments in self._held:
+            self._write(target, replace(result, dequantized=dequantize(result.matrix)), moments)
+        self._held.clear()
 
     def _write(self, target: Target, result: LayerResult, moments: Moments) -> None:
         """Put a layer's result into the model: weight, bias, and what quantizes its inputs."""
