@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 import warnings
@@ -91,7 +92,11 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("what to do")
     group.add_argument("--method", choices=("gptq", "rtn"), help="default: gptq, or the recipe's")
     group.add_argument(
-        "--bits", type=_bits, metavar="B", help="2 to 8, or 'ternary' (default: 4, or the recipe's)"
+        "--bits",
+        type=_bits,
+        metavar="B",
+        help="2 to 8, or 'ternary'; with a point, such as 3.2, the average over layers that get "
+        "whole bits by what they cost the model (default: 4, or the recipe's)",
     )
     group.add_argument(
         "--group-size",
@@ -271,9 +276,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _bits(text: str) -> int | str:
+def _bits(text: str) -> int | float | str:
     if text == "ternary":
         return text
+    if re.fullmatch(r"\d*\.\d+", text) and 2 <= float(text) <= 8:
+        return float(text)
     if not text.isdecimal() or not 2 <= int(text) <= 8:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 2 to 8 nor 'ternary'")
     return int(text)

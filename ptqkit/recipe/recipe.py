@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,6 +14,7 @@ from ptqkit.arrays.factorization import ORDERS
 from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid, parse_bits
 from ptqkit.arrays.targets import TARGETS
 from ptqkit.errors import check_choice
+from ptqkit.recipe.budget import LEAST_BITS, MOST_BITS
 from ptqkit.recipe.options import ActivationQuantization, Equalization, check_int, check_names
 from ptqkit.recipe.presets import PRESETS
 
@@ -44,7 +46,10 @@ class Recipe:
     Parameters
     ----------
     method : {"gptq", "rtn"}
-    bits : int from 2 to 8, or "ternary"
+    bits : int or float from 2 to 8, or "ternary"
+        A float, such as 3.2, is an average: each layer gets whole bits by what rounding it costs
+        the model, for which a few windows of the calibration data run forward and backward. Layers
+        whose bits an override names keep them, and do not count.
     group_size : int or None
         Inputs that share a scale; None for one scale per output channel.
     symmetric : bool
@@ -110,7 +115,7 @@ class Recipe:
     __repr__ = one_line_repr
 
     method: str = "gptq"
-    bits: int | str = 4
+    bits: int | float | str = 4
     group_size: int | None = 128
     symmetric: bool = False
     order: str = "group-act"
@@ -152,7 +157,7 @@ class Recipe:
     def _check_fields(self) -> None:
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
-        parse_bits(self.bits)
+        self._check_bits()
         if self.group_size is not None:
             check_int(
                 "group_size",
@@ -176,6 +181,14 @@ class Recipe:
         if self.max_damping < self.damping:
             raise ValueError(
                 f"max_damping ({self.max_damping}) must not be below damping ({self.damping})"
+            )
+
+    def _check_bits(self) -> None:
+        if not isinstance(self.bits, float):
+            parse_bits(self.bits)
+        elif not LEAST_BITS <= self.bits <= MOST_BITS:
+            raise ValueError(
+                f"bits as an average must be from {LEAST_BITS} to {MOST_BITS}, not {self.bits!r}"
             )
 
     def _check_propagation(self) -> None:
@@ -253,6 +266,11 @@ class Recipe:
         for name in (*PROPAGATIONS, "equalization"):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
+        if isinstance(change.get("bits"), float):
+            raise ValueError(
+                f"{where}: bits must be whole, not {change['bits']!r}: an average holds for all "
+                "layers that no override gives bits"
+            )
         try:
             replace(self, **change, overrides={}, include=())
         except ValueError as error:
@@ -294,11 +312,21 @@ class Recipe:
         return replace(self, **changes, overrides={}, include=())
 
     @property
+    def bits_budget(self) -> float | None:
+        """Average bits that are to be shared out among layers; None if each has its own."""
+        return self.bits if isinstance(self.bits, float) else None
+
+    @property
+    def whole_bits(self) -> int | str:
+        """Bits of a layer; for an average that is not shared out yet the next whole number."""
+        return math.ceil(self.bits) if isinstance(self.bits, float) else self.bits
+
+    @property
     def weight_grid(self) -> WeightGrid:
         """Grid of a layer's weight; float32 scales if the recipe leaves them to the weight."""
         symmetric = self.symmetric or self.bits == "ternary"
         scale_dtype = self.scale_dtype or "float32"
-        return WeightGrid(self.bits, self.group_size, symmetric, self.per_tensor, scale_dtype)
+        return WeightGrid(self.whole_bits, self.group_size, symmetric, self.per_tensor, scale_dtype)
 
     def with_scale_dtype(self, dtype: str) -> Recipe:
         """Return the recipe with the dtype of the scales if it has none yet.
@@ -326,6 +354,7 @@ class Recipe:
         """
         reasons = {
             "equalization": self.equalization is not None,
+            f"bits {self.bits}": self.bits_budget is not None,
             "method 'gptq'": self.method == "gptq",
             "grid 'hessian'": self.grid == "hessian",
             "bias_correction": self.bias_correction,

@@ -110,12 +110,16 @@ class Report(JsonReport):
     seconds : dict of str to float
         ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``,
         ``propagation`` (G and the correction, with error propagation), ``equalization`` (if the
-        recipe has one), and ``forward``: the rest, mostly the model (both models).
+        recipe has one), ``rounding_losses`` (if it names average bits), and ``forward``: the rest,
+        mostly the model (both models).
     memory : dict of str to int or None
         In bytes: ``peak`` resident (or device) memory of the process, and with calibration
         ``estimate_one_pass`` and ``estimate_replay`` (what each schedule needs in addition to the
         model), ``budget`` (None if none was given) and ``available`` (free before the run).
     recipe : dict
+    rounding_losses : dict of str to dict of int to float
+        If the recipe names average bits: what rounding each layer to nearest would cost alone at
+        each number of bits, an estimate in nats per token.
     warnings : list of str
     """
 
@@ -129,6 +133,7 @@ class Report(JsonReport):
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    rounding_losses: dict[str, dict[int, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> LayerReport:
@@ -362,7 +367,7 @@ def layer_report(
         name=target.name,
         shape=target.view.shape,
         method=options.method,
-        bits=options.bits,
+        bits=options.whole_bits,
         group_size=options.group_size,
         per_tensor=options.per_tensor,
         symmetric=matrix.symmetric,
