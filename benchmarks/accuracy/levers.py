@@ -83,7 +83,7 @@ def _grid_search(**options: Any) -> Iterator[None]:
         yield
 
 
-#: What each lever needs: the case, its batches. The context is entered before quantization.
+#: Options of the recipe, or a context that is entered before quantization.
 LEVERS: dict[str, Callable[[Case, Any], Any]] = {
     "none": lambda case, batches: contextlib.nullcontext(),
     "received attention": lambda case, batches: _weighted(case, batches, 1.0, 0.1),
@@ -98,12 +98,8 @@ LEVERS: dict[str, Callable[[Case, Any], Any]] = {
     "grids and zeros again": lambda case, batches: _solving_after(
         functools.partial(codes.fit_again, zeros=1)
     ),
-    "best of 16 paths": lambda case, batches: _solving_after(
-        functools.partial(codes.best_paths, count=16)
-    ),
-    "best of 8 paths, worst quarter": lambda case, batches: _solving_after(
-        functools.partial(codes.best_paths, count=8, share=0.25)
-    ),
+    "beam of 4": lambda case, batches: {"beam_width": 4},
+    "beam of 16": lambda case, batches: {"beam_width": 16},
     "attention under v": lambda case, batches: attention.attended_values(case.model),
     "rows of q and k": lambda case, batches: attention.coupled_rows(case.model),
 }
@@ -135,7 +131,11 @@ def measure(task: tuple[Any, ...]) -> tuple[Any, ...]:
         sizes = NEAREST.get(model, {}).items()
         options["overrides"] = {k: {"group_size": size} for k, size in sizes}
     start = time.perf_counter()
-    with LEVERS[lever](case, batches):
+    made = LEVERS[lever](case, batches)
+    if isinstance(made, dict):
+        options |= made
+        made = contextlib.nullcontext()
+    with made:
         result = quantize(
             case.model,
             recipe,

@@ -168,6 +168,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         help="then, so often: all scales of a row fitted anew to its codes, and one more pass",
     )
     group.add_argument(
+        "--beam-width",
+        type=int,
+        metavar="N",
+        help="then search each row's codes anew, keeping N partial roundings, at most 16 (1: off)",
+    )
+    group.add_argument(
         "--damping", type=float, metavar="X", help="share of the mean diagonal (0.01)"
     )
     group.add_argument(
@@ -377,6 +383,7 @@ _OF_GPTQ = (
     "static_groups",
     "refine_passes",
     "refit_rounds",
+    "beam_width",
     "damping",
     "max_damping",
     "error_propagation",

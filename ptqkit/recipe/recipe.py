@@ -62,6 +62,9 @@ class Recipe:
         Coordinate-descent passes after the solve.
     refit_rounds : int
         After them, so often: all scales of a row fitted at once to its codes, and one more pass.
+    beam_width : int from 1 to 16
+        Above 1: in the end the codes of each row are searched anew on its grids, keeping so many
+        partial roundings.
     damping, max_damping : float
         Fraction of the mean diagonal added to H; how far it may be raised.
     feedback : bool
@@ -123,6 +126,7 @@ class Recipe:
     grid: str = "hessian"
     refine_passes: int = 1
     refit_rounds: int = 0
+    beam_width: int = 1
     damping: float = 0.01
     max_damping: float = 1.0
     feedback: bool = True
@@ -167,6 +171,9 @@ class Recipe:
             )
         check_int("refine_passes", self.refine_passes, 0)
         check_int("refit_rounds", self.refit_rounds, 0)
+        check_int("beam_width", self.beam_width, 1, 16)
+        if self.beam_width > 1 and not self.feedback:
+            raise ValueError(f"beam_width={self.beam_width} needs feedback=True")
         check_int("block_size", self.block_size, 1)
         check_int("min_zero_point", self.min_zero_point, 0, 1)
         for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):

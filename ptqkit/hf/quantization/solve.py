@@ -219,6 +219,7 @@ def _quantize(
         static_groups=options.static_groups,
         refine_passes=options.refine_passes,
         refit_rounds=options.refit_rounds,
+        beam_width=options.beam_width,
         damping=options.damping,
         max_damping=options.max_damping,
         feedback=options.feedback,
