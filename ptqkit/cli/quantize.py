@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 import warnings
@@ -97,7 +98,11 @@ def add_parser(commands: Any) -> None:
         "--method", choices=("gptq", "rtn", "obq"), help="default: gptq, or the recipe's"
     )
     group.add_argument(
-        "--bits", type=_bits, metavar="B", help="2 to 8, or 'ternary' (default: 4, or the recipe's)"
+        "--bits",
+        type=_bits,
+        metavar="B",
+        help="2 to 8, or 'ternary'; with a point, such as 3.2, the average over layers that get "
+        "whole bits by what they cost the model (default: 4, or the recipe's)",
     )
     group.add_argument(
         "--group-size",
@@ -167,6 +172,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="then, so often: all scales of a row fitted anew to its codes, and one more pass",
+    )
+    group.add_argument(
+        "--beam-width",
+        type=int,
+        metavar="N",
+        help="then search each row's codes anew, keeping N partial roundings, at most 16 (1: off)",
     )
     group.add_argument(
         "--damping", type=float, metavar="X", help="share of the mean diagonal (0.01)"
@@ -292,9 +303,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _bits(text: str) -> int | str:
+def _bits(text: str) -> int | float | str:
     if text == "ternary":
         return text
+    if re.fullmatch(r"\d*\.\d+", text) and 2 <= float(text) <= 8:
+        return float(text)
     if not text.isdecimal() or not 2 <= int(text) <= 8:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 2 to 8 nor 'ternary'")
     return int(text)
@@ -406,6 +419,7 @@ _OF_GPTQ = (
     "static_groups",
     "refine_passes",
     "refit_rounds",
+    "beam_width",
     "damping",
     "max_damping",
     "error_propagation",

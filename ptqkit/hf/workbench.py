@@ -99,7 +99,7 @@ class WorkbenchRow:
     ----------
     recipe : str
         Name of the preset or the parts; ``"float"`` for the model itself.
-    bits : int or "ternary"
+    bits : int, float (an average) or "ternary"
     symmetric : bool
     perplexity, excess : float
         ``excess`` is the perplexity above the float model's.
@@ -116,7 +116,7 @@ class WorkbenchRow:
     __repr__ = one_line_repr
 
     recipe: str
-    bits: int | str
+    bits: int | float | str
     symmetric: bool
     perplexity: float
     excess: float

@@ -65,6 +65,7 @@ def quantize_matrix(
         static_groups=options.static_groups,
         refine_passes=options.refine_passes,
         refit_rounds=options.refit_rounds,
+        beam_width=options.beam_width,
         damping=options.damping,
         max_damping=options.max_damping,
         feedback=options.feedback,

@@ -58,6 +58,14 @@ def test_own_format_round_trips_and_json_says_all(folder, tmp_path, capsys):
     assert torch.equal(logits(model), logits(fake_quantized(folder, out)))
 
 
+def test_bits_with_a_point_are_an_average(folder, tmp_path):
+    out = tmp_path / "q"
+    assert quantize(folder, "--bits", "3.5", out=out) == 0
+    matrices = ptqkit.hf.read_matrices(out).values()
+    average = sum(m.bits * m.codes.size for m in matrices) / sum(m.codes.size for m in matrices)
+    assert 3.4 < average <= 3.5 and len({m.bits for m in matrices}) > 1
+
+
 def test_symmetric_checkpoint_loads_in_stock_transformers(folder, tmp_path, capsys):
     out = tmp_path / "q"
     assert quantize(folder, "--symmetric", out=out) == 0

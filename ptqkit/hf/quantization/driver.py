@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -24,6 +25,7 @@ from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithme
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.quantization.inspection import inspect_model
+from ptqkit.hf.quantization.mixed_bits import choose_bits
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
@@ -289,7 +291,15 @@ def quantize(
             threads,
             options.progress,
         )
+    losses: dict[str, dict[int, float]] = {}
+    start = time.perf_counter()
+    if recipe.bits_budget is not None:
+        mixed = choose_bits(model, recipe, found, threads)
+        recipe, found, losses = mixed.recipe, mixed.inspection, mixed.losses
     run = QuantizationRun(model, recipe, found, plan, options, equalized)
+    if losses:
+        run.report.rounding_losses = losses
+        run.seconds["rounding_losses"] = time.perf_counter() - start
     run.report.warnings += slow
     run.execute()
     if run.activations and (outer is not model or is_compiled(model)):

@@ -110,7 +110,8 @@ class Report(JsonReport):
     seconds : dict of str to float
         ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``,
         ``propagation`` (G and the correction, with error propagation), ``equalization`` (if the
-        recipe has one), and ``forward``: the rest, mostly the model (both models).
+        recipe has one), ``rounding_losses`` (if it names average bits), and ``forward``: the rest,
+        mostly the model (both models).
     memory : dict of str to int or None
         In bytes: ``peak`` resident (or device) memory of the process, and with calibration
         ``estimate_one_pass`` and ``estimate_replay`` (what each schedule needs in addition to the
@@ -119,6 +120,9 @@ class Report(JsonReport):
     tuning : dict or None
         :meth:`TuningReport.to_dict`, if scales, gains and biases were tuned; the layers' rows are
         of the time before.
+    rounding_losses : dict of str to dict of int to float
+        If the recipe names average bits: what rounding each layer to nearest would cost alone at
+        each number of bits, an estimate in nats per token.
     warnings : list of str
     """
 
@@ -133,6 +137,7 @@ class Report(JsonReport):
     memory: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     tuning: dict[str, Any] | None = None
+    rounding_losses: dict[str, dict[int, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> LayerReport:
@@ -383,7 +388,7 @@ def layer_report(
         name=target.name,
         shape=target.view.shape,
         method=options.method,
-        bits=options.bits,
+        bits=options.whole_bits,
         group_size=options.group_size,
         per_tensor=options.per_tensor,
         symmetric=matrix.symmetric,

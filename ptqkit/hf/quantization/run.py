@@ -130,6 +130,7 @@ class QuantizationRun:
         if self.equalization is not None:
             self.seconds["equalization"] = self.equalization.seconds["total"]
             setup -= self.seconds["equalization"]
+        setup -= self.seconds.get("rounding_losses", 0.0)
         with self._telling_what_is_done():
             self._all_groups()
             self._write_held()
