@@ -89,6 +89,9 @@ class Recipe:
     bias_correction : bool
         Subtract ``(W_hat - W) E[x]`` from each layer's bias [AWEQ, eqs. 11-15]; a layer without a
         bias gains one.
+    calibrate_all_experts : bool
+        Every expert of a mixture is calibrated on all tokens, not on those routed to it alone;
+        what the model goes on with stays routed. It holds for the whole run.
     overrides : mapping of pattern to a mapping of changes, or to "skip"
         Patterns are globs on the full module name, or regular expressions after ``re:``. All
         matching patterns apply in order, the last one wins.
@@ -132,6 +135,7 @@ class Recipe:
     activations: ActivationQuantization | None = None
     equalization: Equalization | None = None
     bias_correction: bool = False
+    calibrate_all_experts: bool = False
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
 
@@ -164,7 +168,14 @@ class Recipe:
         check_int("refit_rounds", self.refit_rounds, 0)
         check_int("block_size", self.block_size, 1)
         check_int("min_zero_point", self.min_zero_point, 0, 1)
-        for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):
+        for name in (
+            "symmetric",
+            "static_groups",
+            "feedback",
+            "per_tensor",
+            "bias_correction",
+            "calibrate_all_experts",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name in ("damping", "max_damping", "target_damping"):
@@ -250,7 +261,7 @@ class Recipe:
         check_names(change, where, _names())
         if {"overrides", "include"} & set(change):
             raise ValueError(f"{where} cannot hold overrides or include")
-        for name in (*PROPAGATIONS, "equalization"):
+        for name in (*PROPAGATIONS, "equalization", "calibrate_all_experts"):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
         try:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
 from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithmetic, stored_as
+from ptqkit.hf.models.experts import ExpertSwap, wanted_for
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.quantization.inspection import inspect_model
@@ -120,8 +122,9 @@ class QuantizationResult:
             with stored_as(self.model, dtype):
                 yield
         finally:
-            for name, matrix in self.matrices.items():
-                LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
+            with ExpertSwap(self.model, wanted_for(self.matrices)):
+                for name, matrix in self.matrices.items():
+                    LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
 
 
 def quantize(
@@ -244,42 +247,46 @@ def quantize(
     for text in slow:
         warnings.warn(text, stacklevel=2)
     options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
-    found = inspect_model(
-        model,
-        chosen,
-        calibration,
-        tokenizer,
-        problems=problems,
-        written=written,
-        blocks=blocks,
-        share_inputs=share_inputs,
-        checkpoint_format=checkpoint_format,
-        out_dir=out_dir,
-        overwrite=overwrite,
-        requantize=requantize,
-        samples=samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-        start_token=start_token,
-    )
-    assert chosen is not None and written is not None  # or there had been problems
-    recipe = chosen
-    plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
-    equalized = None
-    if recipe.equalization is not None and found.calibration is not None:
-        equalized = equalize_calibrated(
+    every_token = chosen is not None and chosen.calibrate_all_experts
+    swap = ExpertSwap(model, partial(_unfused, chosen))
+    with swap as experts, swap.calibrating(every_token):
+        found = inspect_model(
             model,
-            found.calibration,
-            recipe.equalization,
-            recipe,
-            blocks,
-            threads,
-            options.progress,
+            chosen,
+            calibration,
+            tokenizer,
+            problems=problems,
+            written=written,
+            blocks=blocks,
+            share_inputs=share_inputs,
+            checkpoint_format=checkpoint_format,
+            out_dir=out_dir,
+            overwrite=overwrite,
+            requantize=requantize,
+            samples=samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            start_token=start_token,
         )
-    run = QuantizationRun(model, recipe, found, plan, options, equalized)
-    run.report.warnings += slow
-    run.execute()
+        assert chosen is not None and written is not None  # or there had been problems
+        recipe = chosen
+        plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
+        equalized = None
+        if recipe.equalization is not None and found.calibration is not None:
+            with experts.fused():
+                equalized = equalize_calibrated(
+                    model,
+                    found.calibration,
+                    recipe.equalization,
+                    recipe,
+                    blocks,
+                    threads,
+                    options.progress,
+                )
+        run = QuantizationRun(model, recipe, found, plan, options, equalized)
+        run.report.warnings += slow
+        run.execute()
     if run.activations and (outer is not model or is_compiled(model)):
         forget_compiled()
     result = QuantizationResult(
@@ -306,6 +313,11 @@ def _carrying(result: QuantizationResult) -> Iterator[None]:
                     "is what quantize() returns; error.result.save(another_folder) writes it"
                 )
         raise
+
+
+def _unfused(recipe: Recipe | None, experts: str) -> bool:
+    """Whether the experts of a module are quantized, so that each needs linear layers."""
+    return recipe is not None and recipe.for_layer(experts) is not None
 
 
 def _changed(recipe: Any, changes: Mapping[str, Any], problems: Problems) -> Recipe | None:

@@ -51,6 +51,8 @@ class Plan:
         Bytes that decided: ``estimate_one_pass``, ``estimate_replay``, ``budget`` and
         ``available``; empty without calibration.
     warnings : list of str
+    experts_at_once : int
+        Experts whose moments replay accumulates in one forward pass: as many as there is room for.
     """
 
     schedule: str = "no calibration"
@@ -58,6 +60,7 @@ class Plan:
     strict: bool = False
     estimate: dict[str, int | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    experts_at_once: int = 1
 
 
 def plan_schedule(
@@ -116,7 +119,9 @@ def plan_schedule(
         size = show_bytes(needed.one_pass)
         reason = f"one pass needs about {size}{twice}, the {whose} is {show_bytes(limit)}"
     if not reason:
-        return Plan("one-pass", "", strict, estimate)
+        # Should replay have to take over.
+        at_once = _experts_at_once(inspection, limit - needed.one_pass)
+        return Plan("one-pass", "", strict, estimate, [], at_once)
     if propagation:
         problem = Problem(only_one_pass(propagation, reason), UnsupportedModuleError)
         raise PreflightError([problem])
@@ -128,7 +133,20 @@ def plan_schedule(
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower samples or batch_size"])
         warnings.append(text)
-    return Plan("replay", reason, strict, estimate, warnings)
+    at_once = _experts_at_once(inspection, limit - needed.replay)
+    if inspection.experts:
+        estimate["experts_at_once"] = at_once
+    return Plan("replay", reason, strict, estimate, warnings, at_once)
+
+
+def _experts_at_once(inspection: Inspection, room: int) -> int:
+    """Return how many experts' moments there is room for in addition to what replay needs."""
+    shapes = [module.shape for module in inspection.experts.values()]
+    if not shapes:
+        return 1
+    # The sum and, of those that are being filled up, the pool; float32.
+    each = max(2 * 4 * max(s.hidden, s.inner) ** 2 for s in shapes)
+    return int(max(1, min(max(s.experts for s in shapes), 1 + room // each)))
 
 
 def only_one_pass(propagation: str, reason: str) -> str:

@@ -128,6 +128,7 @@ class QuantizationRun:
             setup -= self.seconds["equalization"]
         with self._telling_what_is_done():
             self._all_groups()
+        self.report.warnings += _expert_warnings(self.report.layers, self._uncorrected())
         self.report.layers += _skipped_rows(self.model, self.inspection.structure)
         total = time.perf_counter() - self.options.start
         rest = total - setup - sum(self.seconds.values())
@@ -167,6 +168,8 @@ class QuantizationRun:
             data,
             self.propagate,
             found.stream.writers,
+            found.experts,
+            self.plan.experts_at_once,
         )
         reason: str | None = self.plan.reason
         with calibration_mode(self.model):
@@ -193,6 +196,14 @@ class QuantizationRun:
                 self._group(members, moments, schedule)
                 del moments  # before the next ones are accumulated
 
+    def _uncorrected(self) -> bool:
+        """Whether there are layers of experts that error propagation does not reach."""
+        if not self.propagate:
+            return False
+        names = {name.rsplit(".", 2)[0] for name in self.matrices}
+        found = [m for n, m in self.inspection.experts.items() if n in names]
+        return any(not m.every_token or m.shape.scores_first for m in found)
+
     def _group(self, members: list[Target], moments: Moments | Exception, schedule: str) -> None:
         """Quantize one group, or leave it float, and report it."""
         try:
@@ -215,7 +226,7 @@ class QuantizationRun:
             self.stage.step(target.name, loss, self.costs[target.name])
 
     def _solve(self, members: list[Target], moments: Moments, schedule: str) -> None:
-        if moments.hessian is not None and moments.tokens == 0:
+        if moments.hessian is not None and moments.hessian.tokens == 0:
             raise CalibrationError(f"{members[0].name} saw no token of the calibration data")
         solved = solve_group(
             members, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
@@ -230,9 +241,11 @@ class QuantizationRun:
             self.seconds["diagnostics"] += result.seconds_diagnostics
             if self.propagate:
                 self.seconds["propagation"] += result.seconds_propagation
-            row = layer_report(target, result, moments.tokens, share * moments.seconds, schedule)
+            row = layer_report(
+                target, result, moments.tokens, share * moments.seconds, schedule, moments.rule
+            )
             row.shares_input_with = [t.name for t in members if t is not target]
-            if row.notes:
+            if row.notes and not row.rule:
                 self.report.warnings.append(f"{row.name}: {row.notes}")
             self.report.layers.append(row)
 
@@ -264,6 +277,25 @@ def _stream_warnings(recipe: Recipe, inspection: Inspection) -> list[str]:
         f"{len(inspection.probe.blocks)} blocks ({name}: {why}); their layers have "
         f"error_propagation={recipe.error_propagation:g}"
     ]
+
+
+def _expert_warnings(rows: list[LayerReport], uncorrected: bool) -> list[str]:
+    """Say how many layers of experts had too few tokens, once for all of them."""
+    short = [row for row in rows if row.rule]
+    found = []
+    if short:
+        none = sum(row.tokens == 0 for row in short)
+        found.append(
+            f"{len(short)} layers of experts ({short[0].name}, ...) were routed fewer tokens than "
+            f"they have inputs, {none} of them none: the moments of all tokens of their mixture "
+            "fill them up, as their rows say; give more data, or calibrate_all_experts=True"
+        )
+    if uncorrected:
+        found.append(
+            "the layers of experts are not corrected for the errors before them: which tokens come "
+            "to an expert differs between the float and the quantized model"
+        )
+    return found
 
 
 def _without_data(structure: Structure) -> Steps:

@@ -1,0 +1,169 @@
+"""The experts of a model, one linear layer each, while they are quantized or written."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from ptqkit.nn.experts import ExpertLinears, expert_shape
+from ptqkit.nn.quantized_mark import marks_of, put_marks
+
+__all__ = [
+    "ExpertSwap",
+    "expert_modules",
+    "replace_experts",
+    "saved_expert_names",
+    "wanted_for",
+]
+
+
+def expert_modules(model: nn.Module) -> dict[str, ExpertLinears]:
+    """Return the modules of ``model`` that hold one linear layer per expert, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ExpertLinears)}
+
+
+def replace_experts(
+    model: nn.Module, wanted: Callable[[str], bool], share: bool = True
+) -> dict[str, ExpertLinears]:
+    """Put :class:`ExpertLinears` in the place of modules with fused experts.
+
+    Parameters
+    ----------
+    model : nn.Module
+    wanted : callable
+        Whether to replace the module of this name.
+    share : bool
+        As for :class:`ExpertLinears`.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and expert_shape(module) is not None and wanted(name)
+    ]
+    replaced = {name: ExpertLinears(module, name, share) for name, module in found}
+    for name, module in replaced.items():
+        model.set_submodule(name, module)
+    return replaced
+
+
+class ExpertSwap:
+    """Experts as linear layers for a while, sharing the memory of the model's own parameters.
+
+    Parameters
+    ----------
+    model : nn.Module
+    wanted : callable
+        Whether the module of this name is meant.
+
+    Attributes
+    ----------
+    modules : dict of str to ExpertLinears
+    """
+
+    def __init__(self, model: nn.Module, wanted: Callable[[str], bool]) -> None:
+        self._model, self._wanted = model, wanted
+        self.modules: dict[str, ExpertLinears] = {}
+
+    def __enter__(self) -> ExpertSwap:
+        self.modules = replace_experts(self._model, self._wanted)
+        for module in self.modules.values():
+            put_marks(module.fused, module)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, module in self.modules.items():
+            self._model.set_submodule(name, module.fused)
+            module.fused.train(module.training)
+            marks_of(module, module.fused)
+        self.modules = {}
+
+    @contextlib.contextmanager
+    def calibrating(self, every_token: bool) -> Iterator[None]:
+        """Run each expert by its layers, on the tokens routed to it or (but for its use) on all."""
+        for module in self.modules.values():
+            module.calibrating, module.every_token = True, every_token
+            module.short.clear()
+        try:
+            yield
+        finally:
+            for module in self.modules.values():
+                module.calibrating = False
+
+    @contextlib.contextmanager
+    def fused(self) -> Iterator[None]:
+        """Put the model's own modules back meanwhile."""
+        for name, module in self.modules.items():
+            self._model.set_submodule(name, module.fused)
+        try:
+            yield
+        finally:
+            for name, module in self.modules.items():
+                self._model.set_submodule(name, module)
+
+
+def wanted_for(layers: Iterable[str]) -> Callable[[str], bool]:
+    """Return whether a module holds one of the layers of these names."""
+    holders = {name.rsplit(".", 2)[0] for name in layers}
+    return holders.__contains__
+
+
+def saved_expert_names(model: Any, modules: Mapping[str, ExpertLinears]) -> dict[str, str]:
+    """Return what files call the linear layers of experts, by their names in memory.
+
+    transformers says how it splits the parameters of its own modules when it saves them; what it
+    saves fused has the names that other software gives such experts: those in memory.
+    """
+    result = {}
+    by_pattern: dict[str, dict[str, str]] = {}
+    for name, module in modules.items():
+        pattern = re.sub(r"\b\d+\b", "#", name)
+        if pattern not in by_pattern:
+            by_pattern[pattern] = _split_names(model, name, module)
+        numbers = re.findall(r"\b\d+\b", name)
+        for inside, saved in by_pattern[pattern].items():
+            result[f"{name}.{inside}"] = _with_numbers(saved, numbers)
+    return result
+
+
+def _split_names(model: Any, name: str, module: ExpertLinears) -> dict[str, str]:
+    """Return saved names of one module's layers, its own numbers left out (``#``)."""
+    shape, projections = module.shape, module.shape.projections
+    # Of parameters as small as can be, whose values say what they are.
+    count = len(projections)
+    numbers = torch.arange(shape.experts * count, dtype=torch.int32).view(shape.experts, count, 1)
+    first = numbers[:, :-1].transpose(1, 2) if shape.transposed else numbers[:, :-1]
+    held = {f"{name}.{shape.first}": first, f"{name}.down_proj": numbers[:, -1:]}
+    saved = {}
+    try:
+        split = revert_weight_conversion(model, dict(held))
+    except (RuntimeError, ValueError, IndexError):
+        split = {}
+    for key, tensor in split.items():
+        if tensor.numel() == 1:
+            saved[int(tensor)] = key.removesuffix(".weight")
+    every = [(e, p) for e in range(shape.experts) for p in range(count)]
+    own = [int(n) for n in re.findall(r"\b\d+\b", name)]
+    result = {}
+    for expert, place in every:
+        inside = f"{expert}.{projections[place]}"
+        found = saved.get(expert * count + place) if len(saved) == len(every) else None
+        full = found or f"{name}.{inside}"
+        parts, left = full.split("."), list(own)
+        for at, part in enumerate(parts):
+            if left and part == str(left[0]):
+                parts[at] = "#"
+                left.pop(0)
+        result[inside] = ".".join(parts)
+    return result
+
+
+def _with_numbers(name: str, numbers: list[str]) -> str:
+    for number in numbers:
+        name = name.replace("#", number, 1)
+    return name
