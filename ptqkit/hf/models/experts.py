@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ptqkit.nn.experts import ExpertLinears, expert_shape
+from ptqkit.nn.experts import ExpertLinears, ExpertShape, expert_shape
 from ptqkit.nn.quantized_mark import marks_of, put_marks
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "saved_expert_names",
     "wanted_for",
 ]
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def expert_modules(model: nn.Module) -> dict[str, ExpertLinears]:
@@ -113,54 +115,66 @@ def wanted_for(layers: Iterable[str]) -> Callable[[str], bool]:
     return holders.__contains__
 
 
-def saved_expert_names(model: Any, modules: Mapping[str, ExpertLinears]) -> dict[str, str]:
-    """Return what files call the linear layers of experts, by their names in memory.
+def saved_expert_names(
+    model: Any, shapes: Mapping[str, ExpertShape]
+) -> dict[str, dict[str, str]]:
+    """Return what files call the linear layers of experts, which transformers saves one by one.
 
-    transformers says how it splits the parameters of its own modules when it saves them; what it
-    saves fused has the names that other software gives such experts: those in memory.
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    shapes : mapping of str to ExpertShape
+        Of the modules in question, by name.
+
+    Returns
+    -------
+    dict of str to dict of str to str
+        Saved names by names in memory, per module; empty for a module that is saved as it is:
+        of such experts other software calls the layers what they are called in memory.
     """
-    result = {}
-    by_pattern: dict[str, dict[str, str]] = {}
-    for name, module in modules.items():
-        pattern = re.sub(r"\b\d+\b", "#", name)
-        if pattern not in by_pattern:
-            by_pattern[pattern] = _split_names(model, name, module)
-        numbers = re.findall(r"\b\d+\b", name)
-        for inside, saved in by_pattern[pattern].items():
-            result[f"{name}.{inside}"] = _with_numbers(saved, numbers)
+    result: dict[str, dict[str, str]] = {}
+    patterns: dict[str, dict[str, str]] = {}
+    for name, shape in shapes.items():
+        pattern = _NUMBER.sub("#", name)
+        if pattern not in patterns:
+            patterns[pattern] = _split_names(model, name, shape)
+        numbers = _NUMBER.findall(name)
+        result[name] = {
+            f"{name}.{inside}": _with_numbers(saved, numbers)
+            for inside, saved in patterns[pattern].items()
+        }
     return result
 
 
-def _split_names(model: Any, name: str, module: ExpertLinears) -> dict[str, str]:
-    """Return saved names of one module's layers, its own numbers left out (``#``)."""
-    shape, projections = module.shape, module.shape.projections
-    # Of parameters as small as can be, whose values say what they are.
-    count = len(projections)
-    numbers = torch.arange(shape.experts * count, dtype=torch.int32).view(shape.experts, count, 1)
-    first = numbers[:, :-1].transpose(1, 2) if shape.transposed else numbers[:, :-1]
-    held = {f"{name}.{shape.first}": first, f"{name}.down_proj": numbers[:, -1:]}
-    saved = {}
-    try:
-        split = revert_weight_conversion(model, dict(held))
-    except (RuntimeError, ValueError, IndexError):
-        split = {}
-    for key, tensor in split.items():
-        if tensor.numel() == 1:
-            saved[int(tensor)] = key.removesuffix(".weight")
-    every = [(e, p) for e in range(shape.experts) for p in range(count)]
-    own = [int(n) for n in re.findall(r"\b\d+\b", name)]
-    result = {}
-    for expert, place in every:
-        inside = f"{expert}.{projections[place]}"
-        found = saved.get(expert * count + place) if len(saved) == len(every) else None
-        full = found or f"{name}.{inside}"
-        parts, left = full.split("."), list(own)
-        for at, part in enumerate(parts):
-            if left and part == str(left[0]):
-                parts[at] = "#"
-                left.pop(0)
-        result[inside] = ".".join(parts)
-    return result
+def _split_names(model: Any, name: str, shape: ExpertShape) -> dict[str, str]:
+    """Return saved names of one module's layers; the module's own numbers are ``#`` in them."""
+    # Of parameters as small as can be, whose values tell what they are.
+    count = len(shape.projections)
+    with torch.device("cpu"):
+        numbers = torch.arange(shape.experts * count).view(shape.experts, count, 1)
+        first = numbers[:, :-1].transpose(1, 2) if shape.transposed else numbers[:, :-1]
+        held = {f"{name}.{shape.first}": first, f"{name}.down_proj": numbers[:, -1:]}
+        try:
+            split = revert_weight_conversion(model, held)
+        except (RuntimeError, ValueError, IndexError):
+            return {}
+        saved = {int(t): n.removesuffix(".weight") for n, t in split.items() if t.numel() == 1}
+    if len(saved) != shape.experts * count:
+        return {}
+    own = _NUMBER.findall(name)
+    return {
+        f"{number // count}.{shape.projections[number % count]}": _without_numbers(found, own)
+        for number, found in saved.items()
+    }
+
+
+def _without_numbers(name: str, numbers: list[str]) -> str:
+    parts, left = name.split("."), list(numbers)
+    for at, part in enumerate(parts):
+        if left and part == left[0]:
+            parts[at] = "#"
+            left.pop(0)
+    return ".".join(parts)
 
 
 def _with_numbers(name: str, numbers: list[str]) -> str:
