@@ -21,7 +21,7 @@ from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.base import CheckpointFormat
 from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases
-from ptqkit.hf.checkpoint.experts import converted_problems
+from ptqkit.hf.checkpoint.experts import converted_problems, packed_problems
 from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
 from ptqkit.hf.checkpoint.formats import choose_format
 from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
@@ -181,7 +181,7 @@ def _write_checkpoint(
         linears,
         absent_modules(model, layers),
         partial(skeleton_problems, model, list(layers), names),
-        partial(converted_problems, model, names),
+        lambda: [*converted_problems(model, names), *packed_problems(model, specs)],
     )
     _check_weights(model, specs, layers)
     notes = sibling_warnings(specs, linears) if chosen.foreign else []
