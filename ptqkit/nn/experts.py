@@ -304,7 +304,8 @@ class ExpertLinears(nn.Module):
         result, start = torch.zeros_like(flat), 0
         for index in range(self.shape.experts):
             rows = reached[index].nonzero()[:, 0]
-            routed = _Routed(flat[index, rows], rows, start + torch.arange(len(rows)))
+            places = torch.arange(start, start + len(rows), dtype=torch.int64, device=rows.device)
+            routed = _Routed(flat[index, rows], rows, places)
             start += len(rows)
             result[index, rows] = self._expert(index, routed, flat.shape[1], pool, pool_rows)
         return result.view(hidden.shape)
@@ -318,7 +319,7 @@ class ExpertLinears(nn.Module):
         flat, k = chosen.reshape(-1), chosen.shape[-1]
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=experts).tolist()
-        every = torch.arange(tokens, device=hidden.device)
+        every = torch.arange(tokens, dtype=torch.int64, device=hidden.device)
         result, start = torch.zeros_like(hidden), 0
         for index in range(experts):
             pairs = order[start : start + counts[index]]

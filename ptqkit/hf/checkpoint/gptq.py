@@ -227,15 +227,15 @@ def block_pattern(specs: Sequence[LayerSpec], linears: Sequence[str]) -> list[li
             patterns[block] = tuple(n for n in names if f"{block}.{n}" in chosen)
     # Blocks may have other layers (dense ones before mixtures), but a layer that several have is
     # quantized in all or none of them.
-    pattern = list(dict.fromkeys(name for names in patterns.values() for name in names))
-    wanted = set(pattern)
-    for block, names in patterns.items():
-        if len(names) < sum(name in wanted for name in blocks[block]) or not names:
+    union = list(dict.fromkeys(name for chosen_here in patterns.values() for name in chosen_here))
+    wanted = set(union)
+    for block, found in patterns.items():
+        if not found or len(found) < sum(name in wanted for name in blocks[block]):
             raise ValueError(
                 f"format 'gptq' needs the same layers quantized in every block; {block} differs"
             )
-    every = all(len(names) == len(blocks[block]) for block, names in patterns.items())
-    return None if every else [pattern]
+    every = all(len(found) == len(blocks[block]) for block, found in patterns.items())
+    return None if every else [union]
 
 
 def _uses(block: str, blocks: Mapping[str, list[str]], chosen: set[str]) -> bool:

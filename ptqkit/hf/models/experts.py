@@ -115,9 +115,7 @@ def wanted_for(layers: Iterable[str]) -> Callable[[str], bool]:
     return holders.__contains__
 
 
-def saved_expert_names(
-    model: Any, shapes: Mapping[str, ExpertShape]
-) -> dict[str, dict[str, str]]:
+def saved_expert_names(model: Any, shapes: Mapping[str, ExpertShape]) -> dict[str, dict[str, str]]:
     """Return what files call the linear layers of experts, which transformers saves one by one.
 
     Parameters
@@ -134,10 +132,13 @@ def saved_expert_names(
     """
     result: dict[str, dict[str, str]] = {}
     patterns: dict[str, dict[str, str]] = {}
-    for name, shape in shapes.items():
+    with _class_conversions(model):
+        for name, shape in shapes.items():
+            pattern = _NUMBER.sub("#", name)
+            if pattern not in patterns:
+                patterns[pattern] = _split_names(model, name, shape)
+    for name in shapes:
         pattern = _NUMBER.sub("#", name)
-        if pattern not in patterns:
-            patterns[pattern] = _split_names(model, name, shape)
         numbers = _NUMBER.findall(name)
         result[name] = {
             f"{name}.{inside}": _with_numbers(saved, numbers)
@@ -146,12 +147,25 @@ def saved_expert_names(
     return result
 
 
+@contextlib.contextmanager
+def _class_conversions(model: Any) -> Iterator[None]:
+    """Have a model whose experts were loaded one by one forget that nothing was joined then."""
+    hidden = None
+    if any(not module.fused._parameters for module in expert_modules(model).values()):
+        hidden = model.__dict__.pop("_weight_conversions", None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            model._weight_conversions = hidden
+
+
 def _split_names(model: Any, name: str, shape: ExpertShape) -> dict[str, str]:
     """Return saved names of one module's layers; the module's own numbers are ``#`` in them."""
     # Of parameters as small as can be, whose values tell what they are.
     count = len(shape.projections)
     with torch.device("cpu"):
-        numbers = torch.arange(shape.experts * count).view(shape.experts, count, 1)
+        numbers = torch.arange(shape.experts * count, dtype=torch.int64).view(-1, count, 1)
         first = numbers[:, :-1].transpose(1, 2) if shape.transposed else numbers[:, :-1]
         held = {f"{name}.{shape.first}": first, f"{name}.down_proj": numbers[:, -1:]}
         try:

@@ -46,8 +46,8 @@ def check_experts(
     ]
     if found:
         problems.add(
-            f"{found[0]} and {len(found) - 1} more layers of experts: bias_correction needs a bias, "
-            "which the model's experts have no place for; leave it out with "
+            f"{found[0]} and {len(found) - 1} more layers of experts: bias_correction needs a "
+            "bias, which the model's experts have no place for; leave it out with "
             f"overrides={{'{_glob(found[0])}': {{'bias_correction': False}}}}",
             UnsupportedModuleError,
         )

@@ -195,7 +195,7 @@ class MomentAccumulator:
         return pool
 
     def use_pool(self, pool: Any) -> None:
-        """Take the sum that :meth:`add_pool` has returned, or another layer's of the same inputs."""
+        """Take the sum that :meth:`add_pool` has returned, here or for another layer."""
         self._pool = pool
 
     def _add_streams(
