@@ -232,6 +232,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "'name:config:split' of the package datasets. 'demo' has its own",
     )
     group.add_argument(
+        "--calibrate-all-experts",
+        action=argparse.BooleanOptionalAction,
+        help="calibrate every expert of a mixture on all tokens, not on those routed to it alone",
+    )
+    group.add_argument(
         "--samples", type=int, default=SAMPLES, metavar="N", help=f"windows ({SAMPLES})"
     )
     group.add_argument(
@@ -364,7 +369,15 @@ def _value(text: str) -> Any:
     return text
 
 
-_PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction")
+_PLAIN = (
+    "bits",
+    "group_size",
+    "symmetric",
+    "grid",
+    "scale_dtype",
+    "bias_correction",
+    "calibrate_all_experts",
+)
 _OF_GPTQ = (
     "order",
     "static_groups",
