@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ptqkit.hf.models.loading import (
     stored_dtype,
 )
 from ptqkit.hf.quantization.driver import QuantizationResult, quantize
+from ptqkit.hf.quantization.memory import available_memory
 from ptqkit.recipe import as_recipe
 
 __all__ = ["Workbench", "WorkbenchRow", "load_model"]
@@ -42,8 +44,9 @@ def load_model(
     name : str or path
         Folder, or name on the Hugging Face Hub.
     dtype : str
-        Arithmetic, such as ``"float32"``; ``"auto"`` is that of the files, but float16 runs as
-        float32 on a CPU.
+        Arithmetic, such as ``"float32"``; ``"auto"`` is that of the files, but on a CPU float16,
+        and bfloat16 where the processor has no instructions for it, run as float32 if the memory
+        allows.
     device : str
         As torch names it; ``"auto"`` is a GPU if there is one.
 
@@ -63,7 +66,8 @@ def load_model(
     """
     folder = model_folder(name)
     stored, device = stored_dtype(folder), pick_device(device)
-    dtype = compute_dtype(dtype, stored, torch.device(device).type)
+    kind = torch.device(device).type
+    dtype = compute_dtype(dtype, stored, kind, room=_fits_widened(folder, stored))
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UsageError(f"{folder / 'config.json'} states an unknown dtype {dtype!r}; give dtype")
     model = load(folder, dtype=getattr(torch, dtype)).to(device).eval()
@@ -75,6 +79,14 @@ def load_model(
         "class": type(model).__name__,
     }
     return model, load_tokenizer(folder), facts
+
+
+def _fits_widened(folder: Path, stored: str) -> bool:
+    """Return whether the model takes at most half of the free memory in float32."""
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    dtype = getattr(torch, stored, torch.float32)
+    widened = files * torch.float32.itemsize / max(1, dtype.itemsize)
+    return widened <= available_memory(torch.device("cpu")) / 2
 
 
 @dataclass(frozen=True)
