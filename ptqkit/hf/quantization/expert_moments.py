@@ -10,11 +10,16 @@ got. The report says so of every such layer.
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping, Sequence
+
 import numpy as np
 
 from ptqkit.arrays.hessian import Hessian
 
-__all__ = ["fill_up", "rule_text"]
+__all__ = ["fill_up", "is_expert", "rule_text", "solved_together"]
+
+#: Weights of experts that are solved as one matrix at most, if they are fed by one tensor.
+MOST_WEIGHTS = 1 << 26
 
 
 def fill_up(own: Hessian, pool: Hessian) -> Hessian:
@@ -46,3 +51,36 @@ def rule_text(tokens: int, inputs: int) -> str:
         f"{routed} routed to it for {inputs} inputs: the moments of all tokens of the mixture fill "
         f"up {inputs - tokens} of {inputs}"
     )
+
+
+def is_expert(layer: str, mixtures: Container[str]) -> bool:
+    """Whether a layer belongs to an expert of one of these mixtures."""
+    return layer.rsplit(".", 2)[0] in mixtures
+
+
+def solved_together(
+    group: Sequence[str], shapes: Mapping[str, tuple[int, int]], mixtures: Container[str]
+) -> list[list[str]]:
+    """Split a group of layers fed by one tensor into parts that are solved at once.
+
+    That is the whole group, but for experts that all see every token: of these as many as have
+    :data:`MOST_WEIGHTS` weights, or one layer. No code depends on it.
+
+    Parameters
+    ----------
+    group : sequence of str
+    shapes : mapping of str to tuple of int
+        (out, in) of every layer.
+    mixtures : container of str
+        Names of the mixtures.
+    """
+    parts: list[list[str]] = [[]]
+    weights = 0
+    for name in group:
+        size = shapes[name][0] * shapes[name][1]
+        if parts[-1] and is_expert(name, mixtures) and weights + size > MOST_WEIGHTS:
+            parts.append([])
+            weights = 0
+        parts[-1].append(name)
+        weights += size
+    return parts

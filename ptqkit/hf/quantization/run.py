@@ -20,6 +20,7 @@ from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.equalization.report import EqualizationReport
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress
+from ptqkit.hf.quantization.expert_moments import solved_together
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import peak_memory
 from ptqkit.hf.quantization.moments import Moments
@@ -228,12 +229,21 @@ class QuantizationRun:
     def _solve(self, members: list[Target], moments: Moments, schedule: str) -> None:
         if moments.hessian is not None and moments.hessian.tokens == 0:
             raise CalibrationError(f"{members[0].name} saw no token of the calibration data")
+        self.seconds["hessian"] += moments.seconds
+        by_name = {t.name: t for t in members}
+        shapes = {t.name: t.view.shape for t in members}
+        for part in solved_together(list(by_name), shapes, self.inspection.experts):
+            self._solve_part([by_name[n] for n in part], members, moments, schedule)
+
+    def _solve_part(
+        self, part: list[Target], members: list[Target], moments: Moments, schedule: str
+    ) -> None:
+        """Quantize some of the layers that share an input, and report them."""
         solved = solve_group(
-            members, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
+            part, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
         )
         rows = sum(t.view.shape[0] for t in members)
-        self.seconds["hessian"] += moments.seconds
-        for target in members:
+        for target in part:
             result, share = solved[target.name], target.view.shape[0] / rows
             self._write(target, result, moments)
             result.seconds_propagation += share * moments.seconds_drift
@@ -244,7 +254,7 @@ class QuantizationRun:
             row = layer_report(
                 target, result, moments.tokens, share * moments.seconds, schedule, moments.rule
             )
-            row.shares_input_with = [t.name for t in members if t is not target]
+            row.shares_input_with = [t.name for t in part if t is not target]
             if row.notes and not row.rule:
                 self.report.warnings.append(f"{row.name}: {row.notes}")
             self.report.layers.append(row)

@@ -134,6 +134,18 @@ def test_all_tokens_calibrate_every_expert_if_asked_for(kind):
     assert not any(r.rule for r in result.report.layers)
 
 
+def test_experts_that_see_all_tokens_are_solved_in_parts(monkeypatch):
+    whole = run(build("qwen3_moe"), calibrate_all_experts=True)
+    for most, shared in ((1, 0), (3 * 24 * 32, 2)):
+        monkeypatch.setattr("ptqkit.hf.quantization.expert_moments.MOST_WEIGHTS", most)
+        parts = run(build("qwen3_moe"), calibrate_all_experts=True)
+        for name, matrix in whole.matrices.items():
+            assert (matrix.codes == parts.matrices[name].codes).all()
+        assert parts.report.memory["estimate_one_pass"] < whole.report.memory["estimate_one_pass"]
+        row = parts.report["model.layers.0.mlp.experts.0.gate_proj"]
+        assert len(row.shares_input_with) == shared
+
+
 @pytest.mark.parametrize("options", [{}, {"calibrate_all_experts": True}, {"share_inputs": False}])
 def test_schedules_agree(options, monkeypatch):
     data = batches(2, 1, 24)
