@@ -61,11 +61,12 @@ class Work:
         self.masks = self.calibration.masks()
         self.batches = self.calibration.batches
         self._pools: dict[str, Any] = {}
-        for name, module in self.experts.items():
-            # What is not quantized before the last layer does not tell how many tokens come.
-            firsts = {t.rsplit(".", 2)[1] for t in self.targets if t.rsplit(".", 2)[0] == name}
-            first = {t.rsplit(".", 1)[0] for t in self.targets if not t.endswith(".down_proj")}
-            module.short |= {int(i) for i in firsts if f"{name}.{i}" not in first}
+        # Only first layers tell how many tokens come: without, last ones are told of all.
+        first = {n.rsplit(".", 1)[0] for n in self.targets if not n.endswith(".down_proj")}
+        for target in self.targets:
+            name, _, place = target.rpartition(".")[0].rpartition(".")
+            if name in self.experts and f"{name}.{place}" not in first:
+                self.experts[name].short.add(int(place))
         self.group_of = {name: i for i, group in enumerate(self.groups) for name in group}
 
     def modules(self) -> dict[str, nn.Module]:

@@ -18,7 +18,7 @@ from helpers.expert_models import (
 )
 
 import ptqkit
-from ptqkit.errors import CalibrationError, PreflightError
+from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleError
 from ptqkit.hf.models.experts import ExpertSwap
 from ptqkit.hf.models.structure import Structure
 from ptqkit.hf.quantization.inspection import Inspection
@@ -274,3 +274,36 @@ def test_equalization_works_around_experts():
         )
         assert result.equalization is not None and len(result.matrices) == 32
         assert torch.isfinite(model(TOKENS).logits).all()
+
+
+def test_float_weights_of_experts_come_back():
+    model = build("mixtral")
+    floats = ptqkit.hf.FloatWeights(model)
+    first = run(model)
+    with pytest.raises(UnsupportedModuleError, match="quantized already"):
+        ptqkit.hf.FloatWeights(model)
+    floats.restore()
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert torch.equal(model.get_parameter(name), build("mixtral").get_parameter(name))
+    second = run(model)
+    for name, matrix in first.matrices.items():
+        assert (matrix.codes == second.matrices[name].codes).all()
+
+
+def test_last_layers_alone_know_of_other_tokens_too():
+    overrides = {"*.experts.*.gate_proj": "skip", "*.experts.*.up_proj": "skip"}
+    model, data = build("mixtral"), batches(2, 1, 24)
+    floats = build("mixtral")
+    result = run(model, data, overrides=overrides)
+    name = next(iter(mixtures(model)))
+    wanted = by_hand(model, name, floats.get_submodule(name), data)
+    for expert in range(4):
+        layer = f"{name}.{expert}.down_proj"
+        assert result.report[layer].rule
+        assert (result.matrices[layer].codes == wanted[layer].codes).all()
+
+
+def test_diagnoses_say_that_experts_are_not_in_them():
+    report = ptqkit.hf.diagnose(build("mixtral"), batches(), sensitivity=False)
+    assert any("experts of 2 mixtures" in note for note in report.notes)
+    assert all(".experts." not in row.name for row in report.weights)
