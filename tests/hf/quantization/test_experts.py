@@ -276,6 +276,19 @@ def test_equalization_works_around_experts():
         assert torch.isfinite(model(TOKENS).logits).all()
 
 
+def test_quantized_experts_are_known_for_what_they_are():
+    model = build("mixtral")
+    only = {"*.self_attn.*": "skip"}
+    run(model, overrides=only)
+    with pytest.raises(UnsupportedModuleError, match="quantized already"):
+        ptqkit.equalize(model, batches())
+    refused("quantized already", model, overrides=only)
+    run(model, overrides=only, requantize=True)
+    # Not any longer once other weights are loaded.
+    model.load_state_dict(build("mixtral").state_dict())
+    run(model, overrides=only)
+
+
 def test_float_weights_of_experts_come_back():
     model = build("mixtral")
     floats = ptqkit.hf.FloatWeights(model)
