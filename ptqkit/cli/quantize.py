@@ -264,6 +264,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "'name:config:split' of the package datasets. 'demo' has its own",
     )
     group.add_argument(
+        "--calibrate-all-experts",
+        action=argparse.BooleanOptionalAction,
+        help="calibrate every expert of a mixture on all tokens, not on those routed to it alone",
+    )
+    group.add_argument(
         "--samples", type=int, default=SAMPLES, metavar="N", help=f"windows ({SAMPLES})"
     )
     group.add_argument(
@@ -411,6 +416,7 @@ _PLAIN = (
     "grid",
     "scale_dtype",
     "bias_correction",
+    "calibrate_all_experts",
     "calibrate_on",
     "tune",
 )

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["is_quantized", "mark_quantized", "unmark_quantized"]
+__all__ = ["is_quantized", "mark_quantized", "marks_of", "put_marks", "unmark_quantized"]
 
 _MARK = "_ptqkit_quantized"
+# On a module that holds the weights of several layers: their marks, by name.
+_MARKS = "_ptqkit_quantized_parts"
 _SAMPLE = 64
 
 
@@ -46,3 +48,18 @@ def is_quantized(linear: nn.Module) -> bool:
 def unmark_quantized(module: nn.Module) -> None:
     """Take the mark off, if there is one."""
     module.__dict__.pop(_MARK, None)
+    module.__dict__.pop(_MARKS, None)
+
+
+def marks_of(parts: nn.Module, whole: nn.Module) -> None:
+    """Keep the marks of a module's layers on another one, which holds the same weights."""
+    marks = {n: m.__dict__[_MARK] for n, m in parts.named_modules() if _MARK in m.__dict__}
+    unmark_quantized(whole)
+    if marks:
+        whole.__dict__[_MARKS] = marks
+
+
+def put_marks(whole: nn.Module, parts: nn.Module) -> None:
+    """Put the marks that :func:`marks_of` has kept back on the layers."""
+    for name, mark in whole.__dict__.get(_MARKS, {}).items():
+        parts.get_submodule(name).__dict__[_MARK] = mark

@@ -106,6 +106,9 @@ class Recipe:
     calibrate_on : {"quantized", "float"}
         Whose inputs a layer is calibrated on: those that it gets from the quantized layers before
         it, or those of the float model. It holds for the whole run.
+    calibrate_all_experts : bool
+        Every expert of a mixture is calibrated on all tokens, not on those routed to it alone;
+        what the model goes on with stays routed. It holds for the whole run.
     overrides : mapping of pattern to a mapping of changes, or to "skip"
         Patterns are globs on the full module name, or regular expressions after ``re:``. All
         matching patterns apply in order, the last one wins.
@@ -152,6 +155,7 @@ class Recipe:
     bias_correction: bool = False
     tune: int = 0
     calibrate_on: str = "quantized"
+    calibrate_all_experts: bool = False
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
 
@@ -193,7 +197,14 @@ class Recipe:
         check_int("block_size", self.block_size, 1)
         check_int("tune", self.tune, 0)
         check_int("min_zero_point", self.min_zero_point, 0, 1)
-        for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):
+        for name in (
+            "symmetric",
+            "static_groups",
+            "feedback",
+            "per_tensor",
+            "bias_correction",
+            "calibrate_all_experts",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name in ("damping", "max_damping", "target_damping"):
@@ -292,7 +303,8 @@ class Recipe:
         check_names(change, where, _names())
         if {"overrides", "include"} & set(change):
             raise ValueError(f"{where} cannot hold overrides or include")
-        for name in (*PROPAGATIONS, "equalization", "calibrate_on", "tune"):
+        whole = ("equalization", "calibrate_on", "calibrate_all_experts", "tune")
+        for name in (*PROPAGATIONS, *whole):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
         if isinstance(change.get("bits"), float):

@@ -261,6 +261,8 @@ def test_options_change_the_parts_that_a_recipe_has():
     other = recipe_of("--recipe", "llm.int8", "--outlier-threshold", "4").activations
     assert (other.bits, other.granularity, other.outlier_threshold) == (8, "token", 4.0)
     assert recipe_of("--recipe", "aweq", "--equalize", "none").equalization is None
+    assert recipe_of("--calibrate-all-experts").calibrate_all_experts
+    assert not recipe_of("--no-calibrate-all-experts").calibrate_all_experts
     given = recipe_of("--recipe", "aweq", "--override", "*.q_proj=group_size:channel")
     assert not given.for_layer("a.q_proj").per_tensor and given.for_layer("a.k_proj").per_tensor
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
 from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithmetic, stored_as
+from ptqkit.hf.models.experts import ExpertSwap, wanted_for
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
-from ptqkit.hf.quantization.inspection import inspect_model
+from ptqkit.hf.quantization.inspection import Inspection, inspect_model
 from ptqkit.hf.quantization.mixed_bits import choose_bits
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.report import Report
@@ -127,8 +129,9 @@ class QuantizationResult:
             with stored_as(self.model, dtype):
                 yield
         finally:
-            for name, matrix in self.matrices.items():
-                LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
+            with ExpertSwap(self.model, wanted_for(self.matrices)):
+                for name, matrix in self.matrices.items():
+                    LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
 
 
 def quantize(
@@ -251,27 +254,65 @@ def quantize(
     for text in slow:
         warnings.warn(text, stacklevel=2)
     options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
-    found = inspect_model(
-        model,
-        chosen,
-        calibration,
-        tokenizer,
-        problems=problems,
-        written=written,
-        blocks=blocks,
-        share_inputs=share_inputs,
-        checkpoint_format=checkpoint_format,
-        out_dir=out_dir,
-        overwrite=overwrite,
-        requantize=requantize,
-        samples=samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-        start_token=start_token,
-    )
-    assert chosen is not None and written is not None  # or there had been problems
-    recipe = chosen
+    swap = ExpertSwap(model, partial(_unfused, chosen))
+    every_token = chosen is not None and chosen.calibrate_all_experts
+    with swap as experts, swap.calibrating(every_token):
+        found = inspect_model(
+            model,
+            chosen,
+            calibration,
+            tokenizer,
+            problems=problems,
+            written=written,
+            blocks=blocks,
+            share_inputs=share_inputs,
+            checkpoint_format=checkpoint_format,
+            out_dir=out_dir,
+            overwrite=overwrite,
+            requantize=requantize,
+            samples=samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            start_token=start_token,
+        )
+        assert chosen is not None and written is not None  # or there had been problems
+        result = _quantize_inspected(
+            model,
+            chosen,
+            found,
+            experts,
+            written,
+            schedule,
+            budget,
+            batch_size,
+            blocks,
+            options,
+            slow,
+        )
+    if result.activations and (outer is not model or is_compiled(model)):
+        forget_compiled()
+    result.tokenizer = tokenizer
+    if out_dir is not None:
+        with _carrying(result):
+            result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
+    return result
+
+
+def _quantize_inspected(
+    model: nn.Module,
+    recipe: Recipe,
+    found: Inspection,
+    experts: ExpertSwap,
+    written: torch.dtype,
+    schedule: str,
+    budget: int | None,
+    batch_size: int,
+    blocks: tuple[str, ...] | None,
+    options: RunOptions,
+    slow: list[str],
+) -> QuantizationResult:
+    """Quantize a model in which no problem was found; the arguments are those of the driver."""
     tuning = None
     if recipe.tune and found.calibration is not None:
         tuning = TuningOptions(steps=recipe.tune, batch_size=batch_size)
@@ -282,19 +323,20 @@ def quantize(
     plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
     equalized = None
     if recipe.equalization is not None and found.calibration is not None:
-        equalized = equalize_calibrated(
-            model,
-            found.calibration,
-            recipe.equalization,
-            recipe,
-            blocks,
-            threads,
-            options.progress,
-        )
+        with experts.fused():
+            equalized = equalize_calibrated(
+                model,
+                found.calibration,
+                recipe.equalization,
+                recipe,
+                blocks,
+                options.threads,
+                options.progress,
+            )
     losses: dict[str, dict[int, float]] = {}
     start = time.perf_counter()
     if recipe.bits_budget is not None:
-        mixed = choose_bits(model, recipe, found, threads)
+        mixed = choose_bits(model, recipe, found, options.threads)
         recipe, found, losses = mixed.recipe, mixed.inspection, mixed.losses
     run = QuantizationRun(model, recipe, found, plan, options, equalized)
     if losses:
@@ -302,18 +344,11 @@ def quantize(
         run.seconds["rounding_losses"] = time.perf_counter() - start
     run.report.warnings += slow
     run.execute()
-    if run.activations and (outer is not model or is_compiled(model)):
-        forget_compiled()
-    result = QuantizationResult(
-        model, run.matrices, run.report, recipe, run.activations, equalized, tokenizer
-    )
+    result = QuantizationResult(model, run.matrices, run.report, recipe, run.activations, equalized)
     result.stored_dtype = dtype_name(written)
     if tuning is not None:
         with _carrying(result):
             tune_prepared(result, learned_from, tuning, options.progress)
-    if out_dir is not None:
-        with _carrying(result):
-            result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
     return result
 
 
@@ -331,6 +366,11 @@ def _carrying(result: QuantizationResult) -> Iterator[None]:
                     "is what quantize() returns; error.result.save(another_folder) writes it"
                 )
         raise
+
+
+def _unfused(recipe: Recipe | None, experts: str) -> bool:
+    """Whether the experts of a module are quantized, so that each needs linear layers."""
+    return recipe is not None and recipe.for_layer(experts) is not None
 
 
 def _changed(recipe: Any, changes: Mapping[str, Any], problems: Problems) -> Recipe | None:

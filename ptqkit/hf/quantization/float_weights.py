@@ -10,6 +10,7 @@ from torch import nn
 
 from ptqkit.errors import UnsupportedModuleError
 from ptqkit.hf.equalization.run import owner_of_mark
+from ptqkit.hf.models.experts import ExpertSwap
 from ptqkit.nn.activations import installed_quantizer, remove_quantizers
 from ptqkit.nn.linear import is_linear
 from ptqkit.nn.quantized_mark import is_quantized, unmark_quantized
@@ -44,8 +45,9 @@ class FloatWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        linears = [(n, m) for n, m in model.named_modules() if is_linear(m)]
-        _refuse(n for n, m in linears if is_quantized(m) or installed_quantizer(m) is not None)
+        with ExpertSwap(model, lambda name: True):
+            linears = [(n, m) for n, m in model.named_modules() if is_linear(m)]
+            _refuse(n for n, m in linears if is_quantized(m) or installed_quantizer(m) is not None)
         self.model = model
         self._kept: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         copies: dict[int, torch.Tensor] = {}

@@ -47,12 +47,15 @@ class LayerReport:
         Used, as a fraction of the mean diagonal of H; ``damping_raised`` counts the steps it had
         to be raised by, and ``notes`` says why.
     tokens : int
-        Calibration tokens behind H.
+        Calibration tokens behind H; of an expert those routed to it.
     seconds_hessian, seconds_solve, seconds_diagnostics, seconds_propagation : float
         Layers that were solved together share the time by rows. The last: accumulating G and
         correcting the weight.
     schedule : str
     shares_input_with : list of str
+    rule : str
+        What was done about an expert that got fewer tokens than it has inputs
+        (:mod:`ptqkit.hf.quantization.expert_moments`); empty if it got enough.
     target : str
         What was quantized instead of the weight: empty for the weight itself; ``"least-squares
         0.5"`` (or another ``target`` of the recipe) if it was corrected for the errors of its
@@ -88,6 +91,7 @@ class LayerReport:
     schedule: str = ""
     shares_input_with: list[str] = field(default_factory=list)
     target: str = ""
+    rule: str = ""
     notes: str = ""
 
 
@@ -371,7 +375,12 @@ def _bias_share(solved: LayerResult) -> float:
 
 
 def layer_report(
-    target: Target, solved: LayerResult, tokens: int, seconds_hessian: float, schedule: str
+    target: Target,
+    solved: LayerResult,
+    tokens: int,
+    seconds_hessian: float,
+    schedule: str,
+    rule: str = "",
 ) -> LayerReport:
     """Build the row of a quantized layer."""
     matrix, options, notes = solved.matrix, target.options, []
@@ -382,7 +391,9 @@ def layer_report(
     if _worse(solved.objective, solved.objective_rtn):
         ratio = solved.objective / solved.objective_rtn if solved.objective_rtn else math.inf
         notes.append(f"worse than rounding to nearest, {ratio:.4g} times its objective")
-    if 0 < tokens < target.view.shape[1]:
+    if rule:
+        notes.append(rule)
+    elif 0 < tokens < target.view.shape[1]:
         notes.append(f"only {tokens} tokens for {target.view.shape[1]} inputs")
     return LayerReport(
         name=target.name,
@@ -410,5 +421,6 @@ def layer_report(
         seconds_propagation=solved.seconds_propagation,
         schedule=schedule,
         target=solved.target,
+        rule=rule,
         notes="; ".join(notes),
     )

@@ -21,6 +21,7 @@ from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.equalization.report import EqualizationReport
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress
+from ptqkit.hf.quantization.expert_moments import solved_together
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import peak_memory
 from ptqkit.hf.quantization.moments import Moments
@@ -134,6 +135,7 @@ class QuantizationRun:
         with self._telling_what_is_done():
             self._all_groups()
             self._write_held()
+        self.report.warnings += _expert_warnings(self.report.layers, self._uncorrected())
         self.report.layers += _skipped_rows(self.model, self.inspection.structure)
         total = time.perf_counter() - self.options.start
         rest = total - setup - sum(self.seconds.values())
@@ -173,6 +175,8 @@ class QuantizationRun:
             data,
             self.propagate,
             found.stream.writers,
+            found.experts,
+            self.plan.experts_at_once,
         )
         reason: str | None = self.plan.reason
         with calibration_mode(self.model):
@@ -199,6 +203,14 @@ class QuantizationRun:
                 self._group(members, moments, schedule)
                 del moments  # before the next ones are accumulated
 
+    def _uncorrected(self) -> bool:
+        """Whether there are layers of experts that error propagation does not reach."""
+        if not self.propagate:
+            return False
+        names = {name.rsplit(".", 2)[0] for name in self.matrices}
+        found = [m for n, m in self.inspection.experts.items() if n in names]
+        return any(not m.every_token or m.shape.scores_first for m in found)
+
     def _group(self, members: list[Target], moments: Moments | Exception, schedule: str) -> None:
         """Quantize one group, or leave it float, and report it."""
         try:
@@ -221,14 +233,23 @@ class QuantizationRun:
             self.stage.step(target.name, loss, self.costs[target.name])
 
     def _solve(self, members: list[Target], moments: Moments, schedule: str) -> None:
-        if moments.hessian is not None and moments.tokens == 0:
+        if moments.hessian is not None and moments.hessian.tokens == 0:
             raise CalibrationError(f"{members[0].name} saw no token of the calibration data")
+        self.seconds["hessian"] += moments.seconds
+        by_name = {t.name: t for t in members}
+        shapes = {t.name: t.view.shape for t in members}
+        for part in solved_together(list(by_name), shapes, self.inspection.experts):
+            self._solve_part([by_name[n] for n in part], members, moments, schedule)
+
+    def _solve_part(
+        self, part: list[Target], members: list[Target], moments: Moments, schedule: str
+    ) -> None:
+        """Quantize some of the layers that share an input, and report them."""
         solved = solve_group(
-            members, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
+            part, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
         )
         rows = sum(t.view.shape[0] for t in members)
-        self.seconds["hessian"] += moments.seconds
-        for target in members:
+        for target in part:
             result, share = solved[target.name], target.view.shape[0] / rows
             if self.recipe.calibrate_on == "float":
                 self._hold(target, result, moments)
@@ -239,9 +260,11 @@ class QuantizationRun:
             self.seconds["diagnostics"] += result.seconds_diagnostics
             if self.propagate:
                 self.seconds["propagation"] += result.seconds_propagation
-            row = layer_report(target, result, moments.tokens, share * moments.seconds, schedule)
-            row.shares_input_with = [t.name for t in members if t is not target]
-            if row.notes:
+            row = layer_report(
+                target, result, moments.tokens, share * moments.seconds, schedule, moments.rule
+            )
+            row.shares_input_with = [t.name for t in part if t is not target]
+            if row.notes and not row.rule:
                 self.report.warnings.append(f"{row.name}: {row.notes}")
             self.report.layers.append(row)
 
@@ -284,6 +307,25 @@ def _stream_warnings(recipe: Recipe, inspection: Inspection) -> list[str]:
         f"{len(inspection.probe.blocks)} blocks ({name}: {why}); their layers have "
         f"error_propagation={recipe.error_propagation:g}"
     ]
+
+
+def _expert_warnings(rows: list[LayerReport], uncorrected: bool) -> list[str]:
+    """Say how many layers of experts had too few tokens, once for all of them."""
+    short = [row for row in rows if row.rule]
+    found = []
+    if short:
+        none = sum(row.tokens == 0 for row in short)
+        found.append(
+            f"{len(short)} layers of experts ({short[0].name}, ...) were routed fewer tokens than "
+            f"they have inputs, {none} of them none: the moments of all tokens of their mixture "
+            "fill them up, as their rows say; give more data, or calibrate_all_experts=True"
+        )
+    if uncorrected:
+        found.append(
+            "the layers of experts are not corrected for the errors before them: which tokens come "
+            "to an expert differs between the float and the quantized model"
+        )
+    return found
 
 
 def _without_data(structure: Structure) -> Steps:
