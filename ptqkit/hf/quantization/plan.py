@@ -13,6 +13,7 @@ from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import available_memory, container_memory
+from ptqkit.nn.forward import device_of
 
 __all__ = [
     "SCHEDULES",
@@ -97,7 +98,7 @@ def plan_schedule(
         inspection.probe.positions,
         bool(inspection.stream.writers),
     )
-    device = next(model.parameters()).device
+    device = device_of(model)
     free, room = available_memory(device), None if device.type != "cpu" else container_memory()
     limit, whose = (free, "free memory") if budget is None else (budget, "memory budget")
     # No budget makes a container larger: what is beyond its limit is killed.
@@ -206,7 +207,7 @@ def estimate_memory(
     one_pass = (sum(tokens) * size * live + sum(masks)) * (2 if propagate else 1)
     one_pass += largest * size * live
     replay = sum(tokens) * size * 2 * wide + 2 * largest * size * live + max(masks)
-    if next(model.parameters()).device.type == "cpu":
+    if device_of(model).type == "cpu":
         work += sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))
     return MemoryEstimate(int(_SLACK * one_pass) + work, int(_SLACK * replay) + work)
 

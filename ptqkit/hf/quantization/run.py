@@ -30,7 +30,7 @@ from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
 from ptqkit.hf.quantization.solve import LayerResult, solve_group
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
-from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.forward import calibration_mode, device_of
 from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.recipe.recipe import Recipe
 
@@ -132,7 +132,7 @@ class QuantizationRun:
         total = time.perf_counter() - self.options.start
         rest = total - setup - sum(self.seconds.values())
         self.report.seconds = {"total": total, "setup": setup, "forward": rest, **self.seconds}
-        self.report.memory["peak"] = peak_memory(next(self.model.parameters()).device)
+        self.report.memory["peak"] = peak_memory(device_of(self.model))
 
     @contextlib.contextmanager
     def _telling_what_is_done(self) -> Iterator[None]:
