@@ -44,6 +44,8 @@ class StoredModel:
     model : transformers.PreTrainedModel
         In eval mode; buffers that no file holds are real.
     tensors : StoredTensors
+    device : torch.device
+        Where the model is to run.
     names : dict of str to str
         Names in the files of what is read as it is, by names in memory.
     converted : dict of str to _Sources
@@ -54,6 +56,7 @@ class StoredModel:
 
     model: Any
     tensors: StoredTensors
+    device: torch.device
     names: dict[str, str] = field(default_factory=dict, repr=False)
     converted: dict[str, _Sources] = field(default_factory=dict, repr=False)
 
@@ -95,6 +98,7 @@ def open_stored(
     dtype: torch.dtype,
     model_class: Any = None,
     config: Any = None,
+    device: torch.device | None = None,
 ) -> StoredModel:
     """Build the model of a folder without its parameters.
 
@@ -105,6 +109,8 @@ def open_stored(
         Of its arithmetic, as for ``from_pretrained``.
     model_class, config : optional
         Those of the folder by default.
+    device : torch.device, optional
+        Where the model is to run; the host by default.
 
     Raises
     ------
@@ -134,7 +140,7 @@ def open_stored(
     _keep_wide(model, dtype)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    stored = StoredModel(model.eval(), tensors)
+    stored = StoredModel(model.eval(), tensors, device or torch.device("cpu"))
     _find_names(stored)
     return stored
 
@@ -170,7 +176,9 @@ def _find_names(stored: StoredModel) -> None:
     for first, sources in groups.items():
         converter = by_pattern[sources[0][1]]
         entry = _Sources(first, converter, tuple(sources))
-        targets = {first.replace(converter.target_patterns[0], t) for t in converter.target_patterns}
+        targets = {
+            first.replace(converter.target_patterns[0], t) for t in converter.target_patterns
+        }
         stored.converted |= dict.fromkeys((targets & state.keys()) | {first}, entry)
     _check_cover(stored, state)
 

@@ -20,7 +20,7 @@ import torch
 
 from ptqkit.hf.checkpoint.files import DTYPE_CODES, INDEX, SINGLE
 
-__all__ = ["Place", "StoredTensors", "read_header", "read_tensor"]
+__all__ = ["Place", "StoredTensors", "file_checksum", "read_header", "read_tensor"]
 
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 # Longer headers are refused by other readers too.
@@ -149,7 +149,9 @@ class StoredTensors:
             files = sorted(set(names.values()))
             inside = all(f == os.path.basename(f) and f not in ("", "..") for f in files)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} has no weight_map of tensor names to files: {error}") from None
+            raise ValueError(
+                f"{path} has no weight_map of tensor names to files: {error}"
+            ) from None
         if not inside:
             raise ValueError(f"{path} names files outside of its folder")
         missing = [file for file in files if not (self.folder / file).is_file()]
@@ -194,13 +196,22 @@ class StoredTensors:
 
     def checksum(self, name: str) -> int:
         """Return the CRC-32 of a tensor's bytes, read piece by piece."""
-        place, value = self.places[name], 0
-        with open(place.path, "rb", buffering=0) as file:
-            file.seek(place.start)
-            left = place.nbytes
-            while left:
-                piece = file.read(min(left, _PIECE))
-                if not piece:
-                    raise OSError(f"{place.path} has become shorter while it was read")
-                value, left = zlib.crc32(piece, value), left - len(piece)
-        return value
+        place = self.places[name]
+        return _checksum(place.path, place.start, place.nbytes)
+
+
+def file_checksum(path: Path) -> int:
+    """Return the CRC-32 of a file, read piece by piece."""
+    return _checksum(path, 0, path.stat().st_size)
+
+
+def _checksum(path: Path, start: int, size: int) -> int:
+    value = 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while size:
+            piece = file.read(min(size, _PIECE))
+            if not piece:
+                raise OSError(f"{path} has become shorter while it was read")
+            value, size = zlib.crc32(piece, value), size - len(piece)
+    return value

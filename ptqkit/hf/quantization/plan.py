@@ -31,10 +31,19 @@ _SLACK = 1.3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that each schedule needs in addition to the model."""
+    """Bytes that each schedule needs in addition to the model.
+
+    Attributes
+    ----------
+    one_pass, replay : int
+    outputs, codes : int
+        Of those of replay, what the outputs of the blocks take, and the codes.
+    """
 
     one_pass: int
     replay: int
+    outputs: int = 0
+    codes: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,10 +215,15 @@ def estimate_memory(
     largest = max(tokens)
     one_pass = (sum(tokens) * size * live + sum(masks)) * (2 if propagate else 1)
     one_pass += largest * size * live
-    replay = sum(tokens) * size * 2 * wide + 2 * largest * size * live + max(masks)
+    outputs = sum(tokens) * size * 2 * wide
+    replay = outputs + 2 * largest * size * live + max(masks)
+    codes = 0
     if device_of(model).type == "cpu":
-        work += sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))
-    return MemoryEstimate(int(_SLACK * one_pass) + work, int(_SLACK * replay) + work)
+        codes = sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))
+    work += codes
+    return MemoryEstimate(
+        int(_SLACK * one_pass) + work, int(_SLACK * replay) + work, int(_SLACK * outputs), codes
+    )
 
 
 def _mask_bytes(

@@ -30,8 +30,6 @@ class BlockSource:
     blocks : sequence of str
     targets : sequence of str
         Layers outside of the blocks that are quantized.
-    device : torch.device
-        Where the model runs.
 
     Attributes
     ----------
@@ -44,9 +42,8 @@ class BlockSource:
         stored: StoredModel,
         blocks: Sequence[str],
         targets: Sequence[str],
-        device: torch.device,
     ) -> None:
-        self.stored, self.device = stored, device
+        self.stored, self.device = stored, stored.device
         self.model = stored.model
         self.loaded: Callable[[str], None] | None = None
         self.resident: str | None = None
