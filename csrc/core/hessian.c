@@ -11,7 +11,7 @@ enum {
     CHUNK = 1024,        /* tokens packed at a time */
     MATRIX_CHUNK = 2048, /* if a matrix unit multiplies: it waits for S, else */
     DEPTH = 512,         /* tokens per register accumulation: two-level summation, and cache size */
-    WIDEST = 576,        /* columns of a side of a task */
+    WIDEST = 288, /* columns of a side of a task: wider ones are slower, with AMX by a fifth */
 };
 
 typedef struct {

@@ -76,7 +76,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "float16", "bfloat16"),
-        help="arithmetic of the model; auto: as stored, but float16 runs as float32 on a CPU",
+        help="arithmetic of the model; auto: as stored, but on a CPU that has no instructions for "
+        "it, float16 and bfloat16 run as float32 if the memory allows",
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-__all__ = ["as_dtype", "dtype_name", "dtype_of", "slow_arithmetic", "stored_as"]
+from ptqkit._config import show_config
+
+__all__ = ["as_dtype", "dtype_name", "dtype_of", "slow_arithmetic", "slow_on_cpu", "stored_as"]
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -35,14 +38,30 @@ def as_dtype(value: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
+def slow_on_cpu(dtype: torch.dtype | None) -> bool:
+    """Return whether PyTorch computes in this type several times slower than in float32 here.
+
+    float16 is, and bfloat16 on an x86 processor without instructions for it (AVX512_BF16, AMX):
+    PyTorch converts every operand.
+    """
+    if dtype == torch.bfloat16:
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        levels = show_config()["cpu_levels"]
+        assert isinstance(levels, list)
+        return x86 and not any("bf16" in level for level in levels)
+    return dtype == torch.float16
+
+
 def slow_arithmetic(model: nn.Module) -> list[str]:
-    """Return a warning if a model computes in float16 on a CPU, which is slow; else nothing."""
+    """Return a warning if a model computes on a CPU in a type that is slow there; else nothing."""
     first = next(model.parameters(), None)
-    if first is None or first.device.type != "cpu" or dtype_of(model) != torch.float16:
+    dtype = dtype_of(model)
+    if first is None or first.device.type != "cpu" or not slow_on_cpu(dtype):
         return []
+    name = dtype_name(dtype)
     return [
-        "the model computes in float16 on a CPU, several times slower than in float32: load it "
-        "with dtype=torch.float32 and quantize it with stored_dtype='float16'"
+        f"the model computes in {name} on a CPU, several times slower than in float32: load it "
+        f"with dtype=torch.float32 and quantize it with stored_dtype={name!r}"
     ]
 
 

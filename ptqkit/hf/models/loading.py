@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ptqkit.errors import UsageError
+from ptqkit.hf.models.dtypes import slow_on_cpu
 
 __all__ = [
     "compute_dtype",
@@ -83,14 +84,16 @@ def stored_dtype(folder: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def compute_dtype(asked: str, stored: str, device: str) -> str:
-    """Choose the arithmetic: ``"auto"`` is that of the files, but not float16 on a CPU.
+def compute_dtype(asked: str, stored: str, device: str, *, room: bool = True) -> str:
+    """Choose the arithmetic: ``"auto"`` is that of the files, or float32 if that is slow here.
 
-    There float16 is several times slower than float32.
+    On a CPU float16, and bfloat16 without instructions for it, take several times as long as
+    float32. Without ``room`` for the wider model the stored type is kept.
     """
     if asked != "auto":
         return asked
-    return "float32" if stored == "float16" and device == "cpu" else stored
+    dtype = getattr(torch, stored, None)
+    return "float32" if device == "cpu" and room and slow_on_cpu(dtype) else stored
 
 
 def pick_device(asked: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def load_model(
     name : str or path
         Folder, or name on the Hugging Face Hub.
     dtype : str
-        Arithmetic, such as ``"float32"``; ``"auto"`` is that of the files, but float16 runs as
-        float32 on a CPU.
+        Arithmetic, such as ``"float32"``; ``"auto"`` is that of the files, but on a CPU float16,
+        and bfloat16 where the processor has no instructions for it, run as float32 if the memory
+        allows.
     device : str
         As torch names it; ``"auto"`` is a GPU if there is one.
 
@@ -60,7 +62,8 @@ def load_model(
     UsageError
         If there is no such model, or dtype or device cannot be used.
     """
-    folder, facts = _facts(name, dtype, device)
+    folder = model_folder(name)
+    facts = _facts(folder, dtype, device, room=_fits_widened(folder))
     model = load(folder, dtype=getattr(torch, facts["dtype"])).to(facts["device"]).eval()
     return model, load_tokenizer(folder), {**facts, "class": type(model).__name__}
 
@@ -94,35 +97,44 @@ def open_model(
     FileNotFoundError, ValueError
         If the files of a model that stays in them are missing or damaged.
     """
-    folder, facts = _facts(name, dtype, device)
-    kind = getattr(torch, facts["dtype"])
+    folder = model_folder(name)
     if stream is None:
+        facts = _facts(folder, dtype, device, room=_fits_widened(folder))
         quantized = read_config(folder).get("quantization_config") is not None
-        stream = not quantized and _too_large(folder, kind, torch.device(facts["device"]))
+        stream = not quantized and _too_large(folder, facts)
     if not stream:
-        return load_model(folder, facts["dtype"], facts["device"])
+        return load_model(folder, dtype, device)
+    # One block at a time can be wide, whatever the memory.
+    facts = _facts(folder, dtype, device, room=True)
+    kind = getattr(torch, facts["dtype"])
     stored = open_stored(folder, kind, device=torch.device(facts["device"]))
     return stored, load_tokenizer(folder), {**facts, "class": type(stored.model).__name__}
 
 
-def _facts(name: str | os.PathLike[str], dtype: str, device: str) -> tuple[Path, dict[str, str]]:
-    folder = model_folder(name)
+def _facts(folder: Path, dtype: str, device: str, *, room: bool) -> dict[str, str]:
     stored, device = stored_dtype(folder), pick_device(device)
-    dtype = compute_dtype(dtype, stored, torch.device(device).type)
+    dtype = compute_dtype(dtype, stored, torch.device(device).type, room=room)
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UsageError(f"{folder / 'config.json'} states an unknown dtype {dtype!r}; give dtype")
-    facts = {"folder": str(folder), "stored_dtype": stored, "dtype": dtype, "device": device}
-    return folder, facts
+    return {"folder": str(folder), "stored_dtype": stored, "dtype": dtype, "device": device}
 
 
-def _too_large(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
+def _fits_widened(folder: Path) -> bool:
+    """Return whether the model takes at most half of the free memory in float32."""
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    dtype = getattr(torch, stored_dtype(folder), torch.float32)
+    widened = files * torch.float32.itemsize / max(1, dtype.itemsize)
+    return widened <= available_memory(torch.device("cpu")) / 2
+
+
+def _too_large(folder: Path, facts: Mapping[str, str]) -> bool:
     """Whether the parameters and their codes are larger than the free memory."""
     try:
         places = StoredTensors(folder).places.values()
     except (OSError, ValueError):
         return False  # from_pretrained reads other files too, and says what is wrong with these
-    size = sum(prod(p.shape) * dtype.itemsize for p in places)
-    return size + size // 4 > available_memory(device)
+    size = sum(prod(p.shape) * getattr(torch, facts["dtype"]).itemsize for p in places)
+    return size + size // 4 > available_memory(torch.device(facts["device"]))
 
 
 def reopen(model: nn.Module) -> StoredModel | None:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, stored_as
+from ptqkit.hf.models import dtypes
+from ptqkit.hf.models.dtypes import (
+    as_dtype,
+    dtype_name,
+    dtype_of,
+    slow_arithmetic,
+    stored_as,
+)
 
 
 class Tied(nn.Module):
@@ -45,3 +52,13 @@ def test_stored_as_the_same_type_does_nothing():
     data = model.first.weight.data_ptr()
     with stored_as(model, torch.float32):
         assert model.first.weight.data_ptr() == data
+
+
+def test_slow_arithmetic_is_told(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(dtypes, "show_config", lambda: {"cpu_levels": ["base", "avx2"]})
+    (text,) = slow_arithmetic(Tied().bfloat16())
+    assert "bfloat16 on a CPU" in text and "stored_dtype='bfloat16'" in text
+    assert slow_arithmetic(Tied()) == slow_arithmetic(Tied().to("meta").bfloat16()) == []
+    monkeypatch.setattr(dtypes, "show_config", lambda: {"cpu_levels": ["base", "avx512_bf16"]})
+    assert slow_arithmetic(Tied().bfloat16()) == []

@@ -10,6 +10,7 @@ from ptqkit.errors import UsageError
 
 pytest.importorskip("torch")
 
+from ptqkit.hf.models import dtypes
 from ptqkit.hf.models.loading import (
     compute_dtype,
     load_tokenizer,
@@ -22,8 +23,28 @@ from ptqkit.hf.models.loading import (
 def test_arithmetic_follows_the_stored_dtype():
     assert compute_dtype("auto", "float16", "cpu") == "float32"
     assert compute_dtype("auto", "float16", "cuda") == "float16"
-    assert compute_dtype("auto", "bfloat16", "cpu") == "bfloat16"
     assert compute_dtype("float16", "float32", "cpu") == "float16"
+    assert compute_dtype("auto", "nonsense", "cpu") == "nonsense"  # refused where it is used
+
+
+@pytest.mark.parametrize(
+    ("machine", "levels", "expected"),
+    [
+        ("x86_64", ["base", "avx512", "avx512_vnni"], "float32"),
+        ("AMD64", ["base", "avx2"], "float32"),
+        ("x86_64", ["base", "avx512_bf16"], "bfloat16"),
+        ("aarch64", ["base", "neon"], "bfloat16"),
+    ],
+)
+def test_bfloat16_runs_as_float32_where_a_cpu_has_no_instructions_for_it(
+    monkeypatch, machine, levels, expected
+):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(dtypes, "show_config", lambda: {"cpu_levels": levels})
+    assert compute_dtype("auto", "bfloat16", "cpu") == expected
+    assert compute_dtype("auto", "bfloat16", "cpu", room=False) == "bfloat16"
+    assert compute_dtype("auto", "bfloat16", "cuda") == "bfloat16"
+    assert compute_dtype("bfloat16", "bfloat16", "cpu") == "bfloat16"
 
 
 @pytest.mark.parametrize(

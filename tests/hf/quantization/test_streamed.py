@@ -146,9 +146,7 @@ def test_models_on_the_meta_device_are_streamed_from_their_folder(tmp_path):
     folder = make(tmp_path / "model")
     in_memory(folder, tmp_path / "memory")
     model = transformers.LlamaForCausalLM.from_pretrained(folder, device_map={"": "meta"})
-    quantize(
-        model, "reference", tokens(), out_dir=tmp_path / "out", progress=False, **OPTIONS
-    )
+    quantize(model, "reference", tokens(), out_dir=tmp_path / "out", progress=False, **OPTIONS)
     assert files(tmp_path / "out") == files(tmp_path / "memory")
     offloaded = transformers.LlamaForCausalLM.from_pretrained(
         folder,
