@@ -319,7 +319,7 @@ def _opened(
     model: Any, tokenizer: Any, stored_dtype: Any, stream: bool | None
 ) -> tuple[nn.Module, StoredModel | None, Any, Any]:
     """Open what was given as the model; returns it, and whence it is streamed if it is."""
-    if isinstance(model, (str, os.PathLike)):
+    if isinstance(model, (str, os.PathLike)) and os.path.isdir(model):
         model, found, facts = open_model(model, stream=stream)
         tokenizer = found if tokenizer is None else tokenizer
         stored_dtype = facts["stored_dtype"] if stored_dtype is None else stored_dtype
@@ -330,7 +330,8 @@ def _opened(
     if isinstance(model, StoredModel):
         return model.model, model, tokenizer, stored_dtype
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        given = repr(model) if isinstance(model, str) else type(model).__name__
+        raise TypeError(f"model must be a torch.nn.Module or a folder that exists, not {given}")
     return model, None, tokenizer, stored_dtype
 
 

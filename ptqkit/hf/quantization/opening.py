@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ptqkit._places import source_folder
-from ptqkit.errors import UnsupportedModuleError, UsageError
+from ptqkit.errors import PreflightError, Problem, UnsupportedModuleError, UsageError
 from ptqkit.hf.checkpoint.reader import load
 from ptqkit.hf.checkpoint.stored_model import StoredModel, open_stored
 from ptqkit.hf.checkpoint.tensors import StoredTensors
@@ -150,7 +150,7 @@ def reopen(model: nn.Module) -> StoredModel | None:
 
     Raises
     ------
-    UnsupportedModuleError
+    PreflightError
         If its folder is not known, or holds other values than the parameters that are in memory.
     """
     absent = [n for n, p in model.named_parameters() if p.device.type == "meta"]
@@ -159,7 +159,7 @@ def reopen(model: nn.Module) -> StoredModel | None:
     where = f"{len(absent)} parameters are on the meta device (the first is {absent[0]})"
     folder = source_folder(model)
     if folder is None:
-        raise UnsupportedModuleError(
+        raise _absent(
             f"{where}, and the folder of the model is not known: load the weights before "
             "quantizing, or give the path of its folder instead of the model"
         )
@@ -173,8 +173,12 @@ def reopen(model: nn.Module) -> StoredModel | None:
         same = name in own and own[name].dtype == parameter.dtype
         value = stored.read([name], dtypes)[name] if same else None
         if value is None or not torch.equal(value, parameter.detach().cpu()):
-            raise UnsupportedModuleError(
+            raise _absent(
                 f"{where}, so the weights are read from {folder}, but {name} has other values "
                 "there: save the model as it is, and give that folder"
             )
     return stored
+
+
+def _absent(text: str) -> PreflightError:
+    return PreflightError([Problem(text, UnsupportedModuleError)])

@@ -14,7 +14,7 @@ from helpers.driver_models import build, padded_batches, tokens
 from helpers.stream_calls import killed_after, killed_at, quantize_stored
 
 from ptqkit import ActivationQuantization
-from ptqkit.errors import PreflightError, UnsupportedModuleError, UsageError
+from ptqkit.errors import PreflightError, UsageError
 from ptqkit.hf import open_model, quantize, read_matrices
 from ptqkit.hf.quantization import streamed
 from ptqkit.hf.quantization.state import RunState, state_folder
@@ -162,10 +162,10 @@ def test_models_on_the_meta_device_are_streamed_from_their_folder(tmp_path):
     assert files(tmp_path / "off") == files(tmp_path / "memory")
     with torch.no_grad():
         offloaded.model.norm.weight += 1
-    with pytest.raises(UnsupportedModuleError, match="model.norm.weight has other values there"):
+    with pytest.raises(PreflightError, match="model.norm.weight has other values there"):
         quantize(offloaded, "reference", tokens(), out_dir=tmp_path / "x", progress=False)
     offloaded.name_or_path = ""
-    with pytest.raises(UnsupportedModuleError, match="the folder of the model is not known"):
+    with pytest.raises(PreflightError, match="the folder of the model is not known"):
         quantize(offloaded, "reference", tokens(), out_dir=tmp_path / "x", progress=False)
 
 
