@@ -32,6 +32,7 @@ from benchmarks.accuracy.run import NEAREST, window_losses
 from ptqkit.arrays.solvers import gptq
 from ptqkit.hf import prepare_calibration, quantize
 from ptqkit.hf.quantization import solve
+from ptqkit.nn import matrix_solver
 from ptqkit.hf.quantization.moments import MomentAccumulator
 
 COLUMNS = ("model", "grid", "recipe", "lever", "draw", "seconds", "objective", "float", "nll")
@@ -51,12 +52,13 @@ COSTS = {"embedded": 10.0, "stories260k": 2.0, "babyllama105": 1.0}
 @contextlib.contextmanager
 def _solving_after(change: Callable[..., Any]) -> Iterator[None]:
     """Pass every solved matrix through ``change(weight, matrix, H)``."""
-    own = solve._quantize
+    own = solve.quantize_matrix
 
-    def both(weight: np.ndarray, source: Any, *rest: Any) -> Any:
-        return change(weight, own(weight, source, *rest), np.asarray(source.matrix, np.float64))
+    def both(weight: np.ndarray, source: Any, *rest: Any, **options: Any) -> Any:
+        found = own(weight, source, *rest, **options)
+        return change(weight, found, np.asarray(source.matrix, np.float64))
 
-    with mock.patch.object(solve, "_quantize", both):
+    with mock.patch.object(solve, "quantize_matrix", both):
         yield
 
 
@@ -79,7 +81,7 @@ def _weighted(case: Case, batches: Any, power: float, floor: float) -> Iterator[
 
 @contextlib.contextmanager
 def _grid_search(**options: Any) -> Iterator[None]:
-    with mock.patch.object(solve, "gptq", functools.partial(gptq, **options)):
+    with mock.patch.object(matrix_solver, "gptq", functools.partial(gptq, **options)):
         yield
 
 
