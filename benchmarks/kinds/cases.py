@@ -96,10 +96,10 @@ def _adaround(model: nn.Module, data: list[torch.Tensor], bits: int) -> None:
             layer.view.write(adaround(layer.view.read(), hessian.matrix, bits, device=device))
 
 
-def _resnet(data: Path, models: Path, samples: int) -> Case:
+def _resnet(data: Path, models: Path, samples: int, items: int | None) -> Case:
     model = resnet.load(models)
     images, _ = resnet.read_split(data / "fashion-mnist", "train")
-    test, labels = resnet.read_split(data / "fashion-mnist", "t10k")
+    test, labels = (t[:items] for t in resnet.read_split(data / "fashion-mnist", "t10k"))
 
     def draw(seed: int) -> list[Any]:
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
@@ -108,10 +108,10 @@ def _resnet(data: Path, models: Path, samples: int) -> Case:
     return Case(model, draw, lambda m: (resnet.correct(m, test, labels), None), False, {}, {})
 
 
-def _encoder(data: Path, models: Path, samples: int) -> Case:
+def _encoder(data: Path, models: Path, samples: int, items: int | None) -> Case:
     arrays = np.load(models / "windows.npz")
     train, test, labels = (
-        torch.from_numpy(arrays[k].astype(np.int64))
+        torch.from_numpy(arrays[k][: items if k.startswith("test") else None].astype(np.int64))
         for k in ("train_ids", "test_ids", "test_labels")
     )
 
@@ -129,9 +129,9 @@ def _encoder(data: Path, models: Path, samples: int) -> Case:
     )
 
 
-def _minilm(data: Path, models: Path, samples: int) -> Case:
+def _minilm(data: Path, models: Path, samples: int, items: int | None) -> Case:
     model, tokenizer = minilm.load(models / "minilm")
-    texts, articles = minilm.paragraphs(data / "wikitext2")
+    texts, articles = minilm.paragraphs(data / "wikitext2", items or 1000)
     return Case(
         model,
         lambda seed: minilm.calibration(data / "wikitext2", tokenizer, seed, min(samples, 256)),
@@ -143,14 +143,14 @@ def _minilm(data: Path, models: Path, samples: int) -> Case:
     )
 
 
-CASES: dict[str, Callable[[Path, Path, int], Case]] = {
+CASES: dict[str, Callable[[Path, Path, int, int | None], Case]] = {
     "resnet": _resnet,
     "encoder": _encoder,
     "minilm": _minilm,
 }
 
 
-def load_case(name: str, data: Path, models: Path, samples: int) -> Case:
+def load_case(name: str, data: Path, models: Path, samples: int, items: int | None = None) -> Case:
     """Load a model and its data.
 
     Parameters
@@ -162,5 +162,7 @@ def load_case(name: str, data: Path, models: Path, samples: int) -> Case:
         What ``benchmarks.kinds.train`` wrote, and ``minilm``.
     samples : int
         Images or passages per calibration draw.
+    items : int, optional
+        Test images, passages or paragraphs; by default all of them, or 1,000 paragraphs.
     """
-    return CASES[name](data, models, samples)
+    return CASES[name](data, models, samples, items)

@@ -29,11 +29,13 @@ COLUMNS = ("model", "bits", "method", "draw", "accuracy", "cosine", "seconds")
 Cell = tuple[str, int, str, int]
 
 
-def measure(cell: Cell, data: Path, models: Path, samples: int, threads: int) -> tuple:
+def measure(
+    cell: Cell, data: Path, models: Path, samples: int, items: int | None, threads: int
+) -> tuple:
     """Quantize and measure one cell; returns its row and the items it got right."""
     torch.set_num_threads(threads)
     name, bits, method, draw = cell
-    case = load_case(name, data, models, samples)
+    case = load_case(name, data, models, samples, items)
     start = time.time()
     model = case.model if method == "float" else case.quantize(method, bits, draw)
     seconds = time.time() - start
@@ -65,6 +67,7 @@ def main() -> None:
     p.add_argument("--method", action="append", choices=METHODS)
     p.add_argument("--draws", type=int, default=3)
     p.add_argument("--samples", type=int, default=1024, help="calibration images or passages")
+    p.add_argument("--items", type=int, help="test items, if not all (quick look)")
     p.add_argument("--processes", type=int, default=1)
     p.add_argument("--threads", type=int, default=0, help="per process; 0: all cores shared")
     args = p.parse_args()
@@ -88,7 +91,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.processes, context) as pool:
         jobs = [
-            pool.submit(measure, cell, args.data, args.models, args.samples, threads)
+            pool.submit(measure, cell, args.data, args.models, args.samples, args.items, threads)
             for cell in wanted
         ]
         for job in concurrent.futures.as_completed(jobs):

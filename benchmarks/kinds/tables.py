@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -97,13 +98,16 @@ def draw(found: list[Line], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = sorted(
-        {(x["model"], x["bits"]) for x in found if x["bits"]}, key=lambda p: (p[0], -p[1])
-    )
+    models = sorted({x["model"] for x in found})
+    widths = sorted({x["bits"] for x in found if x["bits"]}, reverse=True)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.6 * len(panels), 3.2), squeeze=False, layout="constrained"
+        len(widths),
+        len(models),
+        figsize=(3.4 * len(models), 2.6 * len(widths)),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, (model, bits) in zip(axes[0], panels, strict=True):
+    for axis, (bits, model) in zip(axes.flat, itertools.product(widths, models), strict=True):
         own = [x for x in found if (x["model"], x["bits"]) == (model, bits)][::-1]
         axis.errorbar(
             [x["loss"] for x in own],

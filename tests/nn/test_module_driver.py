@@ -417,6 +417,8 @@ def test_parts_that_are_not_for_any_module(name):
     }[name]
     with pytest.raises(UsageError, match=f"leave {name} out"):
         quantize_module(build(), batches(), recipe)
+    with pytest.raises(UsageError, match="bits 3.2 is an average"):
+        quantize_module(build(), batches(), bits=3.2)
     with pytest.raises(UsageError, match="recipe has no option 'bit'"):
         quantize_module(build(), batches(), bit=3)
 

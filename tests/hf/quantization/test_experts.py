@@ -146,7 +146,15 @@ def test_experts_that_see_all_tokens_are_solved_in_parts(monkeypatch):
         assert len(row.shares_input_with) == shared
 
 
-@pytest.mark.parametrize("options", [{}, {"calibrate_all_experts": True}, {"share_inputs": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"calibrate_all_experts": True},
+        {"share_inputs": False},
+        {"calibrate_on": "float"},
+    ],
+)
 def test_schedules_agree(options, monkeypatch):
     data = batches(2, 1, 24)
     one = run(build("mixtral"), data, schedule="one-pass", **options)
