@@ -20,6 +20,8 @@ _SAMPLE = 64
 def _sample(linear: nn.Module) -> torch.Tensor:
     """Return evenly spread entries of a weight, on the CPU."""
     weight = linear.get_parameter("weight").detach()
+    if weight.dim() > 2:  # of a convolution
+        weight = weight.flatten(1)
     count = weight.numel()
     places = torch.arange(_SAMPLE, dtype=torch.long, device=weight.device) * (count - 1)
     places = places.div(_SAMPLE - 1, rounding_mode="floor")

@@ -67,6 +67,20 @@ class FloatWeights:
         values = {id(v): v for _, _, v in self._kept if v is not None}
         return sum(v.numel() * v.element_size() for v in values.values())
 
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Return the float values of the model's parameters as it has them now, by name.
+
+        A bias that was gained since is 0. Embeddings are left out.
+        """
+        names = {id(module): name for name, module in self.model.named_modules()}
+        found = {}
+        for module, name, value in self._kept:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                full = f"{names[id(module)]}.{name}".lstrip(".")
+                found[full] = torch.zeros_like(parameter) if value is None else value
+        return found
+
     def restore(self) -> None:
         """Put the float weights back into the model."""
         for module, name, value in self._kept:

@@ -26,7 +26,9 @@ from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.models.wrappers import wrapper_problem
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.linear import is_linear
+from ptqkit.nn.matrix_solver import obq_problem
 from ptqkit.nn.quantized_mark import is_quantized
+from ptqkit.recipe.budget import candidate_bits
 from ptqkit.recipe.recipe import Recipe
 
 try:
@@ -35,6 +37,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 __all__ = [
+    "check_finite",
     "check_float",
     "check_kind",
     "check_model",
@@ -51,6 +54,7 @@ def check_model(
     recipe: Recipe,
     calibrated: bool,
     checkpoint_format: str | None,
+    stored: bool = False,
 ) -> None:
     """Check what the model and the recipe show by themselves: shapes, patterns, weights, format.
 
@@ -58,6 +62,8 @@ def check_model(
     ----------
     checkpoint_format : str or None
         What must hold the result; None if it may stay in memory.
+    stored : bool
+        Weights are read from files when they are needed, so nothing is said of their values.
     """
     for text in structure.problems:
         problems.add(text, UnsupportedModuleError)
@@ -73,7 +79,7 @@ def check_model(
     for pattern in recipe.unmatched(structure.known_names):
         problems.add(f"pattern {pattern!r} of the recipe matches no module of the model")
     meta = [n for n, p in model.named_parameters() if p.device.type == "meta"]
-    if meta:
+    if meta and not stored:
         problems.add(
             f"{len(meta)} parameters are on the meta device (the first is {meta[0]}); load the "
             "weights before quantizing"
@@ -81,7 +87,11 @@ def check_model(
         return
     for target in structure.targets.values():
         _check_target(problems, target, calibrated)
-    _check_finite(problems, structure.targets)
+    slow = {n: t.view.shape for n, t in structure.targets.items() if t.options.method == "obq"}
+    if text := obq_problem(slow):
+        problems.add(text, UnsupportedModuleError)
+    if not stored:
+        check_finite(problems, structure.targets)
     if checkpoint_format is None or not structure.targets:
         return
     for text in _format_conflicts(model, structure.targets, checkpoint_format):
@@ -135,7 +145,8 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
         )
 
 
-def _check_finite(problems: Problems, targets: Mapping[str, Target]) -> None:
+def check_finite(problems: Problems, targets: Mapping[str, Target]) -> None:
+    """Check that weights are finite."""
     bad = {}
     for name, target in targets.items():
         weight = target.view.weight
@@ -161,6 +172,7 @@ def _format_conflicts(
     "auto" ends with ptqkit's own format, so what that cannot hold nothing can.
     """
     chosen = NATIVE if checkpoint_format == "auto" else FORMATS[checkpoint_format]
+    targets = _with_unlike_bits(targets)
     recipes = {name: target.options.activations for name, target in targets.items()}
     dynamic = [name for name, a in recipes.items() if a is not None and a.dynamic]
     flat_inputs = measure_flat_inputs(model, dynamic) if chosen.foreign else {}
@@ -175,6 +187,19 @@ def _format_conflicts(
         found += chosen.problems(spec)
         found += chosen.forecast(spec)
     return found + chosen.joint_problems(specs, linears)
+
+
+def _with_unlike_bits(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Give layers that share an average all bits that they may get, in turn."""
+    found: dict[str, Target] = {}
+    for name, target in targets.items():
+        budget = target.options.bits_budget
+        if budget is not None:
+            levels = candidate_bits(budget)
+            options = replace(target.options, bits=levels[len(found) % len(levels)])
+            target = replace(target, options=options)
+        found[name] = target
+    return found
 
 
 def check_tokens(problems: Problems, model: nn.Module, calibration: CalibrationSet) -> None:
@@ -264,7 +289,7 @@ def checkpoint_bytes(
     for target in targets.values():
         rows, columns = target.view.shape
         options = target.options
-        bits = 2 if options.bits == "ternary" else int(options.bits)
+        bits = 2 if options.bits == "ternary" else int(options.whole_bits)
         groups = -(-columns // min(options.group_size or columns, columns))
         # Codes, which int-quantized files hold in bytes; scales; zero-points; g_idx; the shape.
         total += rows * (-(-columns * (8 if options.activations else bits) // 32) * 4)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from torch import nn
 
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -31,11 +32,12 @@ from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
 from ptqkit.hf.quantization.solve import LayerResult, solve_group
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
-from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.forward import calibration_mode, device_of
+from ptqkit.nn.on_grid import dequantize
 from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["QuantizationInterrupted", "QuantizationRun", "RunOptions"]
+__all__ = ["QuantizationInterrupted", "QuantizationRun", "RunOptions", "describe_data"]
 
 
 class QuantizationInterrupted(KeyboardInterrupt):
@@ -47,9 +49,11 @@ class QuantizationInterrupted(KeyboardInterrupt):
         Layers whose weights had been replaced in the model.
     """
 
-    def __init__(self, quantized: list[str], total: int, folds: int = 0) -> None:
+    def __init__(
+        self, quantized: list[str], total: int, folds: int = 0, text: str | None = None
+    ) -> None:
         self.quantized = quantized
-        super().__init__(_partial_text("interrupted", quantized, total, folds))
+        super().__init__(text or _partial_text("interrupted", quantized, total, folds))
 
 
 def _partial_text(what: str, quantized: list[str], total: int, folds: int = 0) -> str:
@@ -100,6 +104,8 @@ class QuantizationRun:
         self.model, self.recipe, self.plan, self.options = model, recipe, plan, options
         self.inspection, self.equalization = inspection, equalization
         self.matrices: dict[str, QuantizedMatrix] = {}
+        # With calibrate_on="float": what is written once all inputs of the float model are seen.
+        self._held: list[tuple[Target, LayerResult, Moments]] = []
         self.activations: dict[str, ActivationQuantizer] = {}
         self.report = Report(
             recipe=recipe.to_dict(), memory=dict(plan.estimate), warnings=list(plan.warnings)
@@ -127,14 +133,16 @@ class QuantizationRun:
         if self.equalization is not None:
             self.seconds["equalization"] = self.equalization.seconds["total"]
             setup -= self.seconds["equalization"]
+        setup -= self.seconds.get("rounding_losses", 0.0)
         with self._telling_what_is_done():
             self._all_groups()
+            self._write_held()
         self.report.warnings += _expert_warnings(self.report.layers, self._uncorrected())
         self.report.layers += _skipped_rows(self.model, self.inspection.structure)
         total = time.perf_counter() - self.options.start
         rest = total - setup - sum(self.seconds.values())
         self.report.seconds = {"total": total, "setup": setup, "forward": rest, **self.seconds}
-        self.report.memory["peak"] = peak_memory(next(self.model.parameters()).device)
+        self.report.memory["peak"] = peak_memory(device_of(self.model))
 
     @contextlib.contextmanager
     def _telling_what_is_done(self) -> Iterator[None]:
@@ -143,6 +151,8 @@ class QuantizationRun:
         total = len(self.inspection.structure.targets)
         try:
             yield
+        except QuantizationInterrupted:
+            raise
         except KeyboardInterrupt as error:
             raise QuantizationInterrupted(list(self.matrices), total, folds) from error
         except Exception as error:
@@ -160,7 +170,7 @@ class QuantizationRun:
         if data is None:
             self._each(_without_data(found.structure), "no calibration")
             return
-        self.report.calibration = _described(data)
+        self.report.calibration = describe_data(data)
         work = Work(
             self.model,
             found.structure.targets,
@@ -246,7 +256,10 @@ class QuantizationRun:
         rows = sum(t.view.shape[0] for t in members)
         for target in part:
             result, share = solved[target.name], target.view.shape[0] / rows
-            self._write(target, result, moments)
+            if self.recipe.calibrate_on == "float":
+                self._hold(target, result, moments)
+            else:
+                self._write(target, result, moments)
             result.seconds_propagation += share * moments.seconds_drift
             self.seconds["solve"] += result.seconds_solve
             self.seconds["diagnostics"] += result.seconds_diagnostics
@@ -259,6 +272,17 @@ class QuantizationRun:
             if row.notes and not row.rule:
                 self.report.warnings.append(f"{row.name}: {row.notes}")
             self.report.layers.append(row)
+
+    def _hold(self, target: Target, result: LayerResult, moments: Moments) -> None:
+        """Keep a layer's result, in codes, until the layers after it have been calibrated too."""
+        codes = replace(result, dequantized=np.empty(0, np.float32))
+        self._held.append((target, codes, Moments(ranges=moments.ranges)))
+
+    def _write_held(self) -> None:
+        """Write what was kept; nothing before has changed the model."""
+        for target, result, moments in self._held:
+            self._write(target, replace(result, dequantized=dequantize(result.matrix)), moments)
+        self._held.clear()
 
     def _write(self, target: Target, result: LayerResult, moments: Moments) -> None:
         """Put a layer's result into the model: weight, bias, and what quantizes its inputs."""
@@ -323,7 +347,8 @@ def _cost(target: Target, calibration: CalibrationSet | None) -> float:
     return float(columns) * (2 * rows + columns) * tokens + float(rows) * columns * columns
 
 
-def _described(data: CalibrationSet) -> dict[str, object]:
+def describe_data(data: CalibrationSet) -> dict[str, object]:
+    """Return what the report says of the calibration data."""
     return {
         "source": data.source,
         "samples": data.samples,

@@ -28,10 +28,9 @@ from ptqkit.hf import prepare_calibration, quantize
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.hf.models.structure import find_blocks
 from ptqkit.hf.progress import ProgressEvent, _RichBar, make_progress
-from ptqkit.hf.quantization import solve as solve_module
 from ptqkit.hf.quantization.driver import QuantizationInterrupted
 from ptqkit.hf.quantization.solve import rtn_on_grid
-from ptqkit.nn import statistics
+from ptqkit.nn import matrix_solver, on_grid, statistics
 from ptqkit.nn.statistics import TorchHessian
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
@@ -111,7 +110,7 @@ def test_rtn_on_grid_is_rtn(bits, group_size, symmetric):
     weight = np.random.default_rng(0).normal(size=(300, 32)).astype(np.float32)
     matrix = ptqkit.rtn(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     np.testing.assert_array_equal(rtn_on_grid(weight, matrix), matrix.dequantize())
-    np.testing.assert_array_equal(solve_module.dequantize(matrix), matrix.dequantize())
+    np.testing.assert_array_equal(on_grid.dequantize(matrix), matrix.dequantize())
 
 
 def test_dequantize_with_permuted_groups():
@@ -124,7 +123,7 @@ def test_dequantize_with_permuted_groups():
     hessian.update(inputs)
     matrix = ptqkit.gptq(weight, hessian, bits=3, group_size=8, order="act")
     assert matrix.permuted_groups
-    np.testing.assert_array_equal(solve_module.dequantize(matrix), matrix.dequantize())
+    np.testing.assert_array_equal(on_grid.dequantize(matrix), matrix.dequantize())
     codes = np.rint(weight / matrix.scales[:, matrix.g_idx])
     zeros = matrix.zero_points.astype(np.float32)[:, matrix.g_idx]
     expected = np.clip(codes + zeros, 0, 7) - zeros
@@ -416,7 +415,7 @@ def fail_at(monkeypatch, name, error):
             raise error
         return original(weight, hessian, **kwargs)
 
-    monkeypatch.setattr(solve_module, "gptq", gptq)
+    monkeypatch.setattr(matrix_solver, "gptq", gptq)
 
 
 def test_a_prepared_calibration_set_is_taken():

@@ -93,3 +93,22 @@ def test_experts_on_the_gpu_equal_those_of_the_host(kind, schedule):
             assert device.report[key].rule == host.report[key].rule
             short += bool(host.report[key].rule)
     assert short
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_tuning_learns_there_as_on_the_host(name):
+    data = padded_batches(name, 16)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = build(name).to(device)
+        result = quantize(model, "rtn", data, bits=2, group_size=16, progress=False, tune=10)
+        assert result.tuning.kept > 0
+        for key, matrix in result.matrices.items():
+            expected = matrix.dequantize()
+            weight = model.get_submodule(key).weight.detach().cpu().numpy()
+            np.testing.assert_array_equal(weight, expected.T if name == "gpt2" else expected)
+        found.append(result.tuning)
+    host, device = found
+    assert device.loss_before == pytest.approx(host.loss_before, rel=1e-3)
+    assert device.loss_after == pytest.approx(host.loss_after, rel=0.02)
+    assert device.memory["estimate"] > 0
