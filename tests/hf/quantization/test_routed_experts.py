@@ -146,11 +146,14 @@ def test_experts_that_see_all_tokens_are_solved_in_parts(monkeypatch):
         assert len(row.shares_input_with) == shared
 
 
-@pytest.mark.parametrize("options", [{}, {"calibrate_all_experts": True}, {"share_inputs": False}])
-def test_schedules_agree(options, monkeypatch):
+@pytest.mark.parametrize(
+    "options, counts",
+    [({}, (1, 3)), ({"calibrate_all_experts": True}, (4,)), ({"share_inputs": False}, (2,))],
+)
+def test_schedules_agree(options, counts, monkeypatch):
     data = batches(2, 1, 24)
     one = run(build("mixtral"), data, schedule="one-pass", **options)
-    for at_once in (1, 3):
+    for at_once in counts:
         monkeypatch.setattr("ptqkit.hf.quantization.plan._experts_at_once", lambda *_, n=at_once: n)
         other = run(build("mixtral"), data, schedule="replay", **options)
         assert other.report.memory["experts_at_once"] == at_once
