@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ptqkit._repr import one_line_repr
 from ptqkit.errors import CalibrationError
 
 __all__ = ["ExpertLinears", "ExpertShape", "RoutedRows", "expert_shape", "routed_rows"]
@@ -45,6 +46,8 @@ class ExpertShape:
         The module is given the inputs of all experts, scaled by their scores, expert by expert, and
         zeros where a token was not routed (Llama 4).
     """
+
+    __repr__ = one_line_repr
 
     experts: int
     hidden: int
@@ -121,6 +124,8 @@ class RoutedRows:
         Every token of the batch comes once, in order.
     """
 
+    __repr__ = one_line_repr
+
     experts: str
     rows: torch.Tensor
     tokens: int
@@ -146,6 +151,8 @@ def routed_rows(value: torch.Tensor) -> RoutedRows | None:
 @dataclass(frozen=True, eq=False)
 class _Routed:
     """The tokens of one expert: its inputs, their tokens, and their places in the pool."""
+
+    __repr__ = one_line_repr
 
     inputs: torch.Tensor
     rows: torch.Tensor
@@ -407,11 +414,16 @@ class _ByExpert:
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, share: bool) -> nn.Linear:
     """Return a linear layer with these very tensors, or one like it without data."""
-    rows, columns = weight.shape
-    with torch.device("meta"):
-        layer = nn.Linear(columns, rows, bias=bias is not None, dtype=weight.dtype)
-    if share:
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias, requires_grad=False)
+    # As nn.Linear makes it, but for random numbers, which take long for thousands of experts.
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+
+    def parameter(value: torch.Tensor) -> nn.Parameter:
+        if not share:
+            value = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return nn.Parameter(value, requires_grad=False)
+
+    layer.weight = parameter(weight)
+    layer.register_parameter("bias", None if bias is None else parameter(bias))
     return layer

@@ -55,20 +55,25 @@ class SavedNames:
 
 def saved_names(model: Any) -> SavedNames:
     """Ask transformers for the saved names of everything that ``model`` holds."""
+    state = model.state_dict()
+    shapes = {name: module.shape for name, module in expert_modules(model).items()}
+    known = {
+        f"{name}.{part}": f"{saved}.{part}"
+        for names in saved_expert_names(model, shapes).values()
+        for name, saved in names.items()
+        for part in ("weight", "bias")
+        if f"{name}.{part}" in state
+    }
     held = {
         name: torch.empty(t.shape, dtype=t.dtype, device="meta")
-        for name, t in model.state_dict().items()
+        for name, t in state.items()
+        if name not in known
     }
     # What is only renamed comes back as the same object.
     names = {id(tensor): name for name, tensor in held.items()}
     reverted = revert_weight_conversion(model, held)
     same = {names[id(t)]: name for name, t in reverted.items() if id(t) in names}
-    shapes = {name: module.shape for name, module in expert_modules(model).items()}
-    for saved in saved_expert_names(model, shapes).values():
-        for name, other in saved.items():
-            parts = [p for p in ("weight", "bias") if f"{name}.{p}" in held]
-            same.update({f"{name}.{part}": f"{other}.{part}" for part in parts})
-    return SavedNames(same, frozenset(held.keys() - same.keys()))
+    return SavedNames(same | known, frozenset(held.keys() - same.keys()))
 
 
 def convert_plans(model: Any, plans: Sequence[TensorPlan], names: SavedNames) -> list[TensorPlan]:

@@ -127,6 +127,7 @@ class _Tensors:
     def __init__(self, folder: Path) -> None:
         self.files = _weight_map(folder)
         self._open: dict[Path, Any] = {}
+        self._held: dict[Path, frozenset[str]] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
         return self._file(name).get_tensor(name)
@@ -141,7 +142,9 @@ class _Tensors:
         path = self.files[name]
         if path not in self._open:
             self._open[path] = _open_weights(path).__enter__()
-        if name not in self._open[path].keys():
+            # Listed once: of thousands of experts it takes long.
+            self._held[path] = frozenset(self._open[path].keys())
+        if name not in self._held[path]:
             raise ValueError(f"{path} has no tensor {name}, which the index says it has")
         return self._open[path]
 

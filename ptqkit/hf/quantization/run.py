@@ -232,8 +232,9 @@ class QuantizationRun:
                         target.name, target.view.shape, f"failed: {error}", schedule=schedule
                     )
                 )
+        losses = {row.name: row.objective for row in self.report.layers[-len(members) :]}
         for target in members:
-            loss = self.report[target.name].objective
+            loss = losses[target.name]
             self.stage.step(target.name, loss, self.costs[target.name])
 
     def _solve(self, members: list[Target], moments: Moments, schedule: str) -> None:

@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 import numpy as np
+from helpers import expert_models
 from helpers.driver_models import build, padded_batches, tokens
 
 from ptqkit import AWE, RTN, ActivationQuantization, BiasCorrection
@@ -72,6 +73,26 @@ def test_w8a8_on_the_gpu_equals_the_host(name):
         expected = host.model(ids).logits
     error = (found - expected).square().mean() / expected.square().mean()
     assert float(error) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
+def test_experts_on_the_gpu_equal_those_of_the_host(kind, schedule):
+    options = {"bits": 4, "group_size": 8, "symmetric": True, "progress": False}
+    data = expert_models.batches(2, 1, 24)  # too few tokens for some
+    host = quantize(expert_models.build(kind), "quality", data, **options)
+    device = quantize(
+        expert_models.build(kind).cuda(), "quality", data, **options, schedule=schedule
+    )
+    name = next(iter(expert_models.mixtures(device.model)))
+    assert device.model.get_submodule(name).down_proj.is_cuda
+    short = 0
+    for key, matrix in host.matrices.items():
+        if key.startswith(f"{name}."):
+            assert float(np.mean(device.matrices[key].codes != matrix.codes)) < 0.1, key
+            assert device.report[key].rule == host.report[key].rule
+            short += bool(host.report[key].rule)
+    assert short
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])

@@ -147,18 +147,18 @@ def test_experts_that_see_all_tokens_are_solved_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options, counts",
     [
-        {},
-        {"calibrate_all_experts": True},
-        {"share_inputs": False},
-        {"calibrate_on": "float"},
+        ({}, (1, 3)),
+        ({"calibrate_all_experts": True}, (4,)),
+        ({"share_inputs": False}, (2,)),
+        ({"calibrate_on": "float"}, (3,)),
     ],
 )
-def test_schedules_agree(options, monkeypatch):
+def test_schedules_agree(options, counts, monkeypatch):
     data = batches(2, 1, 24)
     one = run(build("mixtral"), data, schedule="one-pass", **options)
-    for at_once in (1, 3):
+    for at_once in counts:
         monkeypatch.setattr("ptqkit.hf.quantization.plan._experts_at_once", lambda *_, n=at_once: n)
         other = run(build("mixtral"), data, schedule="replay", **options)
         assert other.report.memory["experts_at_once"] == at_once
@@ -328,3 +328,39 @@ def test_diagnoses_say_that_experts_are_not_in_them():
     report = ptqkit.hf.diagnose(build("mixtral"), batches(), sensitivity=False)
     assert any("experts of 2 mixtures" in note for note in report.notes)
     assert all(".experts." not in row.name for row in report.weights)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_scales_of_experts_learn_from_logits(kind):
+    data, options = batches(8), {**OPTIONS, "bits": 2}
+    result = ptqkit.quantize(build(kind), "rtn", data, **options, tune=4)
+    assert 0 < result.tuning.loss_after < result.tuning.loss_before
+    name, module = list(mixtures(result.model).items())[-1]
+    for which in ("up_proj", "down_proj"):
+        held = result.matrices[f"{name}.2.{which}"].dequantize()
+        assert (projection(module, 2, which) == held).all()
+    later = ptqkit.quantize(build(kind), "rtn", data, **options)
+    ptqkit.hf.tune(later, data, 4, float_model=build(kind))
+    assert later.tuning.kept == result.tuning.kept
+    for name, matrix in result.matrices.items():
+        assert np.allclose(matrix.scales, later.matrices[name].scales, rtol=1e-3), name
+
+
+def test_a_budget_of_bits_is_spent_on_experts_too():
+    result = run(build("qwen3_moe"), bits=3.5)
+    bits = {str(m.bits) for n, m in result.matrices.items() if ".experts." in n}
+    assert len(bits) > 1
+
+
+def test_experts_are_not_streamed(tmp_path):
+    build("qwen3_moe").save_pretrained(tmp_path / "float")
+    with pytest.raises(PreflightError, match="taken apart in memory alone") as error:
+        ptqkit.quantize(
+            str(tmp_path / "float"),
+            "quality",
+            batches(),
+            **OPTIONS,
+            stream=True,
+            out_dir=tmp_path / "out",
+        )
+    assert "overrides={'model.layers.*.mlp.experts': 'skip'}" in str(error.value)
