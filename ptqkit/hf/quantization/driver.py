@@ -26,9 +26,10 @@ from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithme
 from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
-from ptqkit.hf.quantization.inspection import inspect_model
+from ptqkit.hf.quantization.inspection import Inspection, inspect_model
 from ptqkit.hf.quantization.opening import open_model, reopen
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
+from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
 from ptqkit.hf.quantization.state import RunState, check_room, state_folder
@@ -43,7 +44,7 @@ from ptqkit.hf.quantization.streamed import (
     state_bytes,
 )
 from ptqkit.nn.activations import ActivationQuantizer
-from ptqkit.nn.forward import forget_compiled
+from ptqkit.nn.forward import device_of, forget_compiled
 from ptqkit.nn.linear import LinearView
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.options import check_names
@@ -164,6 +165,7 @@ def quantize(
     stored_dtype: str | torch.dtype | None = None,
     requantize: bool = False,
     stream: bool | None = None,
+    distributed: bool = False,
     **changes: Any,
 ) -> QuantizationResult:
     """Quantize the linear layers of a model in place, in one forward pass over calibration data.
@@ -222,6 +224,10 @@ def quantize(
         bit for bit. By default if the model does not fit into memory. It needs ``out_dir``;
         ``memory_budget`` is then of all that the run needs; of the result, ``model`` is on the meta
         device and ``matrices`` is empty (:func:`ptqkit.hf.read_matrices` reads them).
+    distributed : bool
+        Share the batches and the solving with the other processes of the default group of
+        ``torch.distributed``, which make the same call. All return the same codes; the first one
+        alone writes ``out_dir``. ``memory_budget`` is of one process.
 
     Raises
     ------
@@ -265,7 +271,9 @@ def quantize(
     slow = slow_arithmetic(model)
     for text in slow:
         warnings.warn(text, stacklevel=2)
-    options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
+    processes = _processes(distributed, model, stored)
+    shown = make_progress(progress if processes is None or processes.rank == 0 else False)
+    options = RunOptions(threads, diagnostics, on_error, shown, processes)
     inspection: dict[str, Any] = {
         "problems": problems,
         "written": written,
@@ -300,6 +308,8 @@ def quantize(
             threads,
             options.progress,
         )
+    if processes is not None:
+        found, plan = _own_share(found, processes), processes.first(plan)
     run = QuantizationRun(model, recipe, found, plan, options, equalized)
     run.report.warnings += slow
     run.execute()
@@ -309,7 +319,7 @@ def quantize(
         model, run.matrices, run.report, recipe, run.activations, equalized, tokenizer
     )
     result.stored_dtype = dtype_name(written)
-    if out_dir is not None:
+    if out_dir is not None and (processes is None or processes.rank == 0):
         with _carrying(result):
             result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
     return result
@@ -333,6 +343,25 @@ def _opened(
         given = repr(model) if isinstance(model, str) else type(model).__name__
         raise TypeError(f"model must be a torch.nn.Module or a folder that exists, not {given}")
     return model, None, tokenizer, stored_dtype
+
+
+def _processes(distributed: bool, model: nn.Module, stored: StoredModel | None) -> Processes | None:
+    if not distributed:
+        return None
+    if stored is not None:
+        raise UsageError(
+            "a model that is streamed from its files is quantized by one process: give "
+            "distributed=False, or stream=False if it fits into memory"
+        )
+    return Processes(device_of(model))
+
+
+def _own_share(found: Inspection, processes: Processes) -> Inspection:
+    """Return an inspection with the batches of this process alone."""
+    if found.calibration is None:
+        return found
+    batches = processes.share(found.calibration.batches)
+    return replace(found, calibration=replace(found.calibration, batches=batches))
 
 
 def _quantize_stored(

@@ -78,12 +78,13 @@ def _moments(work: Work, recorded: RecordedBlocks, group: list[str]) -> Moments 
     with hooks({group[0]: target.module}, at_layer):
         for index in range(len(work.batches)):
             recorded.forward(index, stop_after=target.block)
-    if found.empty:
+    moments = work.finish(found)
+    if moments is None:
         return CalibrationError(
             f"{group[0]} saw no token of the calibration data: give more data, or leave it float "
             "with an override 'skip'"
         )
-    return found.finish()
+    return moments
 
 
 def _in_order(
@@ -107,6 +108,10 @@ def _in_order(
         for index in range(len(work.batches)):
             seen.clear()
             recorded.forward(index, stop_after=block)
+    if work.processes is not None:
+        for other in work.processes.gather(earlier):
+            for name, names in other.items():
+                earlier[name] |= names
     ordered: list[list[str]] = []
     while waiting:
         ready = [n for n in waiting if not earlier[n] & waiting.keys()] or list(waiting)

@@ -25,6 +25,7 @@ from ptqkit.hf.quantization.memory import peak_memory
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.one_pass import one_pass_groups
 from ptqkit.hf.quantization.plan import Plan, only_one_pass
+from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.replay import replay_groups
 from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
 from ptqkit.hf.quantization.solve import LayerResult, solve_group
@@ -76,6 +77,7 @@ class RunOptions:
     diagnostics: bool = True
     on_error: str = "raise"
     progress: Progress | None = None
+    processes: Processes | None = None
     start: float = field(default_factory=time.perf_counter)
 
 
@@ -171,6 +173,7 @@ class QuantizationRun:
             data,
             self.propagate,
             found.stream.writers,
+            processes=self.options.processes,
         )
         reason: str | None = self.plan.reason
         with calibration_mode(self.model):
@@ -222,7 +225,11 @@ class QuantizationRun:
         if moments.hessian is not None and moments.tokens == 0:
             raise CalibrationError(f"{members[0].name} saw no token of the calibration data")
         solved = solve_group(
-            members, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
+            members,
+            moments,
+            threads=self.options.threads,
+            diagnostics=self.options.diagnostics,
+            processes=self.options.processes,
         )
         rows = sum(t.view.shape[0] for t in members)
         self.seconds["hessian"] += moments.seconds

@@ -10,6 +10,7 @@ from torch import nn
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
+from ptqkit.hf.quantization.processes import Processes
 
 __all__ = ["Steps", "Work"]
 
@@ -38,6 +39,8 @@ class Work:
         are to answer for its errors.
     done : set of str
         Layers whose turn is over, quantized or failed.
+    processes : Processes, optional
+        Others that run other batches.
     """
 
     model: nn.Module
@@ -48,6 +51,7 @@ class Work:
     propagate: bool = False
     writers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
+    processes: Processes | None = None
 
     def __post_init__(self) -> None:
         self.masks = self.calibration.masks()
@@ -66,6 +70,15 @@ class Work:
         """Return an empty accumulator for the inputs of a group."""
         needs_ranges = any(target.options.needs_ranges for target in self.members(group))
         return MomentAccumulator(group[0], needs_ranges, self.writer(group))
+
+    def agree(self, reason: str | None) -> str | None:
+        """Return a reason not to go on that this process has, or another one."""
+        return reason if self.processes is None else self.processes.agree(reason)
+
+    def finish(self, found: MomentAccumulator) -> Moments | Exception | None:
+        """Return the moments of all batches, the error that prevents them, or None if none came."""
+        own = None if found.empty else found.finish()
+        return own if self.processes is None else self.processes.reduce(own)
 
     def writer(self, group: list[str]) -> str | None:
         """Return the first layer of a group that writes into a stream.
