@@ -13,7 +13,7 @@ import contextlib
 import datetime
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,23 +25,29 @@ from ptqkit.arrays.hessian import Hessian
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import LAYER_FAILURES, CalibrationError, UsageError
-from ptqkit.hf.quantization.moments import Moments
+from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
 
-__all__ = ["TIMEOUT", "Processes", "launched", "own_device", "started"]
+__all__ = ["TIMEOUT", "Processes", "SharedMoments", "launched", "own_device", "started"]
 
 TIMEOUT = 1800
 """Seconds for which a process waits for the others."""
 
 # A process with fewer rows of a stack than this has more to wait for than to do.
 _FEWEST_ROWS = 16
+# Names of sums next to those of layers.
+_HESSIAN, _DRIFT = "/hessian", "/drift"
 
 T = TypeVar("T")
 
 
 def launched() -> bool:
-    """Whether torchrun, or what sets the same variables, has started several processes."""
+    """Whether torchrun, or what sets the same variables, has started this process.
+
+    A single process of torchrun counts: its codes are those of several.
+    """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(name in os.environ for name in names) and os.environ["WORLD_SIZE"] != "1"
+    several = os.environ.get("WORLD_SIZE") != "1" or "TORCHELASTIC_RUN_ID" in os.environ
+    return several and all(name in os.environ for name in names)
 
 
 def own_device() -> str:
@@ -192,76 +198,109 @@ class Processes:
             else self.join(own.rtn_objectives, count),
         )
 
-    def reduce(self, own: Moments | Exception | None) -> Moments | Exception | None:
-        """Add up the moments of all processes.
-
-        Parameters
-        ----------
-        own : Moments, Exception or None
-            Of this process's batches; None if no token of theirs came to the layer.
+    def reduce(self, own: SharedMoments) -> Moments | Exception | None:
+        """Add up the moments of all processes; ``own`` are of this process's batches.
 
         Returns
         -------
         Moments, Exception or None
             The first error that a process has; None if none has seen a token.
         """
-        about = self.gather(_describe(own))
+        about = self.gather(own.describe())
         errors = [text for text, _ in about if text is not None]
         if errors:
-            return own if isinstance(own, Exception) else CalibrationError(errors[0])
-        shapes = next((shapes for _, shapes in about if shapes is not None), None)
-        if shapes is None:
+            return own.error or CalibrationError(errors[0])
+        shapes: dict[str, tuple[int, int]] = {}
+        for _, found in about:
+            shapes |= {name: shape for name, shape in found.items() if name not in shapes}
+        if not shapes:
             return None
-        held = own if isinstance(own, Moments) else Moments()
-        tokens = sum(self.gather(held.tokens))
-        features = shapes["hessian"]
-        hessian = self._mean(held.hessian, (features, features), tokens)
-        drift, residuals, ranges = None, {}, None
-        if shapes["drift"] is not None:
-            drift = Drift.from_matrix(self._mean(held.drift, shapes["drift"], tokens), tokens)
-        for name, shape in shapes["residuals"].items():
-            total = self._mean(held.residuals.get(name), shape, tokens)
-            residuals[name] = Drift.from_matrix(total, tokens)
-        if shapes["ranges"]:
-            ranges = _merged(self.gather(held.ranges))
+        tokens = sum(self.gather(own.tokens))
+        means = {name: self._mean(own.sums.get(name), shapes[name], tokens) for name in shapes}
+        hessian = means.pop(_HESSIAN)
+        drift = means.pop(_DRIFT, None)
+        ranges = [r for r in self.gather(own.ranges) if r is not None]
+        for other in ranges[1:]:
+            ranges[0].merge(other)
         return Moments(
-            Hessian.from_matrix(hessian, tokens) if tokens else Hessian(features),
-            drift,
-            residuals,
-            ranges,
-            held.seconds,
-            held.seconds_drift,
+            Hessian.from_matrix(hessian, tokens) if tokens else Hessian(len(hessian)),
+            None if drift is None else Drift.from_matrix(drift, tokens),
+            {name: Drift.from_matrix(mean, tokens) for name, mean in means.items()},
+            ranges[0] if ranges else None,
+            own.seconds,
+            own.seconds_drift,
         )
 
-    def _mean(self, own: Any, shape: tuple[int, int], tokens: int) -> np.ndarray:
+    def _mean(self, own: torch.Tensor | None, shape: tuple[int, int], tokens: int) -> np.ndarray:
         """Return the mean over all tokens in float32, added up in float64."""
-        total = torch.zeros(shape, dtype=torch.float64, device=self._device)
-        if own is not None and own.tokens:
-            matrix = torch.from_numpy(np.array(own.matrix)).to(self._device)
-            total += matrix.double() * own.tokens
+        total = torch.zeros(shape, dtype=torch.float64) if own is None else own
+        total = total.to(self._device)
         with _telling(self._timeout):
             self._dist.all_reduce(total)
         return (total / max(1, tokens)).float().cpu().numpy()
 
 
-def _describe(own: Moments | Exception | None) -> tuple[str | None, dict[str, Any] | None]:
-    """Return the text of an error, and the shapes of moments."""
-    if isinstance(own, Exception):
-        return str(own), None
-    if own is None or own.hessian is None:
-        return None, None
-    residuals: Mapping[str, Drift] = own.residuals
-    return None, {
-        "hessian": own.hessian.in_features,
-        "drift": None if own.drift is None else (own.drift.features, own.drift.in_features),
-        "residuals": {n: (d.features, d.in_features) for n, d in residuals.items()},
-        "ranges": own.ranges is not None,
-    }
+class SharedMoments:
+    """Moments of the batches of one process, for :meth:`Processes.reduce`.
 
+    On the host every batch has sums of its own in float32, which are added up in float64: there
+    the order, and so which process had which batch, changes hardly any last bit of the rounded
+    mean. On a GPU the batches of a process are added up in float32 where they are.
 
-def _merged(found: Sequence[Any]) -> ChannelRanges:
-    seen = [ranges for ranges in found if ranges is not None]
-    total = seen[0].copy()
-    for ranges in seen[1:]:
-        total.merge(ranges)
-    return total
+    Parameters
+    ----------
+    make : callable
+        Returns an empty :class:`MomentAccumulator`.
+    by_batch : bool
+        Whether every batch has sums of its own.
+    """
+
+    def __init__(self, make: Callable[[], MomentAccumulator], by_batch: bool) -> None:
+        self._make, self._by_batch = make, by_batch
+        self._current: MomentAccumulator | None = None
+        self.error: Exception | None = None
+        self.tokens = 0
+        self.sums: dict[str, torch.Tensor] = {}
+        self.ranges: ChannelRanges | None = None
+        self.seconds = self.seconds_drift = 0.0
+
+    def add(self, *batch: Any) -> None:
+        """Add a batch; the arguments are those of :meth:`MomentAccumulator.add`."""
+        if self._current is None:
+            self._current = self._make()
+        self._current.add(*batch)
+        if self._by_batch:
+            self.close()
+
+    def close(self) -> None:
+        """Add what the last batches gave to the sums."""
+        current, self._current = self._current, None
+        if current is None or self.error is not None:
+            return
+        found = current.finish()
+        if isinstance(found, Exception):
+            self.error = found
+            return
+        self.seconds += found.seconds
+        self.seconds_drift += found.seconds_drift
+        parts = {_HESSIAN: found.hessian, _DRIFT: found.drift, **found.residuals}
+        for name, part in parts.items():
+            if part is not None:
+                self._add(name, part)
+        self.tokens += found.tokens
+        if self.ranges is None:
+            self.ranges = found.ranges
+        elif found.ranges is not None:
+            self.ranges.merge(found.ranges)
+
+    def _add(self, name: str, part: Any) -> None:
+        rows = part.in_features if name == _HESSIAN else part.features
+        if name not in self.sums:
+            self.sums[name] = torch.zeros((rows, part.in_features), dtype=torch.float64)
+        if part.tokens:
+            self.sums[name].add_(torch.from_numpy(np.array(part.matrix)), alpha=part.tokens)
+
+    def describe(self) -> tuple[str | None, dict[str, tuple[int, int]]]:
+        """Return the text of an error, and the shapes of the sums."""
+        shapes = {name: (total.shape[0], total.shape[1]) for name, total in self.sums.items()}
+        return (None if self.error is None else str(self.error)), shapes

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
-from ptqkit.hf.quantization.processes import Processes
+from ptqkit.hf.quantization.processes import Processes, SharedMoments
+from ptqkit.nn.forward import device_of
 
 __all__ = ["Steps", "Work"]
 
@@ -66,19 +68,25 @@ class Work:
         """Return the layers of a group."""
         return [self.targets[name] for name in group]
 
-    def accumulator(self, group: list[str]) -> MomentAccumulator:
+    def accumulator(self, group: list[str]) -> MomentAccumulator | SharedMoments:
         """Return an empty accumulator for the inputs of a group."""
         needs_ranges = any(target.options.needs_ranges for target in self.members(group))
-        return MomentAccumulator(group[0], needs_ranges, self.writer(group))
+        make = partial(MomentAccumulator, group[0], needs_ranges, self.writer(group))
+        if self.processes is None:
+            return make()
+        return SharedMoments(make, device_of(self.model).type == "cpu")
 
     def agree(self, reason: str | None) -> str | None:
         """Return a reason not to go on that this process has, or another one."""
         return reason if self.processes is None else self.processes.agree(reason)
 
-    def finish(self, found: MomentAccumulator) -> Moments | Exception | None:
+    def finish(self, found: MomentAccumulator | SharedMoments) -> Moments | Exception | None:
         """Return the moments of all batches, the error that prevents them, or None if none came."""
-        own = None if found.empty else found.finish()
-        return own if self.processes is None else self.processes.reduce(own)
+        if isinstance(found, MomentAccumulator):
+            return None if found.empty else found.finish()
+        assert self.processes is not None
+        found.close()
+        return self.processes.reduce(found)
 
     def writer(self, group: list[str]) -> str | None:
         """Return the first layer of a group that writes into a stream.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.driver_models import build, tokens
-from helpers.two_processes import in_two_processes
+from helpers.forked_groups import in_processes
 
 from ptqkit.errors import CalibrationError, UsageError
 from ptqkit.hf import quantize
@@ -54,7 +54,7 @@ def test_two_processes_give_the_codes_of_one(recipe, options, tmp_path):
         tokens_seen = {row.name: row.tokens for row in result.report.layers}
         return {n: m.codes for n, m in result.matrices.items()}, scales, tokens_seen
 
-    first, second = in_two_processes(call)
+    first, second = in_processes(call)
     for codes, scales, seen in (first, second):
         wrong = sum(int((m.codes != codes[n]).sum()) for n, m in alone.matrices.items())
         assert wrong <= TIES * sum(m.codes.size for m in alone.matrices.values())
@@ -63,6 +63,18 @@ def test_two_processes_give_the_codes_of_one(recipe, options, tmp_path):
         assert scales == pytest.approx(held, rel=1e-6)
         assert seen == {row.name: row.tokens for row in alone.report.layers}
     assert all(np.array_equal(first[0][n], second[0][n]) for n in first[0])
+
+
+def test_codes_do_not_depend_on_the_number_of_processes():
+    """Every batch has sums of its own, added up in float64: no tie comes out another way."""
+
+    def call(rank):
+        result = run(recipe="quality", distributed=True)
+        return {n: (m.codes, m.scales) for n, m in result.matrices.items()}
+
+    (one,), two, three = (in_processes(call, size) for size in (1, 2, 3))
+    for other in (*two, *three):
+        assert all(np.array_equal(a, b) for n in one for a, b in zip(one[n], other[n], strict=True))
 
 
 def test_each_process_runs_its_own_batches():
@@ -77,7 +89,7 @@ def test_each_process_runs_its_own_batches():
         return sum(seen)
 
     probe = 16  # tokens of the short forward pass
-    assert [count - probe for count in in_two_processes(call)] == [4 * 32, 6 * 32]
+    assert [count - probe for count in in_processes(call)] == [4 * 32, 6 * 32]
 
 
 def test_a_process_that_dies_ends_the_others():
@@ -91,7 +103,7 @@ def test_a_process_that_dies_ends_the_others():
         )
 
     start = time.perf_counter()
-    first, second = in_two_processes(call)
+    first, second = in_processes(call)
     assert first is None
     assert isinstance(second, ConnectionError)
     assert "another process of this run has ended" in str(second)
@@ -109,7 +121,7 @@ def test_what_one_meets_all_are_told():
         ids[-1, 5] = 63
         quantize(model, "reference", ids, distributed=True, **OPTIONS)
 
-    for error in in_two_processes(call):
+    for error in in_processes(call):
         assert isinstance(error, CalibrationError | ValueError)
         assert "q_proj" in str(error)
         assert "holds NaN or Inf" in str(error)
@@ -119,7 +131,7 @@ def test_no_process_is_without_data():
     def call(rank):
         quantize(build(), "reference", tokens(2), distributed=True, **OPTIONS)
 
-    for error in in_two_processes(call):
+    for error in in_processes(call):
         assert isinstance(error, CalibrationError)
         assert "2 processes share 1 batches" in str(error)
 
@@ -131,7 +143,7 @@ def test_rounding_to_nearest_needs_no_data():
         result = quantize(build(), "rtn", distributed=True, **OPTIONS)
         return {n: m.codes for n, m in result.matrices.items()}
 
-    for found in in_two_processes(call):
+    for found in in_processes(call):
         assert all(np.array_equal(m.codes, found[n]) for n, m in alone.matrices.items())
 
 

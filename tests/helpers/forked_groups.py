@@ -1,4 +1,4 @@
-"""Two forked processes with a gloo group."""
+"""Forked processes with a gloo group."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["in_two_processes"]
+__all__ = ["in_processes"]
 
 
-def in_two_processes(function, timeout=60):
-    """Call ``function(rank)`` in both; returns what each returned or raised, None if it died."""
+def in_processes(function, size=2, timeout=60):
+    """Call ``function(rank)`` in each; returns what each returned or raised, None if it died."""
     with tempfile.TemporaryDirectory() as folder:
-        pids = [_fork(function, rank, Path(folder), timeout) for rank in (0, 1)]
+        pids = [_fork(function, rank, size, Path(folder), timeout) for rank in range(size)]
         for pid in pids:
             os.waitpid(pid, 0)
         found = []
-        for rank in (0, 1):
+        for rank in range(size):
             path = Path(folder) / f"result-{rank}"
             found.append(pickle.loads(path.read_bytes()) if path.exists() else None)
         return found
 
 
-def _fork(function, rank, folder, timeout):
+def _fork(function, rank, size, folder, timeout):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of threads, which the child does not use
         pid = os.fork()
@@ -40,7 +40,9 @@ def _fork(function, rank, folder, timeout):
         torch.set_num_threads(1)
         seconds = datetime.timedelta(seconds=timeout)
         where = f"file://{folder / 'meeting'}"
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=seconds)
+        dist.init_process_group(
+            "gloo", init_method=where, rank=rank, world_size=size, timeout=seconds
+        )
         try:
             result = function(rank)
         except Exception as error:
