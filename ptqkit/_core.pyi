@@ -157,6 +157,21 @@ def rtn(
     threads: int,
     /,
 ) -> None: ...
+def best_paths(
+    W: _F32,  # (rows, n)
+    H: _F32,  # (n, n), undamped
+    R: _F32,  # (n, n), of factor() with the same order
+    order: _I64,  # (n,), a permutation
+    g_idx: _I32,  # (n,), from 0 to groups - 1
+    scales: _F32,  # (rows, groups)
+    zeros: _U8,  # (rows, groups)
+    chosen: _I64,  # (count,), rows, each once
+    options: tuple[int, int],  # max_code, paths (1 to 16)
+    codes: _U8,  # (rows, n), read and written
+    objective: _F64,  # (rows,), read and written
+    threads: int,
+    /,
+) -> None: ...
 def obq(
     W: _F64,  # (rows, n)
     inverse: _F64,  # (n, n), of the damped Hessian

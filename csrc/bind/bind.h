@@ -17,6 +17,7 @@
     X(gptq)                 \
     X(rtn)                  \
     X(obq)                  \
+    X(best_paths)           \
     X(objective)            \
     X(codes_on_grid)        \
     X(channel_ranges)       \

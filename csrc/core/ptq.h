@@ -221,6 +221,27 @@ typedef struct {
  * later pass raises a row's objective: scales and codes that would are left as they were. */
 ptq_status ptq_gptq(const ptq_gptq_args *args, int threads);
 
+/* ---- paths.c --------------------------------------------------------------------------- */
+typedef struct {
+    const float *W;        /* (rows, n), columns of dead inputs zero */
+    const float *H;        /* (n, n) undamped */
+    const float *R;        /* (n, n) from ptq_factor with the same perm */
+    const int64_t *perm;   /* (n) quantization order */
+    const int32_t *g_idx;  /* (n) group of each original column */
+    const float *scales;   /* (rows, groups) */
+    const uint8_t *zeros;  /* (rows, groups) */
+    const int64_t *chosen; /* (count) rows to search, each once */
+    int64_t rows, n, groups, count;
+    int max_code, paths; /* paths: 1 to 16 */
+    uint8_t *codes;      /* in and out (rows, n) original column order */
+    double *objective;   /* in and out (rows) e H e^T: differences are added */
+} ptq_paths_args;
+
+/* Better codes on the grids that the rows have: the best of `paths` partial roundings at a time,
+ * then one coordinate-descent pass. A row whose objective would not fall keeps its codes. No BLAS;
+ * results do not depend on the threads. */
+ptq_status ptq_best_paths(const ptq_paths_args *args, int threads);
+
 /* ---- objective.c ----------------------------------------------------------------------- */
 /* out (rows) = e H e^T of each row of E (rows, n). Where the terms cancel, as they do for a
  * rank-deficient H, in double; what is below 0 by no more than rounding is 0. */

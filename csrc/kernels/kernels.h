@@ -18,6 +18,7 @@
 /* Largest tiles of any level or feature, asserted where they are set: sizes of arrays on stacks. */
 #define PTQ_MAX_MR 8
 #define PTQ_MAX_NR 48
+#define PTQ_PATHS 16 /* partial roundings of a row, side by side */
 #define PTQ_MAX_TILE (PTQ_MAX_MR * PTQ_MAX_NR)
 #define PTQ_PAIRS_MAX_TILE (32 * 32)
 /* The same of the products of int8 codes, tokens and panels. */
@@ -102,6 +103,13 @@ typedef struct {
      * keeps -X in N, so that the GEMM kernel can accumulate it. */
     void (*trisolve)(int width, const float *diag, float *T, float *N);
 } ptq_solve_kernels;
+
+/* Partial roundings of one row, PTQ_PATHS of them. */
+typedef struct {
+    /* T (width, paths) = sum over i < count of R[i * ldr + j] * E (count, paths). */
+    void (*sums)(const float *R, ptrdiff_t ldr, const float *E, ptrdiff_t count, int width,
+                 float *T);
+} ptq_paths_kernels;
 
 /* Grids of a panel U (G, nr), one per lane. */
 typedef struct {
@@ -288,6 +296,7 @@ typedef struct {
     ptq_gemm_kernels gemm;
     ptq_pairs_kernels pairs;
     ptq_solve_kernels solve;
+    ptq_paths_kernels paths;
     ptq_grid_kernels grid;
     ptq_tokens_kernels tokens;
     ptq_ranges_kernels ranges;

@@ -198,6 +198,7 @@ def gptq(
     grid: str = "minmax",
     refine_passes: int = 0,
     refit_rounds: int = 0,
+    beam_width: int = 1,
     damping: float = 0.01,
     max_damping: float = 1.0,
     feedback: bool = True,
@@ -238,6 +239,10 @@ def gptq(
         After them, so often: fit all scales of a row at once to its codes under H, and make one
         more such pass. A row whose objective would not fall, its scales rounded to
         ``scale_dtype``, keeps its scales.
+    beam_width : int from 1 to 16
+        Above 1: in the end, search the codes of each row anew on its grids, keeping so many partial
+        roundings instead of one (K-best), and make one more such pass over the best. A row whose
+        objective would not fall keeps its codes. Takes about ``beam_width`` times the solve.
     damping, max_damping : float
         See :func:`ptqkit.factorize`.
     feedback : bool
@@ -251,7 +256,8 @@ def gptq(
     Returns
     -------
     QuantizedMatrix
-        With the objective per row after the solve, each pass, and each fit of the scales.
+        With the objective per row after the solve, each pass, each fit of the scales, and the
+        search with ``beam_width``.
 
     Raises
     ------
@@ -267,6 +273,9 @@ def gptq(
     threads = check_threads(threads)
     check_count(refine_passes, "refine_passes", 0, 1000)
     check_count(refit_rounds, "refit_rounds", 0, 1000)
+    check_count(beam_width, "beam_width", 1, 16)
+    if beam_width > 1 and not feedback:
+        raise ValueError(f"beam_width={beam_width} searches with feedback: use feedback=True or 1")
     check_count(block_size, "block_size", 1, 1 << 20)
     W = as_matrix(W, "W", name, threads)
     size = group_width(result_grid, W.shape[1], name)
@@ -303,7 +312,9 @@ def gptq(
         refit_rounds=refit_rounds,
         shift=F.damping_value,
     )
-    codes, scales, zeros, g_idx, history = _solve(W, F, options, spec, scale_dtype, threads, name)
+    codes, scales, zeros, g_idx, history = _solve(
+        W, F, options, spec, scale_dtype, beam_width, threads, name
+    )
     check_scales(scales, scale_dtype, name)
     q = QuantizedMatrix(
         codes,
@@ -359,10 +370,11 @@ def _solve(
     options: SolverOptions,
     spec: GridSpec,
     scale_dtype: str,
+    beam_width: int,
     threads: int,
     name: str | None,
 ) -> tuple[np.ndarray, ...]:
-    """Run the core's solver; return codes, scales, zero-points, g_idx and history."""
+    """Run the core's solver and search; return codes, scales, zero-points, g_idx and history."""
     rows, n = W.shape
     codes, scales, zeros = outputs(rows, n, n // options.group_size)
     g_idx = np.empty(n, np.int32)
@@ -379,6 +391,10 @@ def _solve(
         _core.gptq(
             W, matrix, R, F.order, options, spec, codes, scales, zeros, g_idx, history, threads
         )
+        if beam_width > 1:
+            history = np.concatenate([history, history[-1:]])
+            search = (np.arange(rows), (spec.max_code, beam_width), codes, history[-1], threads)
+            _core.best_paths(W, matrix, R, F.order, g_idx, scales, zeros, *search)
     except FloatingPointError:
         if not (np.isfinite(np.triu(F.R)).all() and (np.diagonal(F.R) > 0).all()):
             raise ValueError(f"{label(name)}R of the Factorization is no factor of H") from None

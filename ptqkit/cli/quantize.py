@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import time
 import warnings
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH
+from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH, TUNE_STEPS
 from ptqkit._places import claim_place
 from ptqkit._units import parse_bytes
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
@@ -46,9 +47,11 @@ Recipes:
   quality      (default) GPTQ: groups and their columns by decreasing activation power, grids
                searched under the Hessian, one coordinate-descent pass
   best         quality, each weight corrected for the errors made before it, scales fitted again to
-               their codes; twice the time, and twice the memory of the activations
+               their codes; twice the time, and twice the memory of the activations; with --tune
+               its scales, norm gains and biases then learn from the float model
   reference    GPTQ as published: natural order, min-max grids
   rtn          rounding to nearest; needs no text
+  obq          Optimal Brain Quantization, which GPTQ approximates: for small models
   aweq         W8A8: activation-weight equalization by the closed form, one scale per tensor, bias
                correction
   smoothquant  W8A8: SmoothQuant with alpha 0.5, one scale per tensor
@@ -72,6 +75,8 @@ examples:
   ptqkit quantize ./model --bits 4 --symmetric --calibration train.txt --out model-w4
   ptqkit quantize ./model --bits 3 --group-size 64 --calibration train.jsonl.gz \\
       --override '*.down_proj=bits:4,group_size:32' --override '*.0.*=skip' --out model-w3
+  ptqkit quantize ./model --recipe best --tune --bits 3 --group-size 64 \\
+      --calibration train.txt --out model-w3
   ptqkit quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
   ptqkit quantize ./model --recipe aweq --alpha search --calibration train.txt --out model-w8a8
   torchrun --nproc-per-node 4 -m ptqkit quantize ./model --calibration train.txt --out model-w4
@@ -91,9 +96,15 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
     group = parser.add_argument_group("what to do")
-    group.add_argument("--method", choices=("gptq", "rtn"), help="default: gptq, or the recipe's")
     group.add_argument(
-        "--bits", type=_bits, metavar="B", help="2 to 8, or 'ternary' (default: 4, or the recipe's)"
+        "--method", choices=("gptq", "rtn", "obq"), help="default: gptq, or the recipe's"
+    )
+    group.add_argument(
+        "--bits",
+        type=_bits,
+        metavar="B",
+        help="2 to 8, or 'ternary'; with a point, such as 3.2, the average over layers that get "
+        "whole bits by what they cost the model (default: 4, or the recipe's)",
     )
     group.add_argument(
         "--group-size",
@@ -165,6 +176,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         help="then, so often: all scales of a row fitted anew to its codes, and one more pass",
     )
     group.add_argument(
+        "--beam-width",
+        type=int,
+        metavar="N",
+        help="then search each row's codes anew, keeping N partial roundings, at most 16 (1: off)",
+    )
+    group.add_argument(
         "--damping", type=float, metavar="X", help="share of the mean diagonal (0.01)"
     )
     group.add_argument(
@@ -183,6 +200,21 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="ALPHA",
         help="the same for layers that write into a residual stream (o_proj, down_proj): they "
         "answer for the errors of the stream too (0: off)",
+    )
+    group.add_argument(
+        "--tune",
+        nargs="?",
+        type=_steps,
+        const=TUNE_STEPS,
+        metavar="STEPS",
+        help="afterwards let scales, norm gains and biases learn from the float model's logits, so "
+        f"many steps ({TUNE_STEPS} if no number follows; default: 0, or the recipe's)",
+    )
+    group.add_argument(
+        "--calibrate-on",
+        choices=("quantized", "float"),
+        help="inputs that each layer is fitted to: those after the quantized layers before it, or "
+        "the float model's (default: quantized)",
     )
     group.add_argument(
         "--scale-dtype",
@@ -234,6 +266,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "'name:config:split' of the package datasets. 'demo' has its own",
     )
     group.add_argument(
+        "--calibrate-all-experts",
+        action=argparse.BooleanOptionalAction,
+        help="calibrate every expert of a mixture on all tokens, not on those routed to it alone",
+    )
+    group.add_argument(
         "--samples", type=int, default=SAMPLES, metavar="N", help=f"windows ({SAMPLES})"
     )
     group.add_argument(
@@ -280,9 +317,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _bits(text: str) -> int | str:
+def _bits(text: str) -> int | float | str:
     if text == "ternary":
         return text
+    if re.fullmatch(r"\d*\.\d+", text) and 2 <= float(text) <= 8:
+        return float(text)
     if not text.isdecimal() or not 2 <= int(text) <= 8:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 2 to 8 nor 'ternary'")
     return int(text)
@@ -297,6 +336,12 @@ def _group_size(text: str) -> int | str:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a positive number nor 'channel' nor 'tensor'"
         )
+    return int(text)
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, 0 or more")
     return int(text)
 
 
@@ -373,12 +418,23 @@ def _value(text: str) -> Any:
     return text
 
 
-_PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction")
+_PLAIN = (
+    "bits",
+    "group_size",
+    "symmetric",
+    "grid",
+    "scale_dtype",
+    "bias_correction",
+    "calibrate_all_experts",
+    "calibrate_on",
+    "tune",
+)
 _OF_GPTQ = (
     "order",
     "static_groups",
     "refine_passes",
     "refit_rounds",
+    "beam_width",
     "damping",
     "max_damping",
     "error_propagation",
@@ -388,14 +444,14 @@ _OF_GPTQ = (
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     """Build the recipe that the options describe."""
-    preset = args.recipe or ("rtn" if args.method == "rtn" else "quality")
+    preset = args.recipe or (args.method if args.method in ("rtn", "obq") else "quality")
     method = Recipe.preset(preset).method
     if args.method not in (None, method):
         raise UsageError(f"--recipe {preset} is for --method {method}")
     given = {n: getattr(args, n) for n in (*_PLAIN, *_OF_GPTQ) if getattr(args, n) is not None}
     for name in _OF_GPTQ:
-        if method == "rtn" and name in given:
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method rtn")
+        if method != "gptq" and name in given and (method, name) != ("obq", "damping"):
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method {method}")
     if "group_size" in given:
         given["per_tensor"] = args.group_size == "tensor"
         if not isinstance(args.group_size, int):

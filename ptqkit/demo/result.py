@@ -49,7 +49,7 @@ class DemoResult:
         """Return everything as plain values."""
         return asdict(self)
 
-    def row(self, recipe: str, bits: int | str) -> WorkbenchRow:
+    def row(self, recipe: str, bits: int | float | str) -> WorkbenchRow:
         """Row of a recipe at a number of bits."""
         return next(r for r in self.rows if (r.recipe, r.bits) == (recipe, bits))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from ptqkit.hf.data.text import CachedTokenizer
 from ptqkit.hf.evaluation.likelihood import PerplexityResult, perplexity
 from ptqkit.hf.quantization.driver import QuantizationResult, quantize
 from ptqkit.hf.quantization.opening import load_model
+from ptqkit.nn.forward import calibration_mode
 from ptqkit.recipe import as_recipe
 
 __all__ = ["Workbench", "WorkbenchRow"]
@@ -32,7 +34,7 @@ class WorkbenchRow:
     ----------
     recipe : str
         Name of the preset or the parts; ``"float"`` for the model itself.
-    bits : int or "ternary"
+    bits : int, float (an average) or "ternary"
     symmetric : bool
     perplexity, excess : float
         ``excess`` is the perplexity above the float model's.
@@ -42,12 +44,14 @@ class WorkbenchRow:
         Of all tensors; what is not quantized counts in the dtype of the model's files.
     seconds, seconds_solve : float
         Of the quantization as a whole, and of solving for the codes in it.
+    metric, metric_change : float
+        What the workbench's ``metric`` gave, and that minus the float model's; NaN without one.
     """
 
     __repr__ = one_line_repr
 
     recipe: str
-    bits: int | str
+    bits: int | float | str
     symmetric: bool
     perplexity: float
     excess: float
@@ -55,10 +59,15 @@ class WorkbenchRow:
     megabytes: float
     seconds: float
     seconds_solve: float
+    metric: float = math.nan
+    metric_change: float = math.nan
 
 
 class Workbench:
-    """A causal language model with its texts, for one quantization after another.
+    """A model with its texts, for one quantization after another.
+
+    Causal language models are measured by their perplexity on ``test``; for encoders, and any other
+    task, ``metric`` measures (perplexities are then NaN unless ``test`` is given too).
 
     Parameters
     ----------
@@ -80,11 +89,16 @@ class Workbench:
         are float16 unless the recipe names their dtype: a checkpoint would hold them so.
     threads : int
         Of the solver; 0 is its own policy.
+    metric : callable, optional
+        ``metric(model)`` returns a number, such as an accuracy. It is called with the model in
+        evaluation mode, without gradients.
 
     Examples
     --------
     >>> bench = Workbench.load("./model", calibration="train.txt", test=[text])
     >>> bench.measure("quality", bits=3, group_size=64).excess
+    >>> bench = Workbench(bert, calibration=batches, metric=accuracy)
+    >>> bench.measure("quality", bits=3, group_size=64).metric_change
     """
 
     def __init__(
@@ -98,8 +112,10 @@ class Workbench:
         test_options: Mapping[str, Any] | None = None,
         stored_dtype: str | None = None,
         threads: int = 0,
+        metric: Callable[[nn.Module], float] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.threads = model, tokenizer, threads
+        self.metric = metric
         #: The tokenizer, which keeps the tokens of every text.
         self.cached_tokenizer = None if tokenizer is None else CachedTokenizer(tokenizer)
         self.stored_dtype = stored_dtype or str(model.dtype).removeprefix("torch.")
@@ -142,6 +158,16 @@ class Workbench:
         """Perplexity of the model itself."""
         return self.perplexity_of(self.model)
 
+    @cached_property
+    def float_metric(self) -> float:
+        """What ``metric`` gives for the model itself; NaN without one."""
+        return self._metric_of(self.model)
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether perplexities are measured: unless there is a metric and no test text."""
+        return self.metric is None or self.test is not None
+
     @property
     def float_bits(self) -> float:
         """Bits per weight of the model's files: 32 or 16."""
@@ -150,13 +176,23 @@ class Workbench:
     @property
     def float_row(self) -> WorkbenchRow:
         """The model itself."""
-        bits, value = self.float_bits, self.float_result.perplexity
+        bits = self.float_bits
+        value = self.float_result.perplexity if self.scores_text else math.nan
         size = 1e-6 * bits / 8 * sum(p.numel() for p in self.model.parameters())
-        return WorkbenchRow("float", int(bits), True, value, 0.0, bits, size, 0.0, 0.0)
+        excess = 0.0 if self.scores_text else math.nan
+        row = WorkbenchRow("float", int(bits), True, value, excess, bits, size, 0.0, 0.0)
+        return replace(row, metric=self.float_metric, metric_change=self.float_metric * 0)
 
     @property
     def settings(self) -> dict[str, Any]:
         """How measurements are made: tokens, window, stride, start token, Python, threads."""
+        calibration = {
+            "calibration_tokens": self.calibration.tokens,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        }
+        if not self.scores_text:
+            return calibration
         first = self.float_result
         start = first.start_token
         named = start is not None and self.tokenizer is not None
@@ -165,13 +201,11 @@ class Workbench:
             "window": first.window,
             "stride": first.stride,
             "start_token": self.tokenizer.convert_ids_to_tokens(start) if named else start,
-            "calibration_tokens": self.calibration.tokens,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
+            **calibration,
         }
 
     def measure(self, recipe: Any, **changes: Any) -> WorkbenchRow:
-        """Quantize a copy of the model and measure its perplexity.
+        """Quantize a copy of the model and measure its perplexity, its metric, or both.
 
         A perplexity that is not finite is a warning: other recipes may be better.
 
@@ -181,9 +215,13 @@ class Workbench:
             As :meth:`quantize` takes them.
         """
         result = self.quantize(recipe, **changes)
-        found = self.perplexity_of(result.model, check=False)
-        found.warn_unless_finite(f"the model quantized by {_name(recipe)}")
-        value = found.perplexity
+        value = excess = math.nan
+        if self.scores_text:
+            found = self.perplexity_of(result.model, check=False)
+            found.warn_unless_finite(f"the model quantized by {_name(recipe)}")
+            value = found.perplexity
+            excess = value - self.float_result.perplexity
+        metric = self._metric_of(result.model)
         totals = result.report.totals()
         others = sum(p.numel() for p in result.model.parameters()) - totals["weights"]
         size = totals["weights"] * totals["bits_per_weight"] / 8 + self.float_bits / 8 * others
@@ -192,11 +230,13 @@ class Workbench:
             result.recipe.bits,
             result.recipe.symmetric,
             value,
-            value - self.float_result.perplexity,
+            excess,
             totals["bits_per_weight"],
             1e-6 * size,
             result.report.seconds["total"],
             result.report.seconds["solve"],
+            metric,
+            metric - self.float_metric,
         )
 
     def quantize(
@@ -225,6 +265,12 @@ class Workbench:
             progress=False,
             stored_dtype=self.stored_dtype,
         )
+
+    def _metric_of(self, model: nn.Module) -> float:
+        if self.metric is None:
+            return math.nan
+        with calibration_mode(model):
+            return float(self.metric(model))
 
     def perplexity_of(self, model: nn.Module, *, check: bool = True) -> PerplexityResult:
         """Perplexity of a model on the test text; if ``check``, an error unless it is finite."""

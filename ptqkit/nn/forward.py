@@ -172,6 +172,8 @@ def device_of(model: nn.Module) -> torch.device:
 def tensor_key(value: torch.Tensor) -> tuple[Any, ...]:
     """Identify a tensor's contents: storage, view and version (while it is alive)."""
     version = 0 if value.is_inference() else value._version
+    if value.numel() == 0:  # which have no place in memory, such as inputs of an expert left out
+        return (id(value), value.dtype, tuple(value.shape), value.stride(), version)
     return (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), version)
 
 

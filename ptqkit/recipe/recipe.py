@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,13 +14,15 @@ from ptqkit.arrays.factorization import ORDERS
 from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid, parse_bits
 from ptqkit.arrays.targets import TARGETS
 from ptqkit.errors import check_choice
+from ptqkit.recipe.budget import LEAST_BITS, MOST_BITS
 from ptqkit.recipe.options import ActivationQuantization, Equalization, check_int, check_names
 from ptqkit.recipe.presets import PRESETS
 
 __all__ = ["Recipe", "match_pattern"]
 
 _CHOICES = {
-    "method": ("gptq", "rtn"),
+    "method": ("gptq", "rtn", "obq"),
+    "calibrate_on": ("quantized", "float"),
     "order": ORDERS,
     "grid": tuple(GRID_METHODS),
     "target": TARGETS,
@@ -43,8 +46,13 @@ class Recipe:
 
     Parameters
     ----------
-    method : {"gptq", "rtn"}
-    bits : int from 2 to 8, or "ternary"
+    method : {"gptq", "rtn", "obq"}
+        "obq" is the slow reference (:func:`ptqkit.obq`) for small models: of the options of the
+        solve it has ``damping`` alone, and its grids are fitted to the original weights.
+    bits : int or float from 2 to 8, or "ternary"
+        A float, such as 3.2, is an average: each layer gets whole bits by what rounding it costs
+        the model, for which a few windows of the calibration data run forward and backward. Layers
+        whose bits an override names keep them, and do not count.
     group_size : int or None
         Inputs that share a scale; None for one scale per output channel.
     symmetric : bool
@@ -57,6 +65,9 @@ class Recipe:
         Coordinate-descent passes after the solve.
     refit_rounds : int
         After them, so often: all scales of a row fitted at once to its codes, and one more pass.
+    beam_width : int from 1 to 16
+        Above 1: in the end the codes of each row are searched anew on its grids, keeping so many
+        partial roundings.
     damping, max_damping : float
         Fraction of the mean diagonal added to H; how far it may be raised.
     feedback : bool
@@ -89,6 +100,15 @@ class Recipe:
     bias_correction : bool
         Subtract ``(W_hat - W) E[x]`` from each layer's bias [AWEQ, eqs. 11-15]; a layer without a
         bias gains one.
+    tune : int
+        Steps of tuning after the run (:func:`ptqkit.hf.tune`; 150 is a good number): scales, norm
+        gains and biases learn from the float model's logits. 0: none. It holds for the whole run.
+    calibrate_on : {"quantized", "float"}
+        Whose inputs a layer is calibrated on: those that it gets from the quantized layers before
+        it, or those of the float model. It holds for the whole run.
+    calibrate_all_experts : bool
+        Every expert of a mixture is calibrated on all tokens, not on those routed to it alone;
+        what the model goes on with stays routed. It holds for the whole run.
     overrides : mapping of pattern to a mapping of changes, or to "skip"
         Patterns are globs on the full module name, or regular expressions after ``re:``. All
         matching patterns apply in order, the last one wins.
@@ -110,7 +130,7 @@ class Recipe:
     __repr__ = one_line_repr
 
     method: str = "gptq"
-    bits: int | str = 4
+    bits: int | float | str = 4
     group_size: int | None = 128
     symmetric: bool = False
     order: str = "group-act"
@@ -118,6 +138,7 @@ class Recipe:
     grid: str = "hessian"
     refine_passes: int = 1
     refit_rounds: int = 0
+    beam_width: int = 1
     damping: float = 0.01
     max_damping: float = 1.0
     feedback: bool = True
@@ -132,6 +153,9 @@ class Recipe:
     activations: ActivationQuantization | None = None
     equalization: Equalization | None = None
     bias_correction: bool = False
+    tune: int = 0
+    calibrate_on: str = "quantized"
+    calibrate_all_experts: bool = False
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
 
@@ -142,6 +166,11 @@ class Recipe:
         self._check_fields()
         self._check_propagation()
         self._check_per_tensor()
+        if self.tune and self.activations is not None:
+            raise ValueError(
+                f"tune={self.tune} cannot be combined with activations: no gradient passes through "
+                "quantized inputs; use tune=0"
+            )
         if isinstance(self.include, str):
             raise ValueError("include must be a sequence of patterns, not one string")
         object.__setattr__(self, "include", tuple(self.include))
@@ -152,7 +181,7 @@ class Recipe:
     def _check_fields(self) -> None:
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
-        parse_bits(self.bits)
+        self._check_bits()
         if self.group_size is not None:
             check_int(
                 "group_size",
@@ -162,9 +191,20 @@ class Recipe:
             )
         check_int("refine_passes", self.refine_passes, 0)
         check_int("refit_rounds", self.refit_rounds, 0)
+        check_int("beam_width", self.beam_width, 1, 16)
+        if self.beam_width > 1 and not self.feedback:
+            raise ValueError(f"beam_width={self.beam_width} needs feedback=True")
         check_int("block_size", self.block_size, 1)
+        check_int("tune", self.tune, 0)
         check_int("min_zero_point", self.min_zero_point, 0, 1)
-        for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):
+        for name in (
+            "symmetric",
+            "static_groups",
+            "feedback",
+            "per_tensor",
+            "bias_correction",
+            "calibrate_all_experts",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name in ("damping", "max_damping", "target_damping"):
@@ -176,6 +216,14 @@ class Recipe:
         if self.max_damping < self.damping:
             raise ValueError(
                 f"max_damping ({self.max_damping}) must not be below damping ({self.damping})"
+            )
+
+    def _check_bits(self) -> None:
+        if not isinstance(self.bits, float):
+            parse_bits(self.bits)
+        elif not LEAST_BITS <= self.bits <= MOST_BITS:
+            raise ValueError(
+                f"bits as an average must be from {LEAST_BITS} to {MOST_BITS}, not {self.bits!r}"
             )
 
     def _check_propagation(self) -> None:
@@ -192,6 +240,11 @@ class Recipe:
             raise ValueError(
                 f"{setting} needs method 'gptq', not {self.method!r}: it is made for a solver with "
                 f"the Hessian; {off}, or 'skip' the layer"
+            )
+        if self.calibrate_on == "float":
+            raise ValueError(
+                f"{setting} cannot be combined with calibrate_on='float': it corrects weights for "
+                f"what the quantized layers before them change; {off}"
             )
         for name in ("bias_correction", "activations"):
             if getattr(self, name):
@@ -250,9 +303,15 @@ class Recipe:
         check_names(change, where, _names())
         if {"overrides", "include"} & set(change):
             raise ValueError(f"{where} cannot hold overrides or include")
-        for name in (*PROPAGATIONS, "equalization"):
+        whole = ("equalization", "calibrate_on", "calibrate_all_experts", "tune")
+        for name in (*PROPAGATIONS, *whole):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
+        if isinstance(change.get("bits"), float):
+            raise ValueError(
+                f"{where}: bits must be whole, not {change['bits']!r}: an average holds for all "
+                "layers that no override gives bits"
+            )
         try:
             replace(self, **change, overrides={}, include=())
         except ValueError as error:
@@ -294,11 +353,21 @@ class Recipe:
         return replace(self, **changes, overrides={}, include=())
 
     @property
+    def bits_budget(self) -> float | None:
+        """Average bits that are to be shared out among layers; None if each has its own."""
+        return self.bits if isinstance(self.bits, float) else None
+
+    @property
+    def whole_bits(self) -> int | str:
+        """Bits of a layer; for an average that is not shared out yet the next whole number."""
+        return math.ceil(self.bits) if isinstance(self.bits, float) else self.bits
+
+    @property
     def weight_grid(self) -> WeightGrid:
         """Grid of a layer's weight; float32 scales if the recipe leaves them to the weight."""
         symmetric = self.symmetric or self.bits == "ternary"
         scale_dtype = self.scale_dtype or "float32"
-        return WeightGrid(self.bits, self.group_size, symmetric, self.per_tensor, scale_dtype)
+        return WeightGrid(self.whole_bits, self.group_size, symmetric, self.per_tensor, scale_dtype)
 
     def with_scale_dtype(self, dtype: str) -> Recipe:
         """Return the recipe with the dtype of the scales if it has none yet.
@@ -326,9 +395,11 @@ class Recipe:
         """
         reasons = {
             "equalization": self.equalization is not None,
-            "method 'gptq'": self.method == "gptq",
+            f"method {self.method!r}": self.method != "rtn",
+            f"bits {self.bits}": self.bits_budget is not None,
             "grid 'hessian'": self.grid == "hessian",
             "bias_correction": self.bias_correction,
+            f"tune={self.tune}": self.tune > 0,
             "a static grid of activations": self.needs_ranges,
         }
         for what, needed in reasons.items():

@@ -26,6 +26,7 @@ from ptqkit.reference.activations import integer_matmul as integer_matmul
 from ptqkit.reference.activations import outlier_columns as outlier_columns
 from ptqkit.reference.activations import quantize_activations as quantize_activations
 from ptqkit.reference.activations import signed_grid as signed_grid
+from ptqkit.reference.convolution import im2col as im2col
 from ptqkit.reference.equalization import channel_ranges as channel_ranges
 from ptqkit.reference.equalization import equalization_error as equalization_error
 from ptqkit.reference.equalization import equalization_scales as equalization_scales
@@ -56,6 +57,7 @@ from ptqkit.reference.softmax import softmax_codes as softmax_codes
 from ptqkit.reference.softmax import softmax_grid as softmax_grid
 from ptqkit.reference.softmax import softmax_on_grid as softmax_on_grid
 from ptqkit.reference.softmax import softmax_statistics as softmax_statistics
+from ptqkit.reference.solvers import best_paths as best_paths
 from ptqkit.reference.solvers import brute_force as brute_force
 from ptqkit.reference.solvers import gptaq_target as gptaq_target
 from ptqkit.reference.solvers import gptq as gptq

@@ -10,6 +10,7 @@ from ptqkit.reference.grids import dequantize, fit_grid, fit_groups, quantize, r
 from ptqkit.reference.hessian import dampen
 
 __all__ = [
+    "best_paths",
     "brute_force",
     "gptaq_target",
     "gptq",
@@ -176,6 +177,43 @@ def sweep(W, codes, scales, zeros, g_idx, H, order, max_code):
         codes[:, j] = quantize(target, scales[:, g], zeros[:, g], max_code)
         E[:, j] = W[:, j] - dequantize(codes[:, j], scales[:, g], zeros[:, g])
     return codes
+
+
+def best_paths(W, codes, scales, zeros, g_idx, H, damped, order, max_code, paths):
+    """Search codes on given grids with several partial roundings of a row, then sweep once.
+
+    With damped = R R^T in quantization order and y_j = sum_{k<=j} e_k R_kj, the objective is the
+    sum of y_j^2. In each column every path goes on with the code nearest to what makes y_j 0 and
+    with the next nearest, and the ``paths`` cheapest stay. A row keeps its codes unless its
+    objective under H falls.
+    """
+    R = upper_factor(damped[np.ix_(order, order)])
+    out = codes.copy()
+    for row, w in enumerate(np.asarray(W, np.float64)):
+        s, z = scales[row, g_idx].astype(np.float64), zeros[row, g_idx].astype(np.float64)
+        beginnings: list = [(0.0, [], [])]  # cost, errors, codes
+        for i, j in enumerate(order):
+            grown = []
+            for cost, errors, path in beginnings:
+                t = np.dot(errors, R[:i, i])
+                wanted = w[j] + t / R[i, i]
+                code = float(quantize(wanted, s[j], z[j], max_code))
+                toward = 1.0 if wanted > s[j] * (code - z[j]) else -1.0
+                dead = H[j, j] == 0
+                for c in [code] if dead else [code, code + toward]:
+                    if 0 <= c <= max_code:
+                        e = w[j] - s[j] * (c - z[j])
+                        y = 0.0 if dead else t + e * R[i, i]
+                        grown.append((cost + y * y, [*errors, e], [*path, c]))
+            beginnings = sorted(grown, key=lambda path: path[0])[:paths]
+        found = np.empty(len(w), np.uint8)
+        found[order] = beginnings[0][2]
+        args = (scales[row : row + 1], zeros[row : row + 1], g_idx, H, order, max_code)
+        found = sweep(w[None], found[None], *args)[0]
+        before, after = (w - s * (q.astype(np.float64) - z) for q in (codes[row], found))
+        if after @ H @ after < (1 - 1e-6) * (before @ H @ before):
+            out[row] = found
+    return out
 
 
 def refit(W, codes, scales, zeros, g_idx, H, scale_dtype="float32"):

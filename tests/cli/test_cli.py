@@ -58,6 +58,14 @@ def test_own_format_round_trips_and_json_says_all(folder, tmp_path, capsys):
     assert torch.equal(logits(model), logits(fake_quantized(folder, out)))
 
 
+def test_bits_with_a_point_are_an_average(folder, tmp_path):
+    out = tmp_path / "q"
+    assert quantize(folder, "--bits", "3.5", out=out) == 0
+    matrices = ptqkit.hf.read_matrices(out).values()
+    average = sum(m.bits * m.codes.size for m in matrices) / sum(m.codes.size for m in matrices)
+    assert 3.4 < average <= 3.5 and len({m.bits for m in matrices}) > 1
+
+
 def test_symmetric_checkpoint_loads_in_stock_transformers(folder, tmp_path, capsys):
     out = tmp_path / "q"
     assert quantize(folder, "--symmetric", out=out) == 0
@@ -253,6 +261,8 @@ def test_options_change_the_parts_that_a_recipe_has():
     other = recipe_of("--recipe", "llm.int8", "--outlier-threshold", "4").activations
     assert (other.bits, other.granularity, other.outlier_threshold) == (8, "token", 4.0)
     assert recipe_of("--recipe", "aweq", "--equalize", "none").equalization is None
+    assert recipe_of("--calibrate-all-experts").calibrate_all_experts
+    assert not recipe_of("--no-calibrate-all-experts").calibrate_all_experts
     given = recipe_of("--recipe", "aweq", "--override", "*.q_proj=group_size:channel")
     assert not given.for_layer("a.q_proj").per_tensor and given.for_layer("a.k_proj").per_tensor
 
@@ -404,3 +414,15 @@ def test_reader_that_goes_away(tmp_path):
         error = process.stderr.read()
         assert process.wait(60) == 1
     assert error == ""
+
+
+def test_obq_on_float_inputs_from_the_command_line(folder, tmp_path):
+    file, out = tmp_path / "q.json", tmp_path / "q"
+    options = ["--method", "obq", "--damping", "0.02", "--calibrate-on", "float"]
+    assert quantize(folder, *options, "--bits", "3", "--json", str(file), out=out) == 0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert {r["method"] for r in found["report"]["layers"] if r["status"] == "quantized"} == {"obq"}
+    recipe = found["recipe"]
+    assert (recipe["method"], recipe["damping"], recipe["group_size"]) == ("obq", 0.02, 32)
+    assert recipe["calibrate_on"] == "float"
+    assert ptqkit.hf.read_matrices(out)["model.layers.1.mlp.down_proj"].bits == 3

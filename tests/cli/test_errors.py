@@ -40,8 +40,10 @@ QUANTIZE = {
     "damping": (["--damping", "-1"], 2, "damping must be"),
     "format": (["--format", "compressed-tensors"], 3, "symmetric=True"),
     "gptq bits": (["--format", "gptq", "--bits", "5"], 3, "no 5-bit layout"),
+    "gptq average": (["--format", "gptq", "--bits", "3.5"], 3, "one bits and group_size for all"),
     "recipe of rtn": (["--method", "rtn", "--recipe", "quality"], 2, "is for --method gptq"),
     "order of rtn": (["--method", "rtn", "--order", "act"], 2, "--order has no meaning"),
+    "passes of obq": (["--method", "obq", "--refine-passes", "2"], 2, "meaning with --method obq"),
     "start token": (["--start-token", "x"], 2, "--start-token x"),
     "device": (["--device", "cuda:77"], 2, "--device cuda:77 cannot be used"),
     "json": (["--json", "no/where.json"], 2, "--json no/where.json"),
@@ -94,6 +96,7 @@ def test_eval(folder, capsys, monkeypatch, case):
     ("arguments", "message"),
     [
         (["quantize", "x", "--out", "q", "--bits", "9"], "'9' is neither a number from 2 to 8"),
+        (["quantize", "x", "--out", "q", "--bits", "8.5"], "'8.5' is neither a number from 2"),
         (["quantize", "x", "--out", "q", "--group-size", "0"], "'0' is neither a positive"),
         (["quantize", "x", "--out", "q", "--override", "x"], "must be PATTERN=skip"),
         (["quantize", "x"], "--out"),

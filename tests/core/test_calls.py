@@ -140,6 +140,20 @@ def _calls():
         ],
         "rtn": [_f32(3, 8), 4, GRID, eye, codes, scales, zeros, 1],
         "obq": [np.ones((3, 8)), np.eye(8), np.ones((3, 8)), np.ones((3, 8)), 15, codes, 1],
+        "best_paths": [
+            _f32(3, 8),
+            eye,
+            eye,
+            order,
+            np.zeros(8, np.int32),
+            scales,
+            zeros,
+            np.arange(3),
+            (15, 4),
+            codes,
+            np.zeros(3),
+            1,
+        ],
         "objective": [_f32(3, 8), eye, np.zeros(3), 1],
         "pack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
         "unpack": [codes, 4, np.zeros((3, 1), np.uint32), 1],
@@ -161,6 +175,7 @@ OUTPUTS = {  # positions that are written
     "gptq": [6, 7, 8, 9, 10],
     "rtn": [4, 5, 6],
     "obq": [5],
+    "best_paths": [9, 10],
     "objective": [2],
     "pack": [2],
     "unpack": [0],
@@ -318,6 +333,8 @@ def _legal(name, at, kind):
         return at == 0 and kind == "longer"
     if name == "packed_matmul":
         return at == 0 and kind == "strided"
+    if name == "best_paths" and at == 7:
+        return kind == "shorter"
     return name == "finite_check" and kind in ("longer", "shorter", "wider", "narrower")
 
 
@@ -543,6 +560,10 @@ def test_hopeless_values_do_not_crash():
             ("obq", 0),
             ("obq", 1),
             ("obq", 2),
+            ("best_paths", 0),
+            ("best_paths", 1),
+            ("best_paths", 2),
+            ("best_paths", 5),
             ("objective", 0),
             ("factor", 0),
         ]:

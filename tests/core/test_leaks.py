@@ -68,6 +68,10 @@ CALLS = {
         fails(_core.target_correction, *[W] * 8),
     ),
     "gptq static": lambda: ptqkit.gptq(W, H, order="act", static_groups=True, grid="mse"),
+    "gptq beam": lambda: (
+        ptqkit.gptq(W, H, group_size=32, beam_width=4),
+        fails(_core.best_paths, *[W] * 12),
+    ),
     "gptq errors": lambda: (fails(ptqkit.gptq, nan, H), fails(ptqkit.gptq, W, bad)),
     "rtn": lambda: ptqkit.rtn(W, grid="hessian", H=H),
     "rtn errors": lambda: fails(ptqkit.rtn, W * 1e6, scale_dtype="float16", bits=2),

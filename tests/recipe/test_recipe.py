@@ -41,7 +41,7 @@ def test_presets():
         ({"bits": "two"}, "bits must be"),
         ({"group_size": 0}, "group_size must be an integer of at least 1.*None means per channel"),
         ({"group_size": -1}, "group_size"),
-        ({"method": "awq"}, "method must be one of 'gptq', 'rtn', not 'awq'"),
+        ({"method": "awq"}, "method must be one of 'gptq', 'rtn', 'obq', not 'awq'"),
         ({"order": "random"}, "order must be one of"),
         ({"grid": "best"}, "grid must be one of"),
         ({"scale_dtype": "float8"}, "scale_dtype must be one of"),
@@ -141,3 +141,24 @@ def test_scale_dtype_of_the_weight():
     assert half.weight_grid == WeightGrid(4, 128, scale_dtype="float16")
     ternary = Recipe.preset("rtn", bits="ternary", group_size=None, per_tensor=True)
     assert ternary.weight_grid == WeightGrid("ternary", None, True, True)
+
+
+def test_bits_with_a_point_are_an_average():
+    recipe = Recipe(bits=3.2, overrides={"*.v": {"bits": 4}})
+    assert recipe.bits_budget == 3.2 and recipe.for_layer("a.q").bits_budget == 3.2
+    assert recipe.for_layer("a.v").bits_budget is None
+    assert Recipe(bits=3).bits_budget is None and Recipe(bits=3.0).bits_budget == 3.0
+    assert recipe.weight_grid.bits == 4
+    assert Recipe(method="rtn", grid="minmax", bits=3.2).needs_calibration() == "bits 3.2"
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("bits", [1.9, 8.1, float("nan"), float("inf")])
+def test_average_bits_have_a_range(bits):
+    with pytest.raises(ValueError, match="bits as an average must be from 2 to 8"):
+        Recipe(bits=bits)
+
+
+def test_an_override_has_whole_bits():
+    with pytest.raises(ValueError, match=r"overrides\['\*'\]: bits must be whole, not 2.5"):
+        Recipe(overrides={"*": {"bits": 2.5}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,8 @@ from ptqkit.nn.quantized_mark import mark_quantized
 
 __all__ = ["load", "model_class_of", "read_folder", "read_matrices"]
 
+# Layers of experts, which the class holds joined: ptqkit's own format keeps them apart.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
@@ -240,7 +243,8 @@ def load(
     register_format()
     want_info = kwargs.pop("output_loading_info", False)
     kwargs.setdefault("dtype", "auto")
-    if known is not None and known.foreign and compute != "dequantize":
+    one_by_one = compute != "dequantize" or any(_EXPERT.search(name) for name in layers)
+    if known is not None and known.foreign and one_by_one:
         model, info = _load_converted(folder, model_class, known, layers, kwargs)
     elif known is not None and known.float_parts:
         model, info = _load_float(folder, model_class, known, kwargs)

@@ -21,7 +21,7 @@ from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.checkpoint.base import CheckpointFormat, Fetch
 from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases
-from ptqkit.hf.checkpoint.experts import converted_problems
+from ptqkit.hf.checkpoint.experts import converted_problems, packed_problems
 from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
 from ptqkit.hf.checkpoint.formats import choose_format
 from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
@@ -29,6 +29,7 @@ from ptqkit.hf.checkpoint.names import SavedNames, convert_plans, saved_names
 from ptqkit.hf.checkpoint.siblings import CheckpointWarning, sibling_warnings
 from ptqkit.hf.checkpoint.skeleton import absent_modules, skeleton_problems
 from ptqkit.hf.checkpoint.spec import LayerSpec, describe_layers
+from ptqkit.hf.models.experts import ExpertSwap, wanted_for
 from ptqkit.hf.softmax.files import check_installed, write_installed
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.linear import is_linear
@@ -135,9 +136,40 @@ def save_checkpoint(
     FileExistsError, OSError
         If the name is taken, or there is not enough space.
     """
+    # The layers of experts are linear ones while they are written.
+    with ExpertSwap(model, wanted_for(layers)):
+        return _write_checkpoint(
+            model,
+            layers,
+            recipe,
+            directory,
+            checkpoint_format,
+            tokenizer,
+            report,
+            overwrite,
+            max_shard_size,
+            dict(activations or {}),
+            flat_inputs,
+            fetch,
+        )
+
+
+def _write_checkpoint(
+    model: Any,
+    layers: Mapping[str, QuantizedMatrix],
+    recipe: Any,
+    directory: str | os.PathLike[str],
+    checkpoint_format: str,
+    tokenizer: Any,
+    report: Any,
+    overwrite: bool,
+    max_shard_size: int | str,
+    activations: Mapping[str, ActivationQuantizer],
+    flat_inputs: Mapping[str, bool] | None,
+    fetch: Fetch | None,
+) -> CheckpointInfo:
     check_savable(model, layers, fetch is not None)
     shard_bytes = parse_bytes(max_shard_size or 0, "max_shard_size")
-    activations = dict(activations or {})
     check_activations(model, layers, activations)
     dynamic = [name for name, q in activations.items() if q.spec.dynamic]
     if flat_inputs is None:
@@ -154,7 +186,7 @@ def save_checkpoint(
         linears,
         absent_modules(model, layers),
         partial(skeleton_problems, model, list(layers), names),
-        partial(converted_problems, model, names),
+        lambda: [*converted_problems(model, names), *packed_problems(model, specs)],
     )
     _check_weights(model, specs, layers)
     notes = sibling_warnings(specs, linears) if chosen.foreign else []

@@ -144,7 +144,7 @@ def describe_targets(
                 out,
                 inputs,
                 grid=WeightGrid(
-                    options.bits,
+                    options.whole_bits,
                     options.group_size,
                     options.symmetric or options.bits == "ternary",
                     options.per_tensor,

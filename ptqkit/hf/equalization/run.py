@@ -226,7 +226,7 @@ class EqualizationRun:
             weights,
             inputs.sample,
             inputs.ranges,
-            bits=options.bits,
+            bits=options.whole_bits,
             group_size=options.group_size,
             symmetric=options.symmetric,
             per_tensor=options.per_tensor,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +19,18 @@ from ptqkit._folders import resolve
 from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import Problems, UsageError, check_choice
+from ptqkit.errors import Problems, UnsupportedModuleError, UsageError, check_choice
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.checkpoint.stored_model import StoredModel
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
 from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithmetic, stored_as
+from ptqkit.hf.models.experts import ExpertSwap, wanted_for
 from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.quantization.inspection import Inspection, inspect_model
+from ptqkit.hf.quantization.mixed_bits import choose_bits
 from ptqkit.hf.quantization.opening import open_model, reopen
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.processes import Processes
@@ -43,6 +47,8 @@ from ptqkit.hf.quantization.streamed import (
     source_of,
     state_bytes,
 )
+from ptqkit.hf.quantization.tune import prepare_tuning, tune_prepared
+from ptqkit.hf.quantization.tuning import TuningOptions, TuningReport
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.forward import device_of, forget_compiled
 from ptqkit.nn.linear import LinearView
@@ -74,6 +80,8 @@ class QuantizationResult:
         Saved with the model.
     stored_dtype : str
         Type in which :meth:`save` writes the float values.
+    tuning : TuningReport or None
+        What :func:`ptqkit.hf.tune`, or ``tune`` of the recipe, has done.
     checkpoint : CheckpointInfo or None
         What was written last.
     """
@@ -88,6 +96,7 @@ class QuantizationResult:
     equalization: EqualizationReport | None = None
     tokenizer: Any = field(default=None, repr=False)
     stored_dtype: str = ""
+    tuning: TuningReport | None = None
     checkpoint: CheckpointInfo | None = None
 
     def save(
@@ -136,8 +145,9 @@ class QuantizationResult:
             with stored_as(self.model, dtype):
                 yield
         finally:
-            for name, matrix in self.matrices.items():
-                LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
+            with ExpertSwap(self.model, wanted_for(self.matrices)):
+                for name, matrix in self.matrices.items():
+                    LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
 
 
 def quantize(
@@ -293,35 +303,86 @@ def quantize(
         return _quantize_stored(
             stored, chosen, calibration, tokenizer, budget, schedule, options, inspection, slow
         )
-    found = inspect_model(model, chosen, calibration, tokenizer, **inspection)
-    assert chosen is not None and written is not None  # or there had been problems
-    recipe = chosen
-    plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
-    equalized = None
-    if recipe.equalization is not None and found.calibration is not None:
-        equalized = equalize_calibrated(
+    swap = ExpertSwap(model, partial(_unfused, chosen))
+    every_token = chosen is not None and chosen.calibrate_all_experts
+    with swap as experts, swap.calibrating(every_token):
+        found = inspect_model(model, chosen, calibration, tokenizer, **inspection)
+        assert chosen is not None and written is not None  # or there had been problems
+        result = _quantize_inspected(
             model,
-            found.calibration,
-            recipe.equalization,
-            recipe,
+            chosen,
+            found,
+            experts,
+            written,
+            schedule,
+            budget,
+            batch_size,
             blocks,
-            threads,
-            options.progress,
+            options,
+            slow,
         )
-    if processes is not None:
-        found, plan = _own_share(found, processes), processes.first(plan)
-    run = QuantizationRun(model, recipe, found, plan, options, equalized)
-    run.report.warnings += slow
-    run.execute()
-    if run.activations and (outer is not model or is_compiled(model)):
+    if result.activations and (outer is not model or is_compiled(model)):
         forget_compiled()
-    result = QuantizationResult(
-        model, run.matrices, run.report, recipe, run.activations, equalized, tokenizer
-    )
-    result.stored_dtype = dtype_name(written)
+    result.tokenizer = tokenizer
     if out_dir is not None and (processes is None or processes.rank == 0):
         with _carrying(result):
             result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
+    return result
+
+
+def _quantize_inspected(
+    model: nn.Module,
+    recipe: Recipe,
+    found: Inspection,
+    experts: ExpertSwap,
+    written: torch.dtype,
+    schedule: str,
+    budget: int | None,
+    batch_size: int,
+    blocks: tuple[str, ...] | None,
+    options: RunOptions,
+    slow: list[str],
+) -> QuantizationResult:
+    """Quantize a model in which no problem was found; the arguments are those of the driver."""
+    tuning = None
+    if recipe.tune and found.calibration is not None:
+        tuning = TuningOptions(steps=recipe.tune, batch_size=batch_size)
+        # Its memory is checked now, and taken from what the schedule finds free.
+        layers = found.structure.targets
+        learned_from = prepare_tuning(model, layers, found.calibration, tuning, budget)
+        options = replace(options, start=options.start + learned_from.seconds)  # told as tuning's
+    plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
+    equalized = None
+    if recipe.equalization is not None and found.calibration is not None:
+        with experts.fused():
+            equalized = equalize_calibrated(
+                model,
+                found.calibration,
+                recipe.equalization,
+                recipe,
+                blocks,
+                options.threads,
+                options.progress,
+            )
+    losses: dict[str, dict[int, float]] = {}
+    start = time.perf_counter()
+    if recipe.bits_budget is not None:
+        mixed = choose_bits(model, recipe, found, options.threads)
+        recipe, found, losses = mixed.recipe, mixed.inspection, mixed.losses
+    if options.processes is not None:
+        found = _own_share(found, options.processes)
+        plan = options.processes.first(plan)
+    run = QuantizationRun(model, recipe, found, plan, options, equalized)
+    if losses:
+        run.report.rounding_losses = losses
+        run.seconds["rounding_losses"] = time.perf_counter() - start
+    run.report.warnings += slow
+    run.execute()
+    result = QuantizationResult(model, run.matrices, run.report, recipe, run.activations, equalized)
+    result.stored_dtype = dtype_name(written)
+    if tuning is not None:
+        with _carrying(result):
+            tune_prepared(result, learned_from, tuning, options.progress)
     return result
 
 
@@ -360,6 +421,11 @@ def _own_share(found: Inspection, processes: Processes) -> Inspection:
     """Return an inspection with the batches of this process alone."""
     if found.calibration is None:
         return found
+    if found.experts:
+        raise UnsupportedModuleError(
+            f"{next(iter(found.experts))} routes tokens to experts, which are counted in one "
+            "process: give distributed=False, or start without torchrun"
+        )
     batches = processes.share(found.calibration.batches)
     return replace(found, calibration=replace(found.calibration, batches=batches))
 
@@ -448,6 +514,11 @@ def _carrying(result: QuantizationResult) -> Iterator[None]:
                     "is what quantize() returns; error.result.save(another_folder) writes it"
                 )
         raise
+
+
+def _unfused(recipe: Recipe | None, experts: str) -> bool:
+    """Whether the experts of a module are quantized, so that each needs linear layers."""
+    return recipe is not None and recipe.for_layer(experts) is not None
 
 
 def _changed(recipe: Any, changes: Mapping[str, Any], problems: Problems) -> Recipe | None:

@@ -157,6 +157,15 @@ def _moments(
             other, stream, now = floats[index].value, floats[index].stream, coroutine.stream
             streams = None if stream is None or now is None else (stream, now)
         found.add(coroutine.value, work.batches[index], work.masks[index], other, streams)
+    work.note_routed(group, found)
+    work.borrow_pool(group, found)
+    if found.lacks_tokens:
+        pool = None
+        for index, coroutine in enumerate(coroutines):
+            assert coroutine.value is not None
+            batch, mask = work.batches[index], work.masks[index]
+            pool = found.add_pool(coroutine.value, batch, mask, pool)
+        work.use_pool(group, found, pool)
     if len(group) > 1:
         for coroutine in [*coroutines, *floats]:
             assert coroutine.value is not None

@@ -26,7 +26,9 @@ from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.models.wrappers import wrapper_problem
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.linear import is_linear
+from ptqkit.nn.matrix_solver import obq_problem
 from ptqkit.nn.quantized_mark import is_quantized
+from ptqkit.recipe.budget import candidate_bits
 from ptqkit.recipe.recipe import Recipe
 
 try:
@@ -85,6 +87,9 @@ def check_model(
         return
     for target in structure.targets.values():
         _check_target(problems, target, calibrated)
+    slow = {n: t.view.shape for n, t in structure.targets.items() if t.options.method == "obq"}
+    if text := obq_problem(slow):
+        problems.add(text, UnsupportedModuleError)
     if not stored:
         check_finite(problems, structure.targets)
     if checkpoint_format is None or not structure.targets:
@@ -167,6 +172,7 @@ def _format_conflicts(
     "auto" ends with ptqkit's own format, so what that cannot hold nothing can.
     """
     chosen = NATIVE if checkpoint_format == "auto" else FORMATS[checkpoint_format]
+    targets = _with_unlike_bits(targets)
     recipes = {name: target.options.activations for name, target in targets.items()}
     dynamic = [name for name, a in recipes.items() if a is not None and a.dynamic]
     flat_inputs = measure_flat_inputs(model, dynamic) if chosen.foreign else {}
@@ -181,6 +187,19 @@ def _format_conflicts(
         found += chosen.problems(spec)
         found += chosen.forecast(spec)
     return found + chosen.joint_problems(specs, linears)
+
+
+def _with_unlike_bits(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Give layers that share an average all bits that they may get, in turn."""
+    found: dict[str, Target] = {}
+    for name, target in targets.items():
+        budget = target.options.bits_budget
+        if budget is not None:
+            levels = candidate_bits(budget)
+            options = replace(target.options, bits=levels[len(found) % len(levels)])
+            target = replace(target, options=options)
+        found[name] = target
+    return found
 
 
 def check_tokens(problems: Problems, model: nn.Module, calibration: CalibrationSet) -> None:
@@ -270,7 +289,7 @@ def checkpoint_bytes(
     for target in targets.values():
         rows, columns = target.view.shape
         options = target.options
-        bits = 2 if options.bits == "ternary" else int(options.bits)
+        bits = 2 if options.bits == "ternary" else int(options.whole_bits)
         groups = -(-columns // min(options.group_size or columns, columns))
         # Codes, which int-quantized files hold in bytes; scales; zero-points; g_idx; the shape.
         total += rows * (-(-columns * (8 if options.activations else bits) // 32) * 4)

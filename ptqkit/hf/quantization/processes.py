@@ -13,7 +13,7 @@ import contextlib
 import datetime
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -240,7 +240,7 @@ class Processes:
         return (total / max(1, tokens)).float().cpu().numpy()
 
 
-class SharedMoments:
+class SharedMoments(MomentAccumulator):
     """Moments of the batches of one process, for :meth:`Processes.reduce`.
 
     On the host every batch has sums of its own in float32, which are added up in float64: there
@@ -249,26 +249,33 @@ class SharedMoments:
 
     Parameters
     ----------
-    make : callable
-        Returns an empty :class:`MomentAccumulator`.
+    name, needs_ranges, writer
+        As for :class:`~ptqkit.hf.quantization.moments.MomentAccumulator`.
     by_batch : bool
         Whether every batch has sums of its own.
     """
 
-    def __init__(self, make: Callable[[], MomentAccumulator], by_batch: bool) -> None:
-        self._make, self._by_batch = make, by_batch
+    def __init__(self, name: str, needs_ranges: bool, writer: str | None, by_batch: bool) -> None:
+        super().__init__(name, needs_ranges, writer)
+        self._by_batch = by_batch
         self._current: MomentAccumulator | None = None
-        self.error: Exception | None = None
         self.tokens = 0
         self.sums: dict[str, torch.Tensor] = {}
         self.ranges: ChannelRanges | None = None
         self.seconds = self.seconds_drift = 0.0
 
-    def add(self, *batch: Any) -> None:
-        """Add a batch; the arguments are those of :meth:`MomentAccumulator.add`."""
+    def add(
+        self,
+        value: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        mask: torch.Tensor | None,
+        floats: torch.Tensor | None = None,
+        streams: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Add one batch's input of the layer."""
         if self._current is None:
-            self._current = self._make()
-        self._current.add(*batch)
+            self._current = MomentAccumulator(self.name, self.needs_ranges, self.writer)
+        self._current.add(value, batch, mask, floats, streams)
         if self._by_batch:
             self.close()
 

@@ -82,6 +82,19 @@ def check_stream(problems: Problems, recipe: Recipe) -> None:
             "memory (stream=False; on the command line --no-stream)",
             UnsupportedModuleError,
         )
+    whole = {
+        f"tune={recipe.tune}": recipe.tune > 0,
+        f"bits={recipe.bits}": recipe.bits_budget is not None,
+        "calibrate_on='float'": recipe.calibrate_on == "float",
+        "calibrate_all_experts": recipe.calibrate_all_experts,
+    }
+    for text, asked in whole.items():
+        if asked:
+            problems.add(
+                f"{text} needs the whole model in memory: leave it out, or quantize in memory "
+                "(stream=False; on the command line --no-stream)",
+                UnsupportedModuleError,
+            )
 
 
 def source_of(stored: StoredModel, structure: Structure) -> BlockSource:

@@ -1,0 +1,1 @@
+"""Levers as NumPy and PyTorch prototypes, outside of the package."""
