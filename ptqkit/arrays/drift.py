@@ -154,6 +154,16 @@ class Drift(MatrixSum):
             result._torn = self._torn
         return result
 
+    def rows(self, start: int, stop: int) -> Drift:
+        """Return an independent copy of features ``start:stop``."""
+        with self._lock:
+            part = self._sum[start:stop]
+            result = Drift(len(part), self.in_features, threads=self.threads)
+            result._sum[...] = part
+            result.tokens = self.tokens
+            result._torn = self._torn
+        return result
+
     def finish(self) -> Drift:
         """Return the drift itself: accumulators on other devices return one."""
         return self

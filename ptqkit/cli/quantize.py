@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +79,7 @@ examples:
       --calibration train.txt --out model-w3
   ptqkit quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
   ptqkit quantize ./model --recipe aweq --alpha search --calibration train.txt --out model-w8a8
+  torchrun --nproc-per-node 4 -m ptqkit quantize ./model --calibration train.txt --out model-w4
   ptqkit quantize ./model --bits 4 --equalize awe --activations 8:token \\
       --calibration train.txt --out model-w4a8
 """
@@ -545,10 +547,12 @@ def _progress(args: argparse.Namespace) -> bool | Callable[[Any], None]:
 def run(args: argparse.Namespace) -> None:
     """Quantize, write, print."""
     recipe = _check(args)
-    started = time.perf_counter()
-    with quiet_transformers():
+    began = time.perf_counter()
+    with quiet_transformers(), _joined(args):
         result, facts = _quantize(args, recipe)
-    seconds, info = time.perf_counter() - started, result.checkpoint
+    seconds, info = time.perf_counter() - began, result.checkpoint
+    if info is None:
+        return  # one of several processes, of which the first writes and tells
     load = _load_lines(result.model, info, facts)
     if args.quiet and args.json != "-":
         print(info.directory)
@@ -596,6 +600,24 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
+@contextlib.contextmanager
+def _joined(args: argparse.Namespace) -> Iterator[None]:
+    """Join the other processes, if torchrun started this one."""
+    from ptqkit.hf.quantization.processes import launched, own_device, started
+
+    args.distributed = launched()
+    if not args.distributed:
+        yield
+        return
+    if args.stream:
+        raise UsageError("--stream is for one process: leave it out, or start without torchrun")
+    args.stream = False
+    if args.device in ("auto", "cuda"):
+        args.device = own_device()
+    with started():
+        yield
+
+
 def _quantize(args: argparse.Namespace, recipe: Recipe) -> tuple[Any, dict[str, str]]:
     """Load, quantize and write; returns the result and what is known about the model."""
     from ptqkit.hf import quantize
@@ -625,6 +647,7 @@ def _quantize(args: argparse.Namespace, recipe: Recipe) -> tuple[Any, dict[str, 
             checkpoint_format=args.format,
             overwrite=args.overwrite,
             stored_dtype=facts["stored_dtype"] if args.dtype == "auto" else None,
+            distributed=args.distributed,
         )
     return result, {**facts, "written_dtype": result.stored_dtype}
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import resource
 import signal
 import time
 import traceback
 import warnings
+from pathlib import Path
 
 import torch
 
 from ptqkit.hf.quantization.driver import quantize
 
-__all__ = ["killed_after", "killed_at", "quantize_stored"]
+__all__ = ["in_limited_memory", "killed_after", "killed_at", "quantize_stored"]
 
 
 def quantize_stored(folder, out, ids, options):
     """Quantize the model of a folder block by block."""
-    quantize(folder, "reference", ids, out_dir=out, stream=True, progress=False, **options)
+    options = {"stream": True, "progress": False, **options}
+    quantize(folder, "reference", ids, out_dir=out, **options)
 
 
 def _fork(work):
@@ -70,3 +75,20 @@ def killed_after(seconds, function, *args):
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
     return _code(pid)
+
+
+def in_limited_memory(size, function, *args):
+    """Run a function in a process whose data may grow by ``size`` bytes; return its exit code.
+
+    Mapped files that are not written to do not count. The first call of everything has been in
+    this process, so that libraries and their buffers are there already.
+    """
+
+    def work():
+        ctypes.CDLL(None).malloc_trim(0)
+        status = Path("/proc/self/status").read_text()
+        data = int(re.search(r"VmData:\s+(\d+)", status)[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (data + size, data + size))
+        function(*args)
+
+    return os.waitstatus_to_exitcode(os.waitpid(_fork(work), 0)[1])

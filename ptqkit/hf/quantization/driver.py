@@ -19,7 +19,7 @@ from ptqkit._folders import resolve
 from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import Problems, UsageError, check_choice
+from ptqkit.errors import Problems, UnsupportedModuleError, UsageError, check_choice
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.checkpoint.stored_model import StoredModel
@@ -33,6 +33,7 @@ from ptqkit.hf.quantization.inspection import Inspection, inspect_model
 from ptqkit.hf.quantization.mixed_bits import choose_bits
 from ptqkit.hf.quantization.opening import open_model, reopen
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
+from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
 from ptqkit.hf.quantization.state import RunState, check_room, state_folder
@@ -49,7 +50,7 @@ from ptqkit.hf.quantization.streamed import (
 from ptqkit.hf.quantization.tune import prepare_tuning, tune_prepared
 from ptqkit.hf.quantization.tuning import TuningOptions, TuningReport
 from ptqkit.nn.activations import ActivationQuantizer
-from ptqkit.nn.forward import forget_compiled
+from ptqkit.nn.forward import device_of, forget_compiled
 from ptqkit.nn.linear import LinearView
 from ptqkit.recipe import as_recipe
 from ptqkit.recipe.options import check_names
@@ -174,6 +175,7 @@ def quantize(
     stored_dtype: str | torch.dtype | None = None,
     requantize: bool = False,
     stream: bool | None = None,
+    distributed: bool = False,
     **changes: Any,
 ) -> QuantizationResult:
     """Quantize the linear layers of a model in place, in one forward pass over calibration data.
@@ -232,6 +234,10 @@ def quantize(
         bit for bit. By default if the model does not fit into memory. It needs ``out_dir``;
         ``memory_budget`` is then of all that the run needs; of the result, ``model`` is on the meta
         device and ``matrices`` is empty (:func:`ptqkit.hf.read_matrices` reads them).
+    distributed : bool
+        Share the batches and the solving with the other processes of the default group of
+        ``torch.distributed``, which make the same call. All return the same codes; the first one
+        alone writes ``out_dir``. ``memory_budget`` is of one process.
 
     Raises
     ------
@@ -275,7 +281,9 @@ def quantize(
     slow = slow_arithmetic(model)
     for text in slow:
         warnings.warn(text, stacklevel=2)
-    options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
+    processes = _processes(distributed, model, stored)
+    shown = make_progress(progress if processes is None or processes.rank == 0 else False)
+    options = RunOptions(threads, diagnostics, on_error, shown, processes)
     inspection: dict[str, Any] = {
         "problems": problems,
         "written": written,
@@ -316,7 +324,7 @@ def quantize(
     if result.activations and (outer is not model or is_compiled(model)):
         forget_compiled()
     result.tokenizer = tokenizer
-    if out_dir is not None:
+    if out_dir is not None and (processes is None or processes.rank == 0):
         with _carrying(result):
             result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
     return result
@@ -361,6 +369,9 @@ def _quantize_inspected(
     if recipe.bits_budget is not None:
         mixed = choose_bits(model, recipe, found, options.threads)
         recipe, found, losses = mixed.recipe, mixed.inspection, mixed.losses
+    if options.processes is not None:
+        found = _own_share(found, options.processes)
+        plan = options.processes.first(plan)
     run = QuantizationRun(model, recipe, found, plan, options, equalized)
     if losses:
         run.report.rounding_losses = losses
@@ -393,6 +404,30 @@ def _opened(
         given = repr(model) if isinstance(model, str) else type(model).__name__
         raise TypeError(f"model must be a torch.nn.Module or a folder that exists, not {given}")
     return model, None, tokenizer, stored_dtype
+
+
+def _processes(distributed: bool, model: nn.Module, stored: StoredModel | None) -> Processes | None:
+    if not distributed:
+        return None
+    if stored is not None:
+        raise UsageError(
+            "a model that is streamed from its files is quantized by one process: give "
+            "distributed=False, or stream=False if it fits into memory"
+        )
+    return Processes(device_of(model))
+
+
+def _own_share(found: Inspection, processes: Processes) -> Inspection:
+    """Return an inspection with the batches of this process alone."""
+    if found.calibration is None:
+        return found
+    if found.experts:
+        raise UnsupportedModuleError(
+            f"{next(iter(found.experts))} routes tokens to experts, which are counted in one "
+            "process: give distributed=False, or start without torchrun"
+        )
+    batches = processes.share(found.calibration.batches)
+    return replace(found, calibration=replace(found.calibration, batches=batches))
 
 
 def _quantize_stored(

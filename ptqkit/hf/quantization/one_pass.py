@@ -72,6 +72,7 @@ def one_pass_groups(work: Work) -> Steps:
                 with originals.in_place(waiting):
                     reason = _step(floats, current)
                 reason = reason or _step(coroutines, current) or _met(coroutines + floats, group)
+                reason = work.agree(reason)
                 if reason is not None:
                     return reason
                 pages.release()
@@ -169,4 +170,6 @@ def _moments(
         for coroutine in [*coroutines, *floats]:
             assert coroutine.value is not None
             coroutine.keys[work.group_of[group[0]]] = tensor_key(coroutine.value)
-    return found.finish()
+    moments = work.finish(found)
+    assert moments is not None  # every process has batches
+    return moments

@@ -99,13 +99,12 @@ def _moments(
         work.note_routed(group, found[group[0]])
     _pool(work, recorded, wave, found)
     return [
-        CalibrationError(
+        work.finish(each)
+        or CalibrationError(
             f"{name} saw no token of the calibration data: give more data, or leave it float "
             "with an override 'skip'"
         )
-        if found[name].empty
-        else found[name].finish()
-        for name in found
+        for name, each in found.items()
     ]
 
 
@@ -180,6 +179,10 @@ def _in_order(
         for index in range(len(work.batches)):
             seen.clear()
             recorded.forward(index, stop_after=block)
+    if work.processes is not None:
+        for other in work.processes.gather(earlier):
+            for name, names in other.items():
+                earlier[name] |= names
     ordered: list[list[str]] = []
     while waiting:
         ready = [n for n in waiting if not earlier[n] & waiting.keys()] or list(waiting)

@@ -27,6 +27,7 @@ from ptqkit.hf.quantization.memory import peak_memory
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.one_pass import one_pass_groups
 from ptqkit.hf.quantization.plan import Plan, only_one_pass
+from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.replay import replay_groups
 from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
 from ptqkit.hf.quantization.solve import LayerResult, solve_group
@@ -79,6 +80,7 @@ class RunOptions:
     diagnostics: bool = True
     on_error: str = "raise"
     progress: Progress | None = None
+    processes: Processes | None = None
     start: float = field(default_factory=time.perf_counter)
 
 
@@ -181,6 +183,7 @@ class QuantizationRun:
             found.stream.writers,
             found.experts,
             self.plan.experts_at_once,
+            processes=self.options.processes,
         )
         reason: str | None = self.plan.reason
         with calibration_mode(self.model):
@@ -251,7 +254,11 @@ class QuantizationRun:
     ) -> None:
         """Quantize some of the layers that share an input, and report them."""
         solved = solve_group(
-            part, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
+            part,
+            moments,
+            threads=self.options.threads,
+            diagnostics=self.options.diagnostics,
+            processes=self.options.processes,
         )
         rows = sum(t.view.shape[0] for t in members)
         for target in part:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ptqkit.arrays.targets import target_weights
 from ptqkit.hf.models.dtypes import dtype_name
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
+from ptqkit.hf.quantization.processes import Processes
 from ptqkit.nn.matrix_solver import quantize_matrix
 from ptqkit.nn.on_grid import dequantize, row_blocks, rtn_on_grid
 from ptqkit.recipe.recipe import Recipe
@@ -66,6 +68,7 @@ def solve_group(
     *,
     threads: int = 0,
     diagnostics: bool = True,
+    processes: Processes | None = None,
 ) -> dict[str, LayerResult]:
     """Quantize all layers fed by one tensor; nothing is written to the model.
 
@@ -80,6 +83,8 @@ def solve_group(
     threads : int
     diagnostics : bool
         Also compute what the report shows in addition to the objective.
+    processes : Processes, optional
+        Others with equal targets and moments, each of which solves some of the rows.
     """
     stacks: list[tuple[Recipe, list[Target]]] = []
     for target in targets:
@@ -100,7 +105,9 @@ def solve_group(
         shared = len(stacks) > 1 or moments.drift is not None
         if shared and source is not None and options.method == "gptq":
             source = _factor(factors, source, options, threads, name)
-        solved.update(_solve_stack(stack, options, name, source, moments, threads, diagnostics))
+        solved.update(
+            _solve_stack(stack, options, name, source, moments, threads, diagnostics, processes)
+        )
     return solved
 
 
@@ -129,37 +136,54 @@ def _solve_stack(
     moments: Moments,
     threads: int,
     diagnostics: bool,
+    processes: Processes | None = None,
 ) -> dict[str, LayerResult]:
     """Quantize layers as one matrix; ``source`` is H or its factor."""
     start = begin = time.perf_counter()
     parts = [t.view.read() for t in stack]
     weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
     del parts
-    instead = ""
-    if moments.drift is not None:
-        weight, instead = _target(weight, stack[0].name, options, source, moments, threads, name)
-        start = time.perf_counter()
-    matrix = quantize_matrix(
-        weight,
-        source,
-        options,
-        threads=threads,
-        compare_rtn=None if diagnostics else False,
-        name=name,
-    )
-    dequantized = dequantize(matrix)
-    shift = None
-    if options.bias_correction:
-        shift = bias_correction(weight, dequantized, moments.ranges.mean)
-    middle = time.perf_counter()
-    extra = None
-    if diagnostics:
-        extra = _diagnose(weight, dequantized, matrix, moments.hessian)
+    count, instead = len(weight), ""
+    if options.per_tensor:
+        processes = None  # one scale for all rows
+    if processes is not None:
+        rows = processes.rows(count)
+        weight = weight[rows]
+        residual = moments.residuals.get(stack[0].name)
+        if residual is not None:
+            part = residual.rows(rows.start, rows.stop)
+            moments = replace(moments, residuals={stack[0].name: part})
+    with contextlib.nullcontext() if processes is None else processes.together():
+        if moments.drift is not None:
+            layer = stack[0].name
+            weight, instead = _target(weight, layer, options, source, moments, threads, name)
+            start = time.perf_counter()
+        matrix = quantize_matrix(
+            weight,
+            source,
+            options,
+            threads=threads,
+            compare_rtn=None if diagnostics else False,
+            name=name,
+        )
+        dequantized = dequantize(matrix)
+        shift = None
+        if options.bias_correction:
+            shift = bias_correction(weight, dequantized, moments.ranges.mean)
+        middle = time.perf_counter()
+        extra = None
+        if diagnostics:
+            extra = _diagnose(weight, dequantized, matrix, moments.hessian)
+    if processes is not None:
+        matrix = processes.join_matrix(matrix, count)
+        dequantized = dequantize(matrix)
+        shift = None if shift is None else processes.join(shift, count)
+        extra = extra and {key: processes.join(v, count) for key, v in extra.items()}
     end = time.perf_counter()
     results, row = {}, 0
     for target in stack:
         rows = slice(row, row + target.view.shape[0])
-        share = target.view.shape[0] / len(weight)
+        share = target.view.shape[0] / count
         own = matrix.rows(rows.start, rows.stop)
         result = LayerResult(own, dequantized[rows], share * (middle - start), own.objective)
         result.seconds_propagation = share * (start - begin)

@@ -11,7 +11,9 @@ from torch import nn
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
+from ptqkit.hf.quantization.processes import Processes, SharedMoments
 from ptqkit.nn.experts import ExpertLinears
+from ptqkit.nn.forward import device_of
 
 __all__ = ["Steps", "Work"]
 
@@ -44,6 +46,8 @@ class Work:
         Experts whose moments replay accumulates in one forward pass.
     done : set of str
         Layers whose turn is over, quantized or failed.
+    processes : Processes, optional
+        Others that run other batches.
     """
 
     model: nn.Module
@@ -56,6 +60,7 @@ class Work:
     experts: Mapping[str, ExpertLinears] = field(default_factory=dict)
     experts_at_once: int = 1
     done: set[str] = field(default_factory=set)
+    processes: Processes | None = None
 
     def __post_init__(self) -> None:
         self.masks = self.calibration.masks()
@@ -80,7 +85,21 @@ class Work:
     def accumulator(self, group: list[str]) -> MomentAccumulator:
         """Return an empty accumulator for the inputs of a group."""
         needs_ranges = any(target.options.needs_ranges for target in self.members(group))
-        return MomentAccumulator(group[0], needs_ranges, self.writer(group))
+        if self.processes is None:
+            return MomentAccumulator(group[0], needs_ranges, self.writer(group))
+        on_host = device_of(self.model).type == "cpu"
+        return SharedMoments(group[0], needs_ranges, self.writer(group), on_host)
+
+    def agree(self, reason: str | None) -> str | None:
+        """Return a reason not to go on that this process has, or another one."""
+        return reason if self.processes is None else self.processes.agree(reason)
+
+    def finish(self, found: MomentAccumulator) -> Moments | Exception | None:
+        """Return the moments of all batches, the error that prevents them, or None if none came."""
+        if self.processes is None or not isinstance(found, SharedMoments):
+            return None if found.empty else found.finish()
+        found.close()
+        return self.processes.reduce(found)
 
     def expert(self, group: list[str]) -> tuple[ExpertLinears, int, bool] | None:
         """Return module and number of the expert of a group, and whether the layer is its last."""

@@ -6,12 +6,13 @@ import json
 import os
 import random
 import signal
+import sys
 
 import pytest
 import torch
 import transformers
 from helpers.driver_models import build, padded_batches, tokens
-from helpers.stream_calls import killed_after, killed_at, quantize_stored
+from helpers.stream_calls import in_limited_memory, killed_after, killed_at, quantize_stored
 
 from ptqkit import ActivationQuantization
 from ptqkit.errors import PreflightError, UsageError
@@ -167,6 +168,34 @@ def test_models_on_the_meta_device_are_streamed_from_their_folder(tmp_path):
     offloaded.name_or_path = ""
     with pytest.raises(PreflightError, match="the folder of the model is not known"):
         quantize(offloaded, "reference", tokens(), out_dir=tmp_path / "x", progress=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of data are Linux's")
+def test_a_model_four_times_the_limit_of_the_process(tmp_path):
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=28,
+        num_attention_heads=4,
+        vocab_size=64,
+        max_position_embeddings=32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    size = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
+    limit = size // 4
+    few = {"*": "skip", "*.down_proj": {}}
+    options = {**OPTIONS, "overrides": few, "diagnostics": False}
+    quantize_stored(make(tmp_path / "tiny"), tmp_path / "first", tokens(), options)
+    bounded = {**options, "memory_budget": limit}
+    args = (tmp_path / "model", tmp_path / "out", tokens(), bounded)
+    assert in_limited_memory(limit, quantize_stored, *args) == 0
+    held = {**options, "stream": False}
+    args = (tmp_path / "model", tmp_path / "memory", tokens(), held)
+    assert in_limited_memory(limit, quantize_stored, *args) != 0, "the limit does not hold"
+    quantize_stored(*args)
+    assert files(tmp_path / "out") == files(tmp_path / "memory")
 
 
 def test_killed_before_a_file_operation_and_resumed(tmp_path):

@@ -1,0 +1,313 @@
+"""Several processes that quantize one model: shares of the data, of the solving, and one result.
+
+Every process holds the model and runs its share of the batches. The moments of a group are added up
+over all of them in float64, and the rows of its matrices, which depend on the moments and on
+themselves alone, are shared out and put together again, so that all processes go on with equal
+weights. What one of them meets (an error, a batch that cannot go on) all learn of before they wait
+for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ptqkit.arrays.drift import Drift
+from ptqkit.arrays.hessian import Hessian
+from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.arrays.ranges import ChannelRanges
+from ptqkit.errors import LAYER_FAILURES, CalibrationError, UsageError
+from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
+
+__all__ = ["TIMEOUT", "Processes", "SharedMoments", "launched", "own_device", "started"]
+
+TIMEOUT = 1800
+"""Seconds for which a process waits for the others."""
+
+# A process with fewer rows of a stack than this has more to wait for than to do.
+_FEWEST_ROWS = 16
+# Names of sums next to those of layers.
+_HESSIAN, _DRIFT = "/hessian", "/drift"
+
+T = TypeVar("T")
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, has started this process.
+
+    A single process of torchrun counts: its codes are those of several.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    several = os.environ.get("WORLD_SIZE") != "1" or "TORCHELASTIC_RUN_ID" in os.environ
+    return several and all(name in os.environ for name in names)
+
+
+def own_device() -> str:
+    """Return the device of this process: a GPU of its own on its host, if there are any."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+@contextlib.contextmanager
+def started(timeout: float = TIMEOUT) -> Iterator[None]:
+    """Join the processes that torchrun has started: gloo on hosts, NCCL on GPUs.
+
+    Raises
+    ------
+    ConnectionError
+        If not all of them come within the timeout.
+    """
+    import torch.distributed as dist
+
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(own_device())
+    with _telling(timeout):
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _telling(timeout: float) -> Iterator[None]:
+    """Say in one line that the others are gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConnectionError(
+            "another process of this run has ended, or has not answered for "
+            f"{timeout:.0f} seconds: its own message says why ({reason})"
+        ) from error
+
+
+class Processes:
+    """The processes of the default group of ``torch.distributed``.
+
+    Attributes
+    ----------
+    rank, size : int
+
+    Raises
+    ------
+    UsageError
+        If there is no group.
+    """
+
+    def __init__(self, device: torch.device, timeout: float = TIMEOUT) -> None:
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise UsageError(
+                "distributed=True needs the processes of torchrun and a process group: call "
+                "torch.distributed.init_process_group first"
+            )
+        self._dist, self._timeout = dist, timeout
+        self._device = device if device.type == "cuda" else torch.device("cpu")
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def share(self, batches: Sequence[T]) -> list[T]:
+        """Return the batches of this process: runs of neighbours, as even as possible.
+
+        Raises
+        ------
+        CalibrationError
+            If there are fewer batches than processes.
+        """
+        if len(batches) < self.size:
+            raise CalibrationError(
+                f"{self.size} processes share {len(batches)} batches, so some would have no data: "
+                "start fewer processes, lower batch_size or raise samples"
+            )
+        bounds = [i * len(batches) // self.size for i in range(self.size + 1)]
+        return list(batches[bounds[self.rank] : bounds[self.rank + 1]])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in the order of their ranks."""
+        found: list[Any] = [None] * self.size
+        with _telling(self._timeout):
+            self._dist.all_gather_object(found, value)
+        return found
+
+    def first(self, value: T) -> T:
+        """Return the value of the first process."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def agree(self, reason: str | None) -> str | None:
+        """Return the first reason that a process has, or None if none has one."""
+        return next((r for r in self.gather(reason) if r is not None), None)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise the failure of a layer in all processes if one raises it."""
+        error: Exception | None = None
+        try:
+            yield
+        except LAYER_FAILURES as failure:
+            error = failure
+        told = self.agree(None if error is None else str(error))
+        if error is not None:
+            raise error
+        if told is not None:
+            raise ValueError(told)
+
+    def rows(self, count: int) -> slice:
+        """Return the rows of a matrix that this process solves; all if they are few."""
+        if count < _FEWEST_ROWS * self.size:
+            return slice(0, count)
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def join(self, own: np.ndarray, count: int) -> np.ndarray:
+        """Put rows together that :meth:`rows` has shared out; ``own`` are those of this process."""
+        if count < _FEWEST_ROWS * self.size:
+            return own
+        bounds = [i * count // self.size for i in range(self.size + 1)]
+        lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        padded = torch.zeros((max(lengths), *own.shape[1:]), dtype=torch.from_numpy(own).dtype)
+        padded[: len(own)] = torch.from_numpy(np.ascontiguousarray(own))
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        with _telling(self._timeout):
+            self._dist.all_gather(parts, padded)
+        return np.concatenate([p[:n].numpy() for p, n in zip(parts, lengths, strict=True)])
+
+    def join_matrix(self, own: QuantizedMatrix, count: int) -> QuantizedMatrix:
+        """Put a quantized matrix together from the rows of all processes."""
+        objectives = own.row_objectives
+        return replace(
+            own,
+            codes=self.join(own.codes, count),
+            scales=self.join(own.scales, count),
+            zero_points=self.join(own.zero_points, count),
+            row_objectives=None
+            if objectives is None
+            else np.ascontiguousarray(self.join(np.ascontiguousarray(objectives.T), count).T),
+            rtn_objectives=None
+            if own.rtn_objectives is None
+            else self.join(own.rtn_objectives, count),
+        )
+
+    def reduce(self, own: SharedMoments) -> Moments | Exception | None:
+        """Add up the moments of all processes; ``own`` are of this process's batches.
+
+        Returns
+        -------
+        Moments, Exception or None
+            The first error that a process has; None if none has seen a token.
+        """
+        about = self.gather(own.describe())
+        errors = [text for text, _ in about if text is not None]
+        if errors:
+            return own.error or CalibrationError(errors[0])
+        shapes: dict[str, tuple[int, int]] = {}
+        for _, found in about:
+            shapes |= {name: shape for name, shape in found.items() if name not in shapes}
+        if not shapes:
+            return None
+        tokens = sum(self.gather(own.tokens))
+        means = {name: self._mean(own.sums.get(name), shapes[name], tokens) for name in shapes}
+        hessian = means.pop(_HESSIAN)
+        drift = means.pop(_DRIFT, None)
+        ranges = [r for r in self.gather(own.ranges) if r is not None]
+        for other in ranges[1:]:
+            ranges[0].merge(other)
+        return Moments(
+            Hessian.from_matrix(hessian, tokens) if tokens else Hessian(len(hessian)),
+            None if drift is None else Drift.from_matrix(drift, tokens),
+            {name: Drift.from_matrix(mean, tokens) for name, mean in means.items()},
+            ranges[0] if ranges else None,
+            own.seconds,
+            own.seconds_drift,
+        )
+
+    def _mean(self, own: torch.Tensor | None, shape: tuple[int, int], tokens: int) -> np.ndarray:
+        """Return the mean over all tokens in float32, added up in float64."""
+        total = torch.zeros(shape, dtype=torch.float64) if own is None else own
+        total = total.to(self._device)
+        with _telling(self._timeout):
+            self._dist.all_reduce(total)
+        return (total / max(1, tokens)).float().cpu().numpy()
+
+
+class SharedMoments(MomentAccumulator):
+    """Moments of the batches of one process, for :meth:`Processes.reduce`.
+
+    On the host every batch has sums of its own in float32, which are added up in float64: there
+    the order, and so which process had which batch, changes hardly any last bit of the rounded
+    mean. On a GPU the batches of a process are added up in float32 where they are.
+
+    Parameters
+    ----------
+    name, needs_ranges, writer
+        As for :class:`~ptqkit.hf.quantization.moments.MomentAccumulator`.
+    by_batch : bool
+        Whether every batch has sums of its own.
+    """
+
+    def __init__(self, name: str, needs_ranges: bool, writer: str | None, by_batch: bool) -> None:
+        super().__init__(name, needs_ranges, writer)
+        self._by_batch = by_batch
+        self._current: MomentAccumulator | None = None
+        self.tokens = 0
+        self.sums: dict[str, torch.Tensor] = {}
+        self.ranges: ChannelRanges | None = None
+        self.seconds = self.seconds_drift = 0.0
+
+    def add(
+        self,
+        value: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        mask: torch.Tensor | None,
+        floats: torch.Tensor | None = None,
+        streams: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Add one batch's input of the layer."""
+        if self._current is None:
+            self._current = MomentAccumulator(self.name, self.needs_ranges, self.writer)
+        self._current.add(value, batch, mask, floats, streams)
+        if self._by_batch:
+            self.close()
+
+    def close(self) -> None:
+        """Add what the last batches gave to the sums."""
+        current, self._current = self._current, None
+        if current is None or self.error is not None:
+            return
+        found = current.finish()
+        if isinstance(found, Exception):
+            self.error = found
+            return
+        self.seconds += found.seconds
+        self.seconds_drift += found.seconds_drift
+        parts = {_HESSIAN: found.hessian, _DRIFT: found.drift, **found.residuals}
+        for name, part in parts.items():
+            if part is not None:
+                self._add(name, part)
+        self.tokens += found.tokens
+        if self.ranges is None:
+            self.ranges = found.ranges
+        elif found.ranges is not None:
+            self.ranges.merge(found.ranges)
+
+    def _add(self, name: str, part: Any) -> None:
+        rows = part.in_features if name == _HESSIAN else part.features
+        if name not in self.sums:
+            self.sums[name] = torch.zeros((rows, part.in_features), dtype=torch.float64)
+        if part.tokens:
+            self.sums[name].add_(torch.from_numpy(np.array(part.matrix)), alpha=part.tokens)
+
+    def describe(self) -> tuple[str | None, dict[str, tuple[int, int]]]:
+        """Return the text of an error, and the shapes of the sums."""
+        shapes = {name: (total.shape[0], total.shape[1]) for name, total in self.sums.items()}
+        return (None if self.error is None else str(self.error)), shapes
