@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["BATCH_SIZE", "FORWARD_BATCH_SIZE", "LONGEST_LINE", "SAMPLES", "SEQUENCE_LENGTH"]
+__all__ = [
+    "BATCH_SIZE",
+    "FORWARD_BATCH_SIZE",
+    "LONGEST_LINE",
+    "SAMPLES",
+    "SEQUENCE_LENGTH",
+    "TUNE_STEPS",
+]
 
 SAMPLES = 128
 """Windows of calibration text, as many as in the GPTQ paper."""
@@ -18,3 +25,6 @@ FORWARD_BATCH_SIZE = 8
 
 LONGEST_LINE = 1 << 28
 """Characters of a line of a .jsonl file: a compressed one may expand without end."""
+
+TUNE_STEPS = 150
+"""Steps in which scales, gains and biases learn."""

@@ -71,11 +71,11 @@ MODELS: dict[str, tuple[str | None, Callable[[Path], tuple[list[str], str]], int
 }
 
 
-def load_case(name: str, data: Path, windows: int) -> Case:
+def load_case(name: str, data: Path, windows: int, device: str = "cpu") -> Case:
     """Load a model and cut its test text into windows at equal distances."""
     folder, texts, length = MODELS[name]
     path = demo.MODEL_DIR if folder is None else data / folder
-    model, tokenizer, facts = load_model(path, "float32", "cpu")
+    model, tokenizer, facts = load_model(path, "float32", device)
     calibration, test = texts(data)
     start = start_token_id(tokenizer, "auto")
     head = [] if start is None else [start]

@@ -4,14 +4,19 @@
 
 Writes `windows.csv`, a row per model, grid, recipe, draw and test window with the summed negative
 log-likelihood (draw -1: the float model), and `runs.csv` with times and objectives. Cells that are
-in both files already are left alone. `benchmarks.accuracy.tables` makes the tables.
+in both files already are left alone; with `--processes` several are measured at once, each on one
+thread. `benchmarks.accuracy.tables` makes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "quality, QEP 0.5": ("quality", {"error_propagation": 0.5}),
     "quality, refit": ("quality", {"refit_rounds": 2}),
     "best": ("best", {}),
+    "best, tuned": ("best", {"tune": 150}),
+    "quality, tuned": ("quality", {"tune": 150}),
     "best, alpha 0.75": ("best", {"error_propagation": 0.75, "residual_propagation": 0.75}),
     "qronos": ("reference", {"error_propagation": 1.0, "target": "qronos", "order": "act",
                              "static_groups": True}),
@@ -48,10 +55,10 @@ RUNS = ("model", "grid", "recipe", "draw", "seconds", "seconds_solve", "objectiv
 def window_losses(model: Any, windows: torch.Tensor, batch: int = 8) -> list[float]:
     """Return the summed negative log-likelihood of each window."""
     losses = []
-    for rows in windows.split(batch):
+    for rows in windows.to(model.device).split(batch):
         logits = model(rows, use_cache=False).logits[:, :-1].float()
         each = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-        losses += each.reshape(len(rows), -1).double().sum(1).tolist()
+        losses += each.reshape(len(rows), -1).double().sum(1).cpu().tolist()
     return losses
 
 
@@ -100,41 +107,71 @@ def measure(
     return facts, window_losses(case.model, case.windows)
 
 
-def study(name: str, args: argparse.Namespace, windows: Table, runs: Table) -> None:
-    """Measure all cells of a model that are not there yet."""
-    case = load_case(name, args.data, args.windows)
-    if (name, "", "float", "-1") not in windows.seen:
-        losses = window_losses(case.model, case.windows)
-        windows.add(
-            (name, "", "float", -1, i, f"{v:.4f}", case.scored) for i, v in enumerate(losses)
+@dataclass(frozen=True)
+class Cells:
+    """Recipes to measure on one model, grid and draw; draw -1 is the float model."""
+
+    model: str
+    grid: str
+    draw: int
+    recipes: tuple[str, ...]
+    data: Path
+    samples: int
+    windows: int
+    device: str
+
+
+@cache
+def prepared(model: str, data: Path, windows: int, device: str) -> tuple[Case, FloatWeights]:
+    """Load a model once per process."""
+    case = load_case(model, data, windows, device)
+    return case, FloatWeights(case.model)
+
+
+def study(cells: Cells) -> list[tuple[tuple[str, ...], list[Any], list[float], int]]:
+    """Measure cells; returns key, facts, losses and scored tokens of each."""
+    case, floats = prepared(cells.model, cells.data, cells.windows, cells.device)
+    if cells.draw < 0:
+        key = (cells.model, "", "float", "-1")
+        floats.restore()
+        return [(key, [], window_losses(case.model, case.windows), case.scored)]
+    batches = prepare_calibration(
+        case.calibration,
+        case.tokenizer,
+        samples=cells.samples,
+        sequence_length=case.sequence_length,
+        seed=cells.draw,
+    ).batches
+    found = []
+    for recipe in cells.recipes:
+        preset, changes = RECIPES[recipe]
+        options = {**GRIDS[cells.grid], **changes}
+        if options["group_size"] is not None:
+            sizes = NEAREST.get(cells.model, {}).items()
+            options["overrides"] = {k: {"group_size": size} for k, size in sizes}
+        facts, losses = measure(case, floats, batches, preset, options)
+        found.append(
+            ((cells.model, cells.grid, recipe, str(cells.draw)), facts, losses, case.scored)
         )
-    floats = FloatWeights(case.model)
-    for draw in range(args.draws):
-        batches = None
-        for grid in args.grid or GRIDS:
-            for recipe in args.recipe or RECIPES:
-                key = (name, grid, recipe, str(draw))
-                if key in windows.seen and key in runs.seen:
-                    continue
-                if batches is None:
-                    batches = prepare_calibration(
-                        case.calibration,
-                        case.tokenizer,
-                        samples=args.samples,
-                        sequence_length=case.sequence_length,
-                        seed=draw,
-                    ).batches
-                preset, changes = RECIPES[recipe]
-                options = {**GRIDS[grid], **changes}
-                if options["group_size"] is not None:
-                    sizes = NEAREST.get(name, {}).items()
-                    options["overrides"] = {k: {"group_size": size} for k, size in sizes}
-                facts, losses = measure(case, floats, batches, preset, options)
-                runs.add([(*key, *facts)])
-                rows = ((*key, i, f"{v:.4f}", case.scored) for i, v in enumerate(losses))
-                windows.add(rows)
-                value = torch.tensor(losses).sum() / (len(losses) * case.scored)
-                print(*key, *facts, f"{value.exp():.4f}", sep=" | ", flush=True)
+    return found
+
+
+def missing(args: argparse.Namespace, windows: Table, runs: Table) -> Iterator[Cells]:
+    """Yield what is not there yet, the longest first."""
+    common = (args.data, args.samples, args.windows, args.device)
+    for name in reversed(args.model or list(MODELS)):
+        if (name, "", "float", "-1") not in windows.seen:
+            yield Cells(name, "", -1, (), *common)
+        for draw in range(args.draws):
+            for grid in args.grid or GRIDS:
+                keys = {r: (name, grid, r, str(draw)) for r in args.recipe or RECIPES}
+                recipes = tuple(
+                    r for r, key in keys.items() if not (key in windows.seen and key in runs.seen)
+                )
+                each = (
+                    [(r,) for r in recipes] if args.processes > 1 else [recipes] if recipes else []
+                )
+                yield from (Cells(name, grid, draw, part, *common) for part in each)
 
 
 def main() -> None:
@@ -147,13 +184,31 @@ def main() -> None:
     p.add_argument("--draws", type=int, default=3, help="calibration seeds")
     p.add_argument("--samples", type=int, default=64, help="calibration windows")
     p.add_argument("--windows", type=int, default=48, help="test windows")
+    p.add_argument("--processes", type=int, default=1, help="cells at once, a thread each")
+    p.add_argument("--device", default="cpu")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     windows, runs = (
         Table(args.out / f"{n}.csv", c) for n, c in (("windows", WINDOWS), ("runs", RUNS))
     )
-    for name in args.model or MODELS:
-        study(name, args, windows, runs)
+    todo = list(missing(args, windows, runs))
+    if args.processes == 1:
+        note(map(study, todo), windows, runs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.processes, torch.set_num_threads, (1,)) as pool:
+        note(pool.imap_unordered(study, todo), windows, runs)
+
+
+def note(found: Any, windows: Table, runs: Table) -> None:
+    """Write cells as they come."""
+    for cells in found:
+        for key, facts, losses, scored in cells:
+            if facts:
+                runs.add([(*key, *facts)])
+            windows.add((*key, i, f"{v:.4f}", scored) for i, v in enumerate(losses))
+            value = torch.tensor(losses).sum() / (len(losses) * scored)
+            print(*key, *facts, f"{value.exp():.4f}", sep=" | ", flush=True)
 
 
 if __name__ == "__main__":

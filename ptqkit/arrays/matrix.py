@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -10,7 +11,14 @@ import numpy as np
 from ptqkit._repr import one_line_repr
 from ptqkit.errors import check_choice
 
-__all__ = ["GRID_METHODS", "SCALE_TYPES", "QuantizedMatrix", "WeightGrid", "parse_bits"]
+__all__ = [
+    "GRID_METHODS",
+    "SCALE_TYPES",
+    "QuantizedMatrix",
+    "WeightGrid",
+    "parse_bits",
+    "stack_rows",
+]
 
 TERNARY_BITS = float(np.log2(3.0))
 GRID_METHODS = {"minmax": 0, "mse": 1, "hessian": 2}  # ptq_grid_method
@@ -195,3 +203,41 @@ class QuantizedMatrix:
             else self.row_objectives[:, start:stop],
             rtn_objectives=None if self.rtn_objectives is None else self.rtn_objectives[start:stop],
         )
+
+
+def stack_rows(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """Put matrices that were solved apart, each under an H of its own, on top of each other.
+
+    Dead inputs add up, and the damping is the largest. Objectives are kept if all have them.
+
+    Raises
+    ------
+    ValueError
+        If their grids or the groups of their inputs differ.
+    """
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    for other in matrices[1:]:
+        if other.grid != first.grid or not np.array_equal(other.g_idx, first.g_idx):
+            raise ValueError("matrices with different grids or groups of inputs cannot be stacked")
+    histories = [m.row_objectives for m in matrices]
+    nearest = [m.rtn_objectives for m in matrices]
+    return QuantizedMatrix(
+        np.concatenate([m.codes for m in matrices]),
+        np.concatenate([m.scales for m in matrices]),
+        np.concatenate([m.zero_points for m in matrices]),
+        first.g_idx,
+        first.grid,
+        row_objectives=_joined(histories, axis=1),
+        rtn_objectives=_joined(nearest, axis=0),
+        damping=max(m.damping for m in matrices),
+        damping_raised=max(m.damping_raised for m in matrices),
+        dead_inputs=sum(m.dead_inputs for m in matrices),
+    )
+
+
+def _joined(values: Sequence[np.ndarray | None], axis: int) -> np.ndarray | None:
+    """Return the arrays in one; None if one is missing."""
+    found = [v for v in values if v is not None]
+    return np.concatenate(found, axis=axis) if len(found) == len(values) else None

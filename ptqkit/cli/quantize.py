@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH
+from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH, TUNE_STEPS
 from ptqkit._places import claim_place
 from ptqkit._units import parse_bytes
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
@@ -46,9 +46,11 @@ Recipes:
   quality      (default) GPTQ: groups and their columns by decreasing activation power, grids
                searched under the Hessian, one coordinate-descent pass
   best         quality, each weight corrected for the errors made before it, scales fitted again to
-               their codes; twice the time, and twice the memory of the activations
+               their codes; twice the time, and twice the memory of the activations; with --tune
+               its scales, norm gains and biases then learn from the float model
   reference    GPTQ as published: natural order, min-max grids
   rtn          rounding to nearest; needs no text
+  obq          Optimal Brain Quantization, which GPTQ approximates: for small models
   aweq         W8A8: activation-weight equalization by the closed form, one scale per tensor, bias
                correction
   smoothquant  W8A8: SmoothQuant with alpha 0.5, one scale per tensor
@@ -72,6 +74,8 @@ examples:
   ptqkit quantize ./model --bits 4 --symmetric --calibration train.txt --out model-w4
   ptqkit quantize ./model --bits 3 --group-size 64 --calibration train.jsonl.gz \\
       --override '*.down_proj=bits:4,group_size:32' --override '*.0.*=skip' --out model-w3
+  ptqkit quantize ./model --recipe best --tune --bits 3 --group-size 64 \\
+      --calibration train.txt --out model-w3
   ptqkit quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
   ptqkit quantize ./model --recipe aweq --alpha search --calibration train.txt --out model-w8a8
   ptqkit quantize ./model --bits 4 --equalize awe --activations 8:token \\
@@ -90,7 +94,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, 'demo', or a name on the Hub")
     group = parser.add_argument_group("what to do")
-    group.add_argument("--method", choices=("gptq", "rtn"), help="default: gptq, or the recipe's")
+    group.add_argument(
+        "--method", choices=("gptq", "rtn", "obq"), help="default: gptq, or the recipe's"
+    )
     group.add_argument(
         "--bits",
         type=_bits,
@@ -194,6 +200,21 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "answer for the errors of the stream too (0: off)",
     )
     group.add_argument(
+        "--tune",
+        nargs="?",
+        type=_steps,
+        const=TUNE_STEPS,
+        metavar="STEPS",
+        help="afterwards let scales, norm gains and biases learn from the float model's logits, so "
+        f"many steps ({TUNE_STEPS} if no number follows; default: 0, or the recipe's)",
+    )
+    group.add_argument(
+        "--calibrate-on",
+        choices=("quantized", "float"),
+        help="inputs that each layer is fitted to: those after the quantized layers before it, or "
+        "the float model's (default: quantized)",
+    )
+    group.add_argument(
         "--scale-dtype",
         choices=("float32", "float16", "bfloat16"),
         help="dtype that holds the scales; default: that of the stored model",
@@ -243,6 +264,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "'name:config:split' of the package datasets. 'demo' has its own",
     )
     group.add_argument(
+        "--calibrate-all-experts",
+        action=argparse.BooleanOptionalAction,
+        help="calibrate every expert of a mixture on all tokens, not on those routed to it alone",
+    )
+    group.add_argument(
         "--samples", type=int, default=SAMPLES, metavar="N", help=f"windows ({SAMPLES})"
     )
     group.add_argument(
@@ -273,6 +299,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="results are equal; auto takes one pass if memory and model allow it",
     )
+    group.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="read, quantize and drop the model block by block; the state of the run is kept in "
+        "DIR.partial, so the same command goes on if it was killed. Results are equal; "
+        "--memory-budget is then of everything (default: if the model does not fit into memory)",
+    )
     add_threads(group)
     group.add_argument(
         "--on-error",
@@ -301,6 +334,12 @@ def _group_size(text: str) -> int | str:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a positive number nor 'channel' nor 'tensor'"
         )
+    return int(text)
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, 0 or more")
     return int(text)
 
 
@@ -377,7 +416,17 @@ def _value(text: str) -> Any:
     return text
 
 
-_PLAIN = ("bits", "group_size", "symmetric", "grid", "scale_dtype", "bias_correction")
+_PLAIN = (
+    "bits",
+    "group_size",
+    "symmetric",
+    "grid",
+    "scale_dtype",
+    "bias_correction",
+    "calibrate_all_experts",
+    "calibrate_on",
+    "tune",
+)
 _OF_GPTQ = (
     "order",
     "static_groups",
@@ -393,14 +442,14 @@ _OF_GPTQ = (
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     """Build the recipe that the options describe."""
-    preset = args.recipe or ("rtn" if args.method == "rtn" else "quality")
+    preset = args.recipe or (args.method if args.method in ("rtn", "obq") else "quality")
     method = Recipe.preset(preset).method
     if args.method not in (None, method):
         raise UsageError(f"--recipe {preset} is for --method {method}")
     given = {n: getattr(args, n) for n in (*_PLAIN, *_OF_GPTQ) if getattr(args, n) is not None}
     for name in _OF_GPTQ:
-        if method == "rtn" and name in given:
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method rtn")
+        if method != "gptq" and name in given and (method, name) != ("obq", "damping"):
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --method {method}")
     if "group_size" in given:
         given["per_tensor"] = args.group_size == "tensor"
         if not isinstance(args.group_size, int):
@@ -552,8 +601,8 @@ def _quantize(args: argparse.Namespace, recipe: Recipe) -> tuple[Any, dict[str, 
     from ptqkit.hf import quantize
     from ptqkit.hf.checkpoint.siblings import CheckpointWarning
 
-    model, tokenizer, facts = load_model(args)
-    if getattr(model.config, "quantization_config", None) is not None:
+    model, tokenizer, facts = load_model(args, args.stream)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise PreflightError([f"MODEL {args.model} is quantized already; give the float model"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointWarning)  # told when all is done

@@ -3,90 +3,27 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ptqkit._repr import one_line_repr, summarize
-from ptqkit.errors import UsageError
-from ptqkit.hf.checkpoint.reader import load
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.data.text import CachedTokenizer
 from ptqkit.hf.evaluation.likelihood import PerplexityResult, perplexity
-from ptqkit.hf.models.loading import (
-    compute_dtype,
-    load_tokenizer,
-    model_folder,
-    pick_device,
-    stored_dtype,
-)
 from ptqkit.hf.quantization.driver import QuantizationResult, quantize
-from ptqkit.hf.quantization.memory import available_memory
+from ptqkit.hf.quantization.opening import load_model
+from ptqkit.nn.forward import calibration_mode
 from ptqkit.recipe import as_recipe
 
-__all__ = ["Workbench", "WorkbenchRow", "load_model"]
-
-
-def load_model(
-    name: str | os.PathLike[str], dtype: str = "auto", device: str = "auto"
-) -> tuple[nn.Module, Any, dict[str, str]]:
-    """Load a float or quantized model and its tokenizer.
-
-    Parameters
-    ----------
-    name : str or path
-        Folder, or name on the Hugging Face Hub.
-    dtype : str
-        Arithmetic, such as ``"float32"``; ``"auto"`` is that of the files, but on a CPU float16,
-        and bfloat16 where the processor has no instructions for it, run as float32 if the memory
-        allows.
-    device : str
-        As torch names it; ``"auto"`` is a GPU if there is one.
-
-    Returns
-    -------
-    model : nn.Module
-        In eval mode.
-    tokenizer
-        None if the folder holds none.
-    facts : dict of str to str
-        ``folder``, ``stored_dtype``, ``dtype``, ``device``, ``class``.
-
-    Raises
-    ------
-    UsageError
-        If there is no such model, or dtype or device cannot be used.
-    """
-    folder = model_folder(name)
-    stored, device = stored_dtype(folder), pick_device(device)
-    kind = torch.device(device).type
-    dtype = compute_dtype(dtype, stored, kind, room=_fits_widened(folder, stored))
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UsageError(f"{folder / 'config.json'} states an unknown dtype {dtype!r}; give dtype")
-    model = load(folder, dtype=getattr(torch, dtype)).to(device).eval()
-    facts = {
-        "folder": str(folder),
-        "stored_dtype": stored,
-        "dtype": dtype,
-        "device": device,
-        "class": type(model).__name__,
-    }
-    return model, load_tokenizer(folder), facts
-
-
-def _fits_widened(folder: Path, stored: str) -> bool:
-    """Return whether the model takes at most half of the free memory in float32."""
-    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    dtype = getattr(torch, stored, torch.float32)
-    widened = files * torch.float32.itemsize / max(1, dtype.itemsize)
-    return widened <= available_memory(torch.device("cpu")) / 2
+__all__ = ["Workbench", "WorkbenchRow"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +44,8 @@ class WorkbenchRow:
         Of all tensors; what is not quantized counts in the dtype of the model's files.
     seconds, seconds_solve : float
         Of the quantization as a whole, and of solving for the codes in it.
+    metric, metric_change : float
+        What the workbench's ``metric`` gave, and that minus the float model's; NaN without one.
     """
 
     __repr__ = one_line_repr
@@ -120,10 +59,15 @@ class WorkbenchRow:
     megabytes: float
     seconds: float
     seconds_solve: float
+    metric: float = math.nan
+    metric_change: float = math.nan
 
 
 class Workbench:
-    """A causal language model with its texts, for one quantization after another.
+    """A model with its texts, for one quantization after another.
+
+    Causal language models are measured by their perplexity on ``test``; for encoders, and any other
+    task, ``metric`` measures (perplexities are then NaN unless ``test`` is given too).
 
     Parameters
     ----------
@@ -145,11 +89,16 @@ class Workbench:
         are float16 unless the recipe names their dtype: a checkpoint would hold them so.
     threads : int
         Of the solver; 0 is its own policy.
+    metric : callable, optional
+        ``metric(model)`` returns a number, such as an accuracy. It is called with the model in
+        evaluation mode, without gradients.
 
     Examples
     --------
     >>> bench = Workbench.load("./model", calibration="train.txt", test=[text])
     >>> bench.measure("quality", bits=3, group_size=64).excess
+    >>> bench = Workbench(bert, calibration=batches, metric=accuracy)
+    >>> bench.measure("quality", bits=3, group_size=64).metric_change
     """
 
     def __init__(
@@ -163,8 +112,10 @@ class Workbench:
         test_options: Mapping[str, Any] | None = None,
         stored_dtype: str | None = None,
         threads: int = 0,
+        metric: Callable[[nn.Module], float] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.threads = model, tokenizer, threads
+        self.metric = metric
         #: The tokenizer, which keeps the tokens of every text.
         self.cached_tokenizer = None if tokenizer is None else CachedTokenizer(tokenizer)
         self.stored_dtype = stored_dtype or str(model.dtype).removeprefix("torch.")
@@ -207,6 +158,16 @@ class Workbench:
         """Perplexity of the model itself."""
         return self.perplexity_of(self.model)
 
+    @cached_property
+    def float_metric(self) -> float:
+        """What ``metric`` gives for the model itself; NaN without one."""
+        return self._metric_of(self.model)
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether perplexities are measured: unless there is a metric and no test text."""
+        return self.metric is None or self.test is not None
+
     @property
     def float_bits(self) -> float:
         """Bits per weight of the model's files: 32 or 16."""
@@ -215,13 +176,23 @@ class Workbench:
     @property
     def float_row(self) -> WorkbenchRow:
         """The model itself."""
-        bits, value = self.float_bits, self.float_result.perplexity
+        bits = self.float_bits
+        value = self.float_result.perplexity if self.scores_text else math.nan
         size = 1e-6 * bits / 8 * sum(p.numel() for p in self.model.parameters())
-        return WorkbenchRow("float", int(bits), True, value, 0.0, bits, size, 0.0, 0.0)
+        excess = 0.0 if self.scores_text else math.nan
+        row = WorkbenchRow("float", int(bits), True, value, excess, bits, size, 0.0, 0.0)
+        return replace(row, metric=self.float_metric, metric_change=self.float_metric * 0)
 
     @property
     def settings(self) -> dict[str, Any]:
         """How measurements are made: tokens, window, stride, start token, Python, threads."""
+        calibration = {
+            "calibration_tokens": self.calibration.tokens,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        }
+        if not self.scores_text:
+            return calibration
         first = self.float_result
         start = first.start_token
         named = start is not None and self.tokenizer is not None
@@ -230,13 +201,11 @@ class Workbench:
             "window": first.window,
             "stride": first.stride,
             "start_token": self.tokenizer.convert_ids_to_tokens(start) if named else start,
-            "calibration_tokens": self.calibration.tokens,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
+            **calibration,
         }
 
     def measure(self, recipe: Any, **changes: Any) -> WorkbenchRow:
-        """Quantize a copy of the model and measure its perplexity.
+        """Quantize a copy of the model and measure its perplexity, its metric, or both.
 
         A perplexity that is not finite is a warning: other recipes may be better.
 
@@ -246,9 +215,13 @@ class Workbench:
             As :meth:`quantize` takes them.
         """
         result = self.quantize(recipe, **changes)
-        found = self.perplexity_of(result.model, check=False)
-        found.warn_unless_finite(f"the model quantized by {_name(recipe)}")
-        value = found.perplexity
+        value = excess = math.nan
+        if self.scores_text:
+            found = self.perplexity_of(result.model, check=False)
+            found.warn_unless_finite(f"the model quantized by {_name(recipe)}")
+            value = found.perplexity
+            excess = value - self.float_result.perplexity
+        metric = self._metric_of(result.model)
         totals = result.report.totals()
         others = sum(p.numel() for p in result.model.parameters()) - totals["weights"]
         size = totals["weights"] * totals["bits_per_weight"] / 8 + self.float_bits / 8 * others
@@ -257,11 +230,13 @@ class Workbench:
             result.recipe.bits,
             result.recipe.symmetric,
             value,
-            value - self.float_result.perplexity,
+            excess,
             totals["bits_per_weight"],
             1e-6 * size,
             result.report.seconds["total"],
             result.report.seconds["solve"],
+            metric,
+            metric - self.float_metric,
         )
 
     def quantize(
@@ -290,6 +265,12 @@ class Workbench:
             progress=False,
             stored_dtype=self.stored_dtype,
         )
+
+    def _metric_of(self, model: nn.Module) -> float:
+        if self.metric is None:
+            return math.nan
+        with calibration_mode(model):
+            return float(self.metric(model))
 
     def perplexity_of(self, model: nn.Module, *, check: bool = True) -> PerplexityResult:
         """Perplexity of a model on the test text; if ``check``, an error unless it is finite."""

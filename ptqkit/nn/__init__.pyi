@@ -5,6 +5,10 @@ from .activations import remove_quantizers as remove_quantizers
 from .attention import AttentionCall as AttentionCall
 from .attention import AttentionHook as AttentionHook
 from .attention_quantizer import AttentionQuantizer as AttentionQuantizer
+from .convolution import unfold_inputs as unfold_inputs
+from .module_driver import quantize_module as quantize_module
+from .module_result import ModuleResult as ModuleResult
+from .module_result import ModuleRow as ModuleRow
 from .packed_linear import PackedLinear as PackedLinear
 from .softmax.compare import softmax_hooks as softmax_hooks
 from .softmax.quantizer import SoftmaxQuantizer as SoftmaxQuantizer

@@ -19,6 +19,7 @@ from torch import nn
 __all__ = [
     "StopForwardError",
     "calibration_mode",
+    "device_of",
     "eager",
     "eager_attributes",
     "forget_compiled",
@@ -151,7 +152,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[st
     them float32, and a model in half precision takes its own dtype alone. They stay as they are if
     the parts of the model have different ones.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs = {key: value.to(device) for key, value in batch.items()}
     features = [k for k, v in inputs.items() if v.is_floating_point() and not k.endswith("mask")]
     if features:
@@ -162,9 +163,17 @@ def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[st
     return inputs
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter, those without data aside; "cpu" if none."""
+    devices = (p.device for p in model.parameters())
+    return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+
+
 def tensor_key(value: torch.Tensor) -> tuple[Any, ...]:
     """Identify a tensor's contents: storage, view and version (while it is alive)."""
     version = 0 if value.is_inference() else value._version
+    if value.numel() == 0:  # which have no place in memory, such as inputs of an expert left out
+        return (id(value), value.dtype, tuple(value.shape), value.stride(), version)
     return (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), version)
 
 

@@ -23,6 +23,9 @@ _PER_TENSOR = {
 }
 
 
+_OBQ = {**_REFERENCE, "method": "obq", "group_size": None}
+
+
 _BEST = {"error_propagation": 0.5, "residual_propagation": 0.5, "refit_rounds": 2}
 
 
@@ -31,7 +34,8 @@ _BEST = {"error_propagation": 0.5, "residual_propagation": 0.5, "refit_rounds": 
 #: ``benchmarks/quality.py`` the one with the least perplexity that costs no second forward);
 #: ``best`` adds targets that know the errors already made, and scales fitted again to their codes,
 #: at about twice the time and twice the activations' memory;
-#: ``reference`` is GPTQ as published (Frantar et al. 2022); ``rtn`` rounds to nearest.
+#: ``reference`` is GPTQ as published (Frantar et al. 2022); ``rtn`` rounds to nearest;
+#: ``obq`` is what GPTQ approximates, for small models.
 #: The others quantize activations too, to 8 bits: ``aweq`` (AWEQ: AWE by eq. 10, static per-tensor
 #: grids, bias correction), ``smoothquant`` (the same grids, alpha 0.5, norms only), ``vector-wise``
 #: (scales per output and per token), ``llm.int8`` (the same, columns with outliers left float) and
@@ -41,6 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": _BEST,
     "reference": _REFERENCE,
     "rtn": _RTN,
+    "obq": _OBQ,
     "aweq": {
         **_PER_TENSOR,
         "equalization": {"method": "awe", "alpha": 0.5},

@@ -21,7 +21,8 @@ from ptqkit.recipe.presets import PRESETS
 __all__ = ["Recipe", "match_pattern"]
 
 _CHOICES = {
-    "method": ("gptq", "rtn"),
+    "method": ("gptq", "rtn", "obq"),
+    "calibrate_on": ("quantized", "float"),
     "order": ORDERS,
     "grid": tuple(GRID_METHODS),
     "target": TARGETS,
@@ -45,7 +46,9 @@ class Recipe:
 
     Parameters
     ----------
-    method : {"gptq", "rtn"}
+    method : {"gptq", "rtn", "obq"}
+        "obq" is the slow reference (:func:`ptqkit.obq`) for small models: of the options of the
+        solve it has ``damping`` alone, and its grids are fitted to the original weights.
     bits : int or float from 2 to 8, or "ternary"
         A float, such as 3.2, is an average: each layer gets whole bits by what rounding it costs
         the model, for which a few windows of the calibration data run forward and backward. Layers
@@ -97,6 +100,15 @@ class Recipe:
     bias_correction : bool
         Subtract ``(W_hat - W) E[x]`` from each layer's bias [AWEQ, eqs. 11-15]; a layer without a
         bias gains one.
+    tune : int
+        Steps of tuning after the run (:func:`ptqkit.hf.tune`; 150 is a good number): scales, norm
+        gains and biases learn from the float model's logits. 0: none. It holds for the whole run.
+    calibrate_on : {"quantized", "float"}
+        Whose inputs a layer is calibrated on: those that it gets from the quantized layers before
+        it, or those of the float model. It holds for the whole run.
+    calibrate_all_experts : bool
+        Every expert of a mixture is calibrated on all tokens, not on those routed to it alone;
+        what the model goes on with stays routed. It holds for the whole run.
     overrides : mapping of pattern to a mapping of changes, or to "skip"
         Patterns are globs on the full module name, or regular expressions after ``re:``. All
         matching patterns apply in order, the last one wins.
@@ -141,6 +153,9 @@ class Recipe:
     activations: ActivationQuantization | None = None
     equalization: Equalization | None = None
     bias_correction: bool = False
+    tune: int = 0
+    calibrate_on: str = "quantized"
+    calibrate_all_experts: bool = False
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
 
@@ -151,6 +166,11 @@ class Recipe:
         self._check_fields()
         self._check_propagation()
         self._check_per_tensor()
+        if self.tune and self.activations is not None:
+            raise ValueError(
+                f"tune={self.tune} cannot be combined with activations: no gradient passes through "
+                "quantized inputs; use tune=0"
+            )
         if isinstance(self.include, str):
             raise ValueError("include must be a sequence of patterns, not one string")
         object.__setattr__(self, "include", tuple(self.include))
@@ -175,8 +195,16 @@ class Recipe:
         if self.beam_width > 1 and not self.feedback:
             raise ValueError(f"beam_width={self.beam_width} needs feedback=True")
         check_int("block_size", self.block_size, 1)
+        check_int("tune", self.tune, 0)
         check_int("min_zero_point", self.min_zero_point, 0, 1)
-        for name in ("symmetric", "static_groups", "feedback", "per_tensor", "bias_correction"):
+        for name in (
+            "symmetric",
+            "static_groups",
+            "feedback",
+            "per_tensor",
+            "bias_correction",
+            "calibrate_all_experts",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name in ("damping", "max_damping", "target_damping"):
@@ -212,6 +240,11 @@ class Recipe:
             raise ValueError(
                 f"{setting} needs method 'gptq', not {self.method!r}: it is made for a solver with "
                 f"the Hessian; {off}, or 'skip' the layer"
+            )
+        if self.calibrate_on == "float":
+            raise ValueError(
+                f"{setting} cannot be combined with calibrate_on='float': it corrects weights for "
+                f"what the quantized layers before them change; {off}"
             )
         for name in ("bias_correction", "activations"):
             if getattr(self, name):
@@ -270,7 +303,8 @@ class Recipe:
         check_names(change, where, _names())
         if {"overrides", "include"} & set(change):
             raise ValueError(f"{where} cannot hold overrides or include")
-        for name in (*PROPAGATIONS, "equalization"):
+        whole = ("equalization", "calibrate_on", "calibrate_all_experts", "tune")
+        for name in (*PROPAGATIONS, *whole):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")
         if isinstance(change.get("bits"), float):
@@ -361,10 +395,11 @@ class Recipe:
         """
         reasons = {
             "equalization": self.equalization is not None,
+            f"method {self.method!r}": self.method != "rtn",
             f"bits {self.bits}": self.bits_budget is not None,
-            "method 'gptq'": self.method == "gptq",
             "grid 'hessian'": self.grid == "hessian",
             "bias_correction": self.bias_correction,
+            f"tune={self.tune}": self.tune > 0,
             "a static grid of activations": self.needs_ranges,
         }
         for what, needed in reasons.items():

@@ -26,6 +26,7 @@ from ptqkit.reference.activations import integer_matmul as integer_matmul
 from ptqkit.reference.activations import outlier_columns as outlier_columns
 from ptqkit.reference.activations import quantize_activations as quantize_activations
 from ptqkit.reference.activations import signed_grid as signed_grid
+from ptqkit.reference.convolution import im2col as im2col
 from ptqkit.reference.equalization import channel_ranges as channel_ranges
 from ptqkit.reference.equalization import equalization_error as equalization_error
 from ptqkit.reference.equalization import equalization_scales as equalization_scales

@@ -261,6 +261,8 @@ def test_options_change_the_parts_that_a_recipe_has():
     other = recipe_of("--recipe", "llm.int8", "--outlier-threshold", "4").activations
     assert (other.bits, other.granularity, other.outlier_threshold) == (8, "token", 4.0)
     assert recipe_of("--recipe", "aweq", "--equalize", "none").equalization is None
+    assert recipe_of("--calibrate-all-experts").calibrate_all_experts
+    assert not recipe_of("--no-calibrate-all-experts").calibrate_all_experts
     given = recipe_of("--recipe", "aweq", "--override", "*.q_proj=group_size:channel")
     assert not given.for_layer("a.q_proj").per_tensor and given.for_layer("a.k_proj").per_tensor
 
@@ -412,3 +414,15 @@ def test_reader_that_goes_away(tmp_path):
         error = process.stderr.read()
         assert process.wait(60) == 1
     assert error == ""
+
+
+def test_obq_on_float_inputs_from_the_command_line(folder, tmp_path):
+    file, out = tmp_path / "q.json", tmp_path / "q"
+    options = ["--method", "obq", "--damping", "0.02", "--calibrate-on", "float"]
+    assert quantize(folder, *options, "--bits", "3", "--json", str(file), out=out) == 0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert {r["method"] for r in found["report"]["layers"] if r["status"] == "quantized"} == {"obq"}
+    recipe = found["recipe"]
+    assert (recipe["method"], recipe["damping"], recipe["group_size"]) == ("obq", 0.02, 32)
+    assert recipe["calibrate_on"] == "float"
+    assert ptqkit.hf.read_matrices(out)["model.layers.1.mlp.down_proj"].bits == 3

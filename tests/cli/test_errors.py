@@ -43,6 +43,7 @@ QUANTIZE = {
     "gptq average": (["--format", "gptq", "--bits", "3.5"], 3, "one bits and group_size for all"),
     "recipe of rtn": (["--method", "rtn", "--recipe", "quality"], 2, "is for --method gptq"),
     "order of rtn": (["--method", "rtn", "--order", "act"], 2, "--order has no meaning"),
+    "passes of obq": (["--method", "obq", "--refine-passes", "2"], 2, "meaning with --method obq"),
     "start token": (["--start-token", "x"], 2, "--start-token x"),
     "device": (["--device", "cuda:77"], 2, "--device cuda:77 cannot be used"),
     "json": (["--json", "no/where.json"], 2, "--json no/where.json"),

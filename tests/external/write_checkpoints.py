@@ -32,6 +32,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+OLMOE = {"num_experts": 4, "num_experts_per_tok": 2}
 W4 = {"bits": 4, "group_size": 32, "symmetric": True}
 CHANNEL = {**W4, "group_size": None}
 FLOAT_EXPERTS = {"overrides": {"*.experts": "skip"}}
@@ -91,6 +92,11 @@ def cases() -> Iterator[tuple[str, Callable[[], Any], str, Any, dict[str, Any]]]
     yield "qwen2-moe", lambda: model("Qwen2Moe", **shared), stock, quality, experts
     few = {"num_local_experts": 4, "num_experts_per_tok": 2}
     yield "mixtral", lambda: model("Mixtral", head_dim=64, **few), stock, quality, experts
+    yield "qwen3-moe-packed", lambda: model("Qwen3Moe", head_dim=64, **EXPERTS), auto, quality, W4
+    yield "qwen2-moe-packed", lambda: model("Qwen2Moe", **shared), auto, quality, W4
+    yield "mixtral-packed", lambda: model("Mixtral", head_dim=64, **few), auto, quality, W4
+    yield "olmoe-packed", lambda: model("Olmoe", **OLMOE), auto, quality, W4
+    yield "qwen3-moe-gptq", lambda: model("Qwen3Moe", head_dim=64, **EXPERTS), "gptq", quality, W4
     yield "w3", llama, auto, quality, {**W4, "bits": 3}
     yield "w8", llama, auto, quality, {**CHANNEL, "bits": 8}
     yield "gptq-v2-asymmetric", llama, "gptq_v2", quality, {**W4, "symmetric": False}

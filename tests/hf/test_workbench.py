@@ -132,3 +132,43 @@ def test_settings_name_the_conventions(bench):
     found = bench.settings
     assert (found["window"], found["start_token"]) == (32, "<s>")
     assert found["calibration_tokens"] == 3 * 24 and found["test_tokens"] > 0
+
+
+def test_an_encoder_is_measured_by_its_task():
+    from helpers.driver_models import build, padded_batches, tokens
+
+    model, batches, seen = build("bert").train(), padded_batches("bert"), []
+    with torch.no_grad():
+        want = model.eval()(tokens()).logits.argmax(-1)
+    model.train()
+
+    def agreement(other):
+        seen.append(other.training)
+        with torch.no_grad():
+            return (other(tokens()).logits.argmax(-1) == want).double().mean()
+
+    bench = Workbench(model, calibration=batches, metric=agreement)
+    row, other = (bench.measure(name, bits=2, group_size=16) for name in ("quality", "rtn"))
+    assert bench.float_row.metric == 1.0 and bench.float_row.metric_change == 0.0
+    assert 0 < row.metric < 1 and row.metric_change == row.metric - 1
+    assert row.metric != other.metric
+    assert math.isnan(row.perplexity) and math.isnan(row.excess)
+    assert model.training and not any(seen)
+    assert bench.settings["calibration_tokens"] == sum(
+        int(b["attention_mask"].sum()) for b in batches
+    )
+
+
+def test_a_metric_next_to_perplexity(folder):
+    bench = Workbench.load(
+        folder,
+        device="cpu",
+        calibration=[words(400)],
+        calibration_options=WINDOWS,
+        test=[words(80, 1)],
+        test_options={"window": 32},
+        metric=lambda model: 7,
+    )
+    row = bench.measure("rtn", **SMALL)
+    assert (row.metric, row.metric_change) == (7, 0) and row.excess > 0
+    assert math.isnan(Workbench(bench.model, bench.tokenizer).float_metric)

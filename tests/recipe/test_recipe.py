@@ -41,7 +41,7 @@ def test_presets():
         ({"bits": "two"}, "bits must be"),
         ({"group_size": 0}, "group_size must be an integer of at least 1.*None means per channel"),
         ({"group_size": -1}, "group_size"),
-        ({"method": "awq"}, "method must be one of 'gptq', 'rtn', not 'awq'"),
+        ({"method": "awq"}, "method must be one of 'gptq', 'rtn', 'obq', not 'awq'"),
         ({"order": "random"}, "order must be one of"),
         ({"grid": "best"}, "grid must be one of"),
         ({"scale_dtype": "float8"}, "scale_dtype must be one of"),

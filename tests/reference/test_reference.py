@@ -99,3 +99,12 @@ def test_packing_by_hand():
     packed = reference.pack_rows(np.array([[1, 2, 3, 0, 7, 5]], np.uint8), 3)
     assert packed[0, 0] == 1 | 2 << 3 | 3 << 6 | 7 << 12 | 5 << 15
     np.testing.assert_array_equal(reference.unpack_rows(packed, 3, 6), [[1, 2, 3, 0, 7, 5]])
+
+
+def test_patches_by_hand():
+    x = np.arange(2 * 1 * 4).reshape(1, 2, 4)
+    found = reference.im2col(x, [2], [2], [(1, 0)], [2], 2)
+    # padded: 0 0 1 2 3 and 0 4 5 6 7; taps two apart, positions two apart
+    np.testing.assert_array_equal(found, [[[0, 1], [1, 3]], [[0, 5], [5, 7]]])
+    found = reference.im2col(x, [2], [2], [(1, 0)], [2], 1, "circular")
+    np.testing.assert_array_equal(found, [[[3, 1, 7, 5], [1, 3, 5, 7]]])

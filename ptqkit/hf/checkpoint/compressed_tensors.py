@@ -18,6 +18,7 @@ The layout of a layer ``P`` is ``pack-quantized``, codes in a dense bit stream, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -122,7 +123,7 @@ class CompressedTensorsFormat(CheckpointFormat):
             # Exact names: other readers match "Linear" against their own classes, so that a
             # router they build otherwise is taken for quantized, or a quantized head for float.
             # Where names in memory differ, transformers looks for those, others for the saved.
-            groups[f"group_{number}"] = {"targets": names, **scheme}
+            groups[f"group_{number}"] = {"targets": _joined_experts(names, linears), **scheme}
         return {
             "quant_method": "compressed-tensors",
             "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
@@ -191,6 +192,26 @@ class CompressedTensorsFormat(CheckpointFormat):
         if options["per_tensor"]:
             scales = scales.expand(out, 1)
         return build_matrix(codes, scales, zeros, None, options)
+
+
+def _joined_experts(names: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Return targets: names, but one pattern for the experts of a mixture that are all among them.
+
+    Readers that join experts look for names of their own below that of the mixture.
+    """
+    given, found = set(names), dict.fromkeys(map(_mixture, names))
+    whole = {m for m in found if m}
+    for name in linears:
+        if name not in given:
+            whole.discard(_mixture(name))
+    kept = [f"re:{re.escape(m)}\\..*" if m in whole else "" for m in map(_mixture, names)]
+    return list(dict.fromkeys(new or name for new, name in zip(kept, names, strict=True)))
+
+
+def _mixture(name: str) -> str:
+    """Return the name of the mixture that a layer is an expert of; empty if of none."""
+    found = re.fullmatch(r"(.*\.experts)\.\d+\.\w+", name)
+    return found[1] if found else ""
 
 
 def layout(spec: LayerSpec) -> str:
@@ -270,7 +291,7 @@ def _int_plans(spec: LayerSpec, matrix: QuantizedMatrix) -> list[TensorPlan]:
 
 def _stored_scheme(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     groups = list(settings["config_groups"].values())
-    matches = [g for g in groups if name in g["targets"]]
+    matches = [g for g in groups if _is_target(name, g["targets"])]
     if not matches:
         matches = [g for g in groups if g["targets"] == ["Linear"]]
     if len(matches) != 1:
@@ -288,6 +309,13 @@ def _stored_scheme(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         "per_tensor": strategy == "tensor",
         "activations": _stored_inputs(name, matches[0].get("input_activations")),
     }
+
+
+def _is_target(name: str, targets: Sequence[str]) -> bool:
+    if name in targets:
+        return True
+    patterns = (t.removeprefix("re:") for t in targets if t.startswith("re:"))
+    return any(re.match(pattern, name) for pattern in patterns)
 
 
 def _stored_inputs(name: str, inputs: Mapping[str, Any] | None) -> ActivationQuantization | None:

@@ -1,25 +1,29 @@
-"""Read compressed-tensors files with float weights that transformers converts on loading.
+"""Tell what transformers makes of experts in compressed-tensors files, and read float ones.
 
 Files hold the weights of experts one by one, as ``save_pretrained`` writes them. transformers joins
 them on loading, but its quantizer for compressed-tensors (5.23) takes every weight that it joins
-for a packed one, and stops at float ones. ptqkit packs no such weight, so :func:`ptqkit.load`
-registers a quantizer that leaves them alone under a name of its own.
+for a packed one, and stops at float ones; so :func:`ptqkit.load` registers a quantizer that leaves
+them alone under a name of its own. Packed ones it unpacks and joins, if all have one scheme.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import auto as _auto
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from ptqkit.hf.checkpoint.names import SavedNames
+from ptqkit.hf.checkpoint.spec import LayerSpec
+from ptqkit.hf.models.experts import expert_modules, saved_expert_names
 
-__all__ = ["converted_problems", "with_float_experts"]
+__all__ = ["converted_problems", "packed_problems", "with_float_experts"]
 
 _METHOD = "ptqkit-compressed-tensors"
 
@@ -77,6 +81,34 @@ def converted_problems(model: Any, names: SavedNames) -> list[str]:
         "compressed-tensors loader of transformers takes for packed; vLLM and ptqkit.load read "
         "such files: ask for them by checkpoint_format='compressed-tensors'"
     ]
+
+
+def packed_problems(model: Any, specs: Iterable[LayerSpec]) -> list[str]:
+    """Return the reasons why transformers alone would not unpack packed experts as they are meant.
+
+    It finds all layers of all mixtures by one scheme, and joins them where it knows how.
+    """
+    modules = expert_modules(model)
+    layers = {spec.names[-1]: spec for spec in specs}
+    packed = {n: s for n, s in layers.items() if n.rsplit(".", 2)[0] in modules}
+    if not packed:
+        return []
+    used = {name: m for name, m in modules.items() if any(n.startswith(f"{name}.") for n in packed)}
+    split = saved_expert_names(model, {name: module.shape for name, module in used.items()})
+    found = []
+    for name, module in used.items():
+        kind = type(module.fused).__name__
+        if not split[name] and kind not in MODULES_TO_PATCH_FOR_QUANTIZATION:
+            found.append(f"{name}: transformers has no place for single experts of {kind}")
+        elif any(f"{name}.{inside}" not in packed for inside, _ in module.linears()):
+            found.append(f"{name}: transformers joins experts only if all of them are packed")
+    schemes = {(spec.grid, spec.activations) for spec in packed.values()}
+    if len(schemes) > 1:
+        found.append(
+            f"{next(iter(packed))}: transformers unpacks all experts by one scheme, these have "
+            f"{len(schemes)}"
+        )
+    return found
 
 
 def _reaches(converter: WeightConverter, names: SavedNames) -> bool:

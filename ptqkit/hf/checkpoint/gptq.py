@@ -225,15 +225,17 @@ def block_pattern(specs: Sequence[LayerSpec], linears: Sequence[str]) -> list[li
     for block, names in blocks.items():
         if block.rpartition(".")[0] in stacks:
             patterns[block] = tuple(n for n in names if f"{block}.{n}" in chosen)
-    if len(set(patterns.values())) > 1:
-        first = next(iter(patterns.values()))
-        odd = next(block for block, names in patterns.items() if names != first)
-        raise ValueError(
-            f"format 'gptq' needs the same layers quantized in every block; {odd} differs"
-        )
-    pattern = next(iter(patterns.values()))
-    block = next(iter(patterns))
-    return None if len(pattern) == len(blocks[block]) else [list(pattern)]
+    # Blocks may have other layers (dense ones before mixtures), but a layer that several have is
+    # quantized in all or none of them.
+    union = list(dict.fromkeys(name for chosen_here in patterns.values() for name in chosen_here))
+    wanted = set(union)
+    for block, found in patterns.items():
+        if not found or len(found) < sum(name in wanted for name in blocks[block]):
+            raise ValueError(
+                f"format 'gptq' needs the same layers quantized in every block; {block} differs"
+            )
+    every = all(len(found) == len(blocks[block]) for block, found in patterns.items())
+    return None if every else [union]
 
 
 def _uses(block: str, blocks: Mapping[str, list[str]], chosen: set[str]) -> bool:

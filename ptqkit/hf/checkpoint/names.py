@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ptqkit._repr import one_line_repr
 from ptqkit.hf.checkpoint.files import TensorPlan
+from ptqkit.hf.models.experts import expert_modules, saved_expert_names
 
 __all__ = ["SavedNames", "convert_plans", "saved_names"]
 
@@ -62,6 +63,11 @@ def saved_names(model: Any) -> SavedNames:
     names = {id(tensor): name for name, tensor in held.items()}
     reverted = revert_weight_conversion(model, held)
     same = {names[id(t)]: name for name, t in reverted.items() if id(t) in names}
+    shapes = {name: module.shape for name, module in expert_modules(model).items()}
+    for saved in saved_expert_names(model, shapes).values():
+        for name, other in saved.items():
+            parts = [p for p in ("weight", "bias") if f"{name}.{p}" in held]
+            same.update({f"{name}.{part}": f"{other}.{part}" for part in parts})
     return SavedNames(same, frozenset(held.keys() - same.keys()))
 
 

@@ -16,6 +16,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as _auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ptqkit.hf.checkpoint.loaded_experts import LoadedExperts
 from ptqkit.hf.checkpoint.native import METHOD, layer_options
 from ptqkit.hf.checkpoint.skeleton import memory_names
 from ptqkit.nn.activations import install_quantizer
@@ -73,11 +74,16 @@ class PtqkitQuantizer(HfQuantizer):
         for name in getattr(self.quantization_config, "gained_biases", ()):
             _add_bias(name, modules.get(name))
         options_of = self.quantization_config.options()
+        self._experts = LoadedExperts(model, options_of)
+        if self._experts.names:
+            modules = dict(model.named_modules())
         # Files have the names of save_pretrained, which may differ from those in memory.
-        renamed = [f"{name}.weight" for name in options_of if name not in modules]
+        known = modules.keys() | self._experts.names.keys()
+        renamed = [f"{name}.weight" for name in options_of if name not in known]
         held = memory_names(model, renamed) if renamed else {}
         for saved, options in options_of.items():
             name = held.get(f"{saved}.weight", f"{saved}.weight").removesuffix(".weight")
+            name = self._experts.names.get(saved, name)
             module = modules.get(name)
             if module is None:
                 raise ValueError(
@@ -86,6 +92,11 @@ class PtqkitQuantizer(HfQuantizer):
                 )
             model.set_submodule(name, _replacement(name, module, options))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Load the layers of experts one by one, as they are stored."""
+        found = super().update_weight_conversions(weight_conversions, model)
+        return self._experts.conversions(found)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module in model.named_modules():

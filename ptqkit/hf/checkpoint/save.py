@@ -19,9 +19,9 @@ from ptqkit._places import check_place, source_folder
 from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.hf.checkpoint.base import CheckpointFormat
+from ptqkit.hf.checkpoint.base import CheckpointFormat, Fetch
 from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases
-from ptqkit.hf.checkpoint.experts import converted_problems
+from ptqkit.hf.checkpoint.experts import converted_problems, packed_problems
 from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
 from ptqkit.hf.checkpoint.formats import choose_format
 from ptqkit.hf.checkpoint.inputs import check_activations, measure_flat_inputs
@@ -29,6 +29,7 @@ from ptqkit.hf.checkpoint.names import SavedNames, convert_plans, saved_names
 from ptqkit.hf.checkpoint.siblings import CheckpointWarning, sibling_warnings
 from ptqkit.hf.checkpoint.skeleton import absent_modules, skeleton_problems
 from ptqkit.hf.checkpoint.spec import LayerSpec, describe_layers
+from ptqkit.hf.models.experts import ExpertSwap, wanted_for
 from ptqkit.hf.softmax.files import check_installed, write_installed
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.linear import is_linear
@@ -91,6 +92,7 @@ def save_checkpoint(
     max_shard_size: int | str = SHARD_BYTES,
     activations: Mapping[str, ActivationQuantizer] | None = None,
     flat_inputs: Mapping[str, bool] | None = None,
+    fetch: Fetch | None = None,
 ) -> CheckpointInfo:
     """Write ``model`` with the weights of ``layers`` replaced by their packed codes.
 
@@ -123,6 +125,8 @@ def save_checkpoint(
         as the model with these quantizers installed.
     flat_inputs : mapping of str to bool, optional
         Which layers get inputs without a batch axis; measured by running the model if not given.
+    fetch : callable, optional
+        Returns a tensor of the float model by its name, if it is on the meta device.
 
     Raises
     ------
@@ -132,9 +136,40 @@ def save_checkpoint(
     FileExistsError, OSError
         If the name is taken, or there is not enough space.
     """
-    check_savable(model, layers)
+    # The layers of experts are linear ones while they are written.
+    with ExpertSwap(model, wanted_for(layers)):
+        return _write_checkpoint(
+            model,
+            layers,
+            recipe,
+            directory,
+            checkpoint_format,
+            tokenizer,
+            report,
+            overwrite,
+            max_shard_size,
+            dict(activations or {}),
+            flat_inputs,
+            fetch,
+        )
+
+
+def _write_checkpoint(
+    model: Any,
+    layers: Mapping[str, QuantizedMatrix],
+    recipe: Any,
+    directory: str | os.PathLike[str],
+    checkpoint_format: str,
+    tokenizer: Any,
+    report: Any,
+    overwrite: bool,
+    max_shard_size: int | str,
+    activations: Mapping[str, ActivationQuantizer],
+    flat_inputs: Mapping[str, bool] | None,
+    fetch: Fetch | None,
+) -> CheckpointInfo:
+    check_savable(model, layers, fetch is not None)
     shard_bytes = parse_bytes(max_shard_size or 0, "max_shard_size")
-    activations = dict(activations or {})
     check_activations(model, layers, activations)
     dynamic = [name for name, q in activations.items() if q.spec.dynamic]
     if flat_inputs is None:
@@ -151,7 +186,7 @@ def save_checkpoint(
         linears,
         absent_modules(model, layers),
         partial(skeleton_problems, model, list(layers), names),
-        partial(converted_problems, model, names),
+        lambda: [*converted_problems(model, names), *packed_problems(model, specs)],
     )
     _check_weights(model, specs, layers)
     notes = sibling_warnings(specs, linears) if chosen.foreign else []
@@ -160,7 +195,7 @@ def save_checkpoint(
     saved = [_as_saved(spec, names) for spec in specs]
     linears = list(dict.fromkeys([*linears, *map(names.module, linears)]))
     config = _model_config(model, saved, chosen, recipe, biases, linears)
-    plans = _plan(model, saved, layers, chosen, activations, names)
+    plans = _plan(model, saved, layers, chosen, activations, names, fetch)
     if chosen.foreign:
         plans += _zero_plans(model, biases)
     tensor_bytes = sum(plan.nbytes for plan in plans)
@@ -186,13 +221,15 @@ def save_checkpoint(
     )
 
 
-def check_savable(model: Any, layers: Container[str] = ()) -> None:
+def check_savable(model: Any, layers: Container[str] = (), stored: bool = False) -> None:
     """Check what the writer needs of a model, as far as it does not depend on the format.
 
     Parameters
     ----------
     layers : container of str
         Modules whose weights are replaced by codes.
+    stored : bool
+        What is on the meta device is read from files.
 
     Raises
     ------
@@ -211,7 +248,8 @@ def check_savable(model: Any, layers: Container[str] = ()) -> None:
         )
     for name, tensor in saved_tensors(model).items():
         if name.removesuffix(".weight") not in layers:
-            TensorPlan.of(name, tensor)
+            if not (stored and tensor.device.type == "meta"):
+                TensorPlan.of(name, tensor)
     check_installed(model)
 
 
@@ -309,6 +347,7 @@ def _plan(
     chosen: CheckpointFormat,
     activations: Mapping[str, ActivationQuantizer],
     names: SavedNames,
+    fetch: Fetch | None,
 ) -> list[TensorPlan]:
     by_weight = {f"{spec.names[-1]}.weight": spec for spec in specs}
     kept = saved_tensors(model)
@@ -320,8 +359,16 @@ def _plan(
             held = spec.names[-1]
             plans += chosen.plans(spec, layers[held], activations.get(held))
         elif name in kept:
-            floats.append(TensorPlan.of(name, tensor))
+            floats.append(_float_plan(name, tensor, fetch))
     return plans + convert_plans(model, floats, names)
+
+
+def _float_plan(name: str, tensor: torch.Tensor, fetch: Fetch | None) -> TensorPlan:
+    """Plan a float tensor; one on the meta device is fetched when it is written."""
+    if fetch is None or tensor.device.type != "meta":
+        return TensorPlan.of(name, tensor)
+    dtype, shape = tensor.dtype, tuple(tensor.shape)
+    return TensorPlan(name, dtype, shape, lambda: fetch(name).to(dtype))
 
 
 def _as_saved(spec: LayerSpec, names: SavedNames) -> LayerSpec:

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ptqkit.hf.checkpoint.names import SavedNames
+from ptqkit.hf.models.experts import expert_modules, replace_experts
 
 __all__ = ["absent_modules", "memory_names", "skeleton_problems"]
 
@@ -65,6 +66,9 @@ def skeleton_problems(model: Any, layers: Iterable[str], names: SavedNames) -> l
     # What fails with float weights too says nothing about packed ones.
     if failure and not _initialize(_build(model)):
         return [f"{kind}: it does not load layers without a float weight ({failure})"]
+    # What loads a file unpacks experts while it joins them.
+    experts = {n.rsplit(".", 2)[0] for n in layers} & expert_modules(skeleton).keys()
+    expected = {s: w for s, w in expected.items() if w.rsplit(".", 3)[0] not in experts}
     read = memory_names(skeleton, expected)
     return [
         f"{want}: it is saved as {saved}, which {kind} reads as {read[saved]}"
@@ -75,7 +79,9 @@ def skeleton_problems(model: Any, layers: Iterable[str], names: SavedNames) -> l
 
 def _build(model: Any) -> Any:
     with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
+        skeleton = type(model)(copy.deepcopy(model.config))
+        replace_experts(skeleton, expert_modules(model).__contains__, share=False)
+    return skeleton
 
 
 def _initialize(skeleton: Any) -> str:

@@ -27,6 +27,7 @@ from ptqkit.hf.models.structure import find_blocks
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
 from ptqkit.hf.softmax.driver import describe
 from ptqkit.nn.attention import BatchFacts
+from ptqkit.nn.experts import expert_shape
 from ptqkit.nn.forward import calibration_mode, forward
 from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.nn.softmax.study import refuse_installed
@@ -126,6 +127,7 @@ def diagnose(
         quantiles=list(QUANTILES),
         calibration=describe(data),
     )
+    report.notes += _unmeasured_experts(model)
     resolved = make_progress(progress)
     try:
         _measure(model, data, parts, report, wanted, resolved)
@@ -252,6 +254,17 @@ class _Parts:
             float(np.max(gain)),
             np.quantile(gain, QUANTILES).tolist(),
         )
+
+
+def _unmeasured_experts(model: nn.Module) -> list[str]:
+    """Say that experts in joined weights are no linear layers to measure."""
+    names = [name for name, module in model.named_modules() if expert_shape(module) is not None]
+    if not names:
+        return []
+    return [
+        f"the experts of {len(names)} mixtures ({names[0]}, ...) were not measured: their weights "
+        "are joined; what comes to them is the output of the norm before them"
+    ]
 
 
 def _attention_observers(model: nn.Module, bits: int) -> tuple[dict[str, AttentionObserver], str]:

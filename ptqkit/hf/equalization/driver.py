@@ -12,6 +12,7 @@ from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.equalization.report import EqualizationReport, EqualizedGroup
 from ptqkit.hf.equalization.run import EqualizationError, EqualizationRun, owner_of_mark
+from ptqkit.hf.models.experts import ExpertSwap
 from ptqkit.hf.models.wrappers import unwrap_compiled, wrapper_problem
 from ptqkit.hf.progress import Progress, close_progress, make_progress
 from ptqkit.nn.quantized_mark import is_quantized
@@ -130,7 +131,7 @@ def equalize(
     >>> print(report.table())
     """
     options = Equalization(method, alpha, tokens)
-    if isinstance(model, nn.Module) and any(map(is_quantized, model.modules())):
+    if isinstance(model, nn.Module) and _quantized(model):
         raise UnsupportedModuleError("the model is quantized already; equalize the float model")
     prepared = prepare_calibration(
         calibration,
@@ -146,6 +147,12 @@ def equalize(
     return equalize_calibrated(
         unwrap_compiled(model), prepared, options, parsed, blocks, threads, make_progress(progress)
     )
+
+
+def _quantized(model: nn.Module) -> bool:
+    """Whether some layer, or some expert, is quantized."""
+    with ExpertSwap(model, lambda name: True):
+        return any(map(is_quantized, model.modules()))
 
 
 def equalize_calibrated(

@@ -8,6 +8,7 @@ import torch
 
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.data.calibration import batch_shape, padding_mask
+from ptqkit.nn.experts import routed_rows
 
 __all__ = ["match_mask", "short_batch"]
 
@@ -48,6 +49,8 @@ def match_mask(
 ) -> torch.Tensor | None:
     """Find the padding mask that belongs to an input of a layer, by its leading shape.
 
+    Of an expert's input, the rows that were routed to it say which tokens they are.
+
     Raises
     ------
     CalibrationError
@@ -56,7 +59,8 @@ def match_mask(
     masks = {"input_ids": mask, "decoder_input_ids": padding_mask(batch, "decoder_attention_mask")}
     if all(m is None for m in masks.values()):
         return None
-    leading = tuple(value.shape[:-1])
+    routed = routed_rows(value)
+    leading = tuple(value.shape[:-1]) if routed is None else (routed.tokens,)
     fitting = []
     for key, found in masks.items():
         like = batch.get(key, found)
@@ -64,7 +68,10 @@ def match_mask(
         if shape is not None and leading in (shape, (shape[0] * shape[1],)):
             fitting.append(found)
     if len(fitting) == 1:
-        return None if fitting[0] is None else fitting[0].reshape(leading)
+        if fitting[0] is None:
+            return None
+        rows = fitting[0].reshape(leading)
+        return rows if routed is None else rows.to(routed.rows.device)[routed.rows]
     raise CalibrationError(
         f"an input of shape {tuple(value.shape)} fits {len(fitting)} attention masks of the batch, "
         "so padding cannot be left out; calibrate without padding, or skip the layer"

@@ -112,7 +112,8 @@ def find_blocks(model: nn.Module, paths: tuple[str, ...] | None = None) -> dict[
     if longest == 0:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no nn.ModuleList of equal blocks with linear layers; "
-            "name the list with blocks=('path.to.list',)"
+            "name the list with blocks=('path.to.list',), or use ptqkit.nn.quantize_module, which "
+            "takes any torch module"
         )
     return {k: v for k, v in found.items() if len(v) > 1 or longest == 1}
 

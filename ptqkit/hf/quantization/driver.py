@@ -8,27 +8,46 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
+from ptqkit._folders import resolve
 from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import Problems, check_choice
+from ptqkit.errors import Problems, UsageError, check_choice
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
+from ptqkit.hf.checkpoint.stored_model import StoredModel
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
 from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithmetic, stored_as
+from ptqkit.hf.models.experts import ExpertSwap, wanted_for
+from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
-from ptqkit.hf.quantization.inspection import inspect_model
+from ptqkit.hf.quantization.inspection import Inspection, inspect_model
 from ptqkit.hf.quantization.mixed_bits import choose_bits
+from ptqkit.hf.quantization.opening import open_model, reopen
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
+from ptqkit.hf.quantization.state import RunState, check_room, state_folder
+from ptqkit.hf.quantization.streamed import (
+    StreamedRun,
+    check_stream,
+    describe_run,
+    float_tensors,
+    noting_values,
+    plan_stream,
+    source_of,
+    state_bytes,
+)
+from ptqkit.hf.quantization.tune import prepare_tuning, tune_prepared
+from ptqkit.hf.quantization.tuning import TuningOptions, TuningReport
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.forward import forget_compiled
 from ptqkit.nn.linear import LinearView
@@ -60,6 +79,8 @@ class QuantizationResult:
         Saved with the model.
     stored_dtype : str
         Type in which :meth:`save` writes the float values.
+    tuning : TuningReport or None
+        What :func:`ptqkit.hf.tune`, or ``tune`` of the recipe, has done.
     checkpoint : CheckpointInfo or None
         What was written last.
     """
@@ -74,6 +95,7 @@ class QuantizationResult:
     equalization: EqualizationReport | None = None
     tokenizer: Any = field(default=None, repr=False)
     stored_dtype: str = ""
+    tuning: TuningReport | None = None
     checkpoint: CheckpointInfo | None = None
 
     def save(
@@ -122,12 +144,13 @@ class QuantizationResult:
             with stored_as(self.model, dtype):
                 yield
         finally:
-            for name, matrix in self.matrices.items():
-                LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
+            with ExpertSwap(self.model, wanted_for(self.matrices)):
+                for name, matrix in self.matrices.items():
+                    LinearView(self.model.get_submodule(name)).write(matrix.dequantize())
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | StoredModel | str | os.PathLike[str],
     recipe: Recipe | str | Mapping[str, Any] | Sequence[Any] = "quality",
     calibration: Any = None,
     *,
@@ -150,15 +173,17 @@ def quantize(
     overwrite: bool = False,
     stored_dtype: str | torch.dtype | None = None,
     requantize: bool = False,
+    stream: bool | None = None,
     **changes: Any,
 ) -> QuantizationResult:
     """Quantize the linear layers of a model in place, in one forward pass over calibration data.
 
     Parameters
     ----------
-    model : nn.Module
+    model : nn.Module, StoredModel or path
         A transformers model, on CPU or GPU. A compiled one runs eagerly meanwhile; of
-        ``torch.compile(model)`` the result holds the model inside.
+        ``torch.compile(model)`` the result holds the model inside. Or a folder with one, or what
+        :func:`ptqkit.hf.open_model` makes of it.
     recipe : Recipe, preset name, dict or list of parts
         A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"best"``, ``"reference"``,
         ``"rtn"``, ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]``
@@ -201,6 +226,12 @@ def quantize(
     requantize : bool
         Go on from weights that a run on this model object has quantized before, which is an error
         otherwise. To start from the float weights again see :class:`ptqkit.hf.FloatWeights`.
+    stream : bool, optional
+        Of a folder: read, quantize and drop the model block by block, with its state in a folder
+        ``OUT_DIR.partial``, so that the same call goes on where it was killed; results are equal,
+        bit for bit. By default if the model does not fit into memory. It needs ``out_dir``;
+        ``memory_budget`` is then of all that the run needs; of the result, ``model`` is on the meta
+        device and ``matrices`` is empty (:func:`ptqkit.hf.read_matrices` reads them).
 
     Raises
     ------
@@ -219,8 +250,7 @@ def quantize(
     >>> print(result.report.table())
     >>> result.save("model-w3")
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    model, stored, tokenizer, stored_dtype = _opened(model, tokenizer, stored_dtype, stream)
     # What is wrong is told at once, the arguments with the rest.
     problems = Problems()
     for name, value, allowed in (
@@ -246,43 +276,90 @@ def quantize(
     for text in slow:
         warnings.warn(text, stacklevel=2)
     options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
-    found = inspect_model(
-        model,
-        chosen,
-        calibration,
-        tokenizer,
-        problems=problems,
-        written=written,
-        blocks=blocks,
-        share_inputs=share_inputs,
-        checkpoint_format=checkpoint_format,
-        out_dir=out_dir,
-        overwrite=overwrite,
-        requantize=requantize,
-        samples=samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-        start_token=start_token,
-    )
-    assert chosen is not None and written is not None  # or there had been problems
-    recipe = chosen
+    inspection: dict[str, Any] = {
+        "problems": problems,
+        "written": written,
+        "blocks": blocks,
+        "share_inputs": share_inputs,
+        "checkpoint_format": checkpoint_format,
+        "out_dir": out_dir,
+        "overwrite": overwrite,
+        "requantize": requantize,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "start_token": start_token,
+    }
+    if stored is not None:
+        return _quantize_stored(
+            stored, chosen, calibration, tokenizer, budget, schedule, options, inspection, slow
+        )
+    swap = ExpertSwap(model, partial(_unfused, chosen))
+    every_token = chosen is not None and chosen.calibrate_all_experts
+    with swap as experts, swap.calibrating(every_token):
+        found = inspect_model(model, chosen, calibration, tokenizer, **inspection)
+        assert chosen is not None and written is not None  # or there had been problems
+        result = _quantize_inspected(
+            model,
+            chosen,
+            found,
+            experts,
+            written,
+            schedule,
+            budget,
+            batch_size,
+            blocks,
+            options,
+            slow,
+        )
+    if result.activations and (outer is not model or is_compiled(model)):
+        forget_compiled()
+    result.tokenizer = tokenizer
+    if out_dir is not None:
+        with _carrying(result):
+            result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
+    return result
+
+
+def _quantize_inspected(
+    model: nn.Module,
+    recipe: Recipe,
+    found: Inspection,
+    experts: ExpertSwap,
+    written: torch.dtype,
+    schedule: str,
+    budget: int | None,
+    batch_size: int,
+    blocks: tuple[str, ...] | None,
+    options: RunOptions,
+    slow: list[str],
+) -> QuantizationResult:
+    """Quantize a model in which no problem was found; the arguments are those of the driver."""
+    tuning = None
+    if recipe.tune and found.calibration is not None:
+        tuning = TuningOptions(steps=recipe.tune, batch_size=batch_size)
+        # Its memory is checked now, and taken from what the schedule finds free.
+        layers = found.structure.targets
+        learned_from = prepare_tuning(model, layers, found.calibration, tuning, budget)
+        options = replace(options, start=options.start + learned_from.seconds)  # told as tuning's
     plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
     equalized = None
     if recipe.equalization is not None and found.calibration is not None:
-        equalized = equalize_calibrated(
-            model,
-            found.calibration,
-            recipe.equalization,
-            recipe,
-            blocks,
-            threads,
-            options.progress,
-        )
+        with experts.fused():
+            equalized = equalize_calibrated(
+                model,
+                found.calibration,
+                recipe.equalization,
+                recipe,
+                blocks,
+                options.threads,
+                options.progress,
+            )
     losses: dict[str, dict[int, float]] = {}
     start = time.perf_counter()
     if recipe.bits_budget is not None:
-        mixed = choose_bits(model, recipe, found, threads)
+        mixed = choose_bits(model, recipe, found, options.threads)
         recipe, found, losses = mixed.recipe, mixed.inspection, mixed.losses
     run = QuantizationRun(model, recipe, found, plan, options, equalized)
     if losses:
@@ -290,15 +367,101 @@ def quantize(
         run.seconds["rounding_losses"] = time.perf_counter() - start
     run.report.warnings += slow
     run.execute()
-    if run.activations and (outer is not model or is_compiled(model)):
-        forget_compiled()
-    result = QuantizationResult(
-        model, run.matrices, run.report, recipe, run.activations, equalized, tokenizer
-    )
+    result = QuantizationResult(model, run.matrices, run.report, recipe, run.activations, equalized)
     result.stored_dtype = dtype_name(written)
-    if out_dir is not None:
+    if tuning is not None:
         with _carrying(result):
-            result.save(out_dir, checkpoint_format=checkpoint_format, overwrite=overwrite)
+            tune_prepared(result, learned_from, tuning, options.progress)
+    return result
+
+
+def _opened(
+    model: Any, tokenizer: Any, stored_dtype: Any, stream: bool | None
+) -> tuple[nn.Module, StoredModel | None, Any, Any]:
+    """Open what was given as the model; returns it, and whence it is streamed if it is."""
+    if isinstance(model, (str, os.PathLike)) and os.path.isdir(model):
+        model, found, facts = open_model(model, stream=stream)
+        tokenizer = found if tokenizer is None else tokenizer
+        stored_dtype = facts["stored_dtype"] if stored_dtype is None else stored_dtype
+    elif stream and not isinstance(model, StoredModel):
+        raise UsageError("stream=True is for the folder of a model: give its path")
+    if isinstance(model, nn.Module):
+        model = reopen(model) or model
+    if isinstance(model, StoredModel):
+        return model.model, model, tokenizer, stored_dtype
+    if not isinstance(model, nn.Module):
+        given = repr(model) if isinstance(model, str) else type(model).__name__
+        raise TypeError(f"model must be a torch.nn.Module or a folder that exists, not {given}")
+    return model, None, tokenizer, stored_dtype
+
+
+def _quantize_stored(
+    stored: StoredModel,
+    recipe: Recipe | None,
+    calibration: Any,
+    tokenizer: Any,
+    budget: int | None,
+    schedule: str,
+    options: RunOptions,
+    inspection: dict[str, Any],
+    slow: list[str],
+) -> QuantizationResult:
+    """Quantize a model block by block from its files; the arguments are those of the driver."""
+    problems, written = inspection["problems"], inspection["written"]
+    out_dir, checkpoint_format = inspection["out_dir"], inspection["checkpoint_format"]
+    if out_dir is None:
+        problems.add("a model that is streamed from its files needs out_dir: give one", UsageError)
+    if schedule == "one-pass":
+        problems.add(
+            "schedule='one-pass' needs the model in memory: use 'auto' or 'replay'", UsageError
+        )
+    if recipe is not None:
+        check_stream(problems, recipe)
+        structure = find_structure(stored.model, recipe, inspection["blocks"])
+    if recipe is None or problems.found:
+        problems.raise_if_any()
+    assert recipe is not None and written is not None and out_dir is not None
+    source = source_of(stored, structure)
+    target = resolve(out_dir)
+    with RunState(state_folder(target)).opened() as state:
+        with source.attached():
+            with noting_values(source, structure, problems):
+                found = inspect_model(
+                    stored.model, recipe, calibration, tokenizer, stored=True, **inspection
+                )
+            plan = plan_stream(source, found, budget)
+            check_room(state.root, state_bytes(source, found.structure, found.calibration))
+            about = describe_run(
+                stored,
+                found,
+                recipe,
+                written=dtype_name(written),
+                dtype=dtype_name(dtype_of(stored.model)),
+                blocks=inspection["blocks"],
+                share_inputs=inspection["share_inputs"],
+                diagnostics=options.diagnostics,
+                on_error=options.on_error,
+            )
+            run = StreamedRun(stored.model, recipe, found, plan, options)
+            run.report.warnings += slow
+            run.attach(source, state, about)
+            run.execute()
+        with stored_as(stored.model, written):
+            info = save_checkpoint(
+                stored.model,
+                run.matrices,
+                recipe,
+                target,
+                checkpoint_format=checkpoint_format,
+                tokenizer=tokenizer,
+                report=run.report,
+                overwrite=inspection["overwrite"],
+                activations=run.activations,
+                fetch=float_tensors(source, run.changed),
+            )
+        state.remove()
+    result = QuantizationResult(stored.model, {}, run.report, recipe, run.activations)
+    result.tokenizer, result.stored_dtype, result.checkpoint = tokenizer, dtype_name(written), info
     return result
 
 
@@ -316,6 +479,11 @@ def _carrying(result: QuantizationResult) -> Iterator[None]:
                     "is what quantize() returns; error.result.save(another_folder) writes it"
                 )
         raise
+
+
+def _unfused(recipe: Recipe | None, experts: str) -> bool:
+    """Whether the experts of a module are quantized, so that each needs linear layers."""
+    return recipe is not None and recipe.for_layer(experts) is not None
 
 
 def _changed(recipe: Any, changes: Mapping[str, Any], problems: Problems) -> Recipe | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ptqkit.errors import UnsupportedModuleError
 from ptqkit.hf.equalization.run import owner_of_mark
+from ptqkit.hf.models.experts import ExpertSwap
 from ptqkit.nn.activations import installed_quantizer, remove_quantizers
 from ptqkit.nn.linear import is_linear
 from ptqkit.nn.quantized_mark import is_quantized, unmark_quantized
@@ -44,8 +45,9 @@ class FloatWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        linears = [(n, m) for n, m in model.named_modules() if is_linear(m)]
-        _refuse(n for n, m in linears if is_quantized(m) or installed_quantizer(m) is not None)
+        with ExpertSwap(model, lambda name: True):
+            linears = [(n, m) for n, m in model.named_modules() if is_linear(m)]
+            _refuse(n for n, m in linears if is_quantized(m) or installed_quantizer(m) is not None)
         self.model = model
         self._kept: list[tuple[nn.Module, str, torch.Tensor | None]] = []
         copies: dict[int, torch.Tensor] = {}
@@ -64,6 +66,20 @@ class FloatWeights:
         """Size of the copy."""
         values = {id(v): v for _, _, v in self._kept if v is not None}
         return sum(v.numel() * v.element_size() for v in values.values())
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Return the float values of the model's parameters as it has them now, by name.
+
+        A bias that was gained since is 0. Embeddings are left out.
+        """
+        names = {id(module): name for name, module in self.model.named_modules()}
+        found = {}
+        for module, name, value in self._kept:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                full = f"{names[id(module)]}.{name}".lstrip(".")
+                found[full] = torch.zeros_like(parameter) if value is None else value
+        return found
 
     def restore(self) -> None:
         """Put the float weights back into the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 from ptqkit.errors import CalibrationError, Problems, UnsupportedModuleError
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
+from ptqkit.hf.models.experts import expert_modules
 from ptqkit.hf.models.probe import Probe, probe_model
 from ptqkit.hf.models.stream import StreamWriters, find_writers
 from ptqkit.hf.models.structure import Structure, find_structure
+from ptqkit.hf.quantization.expert_checks import check_experts
 from ptqkit.hf.quantization.preflight import (
     check_float,
     check_kind,
@@ -23,6 +26,7 @@ from ptqkit.hf.quantization.preflight import (
     check_probe,
     check_tokens,
 )
+from ptqkit.nn.experts import ExpertLinears
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["Inspection", "inspect_model"]
@@ -42,6 +46,8 @@ class Inspection:
         Layers that the probe did not reach, but that may still see tokens.
     stream : StreamWriters
         Layers that write into residual streams, if the recipe asks for them.
+    experts : mapping of str to ExpertLinears
+        Modules of ``model`` with one linear layer per expert.
     """
 
     structure: Structure
@@ -49,6 +55,7 @@ class Inspection:
     probe: Probe = field(default_factory=Probe)
     unprobed: set[str] = field(default_factory=set)
     stream: StreamWriters = field(default_factory=StreamWriters)
+    experts: Mapping[str, ExpertLinears] = field(default_factory=dict)
 
 
 def inspect_model(
@@ -65,6 +72,7 @@ def inspect_model(
     out_dir: str | os.PathLike[str] | None,
     overwrite: bool,
     requantize: bool = False,
+    stored: bool = False,
     **windows: Any,
 ) -> Inspection:
     """Read the data, find the structure, check both, and run a short probe.
@@ -72,7 +80,7 @@ def inspect_model(
     Parameters are those of :func:`ptqkit.quantize`; ``**windows`` are the options of
     :func:`~ptqkit.hf.data.calibration.prepare_calibration`, ``written`` is the type of the float
     values in the files, and ``problems`` holds what is wrong with the arguments themselves: then
-    the recipe may be None.
+    the recipe may be None. With ``stored``, weights are read from files when they are needed.
 
     Raises
     ------
@@ -96,12 +104,13 @@ def inspect_model(
         if held not in FORMATS:
             held = "auto" if out_dir is not None else None
         # Data that is there but unusable is one problem, not one more for every layer.
-        check_model(problems, model, structure, recipe, calibration is not None, held)
+        check_model(problems, model, structure, recipe, calibration is not None, held, stored)
+        check_experts(problems, model, structure.targets, expert_modules(model))
     if out_dir is not None:
         check_output(problems, model, structure.targets, out_dir, overwrite, tokenizer, written)
     problems.raise_if_any(structure.targets)
     if data is None:
-        return Inspection(structure)
+        return Inspection(structure, experts=expert_modules(model))
     shown = probe_model(
         model,
         {name: target.module for name, target in structure.targets.items()},
@@ -119,7 +128,7 @@ def inspect_model(
     if recipe is not None and recipe.residual_propagation:
         blocks_run = {block: model.get_submodule(block) for block in shown.blocks}
         stream = find_writers(model, blocks_run, data.batches[0])
-    return Inspection(structure, data, shown, unprobed, stream)
+    return Inspection(structure, data, shown, unprobed, stream, expert_modules(model))
 
 
 def _read_data(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ptqkit.arrays.drift import Drift
+from ptqkit.arrays.hessian import Hessian
 from ptqkit.errors import (
     LAYER_FAILURES,
     CalibrationError,
@@ -18,6 +19,8 @@ from ptqkit.errors import (
 )
 from ptqkit.hf.data.calibration import batch_shape
 from ptqkit.hf.models.inputs import match_mask
+from ptqkit.hf.quantization.expert_moments import fill_up, rule_text
+from ptqkit.nn.experts import RoutedRows, routed_rows
 from ptqkit.nn.statistics import accumulator, drift_accumulator, range_accumulator
 
 __all__ = ["MomentAccumulator", "Moments", "check_same_tokens"]
@@ -39,6 +42,10 @@ class Moments:
         Of the inputs, if a layer's activation grid or bias correction needs them.
     seconds, seconds_drift : float
         Spent on H, and on G and D.
+    routed : int or None
+        Tokens routed to the expert that the layers belong to.
+    rule : str
+        What was done about too few of them; empty if there were enough.
     """
 
     hessian: Any = None
@@ -47,10 +54,14 @@ class Moments:
     ranges: Any = None
     seconds: float = 0.0
     seconds_drift: float = 0.0
+    routed: int | None = None
+    rule: str = ""
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens behind H."""
+        """Calibration tokens behind H; of an expert those routed to it."""
+        if self.routed is not None:
+            return self.routed
         return 0 if self.hessian is None else int(self.hessian.tokens)
 
 
@@ -76,6 +87,8 @@ class MomentAccumulator:
         self._ranges: Any = None
         self._drift: Any = None
         self._residual: Any = None
+        self._routed: RoutedRows | None = None
+        self._pool: Any = None
         self._seconds = self._seconds_drift = 0.0
 
     @property
@@ -110,6 +123,9 @@ class MomentAccumulator:
         start = middle = time.perf_counter()
         try:
             channels, device = value.shape[-1], value.device
+            self._routed = routed_rows(value)
+            if self._routed is not None and not self._routed.in_order:
+                floats = None  # In the float model other tokens come to an expert.
             if self._hessian is None:
                 self._hessian = accumulator(channels, device)
             rows = match_mask(value, batch, mask)
@@ -134,6 +150,53 @@ class MomentAccumulator:
             self.error = CalibrationError(f"{self.name}: adding a batch was interrupted")
             raise
         self._seconds += middle - start
+
+    @property
+    def routed(self) -> int | None:
+        """Tokens that have come, if they were routed to the expert of the layer alone."""
+        if self._routed is None or self._routed.everything or self._hessian is None:
+            return None
+        return int(self._hessian.tokens)
+
+    @property
+    def lacks_tokens(self) -> bool:
+        """Whether fewer tokens than inputs were routed to the layer, and no others are known."""
+        if self.error is not None or self.routed is None or self._pool is not None:
+            return False
+        return self.routed < self._hessian.in_features
+
+    def add_pool(
+        self,
+        value: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        mask: torch.Tensor | None,
+        pool: Any = None,
+    ) -> Any:
+        """Add what one batch's other tokens would be as inputs of the layer; return the sum.
+
+        Parameters
+        ----------
+        value, batch, mask
+            As for :meth:`add`.
+        pool : optional
+            What was returned for the batches before.
+        """
+        routed = routed_rows(value)
+        if self.error is not None or routed is None or routed.pool is None:
+            return pool
+        start = time.perf_counter()
+        try:
+            if pool is None:
+                pool = accumulator(routed.pool.shape[-1], value.device)
+            pool.update(routed.pool, match_mask(routed.of_pool(), batch, mask))
+        except LAYER_FAILURES as error:
+            self.error = prefix_error(error, self.name)
+        self._seconds += time.perf_counter() - start
+        return pool
+
+    def use_pool(self, pool: Any) -> None:
+        """Take the sum that :meth:`add_pool` has returned, here or for another layer."""
+        self._pool = pool
 
     def _add_streams(
         self,
@@ -160,12 +223,24 @@ class MomentAccumulator:
 
     def _moments(self) -> Moments:
         start = time.perf_counter()
-        hessian = self._hessian.finish()
+        routed, rule = self.routed, ""
+        lacking = routed is not None and routed < self._hessian.in_features
+        hessian = None if lacking and not routed else self._hessian.finish()
+        if lacking and self._pool is not None and self._pool.tokens:
+            assert routed is not None
+            own = Hessian(self._hessian.in_features) if hessian is None else hessian
+            hessian = fill_up(own, self._pool.finish())
+            rule = rule_text(routed, own.in_features)
+        elif hessian is None:
+            raise CalibrationError(
+                "no token of the calibration data was routed to this expert: give more data, "
+                "calibrate_all_experts=True, or leave it float with an override 'skip'"
+            )
         ranges = None if self._ranges is None else self._ranges.finish()
         middle = time.perf_counter()
         seconds = self._seconds + middle - start
         if self._drift is None or not hessian.tokens:
-            return Moments(hessian, ranges=ranges, seconds=seconds)
+            return Moments(hessian, ranges=ranges, seconds=seconds, routed=routed, rule=rule)
         drift, residuals = self._drift.finish(), {}
         if self._residual is not None and self.writer is not None:
             residuals[self.writer] = self._residual.finish()

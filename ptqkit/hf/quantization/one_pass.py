@@ -26,7 +26,7 @@ from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import installed_quantizer
-from ptqkit.nn.forward import forward, hooks, tensor_key, thread_state
+from ptqkit.nn.forward import device_of, forward, hooks, tensor_key, thread_state
 
 __all__ = ["one_pass_groups"]
 
@@ -65,7 +65,7 @@ def one_pass_groups(work: Work) -> Steps:
     floats = _start(work) if work.propagate else []
     originals = OriginalWeights(work.targets, len(floats))
     waiting = None
-    pages = HeapPages(next(work.model.parameters()).device)
+    pages = HeapPages(device_of(work.model))
     try:
         with hooks(work.modules(), at_layer), _streams(work, current):
             for group in work.groups:
@@ -156,6 +156,15 @@ def _moments(
             other, stream, now = floats[index].value, floats[index].stream, coroutine.stream
             streams = None if stream is None or now is None else (stream, now)
         found.add(coroutine.value, work.batches[index], work.masks[index], other, streams)
+    work.note_routed(group, found)
+    work.borrow_pool(group, found)
+    if found.lacks_tokens:
+        pool = None
+        for index, coroutine in enumerate(coroutines):
+            assert coroutine.value is not None
+            batch, mask = work.batches[index], work.masks[index]
+            pool = found.add_pool(coroutine.value, batch, mask, pool)
+        work.use_pool(group, found, pool)
     if len(group) > 1:
         for coroutine in [*coroutines, *floats]:
             assert coroutine.value is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -11,8 +11,10 @@ from ptqkit._units import show_bytes
 from ptqkit.errors import PreflightError, Problem, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.models.structure import Target
+from ptqkit.hf.quantization.expert_moments import is_expert, solved_together
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import available_memory, container_memory
+from ptqkit.nn.forward import device_of
 
 __all__ = [
     "SCHEDULES",
@@ -30,10 +32,19 @@ _SLACK = 1.3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that each schedule needs in addition to the model."""
+    """Bytes that each schedule needs in addition to the model.
+
+    Attributes
+    ----------
+    one_pass, replay : int
+    outputs, codes : int
+        Of those of replay, what the outputs of the blocks take, and the codes.
+    """
 
     one_pass: int
     replay: int
+    outputs: int = 0
+    codes: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,8 @@ class Plan:
         Bytes that decided: ``estimate_one_pass``, ``estimate_replay``, ``budget`` and
         ``available``; empty without calibration.
     warnings : list of str
+    experts_at_once : int
+        Experts whose moments replay accumulates in one forward pass: as many as there is room for.
     """
 
     schedule: str = "no calibration"
@@ -58,6 +71,7 @@ class Plan:
     strict: bool = False
     estimate: dict[str, int | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    experts_at_once: int = 1
 
 
 def plan_schedule(
@@ -96,8 +110,9 @@ def plan_schedule(
         bool(propagation),
         inspection.probe.positions,
         bool(inspection.stream.writers),
+        inspection.experts,
     )
-    device = next(model.parameters()).device
+    device = device_of(model)
     free, room = available_memory(device), None if device.type != "cpu" else container_memory()
     limit, whose = (free, "free memory") if budget is None else (budget, "memory budget")
     # No budget makes a container larger: what is beyond its limit is killed.
@@ -116,7 +131,9 @@ def plan_schedule(
         size = show_bytes(needed.one_pass)
         reason = f"one pass needs about {size}{twice}, the {whose} is {show_bytes(limit)}"
     if not reason:
-        return Plan("one-pass", "", strict, estimate)
+        # Should replay have to take over.
+        at_once = _experts_at_once(inspection, limit - needed.one_pass)
+        return Plan("one-pass", "", strict, estimate, [], at_once)
     if propagation:
         problem = Problem(only_one_pass(propagation, reason), UnsupportedModuleError)
         raise PreflightError([problem])
@@ -128,7 +145,20 @@ def plan_schedule(
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower samples or batch_size"])
         warnings.append(text)
-    return Plan("replay", reason, strict, estimate, warnings)
+    at_once = _experts_at_once(inspection, limit - needed.replay)
+    if inspection.experts:
+        estimate["experts_at_once"] = at_once
+    return Plan("replay", reason, strict, estimate, warnings, at_once)
+
+
+def _experts_at_once(inspection: Inspection, room: int) -> int:
+    """Return how many experts' moments there is room for in addition to what replay needs."""
+    shapes = [module.shape for module in inspection.experts.values()]
+    if not shapes:
+        return 1
+    # The sum and, of those that are being filled up, the pool; float32.
+    each = max(2 * 4 * max(s.hidden, s.inner) ** 2 for s in shapes)
+    return int(max(1, min(max(s.experts for s in shapes), 1 + room // each)))
 
 
 def only_one_pass(propagation: str, reason: str) -> str:
@@ -171,6 +201,7 @@ def estimate_memory(
     propagate: bool = False,
     positions: int = 1,
     streams: bool = False,
+    experts: Container[str] = (),
 ) -> MemoryEstimate:
     """Estimate the memory that each schedule needs in addition to the model, from shapes.
 
@@ -181,7 +212,8 @@ def estimate_memory(
     With error propagation (``propagate``) one-pass holds it twice: for the float model too; if the
     residual streams are followed (``streams``), each holds one more of them. In the end all codes
     are there, a byte each, on the host.
-    ``positions`` are those of a sample in the probe, for inputs that show none themselves.
+    ``positions`` are those of a sample in the probe, for inputs that show none themselves;
+    ``experts`` the names of the mixtures, whose experts are taken to see all tokens.
     """
     size = next(model.parameters()).element_size()
     hidden: dict[str | None, int] = {}
@@ -190,10 +222,14 @@ def estimate_memory(
     for group in groups:
         target = targets[group[0]]
         inputs = target.view.shape[1]
-        outputs = sum(targets[n].view.shape[0] for n in group)
+        parts = solved_together(group, {n: targets[n].view.shape for n in group}, experts)
+        outputs = max(sum(targets[n].view.shape[0] for n in part) for part in parts)
         stream = hidden.setdefault(target.block, inputs)
         live = max(live, (3 + streams) * stream + before.get(target.block, 0) + inputs)
-        before[target.block] = outputs
+        # One expert after the other runs.
+        one = [n for n in group if is_expert(n, experts)]
+        alive = [n for n in one if n.rsplit(".", 1)[0] == one[0].rsplit(".", 1)[0]] or group
+        before[target.block] = sum(targets[n].view.shape[0] for n in alive)
         wide = max(wide, stream)
         # H, its factor and the solver's copies; the weight as float32, its result and error.
         # Error propagation adds G and a factor in float64; the original, corrected weights in both.
@@ -205,10 +241,15 @@ def estimate_memory(
     largest = max(tokens)
     one_pass = (sum(tokens) * size * live + sum(masks)) * (2 if propagate else 1)
     one_pass += largest * size * live
-    replay = sum(tokens) * size * 2 * wide + 2 * largest * size * live + max(masks)
-    if next(model.parameters()).device.type == "cpu":
-        work += sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))
-    return MemoryEstimate(int(_SLACK * one_pass) + work, int(_SLACK * replay) + work)
+    outputs = sum(tokens) * size * 2 * wide
+    replay = outputs + 2 * largest * size * live + max(masks)
+    codes = 0
+    if device_of(model).type == "cpu":
+        codes = sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))
+    work += codes
+    return MemoryEstimate(
+        int(_SLACK * one_pass) + work, int(_SLACK * replay) + work, int(_SLACK * outputs), codes
+    )
 
 
 def _mask_bytes(

@@ -26,6 +26,7 @@ from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.models.wrappers import wrapper_problem
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.linear import is_linear
+from ptqkit.nn.matrix_solver import obq_problem
 from ptqkit.nn.quantized_mark import is_quantized
 from ptqkit.recipe.budget import candidate_bits
 from ptqkit.recipe.recipe import Recipe
@@ -36,6 +37,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 __all__ = [
+    "check_finite",
     "check_float",
     "check_kind",
     "check_model",
@@ -52,6 +54,7 @@ def check_model(
     recipe: Recipe,
     calibrated: bool,
     checkpoint_format: str | None,
+    stored: bool = False,
 ) -> None:
     """Check what the model and the recipe show by themselves: shapes, patterns, weights, format.
 
@@ -59,6 +62,8 @@ def check_model(
     ----------
     checkpoint_format : str or None
         What must hold the result; None if it may stay in memory.
+    stored : bool
+        Weights are read from files when they are needed, so nothing is said of their values.
     """
     for text in structure.problems:
         problems.add(text, UnsupportedModuleError)
@@ -74,7 +79,7 @@ def check_model(
     for pattern in recipe.unmatched(structure.known_names):
         problems.add(f"pattern {pattern!r} of the recipe matches no module of the model")
     meta = [n for n, p in model.named_parameters() if p.device.type == "meta"]
-    if meta:
+    if meta and not stored:
         problems.add(
             f"{len(meta)} parameters are on the meta device (the first is {meta[0]}); load the "
             "weights before quantizing"
@@ -82,7 +87,11 @@ def check_model(
         return
     for target in structure.targets.values():
         _check_target(problems, target, calibrated)
-    _check_finite(problems, structure.targets)
+    slow = {n: t.view.shape for n, t in structure.targets.items() if t.options.method == "obq"}
+    if text := obq_problem(slow):
+        problems.add(text, UnsupportedModuleError)
+    if not stored:
+        check_finite(problems, structure.targets)
     if checkpoint_format is None or not structure.targets:
         return
     for text in _format_conflicts(model, structure.targets, checkpoint_format):
@@ -136,7 +145,8 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
         )
 
 
-def _check_finite(problems: Problems, targets: Mapping[str, Target]) -> None:
+def check_finite(problems: Problems, targets: Mapping[str, Target]) -> None:
+    """Check that weights are finite."""
     bad = {}
     for name, target in targets.items():
         weight = target.view.weight

@@ -7,23 +7,41 @@ model through its return value alone, and cannot run the float model along.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.models.recorded import RecordedBlocks
 from ptqkit.hf.quantization.memory import HeapPages
-from ptqkit.hf.quantization.moments import Moments
+from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
 from ptqkit.hf.quantization.work import Steps, Work
-from ptqkit.nn.forward import StopForwardError, hooks
+from ptqkit.nn.forward import StopForwardError, device_of, hooks
 
 __all__ = ["replay_groups"]
 
 
-def replay_groups(work: Work) -> Steps:
-    """Yield every group that is left, running its block per group and once for its outputs."""
-    recorded = RecordedBlocks(work.model, work.blocks, work.batches)
+def replay_groups(
+    work: Work,
+    recorded: RecordedBlocks | None = None,
+    at_block_end: Callable[[int], None] | None = None,
+) -> Steps:
+    """Yield every group that is left, running its block per group and once for its outputs.
+
+    Parameters
+    ----------
+    work : Work
+    recorded : RecordedBlocks, optional
+        If some blocks are finished already, or their outputs are kept in another place.
+    at_block_end : callable, optional
+        Called with the position of each block once its layers are done, and its outputs recorded
+        if anything follows that needs them.
+    """
+    if recorded is None:
+        recorded = RecordedBlocks(work.model, work.blocks, work.batches)
     positions = work.positions()
-    pages = HeapPages(next(work.model.parameters()).device)
+    pages = HeapPages(device_of(work.model))
     with recorded.patched():
         for position, block in enumerate([*work.blocks, None]):
             groups = [g for g, p in zip(work.groups, positions, strict=True) if p == position]
@@ -31,39 +49,114 @@ def replay_groups(work: Work) -> Steps:
             unprobed = [] if block is None else work.unprobed(block)
             if not groups and not unprobed:
                 continue
-            recorded.advance(position)
-            pages.release()
+            while recorded.position < position:
+                recorded.advance()
+                pages.release()
+                if at_block_end is not None:
+                    at_block_end(recorded.position - 1)
             if block is not None and unprobed:
                 groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
-            for group in groups:
-                moments = _moments(work, recorded, group)
+            for wave in _waves(work, groups):
+                found = _moments(work, recorded, wave)
                 pages.release()
-                yield work.members(group), moments
-                del moments
-                work.done.update(group)
+                for group in wave:
+                    yield work.members(group), found.pop(0)
+                    work.done.update(group)
     pages.release()
     return None
 
 
-def _moments(work: Work, recorded: RecordedBlocks, group: list[str]) -> Moments | Exception:
-    """Run every batch up to the group, and accumulate its inputs."""
-    found = work.accumulator(group)
-    target = work.targets[group[0]]
+def _waves(work: Work, groups: list[list[str]]) -> Iterator[list[list[str]]]:
+    """Yield the groups whose moments one forward pass accumulates.
 
-    def at_layer(name: str, value: torch.Tensor) -> None:
-        index = recorded.batch
-        found.add(value, work.batches[index], work.masks[index])
-        raise StopForwardError
+    One at a time, but for the experts of a module: they read what no other expert writes.
+    """
+    waiting = list(groups)
+    while waiting:
+        expert = work.expert(waiting[0])
+        if expert is None:
+            yield [waiting.pop(0)]
+            continue
+        found = [(g, e[2]) for g in waiting if (e := work.expert(g)) and e[0] is expert[0]]
+        waiting = [g for g in waiting if g not in [f for f, _ in found]]
+        for last in (False, True):
+            wave = [g for g, is_last in found if is_last == last]
+            for start in range(0, len(wave), work.experts_at_once):
+                yield wave[start : start + work.experts_at_once]
 
-    with hooks({group[0]: target.module}, at_layer):
-        for index in range(len(work.batches)):
-            recorded.forward(index, stop_after=target.block)
-    if found.empty:
-        return CalibrationError(
-            f"{group[0]} saw no token of the calibration data: give more data, or leave it float "
+
+def _moments(
+    work: Work, recorded: RecordedBlocks, wave: list[list[str]]
+) -> list[Moments | Exception]:
+    """Run every batch up to the groups, and accumulate their inputs."""
+    found = {group[0]: work.accumulator(group) for group in wave}
+
+    def add(name: str, value: torch.Tensor, index: int) -> None:
+        found[name].add(value, work.batches[index], work.masks[index])
+
+    _each_input(work, recorded, list(found), add)
+    for group in wave:
+        work.note_routed(group, found[group[0]])
+    _pool(work, recorded, wave, found)
+    return [
+        CalibrationError(
+            f"{name} saw no token of the calibration data: give more data, or leave it float "
             "with an override 'skip'"
         )
-    return found.finish()
+        if found[name].empty
+        else found[name].finish()
+        for name in found
+    ]
+
+
+def _pool(
+    work: Work,
+    recorded: RecordedBlocks,
+    wave: list[list[str]],
+    found: dict[str, MomentAccumulator],
+) -> None:
+    """Give experts with too few tokens the moments of the others, by one more forward pass."""
+    for group in wave:
+        work.borrow_pool(group, found[group[0]])
+    lacking = {g[0]: g for g in wave if found[g[0]].lacks_tokens}
+    if not lacking:
+        return
+    expert = work.expert(next(iter(lacking.values())))
+    first = expert is not None and not expert[2]
+    # The first layers of all experts have one pool.
+    makers = list(lacking)[:1] if first else list(lacking)
+    pools: dict[str, Any] = dict.fromkeys(makers)
+
+    def add(name: str, value: torch.Tensor, index: int) -> None:
+        batch, mask = work.batches[index], work.masks[index]
+        pools[name] = found[name].add_pool(value, batch, mask, pools[name])
+
+    _each_input(work, recorded, makers, add)
+    for name in makers:
+        work.use_pool(lacking[name], found[name], pools[name])
+    for name, group in lacking.items():
+        work.borrow_pool(group, found[name])
+
+
+def _each_input(
+    work: Work,
+    recorded: RecordedBlocks,
+    names: list[str],
+    add: Callable[[str, torch.Tensor, int], None],
+) -> None:
+    """Run every batch until all of these layers have been met."""
+    met: set[str] = set()
+
+    def at_layer(name: str, value: torch.Tensor) -> None:
+        add(name, value, recorded.batch)
+        met.add(name)
+        if len(met) == len(names):
+            raise StopForwardError
+
+    with hooks({name: work.targets[name].module for name in names}, at_layer):
+        for index in range(len(work.batches)):
+            met.clear()
+            recorded.forward(index, stop_after=work.targets[names[0]].block)
 
 
 def _in_order(

@@ -47,12 +47,15 @@ class LayerReport:
         Used, as a fraction of the mean diagonal of H; ``damping_raised`` counts the steps it had
         to be raised by, and ``notes`` says why.
     tokens : int
-        Calibration tokens behind H.
+        Calibration tokens behind H; of an expert those routed to it.
     seconds_hessian, seconds_solve, seconds_diagnostics, seconds_propagation : float
         Layers that were solved together share the time by rows. The last: accumulating G and
         correcting the weight.
     schedule : str
     shares_input_with : list of str
+    rule : str
+        What was done about an expert that got fewer tokens than it has inputs
+        (:mod:`ptqkit.hf.quantization.expert_moments`); empty if it got enough.
     target : str
         What was quantized instead of the weight: empty for the weight itself; ``"least-squares
         0.5"`` (or another ``target`` of the recipe) if it was corrected for the errors of its
@@ -88,6 +91,7 @@ class LayerReport:
     schedule: str = ""
     shares_input_with: list[str] = field(default_factory=list)
     target: str = ""
+    rule: str = ""
     notes: str = ""
 
 
@@ -117,6 +121,9 @@ class Report(JsonReport):
         ``estimate_one_pass`` and ``estimate_replay`` (what each schedule needs in addition to the
         model), ``budget`` (None if none was given) and ``available`` (free before the run).
     recipe : dict
+    tuning : dict or None
+        :meth:`TuningReport.to_dict`, if scales, gains and biases were tuned; the layers' rows are
+        of the time before.
     rounding_losses : dict of str to dict of int to float
         If the recipe names average bits: what rounding each layer to nearest would cost alone at
         each number of bits, an estimate in nats per token.
@@ -133,6 +140,7 @@ class Report(JsonReport):
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    tuning: dict[str, Any] | None = None
     rounding_losses: dict[str, dict[int, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -157,6 +165,13 @@ class Report(JsonReport):
     def failed(self) -> list[LayerReport]:
         """Rows of the layers that were left float because of an error."""
         return [layer for layer in self.layers if layer.status.startswith("failed")]
+
+    def note_tuning(self, facts: dict[str, Any]) -> None:
+        """Add what tuning did, and its time."""
+        self.tuning = facts
+        spent = self.seconds.get("tuning", 0.0)
+        self.seconds["tuning"] = spent + facts["seconds"]
+        self.seconds["total"] = self.seconds.get("total", 0.0) + facts["seconds"]
 
     def totals(self) -> dict[str, Any]:
         """Return sums over the quantized layers; ``bits_per_weight`` is weighted by size."""
@@ -232,6 +247,8 @@ class Report(JsonReport):
         told = ", ".join(f"{w} propagation {alpha:g}" for w, alpha in alphas.items() if alpha)
         if told:
             lines.append(f"{told}: figures are of the corrected weights, not the model's own")
+        if self.tuning is not None:
+            lines.append(f"{_tuned(self.tuning)}; figures of layers are of before")
         if self.memory.get("peak"):
             lines.append(f"peak memory {self.memory['peak'] / 2**20:,.0f} MiB")
         return lines + [f"warning: {w}" for w in self.warnings]
@@ -278,6 +295,14 @@ _LESS_IMPORTANT = ("dead", "tokens", "rtn", "damping", "shape", "bpw", "act")
 """Columns that are left out, in this order, as long as the lines are too long."""
 _NAME = 32
 """Characters of a layer's name that other columns make room for."""
+
+
+def _tuned(facts: dict[str, Any]) -> str:
+    return (
+        f"tuned {facts['steps']} steps, kept step {facts['kept']}: divergence from the float model "
+        f"on {facts['held_out']} held-out windows {facts['loss_before']:.4g} -> "
+        f"{facts['loss_after']:.4g} nats per token, {facts['seconds']:.1f} s"
+    )
 
 
 def _cells(r: LayerReport) -> tuple[str, ...]:
@@ -350,7 +375,12 @@ def _bias_share(solved: LayerResult) -> float:
 
 
 def layer_report(
-    target: Target, solved: LayerResult, tokens: int, seconds_hessian: float, schedule: str
+    target: Target,
+    solved: LayerResult,
+    tokens: int,
+    seconds_hessian: float,
+    schedule: str,
+    rule: str = "",
 ) -> LayerReport:
     """Build the row of a quantized layer."""
     matrix, options, notes = solved.matrix, target.options, []
@@ -361,7 +391,9 @@ def layer_report(
     if _worse(solved.objective, solved.objective_rtn):
         ratio = solved.objective / solved.objective_rtn if solved.objective_rtn else math.inf
         notes.append(f"worse than rounding to nearest, {ratio:.4g} times its objective")
-    if 0 < tokens < target.view.shape[1]:
+    if rule:
+        notes.append(rule)
+    elif 0 < tokens < target.view.shape[1]:
         notes.append(f"only {tokens} tokens for {target.view.shape[1]} inputs")
     return LayerReport(
         name=target.name,
@@ -379,7 +411,7 @@ def layer_report(
         bits_per_weight=matrix.bits_per_weight,
         activations=_activations(options.activations),
         bias_share=_bias_share(solved),
-        damping=matrix.damping if options.method == "gptq" else math.nan,
+        damping=matrix.damping if options.method != "rtn" else math.nan,
         damping_raised=matrix.damping_raised,
         dead_inputs=matrix.dead_inputs,
         tokens=tokens,
@@ -389,5 +421,6 @@ def layer_report(
         seconds_propagation=solved.seconds_propagation,
         schedule=schedule,
         target=solved.target,
+        rule=rule,
         notes="; ".join(notes),
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from torch import nn
 
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -20,6 +21,7 @@ from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.equalization.report import EqualizationReport
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress
+from ptqkit.hf.quantization.expert_moments import solved_together
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import peak_memory
 from ptqkit.hf.quantization.moments import Moments
@@ -30,11 +32,12 @@ from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
 from ptqkit.hf.quantization.solve import LayerResult, solve_group
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
-from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.forward import calibration_mode, device_of
+from ptqkit.nn.on_grid import dequantize
 from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["QuantizationInterrupted", "QuantizationRun", "RunOptions"]
+__all__ = ["QuantizationInterrupted", "QuantizationRun", "RunOptions", "describe_data"]
 
 
 class QuantizationInterrupted(KeyboardInterrupt):
@@ -46,9 +49,11 @@ class QuantizationInterrupted(KeyboardInterrupt):
         Layers whose weights had been replaced in the model.
     """
 
-    def __init__(self, quantized: list[str], total: int, folds: int = 0) -> None:
+    def __init__(
+        self, quantized: list[str], total: int, folds: int = 0, text: str | None = None
+    ) -> None:
         self.quantized = quantized
-        super().__init__(_partial_text("interrupted", quantized, total, folds))
+        super().__init__(text or _partial_text("interrupted", quantized, total, folds))
 
 
 def _partial_text(what: str, quantized: list[str], total: int, folds: int = 0) -> str:
@@ -99,6 +104,8 @@ class QuantizationRun:
         self.model, self.recipe, self.plan, self.options = model, recipe, plan, options
         self.inspection, self.equalization = inspection, equalization
         self.matrices: dict[str, QuantizedMatrix] = {}
+        # With calibrate_on="float": what is written once all inputs of the float model are seen.
+        self._held: list[tuple[Target, LayerResult, Moments]] = []
         self.activations: dict[str, ActivationQuantizer] = {}
         self.report = Report(
             recipe=recipe.to_dict(), memory=dict(plan.estimate), warnings=list(plan.warnings)
@@ -129,11 +136,13 @@ class QuantizationRun:
         setup -= self.seconds.get("rounding_losses", 0.0)
         with self._telling_what_is_done():
             self._all_groups()
+            self._write_held()
+        self.report.warnings += _expert_warnings(self.report.layers, self._uncorrected())
         self.report.layers += _skipped_rows(self.model, self.inspection.structure)
         total = time.perf_counter() - self.options.start
         rest = total - setup - sum(self.seconds.values())
         self.report.seconds = {"total": total, "setup": setup, "forward": rest, **self.seconds}
-        self.report.memory["peak"] = peak_memory(next(self.model.parameters()).device)
+        self.report.memory["peak"] = peak_memory(device_of(self.model))
 
     @contextlib.contextmanager
     def _telling_what_is_done(self) -> Iterator[None]:
@@ -142,6 +151,8 @@ class QuantizationRun:
         total = len(self.inspection.structure.targets)
         try:
             yield
+        except QuantizationInterrupted:
+            raise
         except KeyboardInterrupt as error:
             raise QuantizationInterrupted(list(self.matrices), total, folds) from error
         except Exception as error:
@@ -159,7 +170,7 @@ class QuantizationRun:
         if data is None:
             self._each(_without_data(found.structure), "no calibration")
             return
-        self.report.calibration = _described(data)
+        self.report.calibration = describe_data(data)
         work = Work(
             self.model,
             found.structure.targets,
@@ -168,6 +179,8 @@ class QuantizationRun:
             data,
             self.propagate,
             found.stream.writers,
+            found.experts,
+            self.plan.experts_at_once,
         )
         reason: str | None = self.plan.reason
         with calibration_mode(self.model):
@@ -194,6 +207,14 @@ class QuantizationRun:
                 self._group(members, moments, schedule)
                 del moments  # before the next ones are accumulated
 
+    def _uncorrected(self) -> bool:
+        """Whether there are layers of experts that error propagation does not reach."""
+        if not self.propagate:
+            return False
+        names = {name.rsplit(".", 2)[0] for name in self.matrices}
+        found = [m for n, m in self.inspection.experts.items() if n in names]
+        return any(not m.every_token or m.shape.scores_first for m in found)
+
     def _group(self, members: list[Target], moments: Moments | Exception, schedule: str) -> None:
         """Quantize one group, or leave it float, and report it."""
         try:
@@ -216,26 +237,51 @@ class QuantizationRun:
             self.stage.step(target.name, loss, self.costs[target.name])
 
     def _solve(self, members: list[Target], moments: Moments, schedule: str) -> None:
-        if moments.hessian is not None and moments.tokens == 0:
+        if moments.hessian is not None and moments.hessian.tokens == 0:
             raise CalibrationError(f"{members[0].name} saw no token of the calibration data")
+        self.seconds["hessian"] += moments.seconds
+        by_name = {t.name: t for t in members}
+        shapes = {t.name: t.view.shape for t in members}
+        for part in solved_together(list(by_name), shapes, self.inspection.experts):
+            self._solve_part([by_name[n] for n in part], members, moments, schedule)
+
+    def _solve_part(
+        self, part: list[Target], members: list[Target], moments: Moments, schedule: str
+    ) -> None:
+        """Quantize some of the layers that share an input, and report them."""
         solved = solve_group(
-            members, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
+            part, moments, threads=self.options.threads, diagnostics=self.options.diagnostics
         )
         rows = sum(t.view.shape[0] for t in members)
-        self.seconds["hessian"] += moments.seconds
-        for target in members:
+        for target in part:
             result, share = solved[target.name], target.view.shape[0] / rows
-            self._write(target, result, moments)
+            if self.recipe.calibrate_on == "float":
+                self._hold(target, result, moments)
+            else:
+                self._write(target, result, moments)
             result.seconds_propagation += share * moments.seconds_drift
             self.seconds["solve"] += result.seconds_solve
             self.seconds["diagnostics"] += result.seconds_diagnostics
             if self.propagate:
                 self.seconds["propagation"] += result.seconds_propagation
-            row = layer_report(target, result, moments.tokens, share * moments.seconds, schedule)
-            row.shares_input_with = [t.name for t in members if t is not target]
-            if row.notes:
+            row = layer_report(
+                target, result, moments.tokens, share * moments.seconds, schedule, moments.rule
+            )
+            row.shares_input_with = [t.name for t in part if t is not target]
+            if row.notes and not row.rule:
                 self.report.warnings.append(f"{row.name}: {row.notes}")
             self.report.layers.append(row)
+
+    def _hold(self, target: Target, result: LayerResult, moments: Moments) -> None:
+        """Keep a layer's result, in codes, until the layers after it have been calibrated too."""
+        codes = replace(result, dequantized=np.empty(0, np.float32))
+        self._held.append((target, codes, Moments(ranges=moments.ranges)))
+
+    def _write_held(self) -> None:
+        """Write what was kept; nothing before has changed the model."""
+        for target, result, moments in self._held:
+            self._write(target, replace(result, dequantized=dequantize(result.matrix)), moments)
+        self._held.clear()
 
     def _write(self, target: Target, result: LayerResult, moments: Moments) -> None:
         """Put a layer's result into the model: weight, bias, and what quantizes its inputs."""
@@ -267,6 +313,25 @@ def _stream_warnings(recipe: Recipe, inspection: Inspection) -> list[str]:
     ]
 
 
+def _expert_warnings(rows: list[LayerReport], uncorrected: bool) -> list[str]:
+    """Say how many layers of experts had too few tokens, once for all of them."""
+    short = [row for row in rows if row.rule]
+    found = []
+    if short:
+        none = sum(row.tokens == 0 for row in short)
+        found.append(
+            f"{len(short)} layers of experts ({short[0].name}, ...) were routed fewer tokens than "
+            f"they have inputs, {none} of them none: the moments of all tokens of their mixture "
+            "fill them up, as their rows say; give more data, or calibrate_all_experts=True"
+        )
+    if uncorrected:
+        found.append(
+            "the layers of experts are not corrected for the errors before them: which tokens come "
+            "to an expert differs between the float and the quantized model"
+        )
+    return found
+
+
 def _without_data(structure: Structure) -> Steps:
     """Yield every layer alone, without moments."""
     for target in structure.targets.values():
@@ -281,7 +346,8 @@ def _cost(target: Target, calibration: CalibrationSet | None) -> float:
     return float(columns) * (2 * rows + columns) * tokens + float(rows) * columns * columns
 
 
-def _described(data: CalibrationSet) -> dict[str, object]:
+def describe_data(data: CalibrationSet) -> dict[str, object]:
+    """Return what the report says of the calibration data."""
     return {
         "source": data.source,
         "samples": data.samples,

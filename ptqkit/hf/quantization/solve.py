@@ -13,11 +13,12 @@ import torch
 from ptqkit.arrays.bias import bias_correction
 from ptqkit.arrays.factorization import factorize
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.arrays.solvers import gptq, objective, rtn
+from ptqkit.arrays.solvers import objective
 from ptqkit.arrays.targets import target_weights
 from ptqkit.hf.models.dtypes import dtype_name
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
+from ptqkit.nn.matrix_solver import quantize_matrix
 from ptqkit.nn.on_grid import dequantize, row_blocks, rtn_on_grid
 from ptqkit.recipe.recipe import Recipe
 
@@ -138,7 +139,14 @@ def _solve_stack(
     if moments.drift is not None:
         weight, instead = _target(weight, stack[0].name, options, source, moments, threads, name)
         start = time.perf_counter()
-    matrix = _quantize(weight, source, options, threads, diagnostics, name)
+    matrix = quantize_matrix(
+        weight,
+        source,
+        options,
+        threads=threads,
+        compare_rtn=None if diagnostics else False,
+        name=name,
+    )
     dequantized = dequantize(matrix)
     shift = None
     if options.bias_correction:
@@ -195,38 +203,6 @@ def _target(
     )
     kind = options.target if residual is None else "residual"
     return corrected, f"{kind} {alpha:g}"
-
-
-def _quantize(
-    weight: np.ndarray, source: Any, options: Recipe, threads: int, diagnostics: bool, name: str
-) -> QuantizedMatrix:
-    common: dict[str, Any] = {
-        "bits": options.bits,
-        "group_size": options.group_size,
-        "symmetric": options.symmetric,
-        "grid": options.grid,
-        "scale_dtype": options.scale_dtype,
-        "min_zero_point": options.min_zero_point,
-        "threads": threads,
-        "name": name,
-    }
-    if options.method == "rtn":
-        return rtn(weight, H=source, per_tensor=options.per_tensor, **common)
-    return gptq(
-        weight,
-        source,
-        order=options.order,
-        static_groups=options.static_groups,
-        refine_passes=options.refine_passes,
-        refit_rounds=options.refit_rounds,
-        beam_width=options.beam_width,
-        damping=options.damping,
-        max_damping=options.max_damping,
-        feedback=options.feedback,
-        block_size=options.block_size,
-        compare_rtn=None if diagnostics else False,
-        **common,
-    )
 
 
 def _diagnose(

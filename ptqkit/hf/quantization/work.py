@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
+from ptqkit.nn.experts import ExpertLinears
 
 __all__ = ["Steps", "Work"]
 
@@ -36,6 +38,10 @@ class Work:
     writers : mapping of str to tuple of str
         Per block, the layers that write into its residual stream, in order of execution, if they
         are to answer for its errors.
+    experts : mapping of str to ExpertLinears
+        The modules that route tokens to layers, by name.
+    experts_at_once : int
+        Experts whose moments replay accumulates in one forward pass.
     done : set of str
         Layers whose turn is over, quantized or failed.
     """
@@ -47,11 +53,20 @@ class Work:
     calibration: CalibrationSet
     propagate: bool = False
     writers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts: Mapping[str, ExpertLinears] = field(default_factory=dict)
+    experts_at_once: int = 1
     done: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.masks = self.calibration.masks()
         self.batches = self.calibration.batches
+        self._pools: dict[str, Any] = {}
+        # Only first layers tell how many tokens come: without, last ones are told of all.
+        first = {n.rsplit(".", 1)[0] for n in self.targets if not n.endswith(".down_proj")}
+        for target in self.targets:
+            name, _, place = target.rpartition(".")[0].rpartition(".")
+            if name in self.experts and f"{name}.{place}" not in first:
+                self.experts[name].short.add(int(place))
         self.group_of = {name: i for i, group in enumerate(self.groups) for name in group}
 
     def modules(self) -> dict[str, nn.Module]:
@@ -66,6 +81,34 @@ class Work:
         """Return an empty accumulator for the inputs of a group."""
         needs_ranges = any(target.options.needs_ranges for target in self.members(group))
         return MomentAccumulator(group[0], needs_ranges, self.writer(group))
+
+    def expert(self, group: list[str]) -> tuple[ExpertLinears, int, bool] | None:
+        """Return module and number of the expert of a group, and whether the layer is its last."""
+        parts = group[0].rsplit(".", 2)
+        module = self.experts.get(parts[0])
+        return None if module is None else (module, int(parts[1]), parts[2] == "down_proj")
+
+    def note_routed(self, group: list[str], found: MomentAccumulator) -> None:
+        """Have the expert's last layer told of other tokens too, if too few come to it."""
+        expert, routed = self.expert(group), found.routed
+        if expert is None or routed is None:
+            return
+        module, index, last = expert
+        if not last and routed < module.shape.inner:
+            module.short.add(index)
+
+    def borrow_pool(self, group: list[str], found: MomentAccumulator) -> None:
+        """Give a first layer the moments of the pool, if another of its module has made them."""
+        expert = self.expert(group)
+        if found.lacks_tokens and expert is not None and not expert[2]:
+            found.use_pool(self._pools.get(expert[0].name))
+
+    def use_pool(self, group: list[str], found: MomentAccumulator, pool: Any) -> None:
+        """Give a layer the moments of the pool, and keep those that serve others."""
+        found.use_pool(pool)
+        expert = self.expert(group)
+        if expert is not None and not expert[2]:
+            self._pools = {expert[0].name: pool}
 
     def writer(self, group: list[str]) -> str | None:
         """Return the first layer of a group that writes into a stream.

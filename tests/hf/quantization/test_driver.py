@@ -28,10 +28,9 @@ from ptqkit.hf import prepare_calibration, quantize
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.hf.models.structure import find_blocks
 from ptqkit.hf.progress import ProgressEvent, _RichBar, make_progress
-from ptqkit.hf.quantization import solve as solve_module
 from ptqkit.hf.quantization.driver import QuantizationInterrupted
 from ptqkit.hf.quantization.solve import rtn_on_grid
-from ptqkit.nn import statistics
+from ptqkit.nn import matrix_solver, on_grid, statistics
 from ptqkit.nn.statistics import TorchHessian
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
@@ -111,7 +110,7 @@ def test_rtn_on_grid_is_rtn(bits, group_size, symmetric):
     weight = np.random.default_rng(0).normal(size=(300, 32)).astype(np.float32)
     matrix = ptqkit.rtn(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     np.testing.assert_array_equal(rtn_on_grid(weight, matrix), matrix.dequantize())
-    np.testing.assert_array_equal(solve_module.dequantize(matrix), matrix.dequantize())
+    np.testing.assert_array_equal(on_grid.dequantize(matrix), matrix.dequantize())
 
 
 def test_dequantize_with_permuted_groups():
@@ -124,7 +123,7 @@ def test_dequantize_with_permuted_groups():
     hessian.update(inputs)
     matrix = ptqkit.gptq(weight, hessian, bits=3, group_size=8, order="act")
     assert matrix.permuted_groups
-    np.testing.assert_array_equal(solve_module.dequantize(matrix), matrix.dequantize())
+    np.testing.assert_array_equal(on_grid.dequantize(matrix), matrix.dequantize())
     codes = np.rint(weight / matrix.scales[:, matrix.g_idx])
     zeros = matrix.zero_points.astype(np.float32)[:, matrix.g_idx]
     expected = np.clip(codes + zeros, 0, 7) - zeros
@@ -347,8 +346,10 @@ def mixtral():
         return transformers.MixtralForCausalLM(config).eval()
 
 
-def test_fused_experts_are_named_and_can_be_left_float():
-    e = refused(UnsupportedModuleError, "fuses several linear layers into 3-D", mixtral())
+def test_fused_experts_of_unknown_form_are_named_and_any_can_be_left_float(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("ptqkit.hf.models.experts.expert_shape", lambda module: None)
+        e = refused(UnsupportedModuleError, "fuses several linear layers into 3-D", mixtral())
     assert "model.layers.0.mlp.experts (MixtralExperts)" in str(e.value)
     assert "overrides={'model.layers.*.mlp.experts': 'skip'}" in str(e.value)
     result = run(mixtral(), overrides={"model.layers.*.mlp.experts": "skip"})
@@ -414,7 +415,7 @@ def fail_at(monkeypatch, name, error):
             raise error
         return original(weight, hessian, **kwargs)
 
-    monkeypatch.setattr(solve_module, "gptq", gptq)
+    monkeypatch.setattr(matrix_solver, "gptq", gptq)
 
 
 def test_a_prepared_calibration_set_is_taken():

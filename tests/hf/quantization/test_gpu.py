@@ -72,3 +72,22 @@ def test_w8a8_on_the_gpu_equals_the_host(name):
         expected = host.model(ids).logits
     error = (found - expected).square().mean() / expected.square().mean()
     assert float(error) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_tuning_learns_there_as_on_the_host(name):
+    data = padded_batches(name, 16)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = build(name).to(device)
+        result = quantize(model, "rtn", data, bits=2, group_size=16, progress=False, tune=10)
+        assert result.tuning.kept > 0
+        for key, matrix in result.matrices.items():
+            expected = matrix.dequantize()
+            weight = model.get_submodule(key).weight.detach().cpu().numpy()
+            np.testing.assert_array_equal(weight, expected.T if name == "gpt2" else expected)
+        found.append(result.tuning)
+    host, device = found
+    assert device.loss_before == pytest.approx(host.loss_before, rel=1e-3)
+    assert device.loss_after == pytest.approx(host.loss_after, rel=0.02)
+    assert device.memory["estimate"] > 0

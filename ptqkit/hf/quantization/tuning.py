@@ -1,0 +1,439 @@
+"""Tune a quantized model: its scales, norm gains and biases learn from the float model's logits."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptqkit._defaults import BATCH_SIZE, TUNE_STEPS
+from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.errors import CalibrationError, NotFiniteError
+from ptqkit.hf.models.dtypes import as_dtype
+from ptqkit.hf.progress import Progress, ProgressStage
+from ptqkit.hf.quantization.float_logits import (
+    FloatLogits,
+    Window,
+    counted_logits,
+    model_call,
+)
+from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.linear import LinearView
+from ptqkit.nn.on_grid import dequantize
+from ptqkit.nn.tunable import TunableMatrix, divergence, round_to, tunable_forwards
+
+__all__ = [
+    "LearnedValues",
+    "TuningInterrupted",
+    "TuningOptions",
+    "TuningReport",
+    "learn",
+    "learned_vectors",
+    "write_learned",
+]
+
+# Gradients are of the loss times this power of two: in float16 small ones would vanish.
+_LOSS_SCALE = 1024.0
+# No scale is tuned below this share of what the solver gave it.
+_SMALLEST_SCALE = 1 / 8
+
+
+class TuningInterrupted(KeyboardInterrupt):
+    """Ctrl-C while a model was tuned: it is as it was before, quantized and not tuned."""
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """How a model is tuned.
+
+    Attributes
+    ----------
+    steps : int
+        Steps of Adam; the rates fall to zero along a cosine.
+    windows : int
+        Calibration windows per step.
+    batch_size : int
+        Windows per forward and backward pass; gradients are added up.
+    scale_rate : float
+        Learning rate of a layer's scales, as a fraction of their mean.
+    rate : float
+        Learning rate of gains and biases.
+    held_out : int
+        One of so many windows is not learned from and decides which step is kept.
+    checks : int
+        How often the held-out loss is measured.
+    patience : int
+        Checks in a row without a lower held-out loss after which tuning stops.
+    seed : int
+        Of the order of the windows.
+    """
+
+    steps: int = TUNE_STEPS
+    windows: int = 8
+    batch_size: int = BATCH_SIZE
+    scale_rate: float = 4e-3
+    rate: float = 3e-4
+    held_out: int = 8
+    checks: int = 15
+    patience: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """What tuning did.
+
+    Attributes
+    ----------
+    steps : int
+        Steps that were run.
+    kept : int
+        Step whose values the model has; 0: it is as the solver left it.
+    loss_before, loss_after : float
+        Mean over the tokens of the held-out windows of KL(float || quantized) in nats.
+    windows, held_out : int
+        Calibration windows that were learned from, and that decided.
+    learned : int
+        Number of scales, gains and biases.
+    checks : list of (int, float)
+        Steps at which the held-out loss was measured, and what it was.
+    seconds : float
+        With the float model's logits.
+    memory : dict of str to int
+        In bytes: ``estimate``, ``step`` and ``window`` of it, and what was ``available``.
+    """
+
+    steps: int
+    kept: int
+    loss_before: float
+    loss_after: float
+    windows: int
+    held_out: int
+    learned: int
+    checks: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"tuned {self.steps} steps, kept step {self.kept}: divergence from the float model on "
+            f"{self.held_out} held-out windows {self.loss_before:.4g} -> {self.loss_after:.4g} "
+            f"nats per token, {self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class LearnedValues:
+    """Values of one step, as they are stored.
+
+    Attributes
+    ----------
+    scales : dict of str to Tensor of float32, shape (out, groups) or (1, 1)
+        By layer.
+    vectors : dict of str to Tensor
+        By parameter, in the parameter's dtype.
+    """
+
+    scales: dict[str, torch.Tensor]
+    vectors: dict[str, torch.Tensor]
+
+
+def learned_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the norm gains and biases: every floating-point parameter of one axis, by name."""
+    named = model.named_parameters()
+    return {n: p for n, p in named if p.dim() == 1 and p.is_floating_point() and p.numel()}
+
+
+class _Leaves:
+    """What learns, and the values that the model runs with: rounded to what files will hold."""
+
+    def __init__(
+        self, model: nn.Module, matrices: Mapping[str, QuantizedMatrix], stored: torch.dtype
+    ) -> None:
+        device = next(model.parameters()).device
+        self.matrices = {n: TunableMatrix(m, device) for n, m in matrices.items()}
+        self._scale_types = {n: as_dtype(m.scale_dtype) for n, m in matrices.items()}
+        vectors = learned_vectors(model)
+        self._types = {n: (min(stored, p.dtype, key=_width), p.dtype) for n, p in vectors.items()}
+        self.vectors = {
+            n: p.detach().to(torch.float32, copy=True).requires_grad_() for n, p in vectors.items()
+        }
+        self._others = {n: p.detach() for n, p in model.named_parameters() if n not in self.vectors}
+        self._floors = {n: self._floor(n) for n in matrices}
+
+    def _floor(self, name: str) -> torch.Tensor:
+        scales = self.matrices[name].scales.detach()
+        tiny = torch.finfo(self._scale_types[name]).tiny
+        return torch.minimum(scales, (scales * _SMALLEST_SCALE).clamp(min=tiny))
+
+    @property
+    def all(self) -> list[torch.Tensor]:
+        """Every leaf, scales first."""
+        return [*(m.scales for m in self.matrices.values()), *self.vectors.values()]
+
+    @property
+    def count(self) -> int:
+        """Number of values that learn."""
+        return sum(leaf.numel() for leaf in self.all)
+
+    def groups(self, options: TuningOptions) -> list[dict[str, Any]]:
+        """Return the groups of an optimizer with their learning rates."""
+        found: list[dict[str, Any]] = [
+            {"params": [m.scales], "lr": options.scale_rate * float(m.scales.detach().mean())}
+            for m in self.matrices.values()
+        ]
+        if self.vectors:
+            found.append({"params": list(self.vectors.values()), "lr": options.rate})
+        return [{**group, "base": group["lr"]} for group in found]
+
+    def scales(self, name: str) -> torch.Tensor:
+        """Return a layer's scales as they are stored."""
+        return round_to(self.matrices[name].scales, self._scale_types[name], torch.float32)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Return all of the model's parameters, gains and biases as they are stored."""
+        vectors = {n: round_to(v, *self._types[n]) for n, v in self.vectors.items()}
+        return {**self._others, **vectors}
+
+    @torch.no_grad()
+    def limit(self) -> None:
+        """Keep every scale positive."""
+        for name, matrix in self.matrices.items():
+            torch.maximum(matrix.scales, self._floors[name], out=matrix.scales)
+
+    @torch.no_grad()
+    def values(self) -> LearnedValues:
+        """Return copies of the values as they are stored."""
+        return LearnedValues(
+            {n: self.scales(n).clone() for n in self.matrices},
+            {n: round_to(v, *self._types[n]).clone() for n, v in self.vectors.items()},
+        )
+
+
+def _width(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
+class _Data:
+    """Windows in batches, with the float model's logits."""
+
+    def __init__(self, windows: Sequence[Window], logits: FloatLogits, batch_size: int) -> None:
+        self.windows, self.logits, self.batch_size = windows, logits, batch_size
+
+    def tokens(self, indices: Sequence[int]) -> int:
+        """Return the number of positions that count."""
+        return sum(len(self.logits.held[i]) for i in indices)
+
+    def batches(self, indices: Sequence[int]) -> Iterator[tuple[Window, list[int]]]:
+        """Join windows of equal shapes, in the order given."""
+        waiting: dict[Any, list[int]] = {}
+        for index in indices:
+            shape = tuple(sorted((k, tuple(v.shape)) for k, v in self.windows[index].items()))
+            members = waiting.setdefault(shape, [])
+            members.append(index)
+            if len(members) == self.batch_size:
+                yield self._join(waiting.pop(shape))
+        for members in waiting.values():
+            yield self._join(members)
+
+    def _join(self, indices: list[int]) -> tuple[Window, list[int]]:
+        windows = [self.windows[i] for i in indices]
+        return {k: torch.cat([w[k] for w in windows]) for k in windows[0]}, indices
+
+    def divergence(self, logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+        """Return the summed divergence of a batch's logits."""
+        held = torch.cat([self.logits.held[i] for i in indices])
+        joined = FloatLogits([held], self.logits.head)
+        return divergence(logits, lambda rows: joined.rows(0, rows))
+
+
+def split_held_out(count: int, share: int) -> tuple[list[int], list[int]]:
+    """Return the windows to learn from and those held out, at equal distances.
+
+    Raises
+    ------
+    CalibrationError
+        If there are fewer than two.
+    """
+    if count < 2:
+        raise CalibrationError(
+            "tuning needs at least 2 calibration windows, one of them held out; give more samples"
+        )
+    held = max(1, count // share)
+    chosen = {(2 * i + 1) * count // (2 * held) for i in range(held)}
+    return [i for i in range(count) if i not in chosen], sorted(chosen)
+
+
+def learn(
+    model: nn.Module,
+    matrices: Mapping[str, QuantizedMatrix],
+    windows: Sequence[Window],
+    logits: FloatLogits,
+    options: TuningOptions,
+    stored: torch.dtype,
+    progress: Progress | None = None,
+) -> tuple[LearnedValues | None, TuningReport]:
+    """Learn scales, gains and biases; the model itself stays as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With the weights of ``matrices``.
+    matrices : mapping of str to QuantizedMatrix
+    windows : sequence of dict
+    logits : FloatLogits
+        Of the same windows.
+    options : TuningOptions
+    stored : torch.dtype
+        In which gains and biases will be stored.
+    progress : callable, optional
+
+    Returns
+    -------
+    LearnedValues or None
+        Of the step with the least held-out loss; None if that is step 0.
+    TuningReport
+    """
+    start = time.perf_counter()
+    train, held = split_held_out(len(windows), options.held_out)
+    data = _Data(windows, logits, options.batch_size)
+    leaves = _Leaves(model, matrices, stored)
+    modules = {name: model.get_submodule(name) for name in matrices}
+    stage = ProgressStage(progress, "tuning", options.steps, start=start)
+    optimizer = torch.optim.Adam(leaves.groups(options), foreach=False)
+    order = _endless(train, options.seed)
+    interval = max(1, round(options.steps / options.checks))
+    with (
+        calibration_mode(model),
+        tunable_forwards(modules, leaves.matrices, leaves.scales),
+    ):
+        checks = [(0, _held_out_loss(model, leaves, data, held))]
+        best, kept, step = None, 0, 0
+        for step in range(1, options.steps + 1):
+            for group in optimizer.param_groups:
+                turn = math.pi * (step - 1) / options.steps
+                group["lr"] = group["base"] * 0.5 * (1.0 + math.cos(turn))
+            chosen = [next(order) for _ in range(options.windows)]
+            loss = _gradients(model, leaves, data, chosen, step)
+            optimizer.step()
+            leaves.limit()
+            told = f"step {step}"
+            if step % interval == 0 or step == options.steps:
+                checks.append((step, _held_out_loss(model, leaves, data, held)))
+                told += f", held out {checks[-1][1]:.4g}"
+                if checks[-1][1] < dict(checks)[kept]:
+                    best, kept = leaves.values(), step
+            stage.step(told, loss)
+            if sum(s > kept for s, _ in checks) >= options.patience:
+                break
+    losses = dict(checks)
+    report = TuningReport(
+        step, kept, losses[0], losses[kept], len(train), len(held), leaves.count, checks,
+        time.perf_counter() - start,
+    )  # fmt: skip
+    return best, report
+
+
+def _endless(indices: Sequence[int], seed: int) -> Iterator[int]:
+    """Yield indices in random order, all of them before one comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for place in torch.randperm(len(indices), generator=generator).tolist():
+            yield indices[place]
+
+
+def _gradients(
+    model: nn.Module, leaves: _Leaves, data: _Data, chosen: Sequence[int], step: int
+) -> float:
+    """Set the gradients of the mean divergence on some windows; returns it."""
+    tokens, total, everything = data.tokens(chosen), 0.0, leaves.all
+    for leaf in everything:
+        leaf.grad = None
+    for window, indices in data.batches(chosen):
+        with torch.enable_grad():
+            logits = counted_logits(model_call(model, window, leaves.parameters()), window)
+            loss = data.divergence(logits, indices) * (_LOSS_SCALE / tokens)
+            found = torch.autograd.grad(loss, everything, allow_unused=True)
+        total += float(loss.detach()) / _LOSS_SCALE
+        for leaf, gradient in zip(everything, found, strict=True):
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+    for leaf in everything:
+        if leaf.grad is not None:
+            leaf.grad.div_(_LOSS_SCALE)
+            if not bool(torch.isfinite(leaf.grad).all()):
+                raise NotFiniteError(
+                    f"tuning: a gradient of step {step} is not finite; the model is as it was. "
+                    "Compute in float32 or bfloat16"
+                )
+    return total
+
+
+@torch.no_grad()
+def _held_out_loss(model: nn.Module, leaves: _Leaves, data: _Data, held: Sequence[int]) -> float:
+    """Return the mean divergence over the tokens of the held-out windows, in nats."""
+    total, parameters = 0.0, leaves.parameters()
+    for window, indices in data.batches(held):
+        logits = counted_logits(model_call(model, window, parameters), window)
+        total += float(data.divergence(logits, indices))
+    return total / data.tokens(held)
+
+
+def write_learned(
+    model: nn.Module, matrices: dict[str, QuantizedMatrix], learned: LearnedValues
+) -> None:
+    """Write learned values into the model and its matrices, all or nothing.
+
+    A matrix with new scales has no ``row_objectives``: those were of the scales before.
+    """
+    new = {n: _with_scales(matrices[n], scales) for n, scales in learned.scales.items()}
+    old = {n: matrices[n] for n in new}
+    vectors = learned_vectors(model)
+    before = {n: vectors[n].detach().clone() for n in learned.vectors}
+    try:
+        _put(model, matrices, new, learned.vectors)
+    except BaseException:
+        _put(model, matrices, old, before)
+        raise
+
+
+def _put(
+    model: nn.Module,
+    matrices: dict[str, QuantizedMatrix],
+    new: Mapping[str, QuantizedMatrix],
+    vectors: Mapping[str, torch.Tensor],
+) -> None:
+    for name, matrix in new.items():
+        LinearView(model.get_submodule(name)).write(dequantize(matrix))
+        matrices[name] = matrix
+    parameters = learned_vectors(model)
+    for name, value in vectors.items():
+        parameters[name].detach().copy_(value)
+
+
+def _with_scales(matrix: QuantizedMatrix, scales: torch.Tensor) -> QuantizedMatrix:
+    values = scales.to("cpu").expand(matrix.scales.shape).contiguous().numpy()
+    return replace(matrix, scales=values, row_objectives=None, rtn_objectives=None)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn Ctrl-C into :class:`TuningInterrupted`."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if isinstance(error, TuningInterrupted):
+            raise
+        raise TuningInterrupted(
+            "interrupted: the model is quantized and as it was before tuning"
+        ) from error

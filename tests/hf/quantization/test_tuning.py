@@ -1,0 +1,374 @@
+"""Tuning: what changes and what does not, which step is kept, and that files hold the result."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.driver_models import build, padded_batches, tokens
+
+import ptqkit
+from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleError, UsageError
+from ptqkit.hf import (
+    FloatWeights,
+    TuningInterrupted,
+    prepare_calibration,
+    quantize,
+    read_matrices,
+    tune,
+)
+from ptqkit.hf.quantization import tuning
+from ptqkit.hf.quantization.float_logits import (
+    counted_logits,
+    model_call,
+    record_logits,
+    split_windows,
+)
+from ptqkit.hf.quantization.tuning import TuningOptions, split_held_out
+from ptqkit.hf.quantization.tuning_memory import measure_memory
+from ptqkit.recipe.recipe import Recipe
+from ptqkit.reference.tuning import divergence as divergence_twin
+
+OPTIONS = {"bits": 2, "group_size": 16, "progress": False}
+QUICK = {"progress": False, "samples": 16, "rate": 1e-3, "patience": 99}
+
+
+def bits(model):
+    return {n: p.detach().clone() for n, p in model.state_dict().items()}
+
+
+def differing(state, other):
+    return [n for n, p in state.items() if not torch.equal(p, other[n])]
+
+
+def quantized(name="llama", data=None, **changes):
+    """A quantized model, the float one, and the data."""
+    model = build(name)
+    data = tokens(16) if data is None else data
+    result = quantize(model, "rtn", data, **{**OPTIONS, **changes})
+    return result, build(name), data
+
+
+def mean_divergence(model, floats, windows):
+    """By the twin, in float64, over all windows."""
+    total = count = 0
+    with torch.no_grad():
+        for window in windows:
+            rows = [
+                counted_logits(m(**window).logits, window).double().numpy() for m in (floats, model)
+            ]
+            total += divergence_twin(*rows)[0]
+            count += len(rows[0])
+    return total / count
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "bert"])
+def test_learns_on_every_shape_of_model_and_changes_scales_and_vectors_alone(name):
+    data = padded_batches(name, 16)
+    result, floats, _ = quantized(name, data)
+    before, matrices = bits(result.model), dict(result.matrices)
+    assert tune(result, data, steps=8, float_model=floats, **QUICK) is result
+    told, windows = result.tuning, split_windows(data)
+    assert told.kept > 0 and told.loss_after < told.loss_before
+    assert told.steps == 8 and (told.windows, told.held_out) == (14, 2)
+    for key, matrix in result.matrices.items():
+        assert matrix.codes is matrices[key].codes
+        assert matrix.zero_points is matrices[key].zero_points
+        assert (matrix.scales > 0).all() and matrix.row_objectives is None
+        weight = result.model.get_submodule(key).weight.detach().numpy()
+        expected = matrix.dequantize()
+        np.testing.assert_array_equal(weight, expected.T if name == "gpt2" else expected)
+    assert any(
+        m.scales.tobytes() != matrices[k].scales.tobytes() for k, m in result.matrices.items()
+    )
+    weights = {f"{key}.weight" for key in result.matrices}
+    changed = set(differing(bits(result.model), before))
+    vectors = {n for n, p in result.model.state_dict().items() if p.dim() == 1}
+    assert changed & weights and changed & vectors and changed <= weights | vectors
+    _, held = split_held_out(16, 8)
+    chosen = [windows[i] for i in held]
+    found = mean_divergence(result.model, floats, chosen)
+    assert found == pytest.approx(told.loss_after, rel=1e-4)
+
+
+def test_held_out_loss_before_is_that_of_the_model_given():
+    result, floats, data = quantized()
+    _, held = split_held_out(16, 8)
+    windows = split_windows(prepare_calibration(data, samples=16).batches)
+    expected = mean_divergence(result.model, floats, [windows[i] for i in held])
+    tune(result, data, steps=1, float_model=floats, **QUICK)
+    assert result.tuning.loss_before == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_step_and_no_better_step_change_nothing():
+    result, floats, data = quantized()
+    before, matrices, report = bits(result.model), dict(result.matrices), result.report.to_json()
+    assert tune(result, data, steps=0) is result
+    assert result.tuning is None and result.report.to_json() == report
+    # Rates so high that every step is worse than none.
+    tune(result, data, steps=6, float_model=floats, **{**QUICK, "rate": 30.0, "scale_rate": 30.0})
+    assert result.tuning.kept == 0 and result.tuning.loss_after == result.tuning.loss_before
+    assert not differing(bits(result.model), before)
+    assert all(result.matrices[k] is m for k, m in matrices.items())
+
+
+def test_stops_when_the_held_out_loss_rises():
+    result, floats, data = quantized()
+    tune(
+        result, data, steps=60, float_model=floats, progress=False, rate=1.0, patience=2, checks=60
+    )
+    told = result.tuning
+    assert told.steps < 60 and told.checks[-1][0] == told.steps
+    after = [loss for step, loss in told.checks if step > told.kept]
+    assert len(after) == 2 and min(after) >= told.loss_after
+
+
+def test_a_recipe_tunes_as_the_function_does():
+    data = padded_batches(rows=16)
+    result = quantize(build(), "rtn", data, **OPTIONS, tune=8)
+    other = quantize(build(), "rtn", data, **OPTIONS)
+    assert differing(bits(result.model), bits(other.model))
+    tune(other, data, steps=8, float_model=build(), progress=False)
+    assert not differing(bits(result.model), bits(other.model))
+    assert result.report.tuning["steps"] == 8 and "held-out windows" in result.report.table()
+    assert result.report.seconds["total"] >= result.report.seconds["tuning"] > 0
+    assert json.loads(result.report.to_json())["tuning"]["kept"] == result.tuning.kept
+    assert Recipe.from_dict(result.recipe.to_dict()).tune == 8
+
+
+@pytest.mark.parametrize("source", ["module", "weights", "folder", "own folder"])
+def test_the_float_model_may_be_anywhere(tmp_path, source):
+    data = tokens(16)
+    build().save_pretrained(tmp_path)
+    model = type(build()).from_pretrained(tmp_path)
+    floats = FloatWeights(model)
+    result = quantize(model, "rtn", data, **OPTIONS)
+    given = {"module": build(), "weights": floats, "folder": tmp_path, "own folder": None}[source]
+    tune(result, data, steps=3, float_model=given, **QUICK)
+    expected, _, _ = quantized()
+    tune(expected, data, steps=3, float_model=build(), **QUICK)
+    assert result.tuning.kept and not differing(bits(result.model), bits(expected.model))
+
+
+def test_float_models_that_are_none():
+    result, _, data = quantized()
+    with pytest.raises(UsageError, match="FloatWeights"):
+        tune(result, data, steps=1)
+    with pytest.raises(UsageError, match="the quantized model itself"):
+        tune(result, data, steps=1, float_model=result.model)
+    with pytest.raises(UsageError, match="another model object"):
+        tune(result, data, steps=1, float_model=FloatWeights(build()))
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """A tuned model in float32 that is going to be stored in float16."""
+    model, data = build(), tokens(16)
+    result = quantize(
+        model, "rtn", data, bits=4, group_size=16, symmetric=True, stored_dtype="float16", tune=6,
+        progress=False,
+    )  # fmt: skip
+    assert result.tuning.kept
+    assert all(m.scale_dtype == "float16" for m in result.matrices.values())
+    assert all(torch.equal(p, p.half().float()) for p in model.parameters() if p.dim() == 1)
+    return result, bits(model)
+
+
+@pytest.mark.parametrize("name", ["ptqkit", "ptqkit_v3", "gptq", "gptq_v2", "compressed-tensors"])
+def test_every_format_holds_the_result(tmp_path, stored, name):
+    result, tuned = stored
+    result.save(tmp_path / "q", name)
+    found = read_matrices(tmp_path / "q")
+    assert found.keys() == result.matrices.keys()
+    for key, matrix in found.items():
+        assert torch.equal(torch.from_numpy(matrix.dequantize()), tuned[f"{key}.weight"]), key
+    loaded = ptqkit.load(tmp_path / "q", dtype="float32").state_dict()
+    vectors = [k for k, v in tuned.items() if v.dim() == 1]
+    assert len(vectors) == 5 and all(torch.equal(loaded[k], tuned[k]) for k in vectors)
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, _Stop])
+def test_an_end_in_the_middle_leaves_no_trace(monkeypatch, error):
+    result, floats, data = quantized()
+    model = result.model.train()
+    frozen = next(model.parameters()).requires_grad_(False)
+    before, matrices = bits(model), dict(result.matrices)
+    state = torch.get_rng_state()
+    steps = []
+
+    def progress(event):
+        steps.append(str(event))
+        if len(steps) == 3:
+            raise error
+
+    with pytest.raises(TuningInterrupted if error is KeyboardInterrupt else _Stop):
+        tune(result, data, float_model=floats, **{**QUICK, "progress": progress})
+    assert "tuning [1/150] step 1" in steps[0] and "s left" in steps[0]
+    assert not differing(bits(model), before) and result.tuning is None
+    assert all(result.matrices[k] is m for k, m in matrices.items())
+    assert all(module.training for module in model.modules()) and model.config.use_cache
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not frozen.requires_grad
+    assert all(p.requires_grad and p.grad is None for p in model.parameters() if p is not frozen)
+    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+
+
+def test_an_error_while_writing_puts_everything_back(monkeypatch):
+    result, floats, data = quantized()
+    before, matrices, calls = bits(result.model), dict(result.matrices), []
+    original = tuning.dequantize
+
+    def dequantize(matrix):
+        calls.append(None)
+        if len(calls) == 3:
+            raise _Stop
+        return original(matrix)
+
+    monkeypatch.setattr(tuning, "dequantize", dequantize)
+    with pytest.raises(_Stop):
+        tune(result, data, steps=3, float_model=floats, **QUICK)
+    assert not differing(bits(result.model), before)
+    assert all(result.matrices[k] is m for k, m in matrices.items())
+
+
+def test_an_interrupted_recipe_carries_the_quantized_model():
+    def progress(event):
+        if event.stage == "tuning":
+            raise KeyboardInterrupt
+
+    with pytest.raises(TuningInterrupted) as caught:
+        quantize(build(), "rtn", tokens(16), **{**OPTIONS, "progress": progress}, tune=5)
+    assert len(caught.value.result.matrices) == 14
+
+
+def test_gradients_under_no_grad_and_inference_mode():
+    expected, floats, data = quantized()
+    tune(expected, data, steps=3, float_model=floats, **QUICK)
+    for mode in (torch.no_grad, torch.inference_mode):
+        result, floats, data = quantized()
+        with mode():
+            tune(result, data, steps=3, float_model=floats, **QUICK)
+        assert not differing(bits(result.model), bits(expected.model))
+
+
+def test_half_precision_and_default_dtype():
+    for dtype in (torch.bfloat16, torch.float16):
+        model, floats, data = build().to(dtype), build().to(dtype), tokens(16)
+        with pytest.warns(UserWarning, match="float16") if dtype == torch.float16 else _nothing():
+            result = quantize(model, "rtn", data, **OPTIONS)
+        tune(result, data, steps=6, float_model=floats, **QUICK)
+        assert result.tuning.kept and {p.dtype for p in model.parameters()} == {dtype}
+        for matrix in result.matrices.values():
+            scales = torch.from_numpy(matrix.scales)
+            assert torch.equal(scales, scales.to(dtype).float())
+
+
+class _nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return None
+
+
+def test_the_head_s_inputs_are_held_where_they_are_enough():
+    windows = split_windows(padded_batches(rows=4))
+    model = build()
+    held = record_logits(model, windows)
+    assert held.head is not None and held.held[0].shape == (32, 32)
+    assert held.held[1].shape == (20, 32)  # without padding
+    with torch.no_grad():
+        for index, window in enumerate(windows):
+            expected = counted_logits(model(**window).logits, window)
+            found = held.rows(index, slice(0, 5))
+            torch.testing.assert_close(found, expected[:5], rtol=1e-5, atol=1e-5)
+    # Gemma 2 bounds its logits after the head.
+    assert record_logits(build("gemma2"), windows).head is None
+    before = held.rows(0, slice(0, 5))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert torch.equal(held.rows(0, slice(0, 5)), before)
+
+
+def test_windows_are_those_of_the_batches():
+    batches = padded_batches(rows=6)
+    windows = split_windows(batches)
+    assert len(windows) == 6 and windows[3]["attention_mask"][0, :7].sum() == 0
+    whole = {"input_ids": torch.ones((4, 8), dtype=torch.long), "pixel_values": torch.ones(1, 3)}
+    assert split_windows([whole])[0].keys() == whole.keys()
+    assert len(split_windows([whole])) == 1
+    for count, share in ((2, 8), (7, 8), (64, 8), (128, 8), (3, 2)):
+        train, held = split_held_out(count, share)
+        assert sorted(train + held) == list(range(count)) and held and train
+    with pytest.raises(CalibrationError, match="at least 2"):
+        split_held_out(1, 8)
+
+
+def test_memory_is_measured_and_checked_before_anything_runs():
+    result, floats, data = quantized()
+    with pytest.raises(PreflightError, match=r"tuning needs about .* per window .* memory budget"):
+        tune(result, data, float_model=floats, memory_budget="1MB", **QUICK)
+    with pytest.raises(PreflightError, match="one window alone"):
+        tune(result, data, float_model=floats, memory_budget=1000, **QUICK)
+    model = build()
+    before = bits(model)
+    with pytest.raises(PreflightError, match="batch_size"):
+        quantize(model, "rtn", data, **OPTIONS, tune=5, memory_budget="900kB")
+    assert not differing(bits(model), before)
+    modules = {n: model.get_submodule(n) for n in result.matrices}
+    windows = split_windows([{"input_ids": data}])
+    one, two = (measure_memory(model, modules, windows, n, 100, 1 << 40) for n in (4, 8))
+    assert two.window == one.window and two.fixed == one.fixed
+    assert two.step - one.step == pytest.approx(4 * 1.3 * one.window, abs=4)
+    # The float model's logits: 16 windows of 32 tokens, 32 values of the head's input each.
+    assert one.fixed == 16 * 32 * 32 * 4 + 100 * 32
+
+
+def test_memory_of_a_window_is_what_autograd_keeps():
+    model, data = build(), tokens(16)
+    layers = [n for n, m in model.named_modules() if "layers" in n and n.endswith("proj")]
+    modules = {n: model.get_submodule(n) for n in layers}
+    found = measure_memory(model, modules, split_windows([{"input_ids": data}]), 4, 1, 1 << 40)
+    # At least the input of every layer (q, k, v share one, as gate and up do), in float32, and no
+    # weight: those of one block alone are more than all activations.
+    inputs = 2 * 32 * 4 * (32 + 32 + 32 + 64)
+    assert inputs < found.window < 40 * inputs
+
+
+def test_what_cannot_be_tuned():
+    with pytest.raises(ValueError, match="activations"):
+        Recipe.preset("vector-wise", tune=10)
+    with pytest.raises(ValueError, match="holds for the whole run"):
+        Recipe(overrides={"*": {"tune": 5}})
+    with pytest.raises(ValueError, match="tune"):
+        Recipe(tune=-1)
+    assert Recipe.preset("rtn", tune=5).needs_calibration() == "tune=5"
+    result = quantize(build(), "vector-wise", tokens(4), group_size=None, progress=False)
+    with pytest.raises(UnsupportedModuleError, match="no gradient"):
+        tune(result, tokens(4), steps=1, float_model=build(), progress=False)
+    with pytest.raises(TypeError, match="unknown"):
+        tune(result, tokens(4), steps=1, unknown=3)
+
+
+def test_a_model_without_logits():
+    class Bare(torch.nn.Module):
+        def forward(self, input_ids):
+            return input_ids
+
+    with pytest.raises(UnsupportedModuleError, match="no logits"):
+        _call_bare(Bare())
+
+
+def _call_bare(bare):
+    bare.weight = torch.nn.Parameter(torch.zeros(1))
+    return model_call(bare, {"input_ids": torch.zeros(1, 2, dtype=torch.long)}, {})
+
+
+def test_options_are_named():
+    assert TuningOptions().steps == 150 and TuningOptions().windows == 8
