@@ -33,6 +33,7 @@ from ptqkit.arrays.solvers import gptq
 from ptqkit.hf import prepare_calibration, quantize
 from ptqkit.hf.quantization import solve
 from ptqkit.hf.quantization.moments import MomentAccumulator
+from ptqkit.nn import matrix_solver
 
 COLUMNS = ("model", "grid", "recipe", "lever", "draw", "seconds", "objective", "float", "nll")
 GRIDS: dict[str, dict[str, Any]] = {
@@ -51,12 +52,13 @@ COSTS = {"embedded": 10.0, "stories260k": 2.0, "babyllama105": 1.0}
 @contextlib.contextmanager
 def _solving_after(change: Callable[..., Any]) -> Iterator[None]:
     """Pass every solved matrix through ``change(weight, matrix, H)``."""
-    own = solve._quantize
+    own = solve.quantize_matrix
 
-    def both(weight: np.ndarray, source: Any, *rest: Any) -> Any:
-        return change(weight, own(weight, source, *rest), np.asarray(source.matrix, np.float64))
+    def both(weight: np.ndarray, source: Any, *rest: Any, **options: Any) -> Any:
+        matrix = own(weight, source, *rest, **options)
+        return change(weight, matrix, np.asarray(source.matrix, np.float64))
 
-    with mock.patch.object(solve, "_quantize", both):
+    with mock.patch.object(solve, "quantize_matrix", both):
         yield
 
 
@@ -79,7 +81,7 @@ def _weighted(case: Case, batches: Any, power: float, floor: float) -> Iterator[
 
 @contextlib.contextmanager
 def _grid_search(**options: Any) -> Iterator[None]:
-    with mock.patch.object(solve, "gptq", functools.partial(gptq, **options)):
+    with mock.patch.object(matrix_solver, "gptq", functools.partial(gptq, **options)):
         yield
 
 
@@ -106,17 +108,16 @@ LEVERS: dict[str, Callable[[Case, Any], Any]] = {
 
 
 @functools.cache
-def _loaded(model: str, data: str, windows: int) -> tuple[Case, dict[str, torch.Tensor], float]:
+def _float_loss(model: str, data: str, windows: int) -> float:
     torch.set_num_threads(1)
     case = load_case(model, Path(data), windows)
-    kept = {n: p.detach().clone() for n, p in case.model.state_dict().items()}
-    return case, kept, statistics.fmean(window_losses(case.model, case.windows)) / case.scored
+    return statistics.fmean(window_losses(case.model, case.windows)) / case.scored
 
 
 def measure(task: tuple[Any, ...]) -> tuple[Any, ...]:
     """Quantize with one lever, and return the row of the table."""
     data, windows, samples, model, grid, recipe, lever, draw = task
-    _, _, floating = _loaded(model, data, windows)
+    floating = _float_loss(model, data, windows)
     # A lever may change the model's structure: each run has a model of its own.
     case = load_case(model, Path(data), windows)
     batches = prepare_calibration(

@@ -109,6 +109,8 @@ def quantize_module(
     for name in _NOT_HERE:
         if getattr(chosen, name):
             raise UsageError(f"quantize_module quantizes weights alone: leave {name} out")
+    if chosen.bits_budget is not None:
+        raise UsageError(f"quantize_module takes whole bits, not an average of {chosen.bits}")
     data = None if batches is None else _read(batches)
     layers = find_layers(model, chosen, data is not None)
     run = _Run(threads, progress)

@@ -115,24 +115,24 @@ def attended_values(model: Any) -> Iterator[None]:
             into[head] = into.get(head, 0) + (2.0 / groups) * (mixed.T @ mixed).double()
         into["tokens"] = into.get("tokens", 0) + x.shape[0] * x.shape[1]
 
-    own = solve._quantize
+    own = solve.quantize_matrix
 
-    def quantize(weight: Any, source: Any, options: Any, threads: int, extra: bool, name: str):
+    def quantize(weight: Any, source: Any, options: Any, *, name: str, **rest: Any):
         first = name.split(", ")[0]
         if "v_proj" not in name or first not in sums:
-            return own(weight, source, options, threads, extra, name)
+            return own(weight, source, options, name=name, **rest)
         rows, found = _parts(model, name)["v_proj"], sums[first]
         heads = [h for h in found if h != "tokens"]
         width = (rows.stop - rows.start) // len(heads)
-        parts = [own(weight[: rows.start], source, options, threads, extra, name)]
+        parts = [own(weight[: rows.start], source, options, name=name, **rest)]
         for head in heads:
             part = weight[rows.start + head * width : rows.start + (head + 1) * width]
             h = (found[head] / found["tokens"]).float().numpy()
-            parts.append(own(part, h, options, threads, extra, name))
+            parts.append(own(part, h, options, name=name, **rest))
         assert rows.stop == len(weight)
         return _stacked(parts)
 
-    with _accumulated(model, sums, add_to), mock.patch.object(solve, "_quantize", quantize):
+    with _accumulated(model, sums, add_to), mock.patch.object(solve, "quantize_matrix", quantize):
         yield
 
 
@@ -164,10 +164,10 @@ def coupled_rows(model: Any, positions_of: int = 24) -> Iterator[None]:
             into["k"] = into.get("k", 0) + total.double()
         into["groups"] = groups
 
-    own = solve._quantize
+    own = solve.quantize_matrix
 
-    def quantize(weight: Any, source: Any, options: Any, threads: int, extra: bool, name: str):
-        matrix = own(weight, source, options, threads, extra, name)
+    def quantize(weight: Any, source: Any, options: Any, *, name: str, **rest: Any):
+        matrix = own(weight, source, options, name=name, **rest)
         first = name.split(", ")[0]
         if "q_proj" not in name or first not in sums:
             return matrix
@@ -181,7 +181,7 @@ def coupled_rows(model: Any, positions_of: int = 24) -> Iterator[None]:
             codes[part] = _coupled(weight[part], matrix.rows(part.start, part.stop), S, H)
         return replace(matrix, codes=codes)
 
-    with _accumulated(model, sums, add_to), mock.patch.object(solve, "_quantize", quantize):
+    with _accumulated(model, sums, add_to), mock.patch.object(solve, "quantize_matrix", quantize):
         yield
 
 
