@@ -32,8 +32,8 @@ from benchmarks.accuracy.run import NEAREST, window_losses
 from ptqkit.arrays.solvers import gptq
 from ptqkit.hf import prepare_calibration, quantize
 from ptqkit.hf.quantization import solve
-from ptqkit.nn import matrix_solver
 from ptqkit.hf.quantization.moments import MomentAccumulator
+from ptqkit.nn import matrix_solver
 
 COLUMNS = ("model", "grid", "recipe", "lever", "draw", "seconds", "objective", "float", "nll")
 GRIDS: dict[str, dict[str, Any]] = {
@@ -55,8 +55,8 @@ def _solving_after(change: Callable[..., Any]) -> Iterator[None]:
     own = solve.quantize_matrix
 
     def both(weight: np.ndarray, source: Any, *rest: Any, **options: Any) -> Any:
-        found = own(weight, source, *rest, **options)
-        return change(weight, found, np.asarray(source.matrix, np.float64))
+        matrix = own(weight, source, *rest, **options)
+        return change(weight, matrix, np.asarray(source.matrix, np.float64))
 
     with mock.patch.object(solve, "quantize_matrix", both):
         yield
@@ -108,17 +108,16 @@ LEVERS: dict[str, Callable[[Case, Any], Any]] = {
 
 
 @functools.cache
-def _loaded(model: str, data: str, windows: int) -> tuple[Case, dict[str, torch.Tensor], float]:
+def _float_loss(model: str, data: str, windows: int) -> float:
     torch.set_num_threads(1)
     case = load_case(model, Path(data), windows)
-    kept = {n: p.detach().clone() for n, p in case.model.state_dict().items()}
-    return case, kept, statistics.fmean(window_losses(case.model, case.windows)) / case.scored
+    return statistics.fmean(window_losses(case.model, case.windows)) / case.scored
 
 
 def measure(task: tuple[Any, ...]) -> tuple[Any, ...]:
     """Quantize with one lever, and return the row of the table."""
     data, windows, samples, model, grid, recipe, lever, draw = task
-    _, _, floating = _loaded(model, data, windows)
+    floating = _float_loss(model, data, windows)
     # A lever may change the model's structure: each run has a model of its own.
     case = load_case(model, Path(data), windows)
     batches = prepare_calibration(

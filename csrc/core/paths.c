@@ -19,6 +19,7 @@ enum { LANES = PTQ_PATHS, BLOCK = 32 };
 typedef struct {
     const ptq_paths_args *a;
     const ptq_kernels *k;
+    ptq_strips R; /* in strips that end with blocks */
     char *work;
     size_t workspace; /* bytes per thread */
 } search;
@@ -26,19 +27,21 @@ typedef struct {
 /* One row in quantization order, and the paths' errors and codes, (n, LANES). */
 typedef struct {
     float *w, *s, *z, *E;
-    double *g, *e; /* original order: e H and e */
+    double *e, *other, *g, *u; /* original order: errors, those before the search, products */
     uint8_t *C, *codes;
 } row_state;
 
 static size_t row_bytes(int64_t n) {
-    const size_t each = 3 * sizeof(float) + LANES * (sizeof(float) + 1) + 2 * sizeof(double) + 1;
+    const size_t each = 3 * sizeof(float) + LANES * (sizeof(float) + 1) + 4 * sizeof(double) + 1;
     return ((size_t)n * each + 63) / 64 * 64;
 }
 
 static row_state carve(char *at, int64_t n) {
     row_state r = {.g = (double *)at};
     r.e = r.g + n;
-    r.E = (float *)(r.e + n);
+    r.other = r.e + n;
+    r.u = r.other + n;
+    r.E = (float *)(r.u + n);
     r.w = r.E + n * LANES;
     r.s = r.w + n;
     r.z = r.s + n;
@@ -145,19 +148,20 @@ static int search_block(const ptq_paths_args *a, const row_state *r, int64_t b, 
     return alive;
 }
 
-/* e H in double. */
-static double products(const ptq_paths_args *a, const row_state *r) {
+/* g = e H in double; returns e H e^T less that of the other errors, (e - other) H (e + other)^T. */
+static double compare(const ptq_paths_args *a, const row_state *r) {
     const int64_t n = a->n;
-    double sum = 0.0;
-    memset(r->g, 0, sizeof(double) * (size_t)n);
+    double *restrict g = r->g, *restrict u = r->u, change = 0.0;
+    memset(g, 0, sizeof(double) * (size_t)n);
+    memset(u, 0, sizeof(double) * (size_t)n);
     for (int64_t i = 0; i < n; i++) {
         const float *restrict h = a->H + i * n;
-        double *restrict g = r->g;
-        const double e = r->e[i];
-        for (int64_t j = 0; j < n && e != 0.0; j++) g[j] += e * (double)h[j];
+        const double e = r->e[i], d = e - r->other[i];
+        for (int64_t j = 0; j < n; j++) g[j] += e * (double)h[j];
+        for (int64_t j = 0; d != 0.0 && j < n; j++) u[j] += d * (double)h[j];
     }
-    for (int64_t j = 0; j < n; j++) sum += r->e[j] * r->g[j];
-    return sum;
+    for (int64_t j = 0; j < n; j++) change += u[j] * (r->e[j] + r->other[j]);
+    return change;
 }
 
 /* One coordinate-descent pass over r->codes; returns what it adds to the objective. */
@@ -191,28 +195,27 @@ static void row_task(void *ctx, int64_t task, int thread) {
     float T[BLOCK * LANES], cost[LANES] = {0};
     int alive = 1;
     load_row(a, row, &r);
-    for (int64_t b = 0; b < n; b += BLOCK) {
+    for (int64_t b = 0, s = 0; b < n; b += BLOCK) {
         const int width = (int)ptq_min64(BLOCK, n - b);
         if (ptq_should_stop()) return;
-        v->k->paths.sums(a->R + b, n, r.E, b, width, T);
+        for (; s < v->R.count && v->R.start[s] < b + width; s++)
+            v->k->paths.sums(v->R.data + v->R.offset[s], v->k->gemm.mr, r.E, b, v->R.width[s],
+                             T + (v->R.start[s] - b) * LANES);
         alive = search_block(a, &r, b, width, T, cost, alive);
     }
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t j = a->perm[i];
-        const float code = (float)a->codes[row * n + j];
-        r.e[j] = (double)(r.w[i] - r.s[i] * (code - r.z[i]));
-    }
-    const double before = products(a, &r);
     for (int64_t i = 0; i < n; i++) { /* path 0 is the cheapest */
-        r.e[a->perm[i]] = (double)r.E[i * LANES];
-        r.codes[a->perm[i]] = r.C[i * LANES];
+        const int64_t j = a->perm[i];
+        const uint8_t code = a->codes[row * n + j];
+        r.other[j] = (double)(r.w[i] - r.s[i] * ((float)code - r.z[i]));
+        r.e[j] = (double)r.E[i * LANES];
+        r.codes[j] = r.C[i * LANES];
     }
-    double after = products(a, &r);
-    after += descend(a, &r);
+    double change = compare(a, &r);
+    change += descend(a, &r); /* reads and changes what compare left */
     /* What changes less is rounding. */
-    if (!(after < before - 1e-6 * fabs(before))) return;
+    if (!(change < -1e-6 * fabs(a->objective[row])) || !isfinite(change)) return;
     memcpy(a->codes + row * n, r.codes, (size_t)n);
-    a->objective[row] += after - before;
+    a->objective[row] += change;
 }
 
 ptq_status ptq_best_paths(const ptq_paths_args *a, int threads) {
@@ -221,10 +224,13 @@ ptq_status ptq_best_paths(const ptq_paths_args *a, int threads) {
     for (int64_t i = 0; i < a->count; i++)
         if (a->chosen[i] < 0 || a->chosen[i] >= a->rows) return PTQ_INVALID;
     threads = ptq_thread_count(threads);
-    search v = {a, ptq_kernels_get(), NULL, row_bytes(a->n)};
+    search v = {.a = a, .k = ptq_kernels_get(), .workspace = row_bytes(a->n)};
+    ptq_status status =
+        ptq_strips_make(v.k, &v.R, a->R, a->n, NULL, a->n, BLOCK, PTQ_STRIPS_UPPER, threads);
+    if (status) return status;
     v.work = ptq_alloc(threads, v.workspace);
-    if (!v.work) return PTQ_NOMEM;
-    const ptq_status status = ptq_parallel_for(a->count, threads, row_task, &v);
+    status = v.work ? ptq_parallel_for(a->count, threads, row_task, &v) : PTQ_NOMEM;
+    ptq_strips_free(&v.R);
     free(v.work);
     return status;
 }

@@ -53,6 +53,8 @@ for i in range(int(inputs["count"])):
             for name in ("codes", "scales", "zero_points", "g_idx"):
                 out[f"gptq-{order}-{grid}-{name}{i}"] = getattr(q, name)
             out[f"swept-{order}-{grid}{i}"] = swept.row_objectives
+    beam = ptqkit.gptq(W, H, bits=3, group_size=size, refine_passes=1, beam_width=16)
+    out[f"beam{i}"] = beam.row_objectives
     for bits in (2, 3, 4, 8, "ternary"):
         for symmetric in (False, True):
             for scale_dtype in ("float32", "float16", "bfloat16"):
@@ -140,6 +142,19 @@ def test_integers_are_exact(result):
             np.testing.assert_array_equal(result[f"unpack-{bits}-{i}"], codes)
         want = ptqkit.obq(p["W"][:4], p["H"], bits=3).codes  # in double: one result everywhere
         np.testing.assert_array_equal(result[f"obq{i}"], want)
+
+
+@EVERY
+def test_beams(result):
+    for i, p in enumerate(_problems()):
+        size = p["size"] or None
+        before = ptqkit.gptq(p["W"], p["H"], bits=3, group_size=size, refine_passes=1)
+        found = ptqkit.gptq(p["W"], p["H"], bits=3, group_size=size, refine_passes=1, beam_width=16)
+        here = result[f"beam{i}"]
+        assert (np.diff(here, axis=0) <= 0).all()
+        assert here[-1].sum() < before.objective
+        # Paths that cost the same to float32's last bits may change places.
+        np.testing.assert_allclose(here[-1].sum(), found.objective, rtol=5e-3)
 
 
 @EVERY

@@ -129,6 +129,7 @@ calls = {
     "factor": lambda: ptqkit.factorize(H),
     "gptq": lambda: ptqkit.gptq(W, H, order="act", static_groups=True, refine_passes=2),
     "refit": lambda: ptqkit.gptq(W, H, refit_rounds=1),
+    "beam": lambda: ptqkit.gptq(W[:64], H, beam_width=4),
     "drift": lambda: ptqkit.Drift(n, n).update(X, X[::-1]),
     "target": lambda: ptqkit.target_weights(W[:n], H, G),
     "rtn": lambda: ptqkit.rtn(W, grid="mse"),
@@ -240,6 +241,10 @@ elif what == "refit":
     W = rng.normal(size=(8192, 2048)).astype(np.float32)
     F = ptqkit.factorize(np.eye(2048, dtype=np.float32))
     call = lambda: ptqkit.gptq(W, F, refit_rounds=500)
+elif what == "beam":
+    W = rng.normal(size=(8192, 2048)).astype(np.float32)
+    F = ptqkit.factorize(np.eye(2048, dtype=np.float32))
+    call = lambda: ptqkit.gptq(W, F, beam_width=16)
 elif what == "drift":
     X, drift = np.zeros((60000, 2048), np.float16), ptqkit.Drift(2048, 2048)
     call = lambda: drift.update(X, X)
@@ -270,7 +275,7 @@ print(late)
 
 
 @pytest.mark.parametrize(
-    "what", ["gptq", "obq", "rtn", "factor", "int8", "refit", "drift", "target"]
+    "what", ["gptq", "obq", "rtn", "factor", "int8", "refit", "beam", "drift", "target"]
 )
 def test_ctrl_c_stops_a_long_call_and_leaves_the_process_usable(script, what):
     slack = "1.0"  # for a loaded machine; without polling each of these calls goes on for longer

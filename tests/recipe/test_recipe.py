@@ -162,3 +162,11 @@ def test_average_bits_have_a_range(bits):
 def test_an_override_has_whole_bits():
     with pytest.raises(ValueError, match=r"overrides\['\*'\]: bits must be whole, not 2.5"):
         Recipe(overrides={"*": {"bits": 2.5}})
+
+
+def test_a_beam_needs_feedback():
+    assert Recipe(beam_width=16).beam_width == 16
+    with pytest.raises(ValueError, match="beam_width=4 needs feedback=True"):
+        Recipe(beam_width=4, feedback=False)
+    with pytest.raises(ValueError, match="beam_width must be at most 16"):
+        Recipe(beam_width=17)

@@ -117,18 +117,18 @@ def attended_values(model: Any) -> Iterator[None]:
 
     own = solve.quantize_matrix
 
-    def quantize(weight: Any, source: Any, options: Any, *, name: str, **others: Any) -> Any:
+    def quantize(weight: Any, source: Any, options: Any, *, name: str, **rest: Any):
         first = name.split(", ")[0]
         if "v_proj" not in name or first not in sums:
-            return own(weight, source, options, name=name, **others)
+            return own(weight, source, options, name=name, **rest)
         rows, found = _parts(model, name)["v_proj"], sums[first]
         heads = [h for h in found if h != "tokens"]
         width = (rows.stop - rows.start) // len(heads)
-        parts = [own(weight[: rows.start], source, options, name=name, **others)]
+        parts = [own(weight[: rows.start], source, options, name=name, **rest)]
         for head in heads:
             part = weight[rows.start + head * width : rows.start + (head + 1) * width]
             h = (found[head] / found["tokens"]).float().numpy()
-            parts.append(own(part, h, options, name=name, **others))
+            parts.append(own(part, h, options, name=name, **rest))
         assert rows.stop == len(weight)
         return _stacked(parts)
 
@@ -166,8 +166,8 @@ def coupled_rows(model: Any, positions_of: int = 24) -> Iterator[None]:
 
     own = solve.quantize_matrix
 
-    def quantize(weight: Any, source: Any, options: Any, *, name: str, **others: Any) -> Any:
-        matrix = own(weight, source, options, name=name, **others)
+    def quantize(weight: Any, source: Any, options: Any, *, name: str, **rest: Any):
+        matrix = own(weight, source, options, name=name, **rest)
         first = name.split(", ")[0]
         if "q_proj" not in name or first not in sums:
             return matrix

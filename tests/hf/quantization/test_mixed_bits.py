@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import expert_models
 from helpers.driver_models import build, tokens
 
 import ptqkit
@@ -101,6 +102,14 @@ def test_calibration_is_needed_even_to_round_to_nearest():
         ptqkit.quantize(build(), "rtn", bits=3.4, group_size=16, progress=False)
     result = ptqkit.quantize(build(), "rtn", tokens(), bits=3.4, group_size=16, progress=False)
     assert 3.3 < average(result) <= 3.4
+
+
+@pytest.mark.parametrize("kind", ["mixtral"])
+def test_experts_are_layers_like_others(kind):
+    model = expert_models.build(kind)
+    result = run(model=model, data=expert_models.batches())
+    assert average(result) <= 3.4 and len({m.bits for m in result.matrices.values()}) > 1
+    assert any("experts" in n for n in result.report.rounding_losses)
 
 
 def test_a_model_without_logits():
