@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import UnsupportedModuleError, UsageError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models.dtypes import as_dtype, dtype_of
+from ptqkit.hf.models.experts import ExpertSwap, wanted_for
 from ptqkit.hf.progress import Progress, close_progress, make_progress
 from ptqkit.hf.quantization.float_logits import (
     FloatLogits,
@@ -158,7 +159,6 @@ def tune(
     if steps == 0:
         return result
     model = result.model
-    _check_inputs(model, result.matrices)
     data = prepare_calibration(
         calibration,
         tokenizer if tokenizer is not None else result.tokenizer,
@@ -171,12 +171,23 @@ def tune(
     )
     with interruptible(), torch.inference_mode(False):
         # Its memory is that of the quantized model; its logits those of the float one.
-        needed, free = _measure(model, result.matrices, data, chosen, budget)
+        with _expert_layers(model, result.matrices):
+            _check_inputs(model, result.matrices)
+            needed, free = _measure(model, result.matrices, data, chosen, budget)
         start = time.perf_counter()
         windows = split_windows(data.batches)
         logits = _float_logits(model, float_model, windows)
         ready = TuningData(windows, logits, _told(needed, free), time.perf_counter() - start)
-    return tune_prepared(result, ready, chosen, make_progress(progress))
+    with _expert_layers(model, result.matrices):
+        return tune_prepared(result, ready, chosen, make_progress(progress))
+
+
+@contextlib.contextmanager
+def _expert_layers(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+    """Have the experts of mixtures as linear layers meanwhile, if some of these layers are."""
+    swap = ExpertSwap(model, wanted_for(layers))
+    with swap, swap.calibrating(False):
+        yield
 
 
 def prepare_tuning(
@@ -212,7 +223,7 @@ def prepare_tuning(
 def tune_prepared(
     result: _R, data: TuningData, options: TuningOptions, progress: Progress | None
 ) -> _R:
-    """Tune a result in place."""
+    """Tune a result in place; experts are linear layers already."""
     stored = as_dtype(result.stored_dtype or dtype_of(result.model))
     start = time.perf_counter()
     with interruptible(), torch.inference_mode(False):

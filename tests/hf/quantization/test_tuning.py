@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import expert_models
 from helpers.driver_models import build, padded_batches, tokens
 
 import ptqkit
@@ -136,6 +137,20 @@ def test_a_recipe_tunes_as_the_function_does():
     assert result.report.seconds["total"] >= result.report.seconds["tuning"] > 0
     assert json.loads(result.report.to_json())["tuning"]["kept"] == result.tuning.kept
     assert Recipe.from_dict(result.recipe.to_dict()).tune == 8
+
+
+def test_experts_learn_too():
+    data = expert_models.batches()
+    options = {**OPTIONS, "group_size": 8}
+    result = quantize(expert_models.build("mixtral"), "rtn", data, **options, tune=4)
+    model = expert_models.build("mixtral")
+    floats = FloatWeights(model)
+    other = quantize(model, "rtn", data, **options)
+    before = {k: m.scales.tobytes() for k, m in other.matrices.items()}
+    tune(other, data, steps=4, float_model=floats, progress=False)
+    assert result.tuning.kept and not differing(bits(result.model), bits(other.model))
+    changed = [k for k, m in other.matrices.items() if m.scales.tobytes() != before[k]]
+    assert any(".experts." in k for k in changed)
 
 
 @pytest.mark.parametrize("source", ["module", "weights", "folder", "own folder"])
