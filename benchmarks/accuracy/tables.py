@@ -3,9 +3,10 @@
     python -m benchmarks.accuracy.tables benchmarks/results/accuracy
 
 Excess is perplexity above the float model's, of the mean loss over draws and windows; its standard
-deviation is over draws. Its change relative to published GPTQ has a standard error by the jackknife:
-one test window is left out at a time, of all recipes and of the float model. The paired standard
-error is of the difference in loss to `quality`, window by window, each window's mean over the draws.
+deviation is over draws. Its change relative to published GPTQ has a standard error by the
+jackknife: one test window is left out at a time, of all recipes and of the float model. The paired
+standard error is of the difference in loss to `quality`, window by window, each window's mean over
+the draws.
 """
 
 from __future__ import annotations
