@@ -26,6 +26,7 @@ from ptqkit.hf.quantization.float_logits import (
 from ptqkit.nn.forward import calibration_mode
 from ptqkit.nn.linear import LinearView
 from ptqkit.nn.on_grid import dequantize
+from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.nn.tunable import TunableMatrix, divergence, round_to, tunable_forwards
 
 __all__ = [
@@ -414,7 +415,9 @@ def _put(
     vectors: Mapping[str, torch.Tensor],
 ) -> None:
     for name, matrix in new.items():
-        LinearView(model.get_submodule(name)).write(dequantize(matrix))
+        module = model.get_submodule(name)
+        LinearView(module).write(dequantize(matrix))
+        mark_quantized(module)
         matrices[name] = matrix
     parameters = learned_vectors(model)
     for name, value in vectors.items():

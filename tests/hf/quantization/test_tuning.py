@@ -88,6 +88,8 @@ def test_learns_on_every_shape_of_model_and_changes_scales_and_vectors_alone(nam
     changed = set(differing(bits(result.model), before))
     vectors = {n for n, p in result.model.state_dict().items() if p.dim() == 1}
     assert changed & weights and changed & vectors and changed <= weights | vectors
+    with pytest.raises(PreflightError, match="quantized already"):
+        quantize(result.model, "rtn", data, **OPTIONS)
     _, held = split_held_out(16, 8)
     chosen = [windows[i] for i in held]
     found = mean_divergence(result.model, floats, chosen)
