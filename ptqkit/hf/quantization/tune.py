@@ -176,7 +176,7 @@ def tune(
             needed, free = _measure(model, result.matrices, data, chosen, budget)
         start = time.perf_counter()
         windows = split_windows(data.batches)
-        logits = _float_logits(model, float_model, windows)
+        logits = _float_logits(model, float_model, windows, batch_size)
         ready = TuningData(windows, logits, _told(needed, free), time.perf_counter() - start)
     with _expert_layers(model, result.matrices):
         return tune_prepared(result, ready, chosen, make_progress(progress))
@@ -216,7 +216,8 @@ def prepare_tuning(
     with torch.inference_mode(False):
         needed, free = _measure(model, layers, data, options, budget)
         windows = split_windows(data.batches)
-        logits = record_logits(model, windows, copy_head=copy_head)
+        size = options.batch_size
+        logits = record_logits(model, windows, batch_size=size, copy_head=copy_head)
     return TuningData(windows, logits, _told(needed, free), time.perf_counter() - start)
 
 
@@ -288,21 +289,22 @@ def _float_logits(
     model: nn.Module,
     source: nn.Module | FloatWeights | str | os.PathLike[str] | None,
     windows: list[Window],
+    batch_size: int,
 ) -> FloatLogits:
     """Return the float model's logits, from wherever it is."""
     if isinstance(source, FloatWeights):
         if source.model is not model:
             raise UsageError("float_model: these FloatWeights are of another model object")
-        return record_logits(model, windows, source.parameters())
+        return record_logits(model, windows, source.parameters(), batch_size=batch_size)
     if isinstance(source, nn.Module):
         if source is model:
             raise UsageError(
                 "float_model is the quantized model itself; give the float one, or FloatWeights "
                 "made before it was quantized"
             )
-        return record_logits(source, windows)
+        return record_logits(source, windows, batch_size=batch_size)
     with contextlib.closing(_Loaded(model, source)) as loaded:
-        return record_logits(loaded.model, windows, copy_head=False)
+        return record_logits(loaded.model, windows, batch_size=batch_size, copy_head=False)
 
 
 class _Loaded:

@@ -23,6 +23,7 @@ from ptqkit.hf import (
 from ptqkit.hf.quantization import tuning
 from ptqkit.hf.quantization.float_logits import (
     counted_logits,
+    joined_windows,
     model_call,
     record_logits,
     split_windows,
@@ -320,6 +321,9 @@ def test_windows_are_those_of_the_batches():
     whole = {"input_ids": torch.ones((4, 8), dtype=torch.long), "pixel_values": torch.ones(1, 3)}
     assert split_windows([whole])[0].keys() == whole.keys()
     assert len(split_windows([whole])) == 1
+    joined = list(joined_windows([*windows, whole, whole], range(8), 4))
+    assert [indices for _, indices in joined] == [[0, 1, 2, 3], [6], [7], [4, 5]]
+    assert torch.equal(joined[0][0]["input_ids"], tokens(6)[:4])
     for count, share in ((2, 8), (7, 8), (64, 8), (128, 8), (3, 2)):
         train, held = split_held_out(count, share)
         assert sorted(train + held) == list(range(count)) and held and train
