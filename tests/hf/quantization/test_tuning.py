@@ -66,15 +66,15 @@ def mean_divergence(model, floats, windows):
     return total / count
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
 def test_learns_on_every_shape_of_model_and_changes_scales_and_vectors_alone(name):
     data = padded_batches(name, 16)
     result, floats, _ = quantized(name, data)
     before, matrices = bits(result.model), dict(result.matrices)
-    assert tune(result, data, steps=8, float_model=floats, **QUICK) is result
+    assert tune(result, data, steps=5, float_model=floats, **QUICK) is result
     told, windows = result.tuning, split_windows(data)
     assert told.kept > 0 and told.loss_after < told.loss_before
-    assert told.steps == 8 and (told.windows, told.held_out) == (14, 2)
+    assert told.steps == 5 and (told.windows, told.held_out) == (14, 2)
     for key, matrix in result.matrices.items():
         assert matrix.codes is matrices[key].codes
         assert matrix.zero_points is matrices[key].zero_points
@@ -156,18 +156,16 @@ def test_experts_learn_too():
     assert any(".experts." in k for k in changed)
 
 
-@pytest.mark.parametrize("source", ["module", "weights", "folder", "own folder"])
-def test_the_float_model_may_be_anywhere(tmp_path, source):
-    data = tokens(16)
+def test_the_float_model_may_be_anywhere(tmp_path):
+    expected, floats, data = quantized()
+    tune(expected, data, steps=2, float_model=floats, **QUICK)
     build().save_pretrained(tmp_path)
-    model = type(build()).from_pretrained(tmp_path)
-    floats = FloatWeights(model)
-    result = quantize(model, "rtn", data, **OPTIONS)
-    given = {"module": build(), "weights": floats, "folder": tmp_path, "own folder": None}[source]
-    tune(result, data, steps=3, float_model=given, **QUICK)
-    expected, _, _ = quantized()
-    tune(expected, data, steps=3, float_model=build(), **QUICK)
-    assert result.tuning.kept and not differing(bits(result.model), bits(expected.model))
+    for source in ("weights", "folder", "own folder"):
+        model = type(build()).from_pretrained(tmp_path)
+        given = {"weights": FloatWeights(model), "folder": tmp_path, "own folder": None}[source]
+        result = quantize(model, "rtn", data, **OPTIONS)
+        tune(result, data, steps=2, float_model=given, **QUICK)
+        assert result.tuning.kept and not differing(bits(result.model), bits(expected.model))
 
 
 def test_float_models_that_are_none():
@@ -267,11 +265,11 @@ def test_an_interrupted_recipe_carries_the_quantized_model():
 
 def test_gradients_under_no_grad_and_inference_mode():
     expected, floats, data = quantized()
-    tune(expected, data, steps=3, float_model=floats, **QUICK)
+    tune(expected, data, steps=2, float_model=floats, **QUICK)
     for mode in (torch.no_grad, torch.inference_mode):
         result, floats, data = quantized()
         with mode():
-            tune(result, data, steps=3, float_model=floats, **QUICK)
+            tune(result, data, steps=2, float_model=floats, **QUICK)
         assert not differing(bits(result.model), bits(expected.model))
 
 
@@ -280,7 +278,7 @@ def test_half_precision_and_default_dtype():
         model, floats, data = build().to(dtype), build().to(dtype), tokens(16)
         with pytest.warns(UserWarning, match="float16") if dtype == torch.float16 else _nothing():
             result = quantize(model, "rtn", data, **OPTIONS)
-        tune(result, data, steps=6, float_model=floats, **QUICK)
+        tune(result, data, steps=3, float_model=floats, **QUICK)
         assert result.tuning.kept and {p.dtype for p in model.parameters()} == {dtype}
         for matrix in result.matrices.values():
             scales = torch.from_numpy(matrix.scales)
