@@ -23,7 +23,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_directory", "check_path", "has_content", "new_parents", "recover", "resolve"]
+__all__ = [
+    "atomic_directory",
+    "check_path",
+    "has_content",
+    "lock_folder",
+    "new_parents",
+    "recover",
+    "resolve",
+    "sync_folder",
+    "unlock_folder",
+]
 
 # Of linux/fs.h and fcntl.h.
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
@@ -117,7 +127,7 @@ def new_parents(folder: Path) -> Iterator[None]:
         raise
 
 
-def _lock(folder: Path, *, wait: bool) -> int | None:
+def lock_folder(folder: Path, *, wait: bool) -> int | None:
     """Lock a folder until the handle is closed or the process ends; None where that is impossible.
 
     Raises
@@ -139,7 +149,8 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
     return handle
 
 
-def _unlock(handle: int | None) -> None:
+def unlock_folder(handle: int | None) -> None:
+    """Give back what :func:`lock_folder` returned."""
     if handle is not None:
         os.close(handle)
 
@@ -159,7 +170,7 @@ def recover(target: Path) -> None:
     found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
     for path in found:
         try:
-            handle = _lock(path, wait=False)
+            handle = lock_folder(path, wait=False)
         except OSError:
             continue
         try:
@@ -180,7 +191,7 @@ def recover(target: Path) -> None:
                     stacklevel=3,
                 )
         finally:
-            _unlock(handle)
+            unlock_folder(handle)
 
 
 def _check_space(parent: Path, needed: int) -> None:
@@ -197,13 +208,18 @@ def _sync_tree(directory: Path) -> None:
         if path.is_file():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
+    for path in (directory, directory.parent):
+        sync_folder(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Push the names in a folder to the disk, where the system can."""
     if os.name == "posix":
-        for path in (directory, directory.parent):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _create(target: Path) -> tuple[Path, int | None]:
@@ -213,7 +229,7 @@ def _create(target: Path) -> tuple[Path, int | None]:
         path.mkdir()
         # In between another process may take it for a leftover: then there is nothing to lock.
         with contextlib.suppress(FileNotFoundError):
-            handle = _lock(path, wait=True)
+            handle = lock_folder(path, wait=True)
             if handle is None or os.path.exists(path):
                 return path, handle
             os.close(handle)
@@ -245,7 +261,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     if _exchange(temporary, target):
         return
     old = temporary.with_suffix(".old")
-    handle = _lock(target, wait=True)
+    handle = lock_folder(target, wait=True)
     try:
         try:
             os.rename(target, old)
@@ -256,7 +272,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        _unlock(handle)
+        unlock_folder(handle)
 
 
 @contextmanager
@@ -295,4 +311,4 @@ def atomic_directory(
             _put_in_place(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            _unlock(handle)
+            unlock_folder(handle)

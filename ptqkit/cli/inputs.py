@@ -26,24 +26,32 @@ def pick_device(args: argparse.Namespace) -> str:
         return loading.pick_device(args.device)
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
+def load_model(
+    args: argparse.Namespace, stream: bool | None = False
+) -> tuple[Any, Any, dict[str, str]]:
     """Load the model and tokenizer that the arguments name.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+    stream : bool, optional
+        Leave a float model in its files; None: if it does not fit into memory.
 
     Returns
     -------
     model, tokenizer, facts
-        See :func:`ptqkit.hf.load_model`.
+        See :func:`ptqkit.hf.open_model`.
     """
-    from ptqkit.hf import workbench
     from ptqkit.hf.models.loading import model_folder
+    from ptqkit.hf.quantization import opening
 
     device = pick_device(args)
     with prefixed("MODEL "):
         folder = MODEL_DIR if args.model == DEMO else model_folder(args.model)
     # A checkpoint that is damaged or of an unknown kind is data that cannot be used.
     with no_bars(), prefixed():
-        model, tokenizer, facts = workbench.load_model(folder, args.dtype, device)
-    if getattr(model.config, "quantization_config", None) is not None:
+        model, tokenizer, facts = opening.open_model(folder, args.dtype, device, stream)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         _first_forward(model)
     return model, tokenizer, facts
 

@@ -299,6 +299,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="results are equal; auto takes one pass if memory and model allow it",
     )
+    group.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="read, quantize and drop the model block by block; the state of the run is kept in "
+        "DIR.partial, so the same command goes on if it was killed. Results are equal; "
+        "--memory-budget is then of everything (default: if the model does not fit into memory)",
+    )
     add_threads(group)
     group.add_argument(
         "--on-error",
@@ -594,8 +601,8 @@ def _quantize(args: argparse.Namespace, recipe: Recipe) -> tuple[Any, dict[str, 
     from ptqkit.hf import quantize
     from ptqkit.hf.checkpoint.siblings import CheckpointWarning
 
-    model, tokenizer, facts = load_model(args)
-    if getattr(model.config, "quantization_config", None) is not None:
+    model, tokenizer, facts = load_model(args, args.stream)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise PreflightError([f"MODEL {args.model} is quantized already; give the float model"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointWarning)  # told when all is done

@@ -6,6 +6,7 @@ from .checkpoint.running import ComputeReport as ComputeReport
 from .checkpoint.running import set_compute as set_compute
 from .checkpoint.save import CheckpointInfo as CheckpointInfo
 from .checkpoint.save import save_checkpoint as save_checkpoint
+from .checkpoint.stored_model import StoredModel as StoredModel
 from .data.calibration import CalibrationSet as CalibrationSet
 from .data.calibration import prepare_calibration as prepare_calibration
 from .diagnostics.compare import Comparison as Comparison
@@ -32,6 +33,8 @@ from .quantization.driver import QuantizationInterrupted as QuantizationInterrup
 from .quantization.driver import QuantizationResult as QuantizationResult
 from .quantization.driver import quantize as quantize
 from .quantization.float_weights import FloatWeights as FloatWeights
+from .quantization.opening import load_model as load_model
+from .quantization.opening import open_model as open_model
 from .quantization.report import LayerReport as LayerReport
 from .quantization.report import Report as Report
 from .quantization.tune import tune as tune
@@ -44,4 +47,3 @@ from .softmax.driver import quantize_softmax as quantize_softmax
 from .softmax.files import save_softmax as save_softmax
 from .workbench import Workbench as Workbench
 from .workbench import WorkbenchRow as WorkbenchRow
-from .workbench import load_model as load_model

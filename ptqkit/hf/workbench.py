@@ -9,86 +9,21 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ptqkit._repr import one_line_repr, summarize
-from ptqkit.errors import UsageError
-from ptqkit.hf.checkpoint.reader import load
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.data.text import CachedTokenizer
 from ptqkit.hf.evaluation.likelihood import PerplexityResult, perplexity
-from ptqkit.hf.models.loading import (
-    compute_dtype,
-    load_tokenizer,
-    model_folder,
-    pick_device,
-    stored_dtype,
-)
 from ptqkit.hf.quantization.driver import QuantizationResult, quantize
-from ptqkit.hf.quantization.memory import available_memory
+from ptqkit.hf.quantization.opening import load_model
 from ptqkit.nn.forward import calibration_mode
 from ptqkit.recipe import as_recipe
 
-__all__ = ["Workbench", "WorkbenchRow", "load_model"]
-
-
-def load_model(
-    name: str | os.PathLike[str], dtype: str = "auto", device: str = "auto"
-) -> tuple[nn.Module, Any, dict[str, str]]:
-    """Load a float or quantized model and its tokenizer.
-
-    Parameters
-    ----------
-    name : str or path
-        Folder, or name on the Hugging Face Hub.
-    dtype : str
-        Arithmetic, such as ``"float32"``; ``"auto"`` is that of the files, but on a CPU float16,
-        and bfloat16 where the processor has no instructions for it, run as float32 if the memory
-        allows.
-    device : str
-        As torch names it; ``"auto"`` is a GPU if there is one.
-
-    Returns
-    -------
-    model : nn.Module
-        In eval mode.
-    tokenizer
-        None if the folder holds none.
-    facts : dict of str to str
-        ``folder``, ``stored_dtype``, ``dtype``, ``device``, ``class``.
-
-    Raises
-    ------
-    UsageError
-        If there is no such model, or dtype or device cannot be used.
-    """
-    folder = model_folder(name)
-    stored, device = stored_dtype(folder), pick_device(device)
-    kind = torch.device(device).type
-    dtype = compute_dtype(dtype, stored, kind, room=_fits_widened(folder, stored))
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UsageError(f"{folder / 'config.json'} states an unknown dtype {dtype!r}; give dtype")
-    model = load(folder, dtype=getattr(torch, dtype)).to(device).eval()
-    facts = {
-        "folder": str(folder),
-        "stored_dtype": stored,
-        "dtype": dtype,
-        "device": device,
-        "class": type(model).__name__,
-    }
-    return model, load_tokenizer(folder), facts
-
-
-def _fits_widened(folder: Path, stored: str) -> bool:
-    """Return whether the model takes at most half of the free memory in float32."""
-    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    dtype = getattr(torch, stored, torch.float32)
-    widened = files * torch.float32.itemsize / max(1, dtype.itemsize)
-    return widened <= available_memory(torch.device("cpu")) / 2
+__all__ = ["Workbench", "WorkbenchRow"]
 
 
 @dataclass(frozen=True)

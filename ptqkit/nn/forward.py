@@ -19,6 +19,7 @@ from torch import nn
 __all__ = [
     "StopForwardError",
     "calibration_mode",
+    "device_of",
     "eager",
     "eager_attributes",
     "forget_compiled",
@@ -151,7 +152,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[st
     them float32, and a model in half precision takes its own dtype alone. They stay as they are if
     the parts of the model have different ones.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs = {key: value.to(device) for key, value in batch.items()}
     features = [k for k, v in inputs.items() if v.is_floating_point() and not k.endswith("mask")]
     if features:
@@ -160,6 +161,12 @@ def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[st
             (dtype,) = dtypes
             inputs |= {key: inputs[key].to(dtype) for key in features}
     return inputs
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter, those without data aside; "cpu" if none."""
+    devices = (p.device for p in model.parameters())
+    return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
 
 
 def tensor_key(value: torch.Tensor) -> tuple[Any, ...]:

@@ -305,7 +305,7 @@ def _solve(layer: ModuleLayer, moments: GroupMoments, threads: int) -> _Solved:
         options.method,
         tuple(layer.view.weight.shape),
         layer.groups,
-        options.bits,
+        matrix.bits,
         options.group_size,
         bits_per_weight=matrix.bits_per_weight,
         tokens=moments.tokens,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-__all__ = ["TensorPlan", "write_tensors"]
+__all__ = ["DTYPE_CODES", "INDEX", "SINGLE", "TensorPlan", "write_file", "write_tensors"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Widest types first keeps every tensor aligned to its own size; in this order, then by name, the
@@ -69,10 +69,13 @@ class TensorPlan:
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
-def _write_file(path: Path, plans: Sequence[TensorPlan]) -> None:
+def write_file(
+    path: Path, plans: Sequence[TensorPlan], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as one safetensors file, and push it to the disk."""
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
     ordered = sorted(plans, key=lambda p: (ranks[p.dtype], p.name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for plan in ordered:
         header[plan.name] = {
@@ -128,7 +131,7 @@ def write_tensors(
         max_shard_size=max_shard_size,
     )
     for file, members in split.filename_to_tensors.items():
-        _write_file(directory / file, [by_name[name] for name in members])
+        write_file(directory / file, [by_name[name] for name in members])
     files = list(split.filename_to_tensors)
     if not split.is_sharded:
         return files

@@ -22,7 +22,7 @@ from ptqkit.hf.checkpoint.native import METHOD
 from ptqkit.nn.packed_linear import COMPUTE
 from ptqkit.nn.quantized_mark import mark_quantized
 
-__all__ = ["load", "read_matrices"]
+__all__ = ["load", "model_class_of", "read_folder", "read_matrices"]
 
 # Layers of experts, which the class holds joined: ptqkit's own format keeps them apart.
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -64,7 +64,16 @@ def _layers(
         ) from error
 
 
-def _check_directory(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+def read_folder(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """Return the path and the configuration of a model's folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, or no configuration in it.
+    ValueError
+        If the configuration is not a JSON object.
+    """
     folder = Path(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f"directory {folder} does not exist (or is a file)")
@@ -157,7 +166,7 @@ def read_matrices(directory: str | os.PathLike[str]) -> dict[str, QuantizedMatri
         damaged: a dtype is not that of the format, a scale is not positive and finite, a group is
         out of range.
     """
-    folder, config = _check_directory(directory)
+    folder, config = read_folder(directory)
     settings = _settings(folder, config)
     if not settings:
         raise ValueError(f"{folder} is not a quantized checkpoint: no quantization_config")
@@ -215,11 +224,11 @@ def load(
         would fill the rest with random numbers), or the files are damaged, as for
         :func:`read_matrices`.
     """
-    folder, config = _check_directory(directory)
+    folder, config = read_folder(directory)
     settings = _settings(folder, config)
     known = next((f for f in FORMATS.values() if f.reads(settings)), None)
     compute = _chosen_compute(folder, compute, settings, known is not None)
-    model_class = _model_class(folder, config)
+    model_class = model_class_of(folder, config)
     tensors = _Tensors(folder)
     try:
         layers = {} if known is None else _layers(folder, known, settings, tensors)
@@ -327,7 +336,8 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _model_class(folder: Path, config: dict[str, Any]) -> Any:
+def model_class_of(folder: Path, config: dict[str, Any]) -> Any:
+    """Return the class that a configuration names; that of causal models if it names none."""
     import transformers
 
     names = config.get("architectures") or []

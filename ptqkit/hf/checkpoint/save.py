@@ -19,7 +19,7 @@ from ptqkit._places import check_place, source_folder
 from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.hf.checkpoint.base import CheckpointFormat
+from ptqkit.hf.checkpoint.base import CheckpointFormat, Fetch
 from ptqkit.hf.checkpoint.biases import GainedBiases, find_gained_biases
 from ptqkit.hf.checkpoint.experts import converted_problems, packed_problems
 from ptqkit.hf.checkpoint.files import TensorPlan, write_tensors
@@ -92,6 +92,7 @@ def save_checkpoint(
     max_shard_size: int | str = SHARD_BYTES,
     activations: Mapping[str, ActivationQuantizer] | None = None,
     flat_inputs: Mapping[str, bool] | None = None,
+    fetch: Fetch | None = None,
 ) -> CheckpointInfo:
     """Write ``model`` with the weights of ``layers`` replaced by their packed codes.
 
@@ -124,6 +125,8 @@ def save_checkpoint(
         as the model with these quantizers installed.
     flat_inputs : mapping of str to bool, optional
         Which layers get inputs without a batch axis; measured by running the model if not given.
+    fetch : callable, optional
+        Returns a tensor of the float model by its name, if it is on the meta device.
 
     Raises
     ------
@@ -147,6 +150,7 @@ def save_checkpoint(
             max_shard_size,
             dict(activations or {}),
             flat_inputs,
+            fetch,
         )
 
 
@@ -162,8 +166,9 @@ def _write_checkpoint(
     max_shard_size: int | str,
     activations: Mapping[str, ActivationQuantizer],
     flat_inputs: Mapping[str, bool] | None,
+    fetch: Fetch | None,
 ) -> CheckpointInfo:
-    check_savable(model, layers)
+    check_savable(model, layers, fetch is not None)
     shard_bytes = parse_bytes(max_shard_size or 0, "max_shard_size")
     check_activations(model, layers, activations)
     dynamic = [name for name, q in activations.items() if q.spec.dynamic]
@@ -190,7 +195,7 @@ def _write_checkpoint(
     saved = [_as_saved(spec, names) for spec in specs]
     linears = list(dict.fromkeys([*linears, *map(names.module, linears)]))
     config = _model_config(model, saved, chosen, recipe, biases, linears)
-    plans = _plan(model, saved, layers, chosen, activations, names)
+    plans = _plan(model, saved, layers, chosen, activations, names, fetch)
     if chosen.foreign:
         plans += _zero_plans(model, biases)
     tensor_bytes = sum(plan.nbytes for plan in plans)
@@ -216,13 +221,15 @@ def _write_checkpoint(
     )
 
 
-def check_savable(model: Any, layers: Container[str] = ()) -> None:
+def check_savable(model: Any, layers: Container[str] = (), stored: bool = False) -> None:
     """Check what the writer needs of a model, as far as it does not depend on the format.
 
     Parameters
     ----------
     layers : container of str
         Modules whose weights are replaced by codes.
+    stored : bool
+        What is on the meta device is read from files.
 
     Raises
     ------
@@ -241,7 +248,8 @@ def check_savable(model: Any, layers: Container[str] = ()) -> None:
         )
     for name, tensor in saved_tensors(model).items():
         if name.removesuffix(".weight") not in layers:
-            TensorPlan.of(name, tensor)
+            if not (stored and tensor.device.type == "meta"):
+                TensorPlan.of(name, tensor)
     check_installed(model)
 
 
@@ -339,6 +347,7 @@ def _plan(
     chosen: CheckpointFormat,
     activations: Mapping[str, ActivationQuantizer],
     names: SavedNames,
+    fetch: Fetch | None,
 ) -> list[TensorPlan]:
     by_weight = {f"{spec.names[-1]}.weight": spec for spec in specs}
     kept = saved_tensors(model)
@@ -350,8 +359,16 @@ def _plan(
             held = spec.names[-1]
             plans += chosen.plans(spec, layers[held], activations.get(held))
         elif name in kept:
-            floats.append(TensorPlan.of(name, tensor))
+            floats.append(_float_plan(name, tensor, fetch))
     return plans + convert_plans(model, floats, names)
+
+
+def _float_plan(name: str, tensor: torch.Tensor, fetch: Fetch | None) -> TensorPlan:
+    """Plan a float tensor; one on the meta device is fetched when it is written."""
+    if fetch is None or tensor.device.type != "meta":
+        return TensorPlan.of(name, tensor)
+    dtype, shape = tensor.dtype, tuple(tensor.shape)
+    return TensorPlan(name, dtype, shape, lambda: fetch(name).to(dtype))
 
 
 def _as_saved(spec: LayerSpec, names: SavedNames) -> LayerSpec:

@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ptqkit.nn.forward import StopForwardError, forward
 
-__all__ = ["RecordedBlocks"]
+__all__ = ["MemoryOutputs", "Outputs", "RecordedBlocks"]
+
+
+class Outputs(Protocol):
+    """Where the output of the latest finished block of each stack is kept, one per batch."""
+
+    def get(self, index: int, stack: str) -> Any:
+        """Return a copy of what a batch's last finished block of a stack returned."""
+
+    def put(self, index: int, outputs: dict[str, Any]) -> None:
+        """Keep what blocks that were finished just now returned, by their stacks."""
+
+    def turn(self) -> None:
+        """Go over to what has been put, which is there for all batches."""
+
+
+class MemoryOutputs:
+    """Outputs in memory."""
+
+    def __init__(self, batches: int) -> None:
+        self._held: list[dict[str, Any]] = [{} for _ in range(batches)]
+
+    def get(self, index: int, stack: str) -> Any:
+        """Return a copy, because later code may change it in place."""
+        return copy_tensors(self._held[index][stack])
+
+    def put(self, index: int, outputs: dict[str, Any]) -> None:
+        """Keep new outputs; those they replace are free at once."""
+        self._held[index].update(outputs)
+
+    def turn(self) -> None:
+        """Do nothing: a batch goes over by itself."""
 
 
 class RecordedBlocks:
@@ -19,19 +50,48 @@ class RecordedBlocks:
 
     Of each stack only the latest finished block's output is kept, one per batch: the blocks before
     it return the same, and what the next block receives is right.
+
+    Parameters
+    ----------
+    model : nn.Module
+    blocks : sequence of str
+        In order of execution.
+    batches : sequence of dict
+    outputs : Outputs, optional
+        In memory by default.
+    finished : int
+        Blocks whose outputs are there already.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, torch.Tensor]]
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        batches: Sequence[Mapping[str, torch.Tensor]],
+        outputs: Outputs | None = None,
+        finished: int = 0,
     ) -> None:
         self.model, self.blocks, self.batches = model, list(blocks), batches
         self.modules = {name: model.get_submodule(name) for name in blocks}
+        self.outputs = MemoryOutputs(len(batches)) if outputs is None else outputs
         self.finished: set[str] = set()
-        self.outputs: list[dict[str, Any]] = [{} for _ in batches]
         self.batch = 0
         self.stop_after: str | None = None
         self.recording: set[str] = set()
         self.fresh: dict[str, Any] = {}
+        # Per stack the last finished block, and what the others return in this forward pass.
+        self._last: dict[str, str] = {}
+        self._before: dict[str, Any] = {}
+        self._finish(self.blocks[:finished])
+
+    @property
+    def position(self) -> int:
+        """Number of finished blocks."""
+        return len(self.finished)
+
+    def _finish(self, blocks: Sequence[str]) -> None:
+        self.finished.update(blocks)
+        self._last |= {name.rpartition(".")[0]: name for name in blocks}
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -52,46 +112,55 @@ class RecordedBlocks:
 
         def replayed(*args: Any, **kwargs: Any) -> Any:
             if name in self.finished:
-                # A copy, because later code may change it in place.
-                return _clone(self.outputs[self.batch][stack])
+                return self._replay(name, stack)
             output = original(*args, **kwargs)
             if name in self.recording:
-                self.fresh[stack] = _clone(output)
+                self.fresh[stack] = copy_tensors(output)
             if name == self.stop_after:
                 raise StopForwardError
             return output
 
         return replayed
 
+    def _replay(self, name: str, stack: str) -> Any:
+        if self._last[stack] == name:
+            return self.outputs.get(self.batch, stack)
+        # Nobody reads what these return; only its form matters.
+        if stack not in self._before:
+            self._before[stack] = self.outputs.get(self.batch, stack)
+        return self._before[stack]
+
     def forward(self, index: int, stop_after: str | None) -> None:
         """Run one batch until a hook or the end of a block stops it."""
         self.batch, self.stop_after = index, stop_after
-        with contextlib.suppress(StopForwardError):
-            forward(self.model, self.batches[index])
+        try:
+            with contextlib.suppress(StopForwardError):
+                forward(self.model, self.batches[index])
+        finally:
+            self._before = {}
 
-    def advance(self, position: int) -> None:
-        """Record the outputs of the first ``position`` blocks; they are final now."""
-        new = [b for b in self.blocks[:position] if b not in self.finished]
-        if not new:
-            return
-        self.recording = set(new)
+    def advance(self) -> None:
+        """Record the outputs of the next block; they are final now."""
+        block = self.blocks[self.position]
+        self.recording = {block}
         for index in range(len(self.batches)):
             self.fresh = {}
-            self.forward(index, stop_after=new[-1])
-            self.outputs[index].update(self.fresh)
-        self.recording = set()
-        self.finished.update(new)
+            self.forward(index, stop_after=block)
+            self.outputs.put(index, self.fresh)
+        self.outputs.turn()
+        self.recording, self.fresh = set(), {}
+        self._finish([block])
 
 
-def _clone(value: Any) -> Any:
+def copy_tensors(value: Any) -> Any:
     """Copy the tensors of a block's output; containers keep their form."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, tuple):
-        items = [_clone(v) for v in value]
+        items = [copy_tensors(v) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
-        return [_clone(v) for v in value]
+        return [copy_tensors(v) for v in value]
     if isinstance(value, dict):
-        return type(value)((k, _clone(v)) for k, v in value.items())
+        return type(value)((k, copy_tensors(v)) for k, v in value.items())
     return value

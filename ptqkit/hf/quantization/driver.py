@@ -15,22 +15,37 @@ import torch
 from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
+from ptqkit._folders import resolve
 from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import Problems, check_choice
+from ptqkit.errors import Problems, UsageError, check_choice
 from ptqkit.hf.checkpoint.formats import FORMATS
 from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
+from ptqkit.hf.checkpoint.stored_model import StoredModel
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
 from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithmetic, stored_as
 from ptqkit.hf.models.experts import ExpertSwap, wanted_for
+from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.quantization.inspection import Inspection, inspect_model
 from ptqkit.hf.quantization.mixed_bits import choose_bits
+from ptqkit.hf.quantization.opening import open_model, reopen
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.report import Report
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
+from ptqkit.hf.quantization.state import RunState, check_room, state_folder
+from ptqkit.hf.quantization.streamed import (
+    StreamedRun,
+    check_stream,
+    describe_run,
+    float_tensors,
+    noting_values,
+    plan_stream,
+    source_of,
+    state_bytes,
+)
 from ptqkit.hf.quantization.tune import prepare_tuning, tune_prepared
 from ptqkit.hf.quantization.tuning import TuningOptions, TuningReport
 from ptqkit.nn.activations import ActivationQuantizer
@@ -135,7 +150,7 @@ class QuantizationResult:
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | StoredModel | str | os.PathLike[str],
     recipe: Recipe | str | Mapping[str, Any] | Sequence[Any] = "quality",
     calibration: Any = None,
     *,
@@ -158,15 +173,17 @@ def quantize(
     overwrite: bool = False,
     stored_dtype: str | torch.dtype | None = None,
     requantize: bool = False,
+    stream: bool | None = None,
     **changes: Any,
 ) -> QuantizationResult:
     """Quantize the linear layers of a model in place, in one forward pass over calibration data.
 
     Parameters
     ----------
-    model : nn.Module
+    model : nn.Module, StoredModel or path
         A transformers model, on CPU or GPU. A compiled one runs eagerly meanwhile; of
-        ``torch.compile(model)`` the result holds the model inside.
+        ``torch.compile(model)`` the result holds the model inside. Or a folder with one, or what
+        :func:`ptqkit.hf.open_model` makes of it.
     recipe : Recipe, preset name, dict or list of parts
         A name in :data:`ptqkit.recipe.presets.PRESETS` (``"quality"``, ``"best"``, ``"reference"``,
         ``"rtn"``, ``"aweq"``, ...) or parts such as ``[AWE(), GPTQ(bits=4)]``
@@ -209,6 +226,12 @@ def quantize(
     requantize : bool
         Go on from weights that a run on this model object has quantized before, which is an error
         otherwise. To start from the float weights again see :class:`ptqkit.hf.FloatWeights`.
+    stream : bool, optional
+        Of a folder: read, quantize and drop the model block by block, with its state in a folder
+        ``OUT_DIR.partial``, so that the same call goes on where it was killed; results are equal,
+        bit for bit. By default if the model does not fit into memory. It needs ``out_dir``;
+        ``memory_budget`` is then of all that the run needs; of the result, ``model`` is on the meta
+        device and ``matrices`` is empty (:func:`ptqkit.hf.read_matrices` reads them).
 
     Raises
     ------
@@ -227,8 +250,7 @@ def quantize(
     >>> print(result.report.table())
     >>> result.save("model-w3")
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    model, stored, tokenizer, stored_dtype = _opened(model, tokenizer, stored_dtype, stream)
     # What is wrong is told at once, the arguments with the rest.
     problems = Problems()
     for name, value, allowed in (
@@ -254,28 +276,29 @@ def quantize(
     for text in slow:
         warnings.warn(text, stacklevel=2)
     options = RunOptions(threads, diagnostics, on_error, make_progress(progress))
+    inspection: dict[str, Any] = {
+        "problems": problems,
+        "written": written,
+        "blocks": blocks,
+        "share_inputs": share_inputs,
+        "checkpoint_format": checkpoint_format,
+        "out_dir": out_dir,
+        "overwrite": overwrite,
+        "requantize": requantize,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "start_token": start_token,
+    }
+    if stored is not None:
+        return _quantize_stored(
+            stored, chosen, calibration, tokenizer, budget, schedule, options, inspection, slow
+        )
     swap = ExpertSwap(model, partial(_unfused, chosen))
     every_token = chosen is not None and chosen.calibrate_all_experts
     with swap as experts, swap.calibrating(every_token):
-        found = inspect_model(
-            model,
-            chosen,
-            calibration,
-            tokenizer,
-            problems=problems,
-            written=written,
-            blocks=blocks,
-            share_inputs=share_inputs,
-            checkpoint_format=checkpoint_format,
-            out_dir=out_dir,
-            overwrite=overwrite,
-            requantize=requantize,
-            samples=samples,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            seed=seed,
-            start_token=start_token,
-        )
+        found = inspect_model(model, chosen, calibration, tokenizer, **inspection)
         assert chosen is not None and written is not None  # or there had been problems
         result = _quantize_inspected(
             model,
@@ -349,6 +372,96 @@ def _quantize_inspected(
     if tuning is not None:
         with _carrying(result):
             tune_prepared(result, learned_from, tuning, options.progress)
+    return result
+
+
+def _opened(
+    model: Any, tokenizer: Any, stored_dtype: Any, stream: bool | None
+) -> tuple[nn.Module, StoredModel | None, Any, Any]:
+    """Open what was given as the model; returns it, and whence it is streamed if it is."""
+    if isinstance(model, (str, os.PathLike)) and os.path.isdir(model):
+        model, found, facts = open_model(model, stream=stream)
+        tokenizer = found if tokenizer is None else tokenizer
+        stored_dtype = facts["stored_dtype"] if stored_dtype is None else stored_dtype
+    elif stream and not isinstance(model, StoredModel):
+        raise UsageError("stream=True is for the folder of a model: give its path")
+    if isinstance(model, nn.Module):
+        model = reopen(model) or model
+    if isinstance(model, StoredModel):
+        return model.model, model, tokenizer, stored_dtype
+    if not isinstance(model, nn.Module):
+        given = repr(model) if isinstance(model, str) else type(model).__name__
+        raise TypeError(f"model must be a torch.nn.Module or a folder that exists, not {given}")
+    return model, None, tokenizer, stored_dtype
+
+
+def _quantize_stored(
+    stored: StoredModel,
+    recipe: Recipe | None,
+    calibration: Any,
+    tokenizer: Any,
+    budget: int | None,
+    schedule: str,
+    options: RunOptions,
+    inspection: dict[str, Any],
+    slow: list[str],
+) -> QuantizationResult:
+    """Quantize a model block by block from its files; the arguments are those of the driver."""
+    problems, written = inspection["problems"], inspection["written"]
+    out_dir, checkpoint_format = inspection["out_dir"], inspection["checkpoint_format"]
+    if out_dir is None:
+        problems.add("a model that is streamed from its files needs out_dir: give one", UsageError)
+    if schedule == "one-pass":
+        problems.add(
+            "schedule='one-pass' needs the model in memory: use 'auto' or 'replay'", UsageError
+        )
+    if recipe is not None:
+        check_stream(problems, recipe)
+        structure = find_structure(stored.model, recipe, inspection["blocks"])
+    if recipe is None or problems.found:
+        problems.raise_if_any()
+    assert recipe is not None and written is not None and out_dir is not None
+    source = source_of(stored, structure)
+    target = resolve(out_dir)
+    with RunState(state_folder(target)).opened() as state:
+        with source.attached():
+            with noting_values(source, structure, problems):
+                found = inspect_model(
+                    stored.model, recipe, calibration, tokenizer, stored=True, **inspection
+                )
+            plan = plan_stream(source, found, budget)
+            check_room(state.root, state_bytes(source, found.structure, found.calibration))
+            about = describe_run(
+                stored,
+                found,
+                recipe,
+                written=dtype_name(written),
+                dtype=dtype_name(dtype_of(stored.model)),
+                blocks=inspection["blocks"],
+                share_inputs=inspection["share_inputs"],
+                diagnostics=options.diagnostics,
+                on_error=options.on_error,
+            )
+            run = StreamedRun(stored.model, recipe, found, plan, options)
+            run.report.warnings += slow
+            run.attach(source, state, about)
+            run.execute()
+        with stored_as(stored.model, written):
+            info = save_checkpoint(
+                stored.model,
+                run.matrices,
+                recipe,
+                target,
+                checkpoint_format=checkpoint_format,
+                tokenizer=tokenizer,
+                report=run.report,
+                overwrite=inspection["overwrite"],
+                activations=run.activations,
+                fetch=float_tensors(source, run.changed),
+            )
+        state.remove()
+    result = QuantizationResult(stored.model, {}, run.report, recipe, run.activations)
+    result.tokenizer, result.stored_dtype, result.checkpoint = tokenizer, dtype_name(written), info
     return result
 
 

@@ -72,6 +72,7 @@ def inspect_model(
     out_dir: str | os.PathLike[str] | None,
     overwrite: bool,
     requantize: bool = False,
+    stored: bool = False,
     **windows: Any,
 ) -> Inspection:
     """Read the data, find the structure, check both, and run a short probe.
@@ -79,7 +80,7 @@ def inspect_model(
     Parameters are those of :func:`ptqkit.quantize`; ``**windows`` are the options of
     :func:`~ptqkit.hf.data.calibration.prepare_calibration`, ``written`` is the type of the float
     values in the files, and ``problems`` holds what is wrong with the arguments themselves: then
-    the recipe may be None.
+    the recipe may be None. With ``stored``, weights are read from files when they are needed.
 
     Raises
     ------
@@ -103,7 +104,7 @@ def inspect_model(
         if held not in FORMATS:
             held = "auto" if out_dir is not None else None
         # Data that is there but unusable is one problem, not one more for every layer.
-        check_model(problems, model, structure, recipe, calibration is not None, held)
+        check_model(problems, model, structure, recipe, calibration is not None, held, stored)
         check_experts(problems, model, structure.targets, expert_modules(model))
     if out_dir is not None:
         check_output(problems, model, structure.targets, out_dir, overwrite, tokenizer, written)

@@ -26,7 +26,7 @@ from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import installed_quantizer
-from ptqkit.nn.forward import forward, hooks, tensor_key, thread_state
+from ptqkit.nn.forward import device_of, forward, hooks, tensor_key, thread_state
 
 __all__ = ["one_pass_groups"]
 
@@ -65,7 +65,7 @@ def one_pass_groups(work: Work) -> Steps:
     floats = _start(work) if work.propagate else []
     originals = OriginalWeights(work.targets, len(floats))
     waiting = None
-    pages = HeapPages(next(work.model.parameters()).device)
+    pages = HeapPages(device_of(work.model))
     try:
         with hooks(work.modules(), at_layer), _streams(work, current):
             for group in work.groups:

@@ -14,6 +14,7 @@ from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.expert_moments import is_expert, solved_together
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import available_memory, container_memory
+from ptqkit.nn.forward import device_of
 
 __all__ = [
     "SCHEDULES",
@@ -31,10 +32,19 @@ _SLACK = 1.3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that each schedule needs in addition to the model."""
+    """Bytes that each schedule needs in addition to the model.
+
+    Attributes
+    ----------
+    one_pass, replay : int
+    outputs, codes : int
+        Of those of replay, what the outputs of the blocks take, and the codes.
+    """
 
     one_pass: int
     replay: int
+    outputs: int = 0
+    codes: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ def plan_schedule(
         bool(inspection.stream.writers),
         inspection.experts,
     )
-    device = next(model.parameters()).device
+    device = device_of(model)
     free, room = available_memory(device), None if device.type != "cpu" else container_memory()
     limit, whose = (free, "free memory") if budget is None else (budget, "memory budget")
     # No budget makes a container larger: what is beyond its limit is killed.
@@ -231,10 +241,15 @@ def estimate_memory(
     largest = max(tokens)
     one_pass = (sum(tokens) * size * live + sum(masks)) * (2 if propagate else 1)
     one_pass += largest * size * live
-    replay = sum(tokens) * size * 2 * wide + 2 * largest * size * live + max(masks)
-    if next(model.parameters()).device.type == "cpu":
-        work += sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))
-    return MemoryEstimate(int(_SLACK * one_pass) + work, int(_SLACK * replay) + work)
+    outputs = sum(tokens) * size * 2 * wide
+    replay = outputs + 2 * largest * size * live + max(masks)
+    codes = 0
+    if device_of(model).type == "cpu":
+        codes = sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))
+    work += codes
+    return MemoryEstimate(
+        int(_SLACK * one_pass) + work, int(_SLACK * replay) + work, int(_SLACK * outputs), codes
+    )
 
 
 def _mask_bytes(

@@ -37,6 +37,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 __all__ = [
+    "check_finite",
     "check_float",
     "check_kind",
     "check_model",
@@ -53,6 +54,7 @@ def check_model(
     recipe: Recipe,
     calibrated: bool,
     checkpoint_format: str | None,
+    stored: bool = False,
 ) -> None:
     """Check what the model and the recipe show by themselves: shapes, patterns, weights, format.
 
@@ -60,6 +62,8 @@ def check_model(
     ----------
     checkpoint_format : str or None
         What must hold the result; None if it may stay in memory.
+    stored : bool
+        Weights are read from files when they are needed, so nothing is said of their values.
     """
     for text in structure.problems:
         problems.add(text, UnsupportedModuleError)
@@ -75,7 +79,7 @@ def check_model(
     for pattern in recipe.unmatched(structure.known_names):
         problems.add(f"pattern {pattern!r} of the recipe matches no module of the model")
     meta = [n for n, p in model.named_parameters() if p.device.type == "meta"]
-    if meta:
+    if meta and not stored:
         problems.add(
             f"{len(meta)} parameters are on the meta device (the first is {meta[0]}); load the "
             "weights before quantizing"
@@ -86,7 +90,8 @@ def check_model(
     slow = {n: t.view.shape for n, t in structure.targets.items() if t.options.method == "obq"}
     if text := obq_problem(slow):
         problems.add(text, UnsupportedModuleError)
-    _check_finite(problems, structure.targets)
+    if not stored:
+        check_finite(problems, structure.targets)
     if checkpoint_format is None or not structure.targets:
         return
     for text in _format_conflicts(model, structure.targets, checkpoint_format):
@@ -140,7 +145,8 @@ def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
         )
 
 
-def _check_finite(problems: Problems, targets: Mapping[str, Target]) -> None:
+def check_finite(problems: Problems, targets: Mapping[str, Target]) -> None:
+    """Check that weights are finite."""
     bad = {}
     for name, target in targets.items():
         weight = target.view.weight

@@ -17,16 +17,31 @@ from ptqkit.hf.models.recorded import RecordedBlocks
 from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
 from ptqkit.hf.quantization.work import Steps, Work
-from ptqkit.nn.forward import StopForwardError, hooks
+from ptqkit.nn.forward import StopForwardError, device_of, hooks
 
 __all__ = ["replay_groups"]
 
 
-def replay_groups(work: Work) -> Steps:
-    """Yield every group that is left, running its block per group and once for its outputs."""
-    recorded = RecordedBlocks(work.model, work.blocks, work.batches)
+def replay_groups(
+    work: Work,
+    recorded: RecordedBlocks | None = None,
+    at_block_end: Callable[[int], None] | None = None,
+) -> Steps:
+    """Yield every group that is left, running its block per group and once for its outputs.
+
+    Parameters
+    ----------
+    work : Work
+    recorded : RecordedBlocks, optional
+        If some blocks are finished already, or their outputs are kept in another place.
+    at_block_end : callable, optional
+        Called with the position of each block once its layers are done, and its outputs recorded
+        if anything follows that needs them.
+    """
+    if recorded is None:
+        recorded = RecordedBlocks(work.model, work.blocks, work.batches)
     positions = work.positions()
-    pages = HeapPages(next(work.model.parameters()).device)
+    pages = HeapPages(device_of(work.model))
     with recorded.patched():
         for position, block in enumerate([*work.blocks, None]):
             groups = [g for g, p in zip(work.groups, positions, strict=True) if p == position]
@@ -34,8 +49,11 @@ def replay_groups(work: Work) -> Steps:
             unprobed = [] if block is None else work.unprobed(block)
             if not groups and not unprobed:
                 continue
-            recorded.advance(position)
-            pages.release()
+            while recorded.position < position:
+                recorded.advance()
+                pages.release()
+                if at_block_end is not None:
+                    at_block_end(recorded.position - 1)
             if block is not None and unprobed:
                 groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
             for wave in _waves(work, groups):

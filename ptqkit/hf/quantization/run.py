@@ -32,12 +32,12 @@ from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
 from ptqkit.hf.quantization.solve import LayerResult, solve_group
 from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
-from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.forward import calibration_mode, device_of
 from ptqkit.nn.on_grid import dequantize
 from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["QuantizationInterrupted", "QuantizationRun", "RunOptions"]
+__all__ = ["QuantizationInterrupted", "QuantizationRun", "RunOptions", "describe_data"]
 
 
 class QuantizationInterrupted(KeyboardInterrupt):
@@ -49,9 +49,11 @@ class QuantizationInterrupted(KeyboardInterrupt):
         Layers whose weights had been replaced in the model.
     """
 
-    def __init__(self, quantized: list[str], total: int, folds: int = 0) -> None:
+    def __init__(
+        self, quantized: list[str], total: int, folds: int = 0, text: str | None = None
+    ) -> None:
         self.quantized = quantized
-        super().__init__(_partial_text("interrupted", quantized, total, folds))
+        super().__init__(text or _partial_text("interrupted", quantized, total, folds))
 
 
 def _partial_text(what: str, quantized: list[str], total: int, folds: int = 0) -> str:
@@ -140,7 +142,7 @@ class QuantizationRun:
         total = time.perf_counter() - self.options.start
         rest = total - setup - sum(self.seconds.values())
         self.report.seconds = {"total": total, "setup": setup, "forward": rest, **self.seconds}
-        self.report.memory["peak"] = peak_memory(next(self.model.parameters()).device)
+        self.report.memory["peak"] = peak_memory(device_of(self.model))
 
     @contextlib.contextmanager
     def _telling_what_is_done(self) -> Iterator[None]:
@@ -149,6 +151,8 @@ class QuantizationRun:
         total = len(self.inspection.structure.targets)
         try:
             yield
+        except QuantizationInterrupted:
+            raise
         except KeyboardInterrupt as error:
             raise QuantizationInterrupted(list(self.matrices), total, folds) from error
         except Exception as error:
@@ -166,7 +170,7 @@ class QuantizationRun:
         if data is None:
             self._each(_without_data(found.structure), "no calibration")
             return
-        self.report.calibration = _described(data)
+        self.report.calibration = describe_data(data)
         work = Work(
             self.model,
             found.structure.targets,
@@ -342,7 +346,8 @@ def _cost(target: Target, calibration: CalibrationSet | None) -> float:
     return float(columns) * (2 * rows + columns) * tokens + float(rows) * columns * columns
 
 
-def _described(data: CalibrationSet) -> dict[str, object]:
+def describe_data(data: CalibrationSet) -> dict[str, object]:
+    """Return what the report says of the calibration data."""
     return {
         "source": data.source,
         "samples": data.samples,

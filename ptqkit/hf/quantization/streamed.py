@@ -1,0 +1,405 @@
+"""Quantize a model block by block from its files, and go on where a run was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ptqkit._units import show_bytes
+from ptqkit._version import __version__
+from ptqkit.errors import PreflightError, Problems, UnsupportedModuleError
+from ptqkit.hf.checkpoint.stored_model import StoredModel
+from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.models.recorded import RecordedBlocks
+from ptqkit.hf.models.structure import Structure, Target
+from ptqkit.hf.quantization.inspection import Inspection
+from ptqkit.hf.quantization.memory import available_memory, container_memory
+from ptqkit.hf.quantization.moments import Moments
+from ptqkit.hf.quantization.plan import Plan, estimate_memory
+from ptqkit.hf.quantization.preflight import check_finite
+from ptqkit.hf.quantization.replay import replay_groups
+from ptqkit.hf.quantization.report import LayerReport
+from ptqkit.hf.quantization.run import (
+    QuantizationInterrupted,
+    QuantizationRun,
+    describe_data,
+)
+from ptqkit.hf.quantization.source import BlockSource
+from ptqkit.hf.quantization.state import FinishedBlock, RunState
+from ptqkit.hf.quantization.work import Steps, Work
+from ptqkit.nn.activations import install_quantizer
+from ptqkit.nn.forward import calibration_mode, device_of
+from ptqkit.recipe.recipe import Recipe
+
+__all__ = [
+    "StreamPlan",
+    "StreamedRun",
+    "check_stream",
+    "describe_run",
+    "float_tensors",
+    "noting_values",
+    "plan_stream",
+    "source_of",
+    "state_bytes",
+]
+
+# Of a configuration, what says where it came from and not what the model is.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version")
+
+
+@dataclass(frozen=True)
+class StreamPlan(Plan):
+    """How a run that streams its model goes through the calibration data.
+
+    Attributes
+    ----------
+    spool : bool
+        The outputs of the blocks stay in files, because they do not fit into memory.
+    """
+
+    spool: bool = False
+
+
+def check_stream(problems: Problems, recipe: Recipe) -> None:
+    """Check that a recipe works block by block."""
+    if recipe.equalization is not None:
+        problems.add(
+            "equalization scales the whole model at once, so it cannot be streamed from its files: "
+            "leave it out, or quantize in memory (stream=False; on the command line --no-stream)",
+            UnsupportedModuleError,
+        )
+    if recipe.propagation:
+        problems.add(
+            f"{recipe.propagation} runs the float model along, which a model that is streamed from "
+            f"its files has no room for: use {recipe.propagation.split('=')[0]}=0, or quantize in "
+            "memory (stream=False; on the command line --no-stream)",
+            UnsupportedModuleError,
+        )
+    whole = {
+        f"tune={recipe.tune}": recipe.tune > 0,
+        f"bits={recipe.bits}": recipe.bits_budget is not None,
+        "calibrate_on='float'": recipe.calibrate_on == "float",
+        "calibrate_all_experts": recipe.calibrate_all_experts,
+    }
+    for text, asked in whole.items():
+        if asked:
+            problems.add(
+                f"{text} needs the whole model in memory: leave it out, or quantize in memory "
+                "(stream=False; on the command line --no-stream)",
+                UnsupportedModuleError,
+            )
+
+
+def source_of(stored: StoredModel, structure: Structure) -> BlockSource:
+    """Return what fills the blocks, and the layers outside of them that are quantized."""
+    outside = [name for name, target in structure.targets.items() if target.block is None]
+    return BlockSource(stored, structure.blocks, outside)
+
+
+@contextlib.contextmanager
+def noting_values(source: BlockSource, structure: Structure, problems: Problems) -> Iterator[None]:
+    """Check the values of each layer when its block is read for the first time."""
+    seen: set[str] = set()
+
+    def loaded(name: str) -> None:
+        if name not in seen:
+            seen.add(name)
+            own = {n: t for n, t in structure.targets.items() if name in (n, t.block)}
+            check_finite(problems, own)
+
+    source.loaded = loaded
+    try:
+        yield
+    finally:
+        source.loaded = None
+
+
+def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None) -> StreamPlan:
+    """Estimate the memory of a run that streams its model, and choose where outputs are kept.
+
+    Raises
+    ------
+    PreflightError
+        If a budget is given and not even outputs in files fit it.
+    """
+    structure = inspection.structure
+    weights: dict[str | None, int] = {}
+    for target in structure.targets.values():
+        rows, columns = target.view.shape
+        weights[target.block] = weights.get(target.block, 0) + rows * columns
+    block = source.block_bytes() + source.rest_bytes() + max(weights.values(), default=0)
+    device = device_of(source.model)
+    free, room = available_memory(device), None if device.type != "cpu" else container_memory()
+    limit, whose = (free, "free memory") if budget is None else (budget, "memory budget")
+    if room is not None and room <= limit:
+        limit, whose = room, "memory that the container's limit leaves"
+    if inspection.calibration is None:
+        largest = max(t.view.shape[0] * t.view.shape[1] for t in structure.targets.values())
+        held = spooled = block + 4 * 4 * largest
+    else:
+        needed = estimate_memory(
+            source.model,
+            structure.targets,
+            inspection.probe.groups,
+            inspection.calibration,
+            positions=inspection.probe.positions,
+        )
+        held = block + needed.replay - needed.codes
+        spooled = held - needed.outputs
+    spool = held > limit
+    estimate: dict[str, int | None] = {
+        "estimate_streamed": spooled if spool else held,
+        "block": source.block_bytes(),
+        "budget": budget,
+        "available": free,
+    }
+    warnings = []
+    if spool and spooled > limit:
+        text = (
+            f"one block at a time, with outputs in files, needs about {show_bytes(spooled)}, the "
+            f"{whose} is {show_bytes(limit)}"
+        )
+        if limit == budget:
+            raise PreflightError([f"memory_budget: {text}; lower batch_size or sequence_length"])
+        warnings.append(text)
+    schedule = "no calibration" if inspection.calibration is None else "replay"
+    reason = "the model is streamed from its files"
+    reason += ", outputs of blocks too" if spool and inspection.calibration is not None else ""
+    return StreamPlan(schedule, reason, False, estimate, warnings, spool)
+
+
+def state_bytes(source: BlockSource, structure: Structure, data: CalibrationSet | None) -> int:
+    """Return the room on the disk that the state of a run takes, at most."""
+    shapes = [t.view.shape for t in structure.targets.values()]
+    codes = sum(rows * columns for rows, columns in shapes)
+    wide = max((max(shape) for shape in shapes), default=0)
+    tokens = 0 if data is None else sum(b[k].numel() for b in data.batches for k in list(b)[:1])
+    size = next(source.model.parameters()).element_size()
+    # Outputs twice; scales, zero-points and objectives are a fraction of the codes.
+    return codes + codes // 4 + 2 * tokens * wide * size
+
+
+def describe_run(
+    stored: StoredModel,
+    inspection: Inspection,
+    recipe: Recipe,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return everything that the results of a run depend on, as JSON holds it.
+
+    Parameters
+    ----------
+    **options
+        Arguments of :func:`ptqkit.quantize` that change results.
+    """
+    config = stored.model.config.to_dict()
+    tensors = stored.tensors
+    return {
+        "versions": {
+            "ptqkit": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model": {
+            "class": type(stored.model).__name__,
+            "config": _as_json({k: v for k, v in config.items() if k not in _NOT_THE_MODEL}),
+            "tensors": {name: tensors.checksum(name) for name in tensors.places},
+        },
+        "calibration": _data(inspection.calibration),
+        "recipe": _as_json(recipe.to_dict()),
+        "device": stored.device.type,
+        "options": _as_json(options),
+    }
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _data(data: CalibrationSet | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    digest = hashlib.sha256()
+    for batch in data.batches:
+        for key, value in batch.items():
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)};".encode())
+            flat = value.cpu().contiguous().reshape(-1)
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return {
+        "source": data.source,
+        "samples": data.samples,
+        "sequence_length": data.sequence_length,
+        "batches": len(data.batches),
+        "start_token": data.start_token,
+        "values": digest.hexdigest(),
+    }
+
+
+class StreamedRun(QuantizationRun):
+    """A run with one block in memory; each finished one is written to its state and dropped.
+
+    Attributes
+    ----------
+    changed : dict of str to Tensor
+        Parameters that are no longer those of the model's files.
+    """
+
+    plan: StreamPlan
+
+    def attach(self, source: BlockSource, state: RunState, about: Mapping[str, Any]) -> None:
+        """Say where blocks come from and where they go; go on with what is there already."""
+        self.source, self.state = source, state
+        self.changed: dict[str, torch.Tensor] = {}
+        found = self.inspection
+        self.blocks = found.structure.blocks if found.calibration is None else found.probe.blocks
+        self._kept: set[str] = set()
+        self._seen = (len(self.report.layers), len(self.report.warnings))
+        state.begin(about, self._units())
+        for number in range(state.finished):
+            self._restore(state.read(number, check=True))
+
+    def _units(self) -> int:
+        """Return the number of blocks, and one more if layers follow that are in none."""
+        work = self._work()
+        after = any(p == len(self.blocks) for p in work.positions())
+        return len(self.blocks) + after
+
+    def _work(self) -> Work:
+        found = self.inspection
+        targets, data = found.structure.targets, found.calibration
+        if data is None:
+            last = sorted(targets, key=lambda name: targets[name].block is None)
+            groups = [[name] for name in last]
+            data = CalibrationSet([], 0, 0, 0, "", "")
+        else:
+            groups = [part for g in found.probe.groups for part in _by_block(targets, g)]
+        return Work(self.model, targets, groups, self.blocks, data)
+
+    def _restore(self, block: FinishedBlock) -> None:
+        rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in block.rows]
+        self.report.layers += rows
+        self.report.warnings += block.warnings
+        self.matrices |= block.matrices
+        self.activations |= block.activations
+        self._take(block.tensors)
+        for name, quantizer in block.activations.items():
+            install_quantizer(self.inspection.structure.targets[name].module, quantizer)
+        for row in rows:
+            self.stage.skip(self.costs[row.name])
+        self._kept |= {row.name for row in rows}
+        self._seen = (len(self.report.layers), len(self.report.warnings))
+
+    def _take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Note parameters that changed; those that the class does not have become part of it."""
+        self.changed |= tensors
+        for name, tensor in tensors.items():
+            module, _, key = name.rpartition(".")
+            owner = self.model.get_submodule(module)
+            if getattr(owner, key) is None:
+                setattr(owner, key, nn.Parameter(tensor, requires_grad=False))
+
+    def _all_groups(self) -> None:
+        data, state = self.inspection.calibration, self.state
+        self.report.schedule = self.plan.schedule
+        self.report.schedule_reason = self.plan.reason
+        self.source.loaded = self._refill
+        work = self._work()
+        work.done |= self._kept
+        units = self._units()
+        try:
+            if data is None:
+                self._each(self._without_data(work), "no calibration")
+            else:
+                self.report.calibration = describe_data(data)
+                device, finished = device_of(self.model), min(state.finished, len(self.blocks))
+                outputs = state.outputs(len(data.batches), device, not self.plan.spool)
+                recorded = RecordedBlocks(self.model, self.blocks, work.batches, outputs, finished)
+                with calibration_mode(self.model):
+                    self._each(replay_groups(work, recorded, self._keep), "replay")
+            while state.finished < units:
+                self._keep(state.finished)
+        except KeyboardInterrupt as error:
+            text = f"interrupted: {state.finished} of {units} blocks are done and kept in "
+            raise QuantizationInterrupted(
+                list(self.matrices), 0, text=f"{text}{state.root}; the same command goes on"
+            ) from error
+
+    def _without_data(self, work: Work) -> Steps:
+        """Yield every layer alone, block by block, without moments."""
+        positions = work.positions()
+        for number in range(self.state.finished, self._units()):
+            for group, position in zip(work.groups, positions, strict=True):
+                if position == number:
+                    target = work.targets[group[0]]
+                    self.source.enter(target.block or target.name)
+                    yield [target], Moments()
+            self._keep(number)
+        return None
+
+    def _refill(self, name: str) -> None:
+        """Give a layer outside of the blocks the weight it has been given already."""
+        if name in self.matrices and name in self._kept:
+            self.inspection.structure.targets[name].view.write(self.matrices[name].dequantize())
+            bias = self.changed.get(f"{name}.bias")
+            if bias is not None:
+                self.model.get_parameter(f"{name}.bias").data.copy_(bias)
+
+    def _keep(self, number: int) -> None:
+        """Write what has been done since the last block was kept."""
+        if number < self.state.finished:
+            return
+        names = [n for n in self.matrices if n not in self._kept]
+        targets = self.inspection.structure.targets
+        tensors = {}
+        for name in names:
+            if targets[name].options.bias_correction:
+                tensors[f"{name}.bias"] = targets[name].module.bias.detach().cpu().clone()
+        layers, warnings = self._seen
+        block = FinishedBlock(
+            {name: self.matrices[name] for name in names},
+            {name: self.activations[name] for name in names if name in self.activations},
+            tensors,
+            [asdict(row) for row in self.report.layers[layers:]],
+            self.report.warnings[warnings:],
+        )
+        self._kept |= {row.name for row in self.report.layers[layers:]}
+        self.matrices |= self.state.keep(block).matrices
+        self._take(tensors)
+        self._seen = (len(self.report.layers), len(self.report.warnings))
+
+
+def _by_block(targets: Mapping[str, Target], group: list[str]) -> list[list[str]]:
+    """Split a group whose layers are in several blocks, as those that read an encoder's output.
+
+    One block at a time is in memory; each row's codes depend on H and that row alone.
+    """
+    parts: dict[str | None, list[str]] = {}
+    for name in group:
+        parts.setdefault(targets[name].block, []).append(name)
+    return list(parts.values())
+
+
+def float_tensors(source: BlockSource, changed: Mapping[str, torch.Tensor]) -> Any:
+    """Return what reads the float tensors of a checkpoint by their names in memory."""
+    stored = source.stored
+    dtypes = {name: tensor.dtype for name, tensor in source.model.state_dict().items()}
+
+    def fetch(name: str) -> torch.Tensor:
+        if name in changed:
+            return changed[name]
+        held = stored.names.get(name)
+        mapped = None if held is None else stored.tensors.map(held)
+        return stored.read([name], dtypes)[name] if mapped is None else mapped
+
+    return fetch
