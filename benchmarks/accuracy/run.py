@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.accuracy.models import MODELS, Case, load_case
+from ptqkit._defaults import FORWARD_BATCH_SIZE
 from ptqkit.hf import FloatWeights, prepare_calibration, quantize
 
 GRIDS: dict[str, dict[str, Any]] = {
@@ -93,6 +94,7 @@ def measure(
         progress=False,
         diagnostics=False,
         requantize=True,
+        batch_size=FORWARD_BATCH_SIZE,
         stored_dtype=case.stored_dtype,
         **options,
     )

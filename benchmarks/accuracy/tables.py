@@ -3,8 +3,10 @@
     python -m benchmarks.accuracy.tables benchmarks/results/accuracy
 
 Excess is perplexity above the float model's, of the mean loss over draws and windows; its standard
-deviation is over draws. The paired standard error is of the difference in loss to `quality`, window
-by window, each window's mean over the draws.
+deviation is over draws. Its change relative to published GPTQ has a standard error by the
+jackknife: one test window is left out at a time, of all recipes and of the float model. The paired
+standard error is of the difference in loss to `quality`, window by window, each window's mean over
+the draws.
 """
 
 from __future__ import annotations
@@ -50,6 +52,30 @@ def paired(first: dict[int, dict[int, float]], other: dict[int, dict[int, float]
     ]
 
 
+def change(
+    recipe: dict[int, float], reference: dict[int, float], floats: dict[int, float]
+) -> tuple[float, float]:
+    """Return the excess relative to the reference's, less 1, and its jackknife standard error.
+
+    Losses per window; the same windows are in all three.
+    """
+
+    def ratio(left_out: int | None) -> float:
+        kept = [w for w in floats if w != left_out]
+        of = [math.exp(statistics.fmean(x[w] for w in kept)) for x in (recipe, reference, floats)]
+        return (of[0] - of[2]) / (of[1] - of[2]) - 1
+
+    each = [ratio(window) for window in floats]
+    centre, count = statistics.fmean(each), len(each)
+    variance = (count - 1) / count * math.fsum((x - centre) ** 2 for x in each)
+    return ratio(None), math.sqrt(variance)
+
+
+def mean_windows(draws: dict[int, dict[int, float]]) -> dict[int, float]:
+    """Return each window's mean over the draws."""
+    return {w: statistics.fmean(d[w] for d in draws.values()) for w in next(iter(draws.values()))}
+
+
 def table(model: str, grid: str, cells: Losses, base: dict[int, float]) -> list[str]:
     """Return the lines of one model and grid."""
     whole_cells = {recipe: whole(draws, len(base)) for recipe, draws in cells.items()}
@@ -59,7 +85,7 @@ def table(model: str, grid: str, cells: Losses, base: dict[int, float]) -> list[
         for recipe, draws in whole_cells.items()
         if draws
     }
-    published = statistics.fmean(excess["reference"]) if "reference" in excess else math.nan
+    published = mean_windows(whole_cells["reference"]) if "reference" in excess else None
     lines = []
     for recipe, values in excess.items():
         mean = statistics.fmean(values)
@@ -69,9 +95,12 @@ def table(model: str, grid: str, cells: Losses, base: dict[int, float]) -> list[
             d = paired(whole_cells[recipe], whole_cells[BASE])
             error = statistics.stdev(d) / math.sqrt(len(d))
             against = f"{1e3 * statistics.fmean(d):+.1f} ± {1e3 * error:.1f}"
-        change = f"{100 * (mean / published - 1):+.0f} %"
+        moved = ""
+        if published is not None and recipe != "reference":
+            less, error = change(mean_windows(whole_cells[recipe]), published, base)
+            moved = f"{100 * less:+.0f} ± {100 * error:.0f} %"
         lines.append(
-            f"| {model} | {grid} | {recipe} | {len(values)} | {mean:.4g} ± {spread:.2g} | {change} "
+            f"| {model} | {grid} | {recipe} | {len(values)} | {mean:.4g} ± {spread:.2g} | {moved} "
             f"| {against} |"
         )
     return lines

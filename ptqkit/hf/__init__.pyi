@@ -37,7 +37,7 @@ from .quantization.opening import load_model as load_model
 from .quantization.opening import open_model as open_model
 from .quantization.report import LayerReport as LayerReport
 from .quantization.report import Report as Report
-from .quantization.tune import tune as tune
+from .quantization.tuner import tune as tune
 from .quantization.tuning import TuningInterrupted as TuningInterrupted
 from .quantization.tuning import TuningReport as TuningReport
 from .softmax.driver import SoftmaxCalibration as SoftmaxCalibration

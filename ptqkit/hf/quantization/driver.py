@@ -47,7 +47,7 @@ from ptqkit.hf.quantization.streamed import (
     source_of,
     state_bytes,
 )
-from ptqkit.hf.quantization.tune import prepare_tuning, tune_prepared
+from ptqkit.hf.quantization.tuner import prepare_tuning, tune_prepared
 from ptqkit.hf.quantization.tuning import TuningOptions, TuningReport
 from ptqkit.nn.activations import ActivationQuantizer
 from ptqkit.nn.forward import device_of, forget_compiled

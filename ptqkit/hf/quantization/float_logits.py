@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ from ptqkit.hf.data.calibration import padding_mask
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.nn.forward import calibration_mode, hooks, model_inputs
 
-__all__ = ["FloatLogits", "counted_logits", "model_call", "record_logits", "split_windows"]
+__all__ = [
+    "FloatLogits",
+    "counted_logits",
+    "joined_windows",
+    "model_call",
+    "record_logits",
+    "split_windows",
+]
 
 Window = dict[str, torch.Tensor]
 
@@ -62,6 +69,33 @@ def split_windows(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Window]
     return windows
 
 
+def joined_windows(
+    windows: Sequence[Window], indices: Iterable[int], batch_size: int
+) -> Iterator[tuple[Window, list[int]]]:
+    """Join windows of equal shapes, in the order given; yields each batch with its indices.
+
+    A batch that was not split stays alone.
+    """
+    waiting: dict[Any, list[int]] = {}
+    for index in indices:
+        window = windows[index]
+        if any(value.dim() == 0 or len(value) != 1 for value in window.values()):
+            yield window, [index]
+            continue
+        shape = tuple(sorted((key, tuple(value.shape)) for key, value in window.items()))
+        members = waiting.setdefault(shape, [])
+        members.append(index)
+        if len(members) == batch_size:
+            yield _join(windows, waiting.pop(shape))
+    for members in waiting.values():
+        yield _join(windows, members)
+
+
+def _join(windows: Sequence[Window], indices: list[int]) -> tuple[Window, list[int]]:
+    parts = [windows[i] for i in indices]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, indices
+
+
 def model_call(
     model: nn.Module, window: Window, parameters: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
@@ -94,9 +128,10 @@ def record_logits(
     windows: Sequence[Window],
     parameters: Mapping[str, torch.Tensor] | None = None,
     *,
+    batch_size: int = 1,
     copy_head: bool = True,
 ) -> FloatLogits:
-    """Run the float model on every window.
+    """Run the float model on every window, several at a time.
 
     Parameters
     ----------
@@ -105,6 +140,8 @@ def record_logits(
         As :func:`split_windows` returns them.
     parameters : mapping of str to Tensor, optional
         Values to run the model with instead of its own.
+    batch_size : int
+        Windows per forward pass.
     copy_head : bool
         Copy the head's weight; False if nothing is going to change it.
 
@@ -118,27 +155,30 @@ def record_logits(
     head = find() if find is not None else None
     seen: list[torch.Tensor] = []
     found = {"head": head} if isinstance(head, nn.Linear) else {}
-    held: list[torch.Tensor] = []
+    held: dict[int, torch.Tensor] = {}
     kept: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    batches = joined_windows(windows, range(len(windows)), batch_size)
     with calibration_mode(model), hooks(found, lambda name, value: seen.append(value)):
-        for index, window in enumerate(windows):
+        for batch, indices in batches:
             seen.clear()
-            logits = model_call(model, window, values)
-            if index == 0 and len(seen) == 1:
+            logits = model_call(model, batch, values)
+            if not held and len(seen) == 1:
                 kept = _head(model, found["head"], values)
                 if not torch.equal(F.linear(seen[0], *kept), logits):
                     kept = None
-            value = counted_logits(logits if kept is None else seen[0], window)
             if torch.isnan(logits).any():
                 raise NotFiniteError(
-                    f"the float model's logits of calibration window {index} are NaN: it is "
+                    f"the float model's logits of calibration window {indices[0]} are NaN: it is "
                     "damaged, or its arithmetic overflows"
                 )
-            held.append(value.clone())
+            value = logits if kept is None else seen[0]
+            for row, index in enumerate(indices):
+                own = value if len(indices) == 1 else value[row : row + 1]
+                held[index] = counted_logits(own, windows[index]).clone()
     if kept is not None and copy_head:
         weight, bias = kept
         kept = weight.clone(), None if bias is None else bias.clone()
-    return FloatLogits(held, kept)
+    return FloatLogits([held[i] for i in range(len(windows))], kept)
 
 
 def _head(

@@ -11,6 +11,7 @@ from ptqkit._repr import one_line_repr
 from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.solve import LayerResult
+from ptqkit.hf.quantization.tuning import TuningReport
 from ptqkit.recipe.options import ActivationQuantization
 
 __all__ = ["LayerReport", "Report", "layer_report"]
@@ -248,7 +249,7 @@ class Report(JsonReport):
         if told:
             lines.append(f"{told}: figures are of the corrected weights, not the model's own")
         if self.tuning is not None:
-            lines.append(f"{_tuned(self.tuning)}; figures of layers are of before")
+            lines.append(f"{TuningReport(**self.tuning)}; figures of layers are of before")
         if self.memory.get("peak"):
             lines.append(f"peak memory {self.memory['peak'] / 2**20:,.0f} MiB")
         return lines + [f"warning: {w}" for w in self.warnings]
@@ -295,14 +296,6 @@ _LESS_IMPORTANT = ("dead", "tokens", "rtn", "damping", "shape", "bpw", "act")
 """Columns that are left out, in this order, as long as the lines are too long."""
 _NAME = 32
 """Characters of a layer's name that other columns make room for."""
-
-
-def _tuned(facts: dict[str, Any]) -> str:
-    return (
-        f"tuned {facts['steps']} steps, kept step {facts['kept']}: divergence from the float model "
-        f"on {facts['held_out']} held-out windows {facts['loss_before']:.4g} -> "
-        f"{facts['loss_after']:.4g} nats per token, {facts['seconds']:.1f} s"
-    )
 
 
 def _cells(r: LayerReport) -> tuple[str, ...]:

@@ -21,11 +21,13 @@ from ptqkit.hf.quantization.float_logits import (
     FloatLogits,
     Window,
     counted_logits,
+    joined_windows,
     model_call,
 )
 from ptqkit.nn.forward import calibration_mode
 from ptqkit.nn.linear import LinearView
 from ptqkit.nn.on_grid import dequantize
+from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.nn.tunable import TunableMatrix, divergence, round_to, tunable_forwards
 
 __all__ = [
@@ -235,20 +237,8 @@ class _Data:
         return sum(len(self.logits.held[i]) for i in indices)
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[Window, list[int]]]:
-        """Join windows of equal shapes, in the order given."""
-        waiting: dict[Any, list[int]] = {}
-        for index in indices:
-            shape = tuple(sorted((k, tuple(v.shape)) for k, v in self.windows[index].items()))
-            members = waiting.setdefault(shape, [])
-            members.append(index)
-            if len(members) == self.batch_size:
-                yield self._join(waiting.pop(shape))
-        for members in waiting.values():
-            yield self._join(members)
-
-    def _join(self, indices: list[int]) -> tuple[Window, list[int]]:
-        windows = [self.windows[i] for i in indices]
-        return {k: torch.cat([w[k] for w in windows]) for k in windows[0]}, indices
+        """Return the windows in batches, each with its indices."""
+        return joined_windows(self.windows, indices, self.batch_size)
 
     def divergence(self, logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
         """Return the summed divergence of a batch's logits."""
@@ -414,7 +404,9 @@ def _put(
     vectors: Mapping[str, torch.Tensor],
 ) -> None:
     for name, matrix in new.items():
-        LinearView(model.get_submodule(name)).write(dequantize(matrix))
+        module = model.get_submodule(name)
+        LinearView(module).write(dequantize(matrix))
+        mark_quantized(module)
         matrices[name] = matrix
     parameters = learned_vectors(model)
     for name, value in vectors.items():

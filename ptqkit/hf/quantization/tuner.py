@@ -159,8 +159,6 @@ def tune(
     if steps == 0:
         return result
     model = result.model
-    with _apart(result):
-        _check_inputs(model, result.matrices)
     data = prepare_calibration(
         calibration,
         tokenizer if tokenizer is not None else result.tokenizer,
@@ -173,20 +171,21 @@ def tune(
     )
     with interruptible(), torch.inference_mode(False):
         # Its memory is that of the quantized model; its logits those of the float one.
-        with _apart(result):
+        with _expert_layers(model, result.matrices):
+            _check_inputs(model, result.matrices)
             needed, free = _measure(model, result.matrices, data, chosen, budget)
         start = time.perf_counter()
         windows = split_windows(data.batches)
-        logits = _float_logits(model, float_model, windows)
+        logits = _float_logits(model, float_model, windows, batch_size)
         ready = TuningData(windows, logits, _told(needed, free), time.perf_counter() - start)
-    with _apart(result):
+    with _expert_layers(model, result.matrices):
         return tune_prepared(result, ready, chosen, make_progress(progress))
 
 
 @contextlib.contextmanager
-def _apart(result: _Result) -> Iterator[None]:
-    """Run the experts of a result's model by layers of their own, which its matrices are of."""
-    swap = ExpertSwap(result.model, wanted_for(result.matrices))
+def _expert_layers(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+    """Have the experts of mixtures as linear layers meanwhile, if some of these layers are."""
+    swap = ExpertSwap(model, wanted_for(layers))
     with swap, swap.calibrating(False):
         yield
 
@@ -217,14 +216,15 @@ def prepare_tuning(
     with torch.inference_mode(False):
         needed, free = _measure(model, layers, data, options, budget)
         windows = split_windows(data.batches)
-        logits = record_logits(model, windows, copy_head=copy_head)
+        size = options.batch_size
+        logits = record_logits(model, windows, batch_size=size, copy_head=copy_head)
     return TuningData(windows, logits, _told(needed, free), time.perf_counter() - start)
 
 
 def tune_prepared(
     result: _R, data: TuningData, options: TuningOptions, progress: Progress | None
 ) -> _R:
-    """Tune a result in place."""
+    """Tune a result in place; experts are linear layers already."""
     stored = as_dtype(result.stored_dtype or dtype_of(result.model))
     start = time.perf_counter()
     with interruptible(), torch.inference_mode(False):
@@ -289,21 +289,22 @@ def _float_logits(
     model: nn.Module,
     source: nn.Module | FloatWeights | str | os.PathLike[str] | None,
     windows: list[Window],
+    batch_size: int,
 ) -> FloatLogits:
     """Return the float model's logits, from wherever it is."""
     if isinstance(source, FloatWeights):
         if source.model is not model:
             raise UsageError("float_model: these FloatWeights are of another model object")
-        return record_logits(model, windows, source.parameters())
+        return record_logits(model, windows, source.parameters(), batch_size=batch_size)
     if isinstance(source, nn.Module):
         if source is model:
             raise UsageError(
                 "float_model is the quantized model itself; give the float one, or FloatWeights "
                 "made before it was quantized"
             )
-        return record_logits(source, windows)
+        return record_logits(source, windows, batch_size=batch_size)
     with contextlib.closing(_Loaded(model, source)) as loaded:
-        return record_logits(loaded.model, windows, copy_head=False)
+        return record_logits(loaded.model, windows, batch_size=batch_size, copy_head=False)
 
 
 class _Loaded:
