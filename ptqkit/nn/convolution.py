@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.nn.linear import LinearView
 
 __all__ = ["CONVOLUTIONS", "ConvolutionView", "is_convolution", "pad_inputs", "unfold_inputs"]
@@ -91,6 +92,8 @@ class ConvolutionView(LinearView):
     ----------
     module : nn.Conv1d, nn.Conv2d or nn.Conv3d
     """
+
+    __repr__ = one_line_repr
 
     @property
     def transposed(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptqkit._repr import one_line_repr
 from ptqkit.errors import LAYER_FAILURES, CalibrationError, prefix_error
 from ptqkit.nn.convolution import ConvolutionView
 from ptqkit.nn.linear import LinearView
@@ -27,6 +28,8 @@ class GroupMoments:
     means : list of ndarray of float64, shape (in,)
         E[x] per group, if it was asked for.
     """
+
+    __repr__ = one_line_repr
 
     hessians: list[Any] = field(default_factory=list)
     means: list[np.ndarray] = field(default_factory=list)

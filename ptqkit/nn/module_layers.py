@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ptqkit._repr import one_line_repr
 from ptqkit.errors import Problems, UnsupportedModuleError
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.convolution import CONVOLUTIONS, ConvolutionView, is_convolution
@@ -38,6 +39,8 @@ class ModuleLayer:
     options : Recipe
         The recipe with the overrides for this layer applied.
     """
+
+    __repr__ = one_line_repr
 
     name: str
     view: LinearView
@@ -73,6 +76,8 @@ class Order:
     calls : list of dict of str to int
         Per batch, how often each layer runs.
     """
+
+    __repr__ = one_line_repr
 
     groups: list[list[str]] = field(default_factory=list)
     calls: list[dict[str, int]] = field(default_factory=list)

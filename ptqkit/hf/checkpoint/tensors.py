@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ptqkit._repr import one_line_repr
 from ptqkit.hf.checkpoint.files import DTYPE_CODES, INDEX, SINGLE
 
 __all__ = ["Place", "StoredTensors", "file_checksum", "read_header", "read_tensor"]
@@ -40,6 +41,8 @@ class Place:
     dtype : torch.dtype
     shape : tuple of int
     """
+
+    __repr__ = one_line_repr
 
     path: Path
     start: int

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.solvers import rtn
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.inspection import Inspection
@@ -34,6 +35,8 @@ class MixedBits:
     losses : dict of str to dict of int to float
         Estimated cost of rounding each layer alone, in nats per token, by bits.
     """
+
+    __repr__ = one_line_repr
 
     recipe: Recipe
     inspection: Inspection

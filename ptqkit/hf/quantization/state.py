@@ -25,6 +25,7 @@ import torch
 
 from ptqkit._files import write_atomically
 from ptqkit._folders import lock_folder, sync_folder, unlock_folder
+from ptqkit._repr import one_line_repr
 from ptqkit._units import show_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix, WeightGrid
 from ptqkit.errors import PreflightError, Problem, UsageError
@@ -60,6 +61,8 @@ class FinishedBlock:
         Of the report, as ``dataclasses.asdict`` gives them.
     warnings : list of str
     """
+
+    __repr__ = one_line_repr
 
     matrices: dict[str, QuantizedMatrix] = field(default_factory=dict)
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)

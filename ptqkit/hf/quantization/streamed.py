@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit._units import show_bytes
 from ptqkit._version import __version__
 from ptqkit.errors import PreflightError, Problems, UnsupportedModuleError
@@ -63,6 +64,8 @@ class StreamPlan(Plan):
     spool : bool
         The outputs of the blocks stay in files, because they do not fit into memory.
     """
+
+    __repr__ = one_line_repr
 
     spool: bool = False
 

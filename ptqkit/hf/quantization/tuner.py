@@ -14,6 +14,7 @@ from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH, TUNE_STEPS
 from ptqkit._places import source_folder
+from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import UnsupportedModuleError, UsageError
@@ -71,6 +72,8 @@ class TuningData:
         See :class:`TuningReport`.
     seconds : float
     """
+
+    __repr__ = one_line_repr
 
     windows: list[Window]
     logits: FloatLogits

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, TUNE_STEPS
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import CalibrationError, NotFiniteError
 from ptqkit.hf.models.dtypes import as_dtype
@@ -76,6 +77,8 @@ class TuningOptions:
         Of the order of the windows.
     """
 
+    __repr__ = one_line_repr
+
     steps: int = TUNE_STEPS
     windows: int = 8
     batch_size: int = BATCH_SIZE
@@ -111,6 +114,8 @@ class TuningReport:
         In bytes: ``estimate``, ``step`` and ``window`` of it, and what was ``available``.
     """
 
+    __repr__ = one_line_repr
+
     steps: int
     kept: int
     loss_before: float
@@ -145,6 +150,8 @@ class LearnedValues:
     vectors : dict of str to Tensor
         By parameter, in the parameter's dtype.
     """
+
+    __repr__ = one_line_repr
 
     scales: dict[str, torch.Tensor]
     vectors: dict[str, torch.Tensor]
