@@ -421,8 +421,6 @@ def test_parts_that_are_not_for_any_module(name):
         quantize_module(build(), batches(), bits=3.2)
     with pytest.raises(UsageError, match="recipe has no option 'bit'"):
         quantize_module(build(), batches(), bit=3)
-    with pytest.raises(UsageError, match=r"whole bits, not an average of 3\.5"):
-        quantize_module(build(), batches(), bits=3.5)
 
 
 @pytest.mark.parametrize(

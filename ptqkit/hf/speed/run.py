@@ -139,7 +139,7 @@ def measure_speed(
     int8_cache : bool
         Generate with :class:`ptqkit.hf.Int8Cache`.
     tell : callable, optional
-        Called with a line when something new begins.
+        Called with a line when something new begins, and with a row's rates when it is done.
 
     Raises
     ------
@@ -165,14 +165,12 @@ def measure_speed(
                 tell(f"{label}: {what}")
 
         values = _in_a_process(job, label, forward)
-        rows.append(
-            SpeedRow(
-                case.model,
-                case.form,
-                file_bytes=_file_bytes(case, values["tensor_bytes"]),
-                **values,
-            )
+        row = SpeedRow(
+            case.model, case.form, file_bytes=_file_bytes(case, values["tensor_bytes"]), **values
         )
+        rows.append(row)
+        # At once: a run that is broken off has told what it knew.
+        forward(f"{row.prompt_rate:.4g} and {row.generation_rate:.4g} tokens/s")
     return SpeedReport(tuple(rows), str(show_config()["cpu_level"]))
 
 

@@ -83,6 +83,8 @@ def test_a_case_runs_in_a_process_of_its_own(folders):
     weights = folders / "ptqkit_v3" / "model.safetensors"
     assert row.file_bytes == weights.stat().st_size and report.cpu
     assert told[0] == "[1/1] w4 ptqkit v3: loading"
+    rates = f"{row.prompt_rate:.4g} and {row.generation_rate:.4g} tokens/s"
+    assert told[-1] == f"[1/1] w4 ptqkit v3: {rates}"
     assert torch.get_num_threads() > 0
 
 
