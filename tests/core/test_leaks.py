@@ -143,7 +143,7 @@ for name, call in CALLS.items():
     grown, moved = [], []
     # What grows or is freed once in the beginning is no leak: that takes a block or a reference a
     # call in every window.
-    while len(grown) < 10 and (not grown or grown[-1] >= 15 or moved[-1][0] >= 15):
+    while len(grown) < 40 and (not grown or grown[-1] >= 15 or moved[-1][0] >= 15):
         gc.collect()
         before, blocks = [sys.getrefcount(o) for o in objects], sys.getallocatedblocks()
         for _ in range(20):
