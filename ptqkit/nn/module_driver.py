@@ -115,7 +115,7 @@ def quantize_module(
             "here, and others to single layers by overrides"
         )
     data = None if batches is None else _read(batches)
-    layers = find_layers(model, chosen, data is not None)
+    layers = find_layers(model, chosen, data is not None, threads)
     run = _Run(threads, progress)
     with run.telling(len(layers)):
         if data is None:

@@ -83,7 +83,9 @@ class Order:
     calls: list[dict[str, int]] = field(default_factory=list)
 
 
-def find_layers(model: nn.Module, recipe: Recipe, calibrated: bool) -> dict[str, ModuleLayer]:
+def find_layers(
+    model: nn.Module, recipe: Recipe, calibrated: bool, threads: int = 0
+) -> dict[str, ModuleLayer]:
     """Find linear layers and convolutions, and refuse at once what cannot be quantized.
 
     Raises
@@ -115,7 +117,7 @@ def find_layers(model: nn.Module, recipe: Recipe, calibrated: bool) -> dict[str,
     slow = {
         n: (x.view.shape[0], x.view.shape[1]) for n, x in found.items() if x.options.method == "obq"
     }
-    if text := obq_problem(slow):
+    if text := obq_problem(slow, threads):
         problems.add(text, UnsupportedModuleError)
     if not found and not problems.found:
         problems.add(
