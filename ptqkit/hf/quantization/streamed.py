@@ -325,6 +325,8 @@ class StreamedRun(QuantizationRun):
                 self._each(self._without_data(work), "no calibration")
             else:
                 self.report.calibration = describe_data(data)
+            # After the last block nothing runs, and nothing is kept to run it.
+            if data is not None and state.finished < units:
                 device, finished = device_of(self.model), min(state.finished, len(self.blocks))
                 outputs = state.outputs(len(data.batches), device, not self.plan.spool)
                 recorded = RecordedBlocks(self.model, self.blocks, work.batches, outputs, finished)

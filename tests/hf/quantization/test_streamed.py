@@ -238,6 +238,21 @@ def test_killed_at_30_random_moments(tmp_path):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_stopped_while_the_checkpoint_is_written(tmp_path, monkeypatch):
+    folder = make(tmp_path / "model", layers=2)
+    stream(folder, tmp_path / "whole")
+
+    def full(*args, **kwargs):
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ptqkit.hf.quantization.driver.save_checkpoint", full)
+        with pytest.raises(OSError, match="no space"):
+            stream(folder, tmp_path / "out")
+    stream(folder, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def interrupted(folder, out, monkeypatch, after=2, **options):
     """Stop a run after some blocks; its state stays."""
     keep = RunState.keep
