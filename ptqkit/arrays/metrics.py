@@ -12,7 +12,7 @@ from ptqkit.arrays._inputs import as_pair, check_count, check_threads
 from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.errors import CalibrationError, check_choice
 
-__all__ = ["SQNR", "sqnr"]
+__all__ = ["SQNR", "signal_to_error", "sqnr"]
 
 PER = ("sample", "tensor", "channel")
 
@@ -192,6 +192,13 @@ class SQNR(Accumulator):
 
     def __repr__(self) -> str:
         return f"SQNR(per={self.per!r}, count={self.count})"
+
+
+def signal_to_error(signal: float, error: float) -> float:
+    """Return a ratio of powers in dB: NaN without a signal or if one is NaN, +Inf without error."""
+    if math.isnan(signal) or math.isnan(error) or signal <= 0:
+        return math.nan
+    return math.inf if error <= 0 else 10 * math.log10(signal / error)
 
 
 def _decibel(ratio: float) -> float:

@@ -16,7 +16,7 @@ from ptqkit.arrays.bias import bias_correction
 from ptqkit.arrays.matrix import QuantizedMatrix, stack_rows
 from ptqkit.arrays.solvers import objective
 from ptqkit.errors import LAYER_FAILURES, CalibrationError, UsageError, prefix_error
-from ptqkit.nn.forward import StopForwardError, calibration_mode, hooks
+from ptqkit.nn.forward import StopForwardError, calibration_mode, device_of, hooks
 from ptqkit.nn.matrix_solver import quantize_matrix
 from ptqkit.nn.module_inputs import GroupMoments, InputMoments
 from ptqkit.nn.module_layers import ModuleLayer, Order, find_layers, probe_order
@@ -139,7 +139,7 @@ def _calibrated(
     call: Call | None,
 ) -> None:
     """Quantize all layers, on the inputs that the recipe asks for."""
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def forward(batch: Any) -> None:
         _forward(model, _moved(batch, device), call)

@@ -12,6 +12,7 @@ from ptqkit._files import plain
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.arrays.metrics import signal_to_error
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["ModuleResult", "ModuleRow"]
@@ -72,11 +73,7 @@ class ModuleRow:
     @property
     def output_sqnr_db(self) -> float:
         """Signal to error of the layer's outputs on the calibration inputs, in decibels."""
-        if not self.output_power > 0 or math.isnan(self.objective):
-            return math.nan
-        if self.objective <= 0:
-            return math.inf
-        return 10 * math.log10(self.output_power / self.objective)
+        return signal_to_error(self.output_power, self.objective)
 
 
 @dataclass

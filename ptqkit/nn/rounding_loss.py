@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ptqkit.nn.forward import calibration_mode, model_inputs
+from ptqkit.nn.forward import calibration_mode, device_of, model_inputs
 
 __all__ = ["rounding_losses"]
 
@@ -97,7 +97,7 @@ def rounding_losses(
 
         return hook
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
     tokens = 0
     with contextlib.ExitStack() as stack:

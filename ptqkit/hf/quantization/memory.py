@@ -8,12 +8,19 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
-__all__ = ["HeapPages", "available_memory", "container_memory", "peak_memory"]
+__all__ = [
+    "HeapPages",
+    "MemoryLimit",
+    "available_memory",
+    "container_memory",
+    "memory_limit",
+    "peak_memory",
+]
 
 SPARE = 32 << 20
 """Bytes by which the process may grow before free pages are given back."""
@@ -38,6 +45,26 @@ def available_memory(device: torch.device) -> int:
     free = int(psutil.virtual_memory().available)
     room = container_memory()
     return free if room is None else min(free, room)
+
+
+class MemoryLimit(NamedTuple):
+    """What bounds a run: bytes, what they are called in messages, and what is free."""
+
+    bytes: int
+    whose: str
+    free: int
+
+
+def memory_limit(device: torch.device, budget: int | None) -> MemoryLimit:
+    """Return the bound of a run with a budget in bytes, or None for the free memory.
+
+    No budget makes a container larger: what is beyond its limit is killed.
+    """
+    free, room = available_memory(device), None if device.type != "cpu" else container_memory()
+    limit, whose = (free, "free memory") if budget is None else (budget, "memory budget")
+    if room is not None and room <= limit:
+        limit, whose = room, "memory that the container's limit leaves"
+    return MemoryLimit(limit, whose, free)
 
 
 def container_memory(root: str | Path = "/") -> int | None:

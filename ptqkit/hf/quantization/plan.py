@@ -13,7 +13,7 @@ from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.expert_moments import is_expert, solved_together
 from ptqkit.hf.quantization.inspection import Inspection
-from ptqkit.hf.quantization.memory import available_memory, container_memory
+from ptqkit.hf.quantization.memory import memory_limit
 from ptqkit.nn.forward import device_of
 
 __all__ = [
@@ -112,12 +112,7 @@ def plan_schedule(
         bool(inspection.stream.writers),
         inspection.experts,
     )
-    device = device_of(model)
-    free, room = available_memory(device), None if device.type != "cpu" else container_memory()
-    limit, whose = (free, "free memory") if budget is None else (budget, "memory budget")
-    # No budget makes a container larger: what is beyond its limit is killed.
-    if room is not None and room <= limit:
-        limit, whose = room, "memory that the container's limit leaves"
+    limit, whose, free = memory_limit(device_of(model), budget)
     estimate: dict[str, int | None] = {
         "estimate_one_pass": needed.one_pass,
         "estimate_replay": needed.replay,

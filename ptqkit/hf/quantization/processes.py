@@ -131,8 +131,12 @@ class Processes:
                 f"{self.size} processes share {len(batches)} batches, so some would have no data: "
                 "start fewer processes, lower batch_size or raise samples"
             )
-        bounds = [i * len(batches) // self.size for i in range(self.size + 1)]
+        bounds = self._bounds(len(batches))
         return list(batches[bounds[self.rank] : bounds[self.rank + 1]])
+
+    def _bounds(self, count: int) -> list[int]:
+        """Return where the shares of all processes begin, and the end: as even as possible."""
+        return [i * count // self.size for i in range(self.size + 1)]
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all processes, in the order of their ranks."""
@@ -167,14 +171,14 @@ class Processes:
         """Return the rows of a matrix that this process solves; all if they are few."""
         if count < _FEWEST_ROWS * self.size:
             return slice(0, count)
-        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        bounds = self._bounds(count)
+        return slice(bounds[self.rank], bounds[self.rank + 1])
 
     def join(self, own: np.ndarray, count: int) -> np.ndarray:
         """Put rows together that :meth:`rows` has shared out; ``own`` are those of this process."""
         if count < _FEWEST_ROWS * self.size:
             return own
-        bounds = [i * count // self.size for i in range(self.size + 1)]
-        lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        lengths = [b - a for a, b in itertools.pairwise(self._bounds(count))]
         padded = torch.zeros((max(lengths), *own.shape[1:]), dtype=torch.from_numpy(own).dtype)
         padded[: len(own)] = torch.from_numpy(np.ascontiguousarray(own))
         parts = [torch.empty_like(padded) for _ in range(self.size)]

@@ -9,6 +9,7 @@ from typing import Any
 from ptqkit._files import JsonReport, plain
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
+from ptqkit.arrays.metrics import signal_to_error
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.solve import LayerResult
 from ptqkit.hf.quantization.tuning import TuningReport
@@ -347,12 +348,6 @@ def _improvement(objective: float, objective_rtn: float) -> float:
     return 1.0 - objective / objective_rtn
 
 
-def _decibel(signal: float, error: float) -> float:
-    if math.isnan(signal) or math.isnan(error) or signal <= 0:
-        return math.nan
-    return math.inf if error <= 0 else 10 * math.log10(signal / error)
-
-
 def _activations(spec: ActivationQuantization | None) -> str:
     if spec is None:
         return ""
@@ -399,8 +394,8 @@ def layer_report(
         objective=solved.objective,
         objective_rtn=solved.objective_rtn,
         improvement=_improvement(solved.objective, solved.objective_rtn),
-        weight_sqnr_db=_decibel(solved.weight_power, solved.weight_error),
-        output_sqnr_db=_decibel(solved.output_power, solved.objective),
+        weight_sqnr_db=signal_to_error(solved.weight_power, solved.weight_error),
+        output_sqnr_db=signal_to_error(solved.output_power, solved.objective),
         bits_per_weight=matrix.bits_per_weight,
         activations=_activations(options.activations),
         bias_share=_bias_share(solved),

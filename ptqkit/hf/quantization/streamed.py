@@ -21,7 +21,7 @@ from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.recorded import RecordedBlocks
 from ptqkit.hf.models.structure import Structure, Target
 from ptqkit.hf.quantization.inspection import Inspection
-from ptqkit.hf.quantization.memory import available_memory, container_memory
+from ptqkit.hf.quantization.memory import memory_limit
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.plan import Plan, estimate_memory
 from ptqkit.hf.quantization.preflight import check_finite
@@ -72,32 +72,33 @@ class StreamPlan(Plan):
 
 def check_stream(problems: Problems, recipe: Recipe) -> None:
     """Check that a recipe works block by block."""
-    if recipe.equalization is not None:
-        problems.add(
+    memory = "quantize in memory (stream=False; on the command line --no-stream)"
+    propagation = recipe.propagation
+    obstacles = [
+        (
+            recipe.equalization is not None,
             "equalization scales the whole model at once, so it cannot be streamed from its files: "
-            "leave it out, or quantize in memory (stream=False; on the command line --no-stream)",
-            UnsupportedModuleError,
-        )
-    if recipe.propagation:
-        problems.add(
-            f"{recipe.propagation} runs the float model along, which a model that is streamed from "
-            f"its files has no room for: use {recipe.propagation.split('=')[0]}=0, or quantize in "
-            "memory (stream=False; on the command line --no-stream)",
-            UnsupportedModuleError,
-        )
+            f"leave it out, or {memory}",
+        ),
+        (
+            bool(propagation),
+            f"{propagation} runs the float model along, which a model that is streamed from "
+            f"its files has no room for: use {propagation.split('=')[0]}=0, or {memory}",
+        ),
+    ]
     whole = {
         f"tune={recipe.tune}": recipe.tune > 0,
         f"bits={recipe.bits}": recipe.bits_budget is not None,
         "calibrate_on='float'": recipe.calibrate_on == "float",
         "calibrate_all_experts": recipe.calibrate_all_experts,
     }
-    for text, asked in whole.items():
-        if asked:
-            problems.add(
-                f"{text} needs the whole model in memory: leave it out, or quantize in memory "
-                "(stream=False; on the command line --no-stream)",
-                UnsupportedModuleError,
-            )
+    obstacles += [
+        (asked, f"{text} needs the whole model in memory: leave it out, or {memory}")
+        for text, asked in whole.items()
+    ]
+    for present, text in obstacles:
+        if present:
+            problems.add(text, UnsupportedModuleError)
 
 
 def source_of(stored: StoredModel, structure: Structure) -> BlockSource:
@@ -138,11 +139,7 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
         rows, columns = target.view.shape
         weights[target.block] = weights.get(target.block, 0) + rows * columns
     block = source.block_bytes() + source.rest_bytes() + max(weights.values(), default=0)
-    device = device_of(source.model)
-    free, room = available_memory(device), None if device.type != "cpu" else container_memory()
-    limit, whose = (free, "free memory") if budget is None else (budget, "memory budget")
-    if room is not None and room <= limit:
-        limit, whose = room, "memory that the container's limit leaves"
+    limit, whose, free = memory_limit(device_of(source.model), budget)
     if inspection.calibration is None:
         largest = max(t.view.shape[0] * t.view.shape[1] for t in structure.targets.values())
         held = spooled = block + 4 * 4 * largest

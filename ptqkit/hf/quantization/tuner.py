@@ -41,6 +41,7 @@ from ptqkit.hf.quantization.tuning import (
 )
 from ptqkit.hf.quantization.tuning_memory import TuningMemory, check_memory, measure_memory
 from ptqkit.nn.activations import installed_quantizer
+from ptqkit.nn.forward import device_of
 from ptqkit.recipe.options import check_int
 
 __all__ = ["TuningData", "prepare_tuning", "tune", "tune_prepared"]
@@ -261,7 +262,7 @@ def _measure(
     """Return what tuning needs and the free memory; raises if the first is more."""
     modules = {name: model.get_submodule(name) for name in layers}
     windows = split_windows(data.batches)
-    free = available_memory(next(model.parameters()).device)
+    free = available_memory(device_of(model))
     learned = sum(p.numel() for p in learned_vectors(model).values())
     # A scale per 32 weights is more than most grids have.
     learned += sum(m.weight.numel() // 32 for m in modules.values())
@@ -321,7 +322,7 @@ class _Loaded:
                 "ptqkit.hf.FloatWeights made before quantize), or quantize with tune=150"
             )
         kind: Any = type(model)
-        device = next(model.parameters()).device
+        device = device_of(model)
         loaded = kind.from_pretrained(found, dtype=dtype_of(model))
         if getattr(loaded.config, "quantization_config", None) is not None:
             raise UsageError(f"float_model {found} is quantized; give the float model")

@@ -25,7 +25,7 @@ from ptqkit.hf.quantization.float_logits import (
     joined_windows,
     model_call,
 )
-from ptqkit.nn.forward import calibration_mode
+from ptqkit.nn.forward import calibration_mode, device_of
 from ptqkit.nn.linear import LinearView
 from ptqkit.nn.on_grid import dequantize
 from ptqkit.nn.quantized_mark import mark_quantized
@@ -169,7 +169,7 @@ class _Leaves:
     def __init__(
         self, model: nn.Module, matrices: Mapping[str, QuantizedMatrix], stored: torch.dtype
     ) -> None:
-        device = next(model.parameters()).device
+        device = device_of(model)
         self.matrices = {n: TunableMatrix(m, device) for n, m in matrices.items()}
         self._scale_types = {n: as_dtype(m.scale_dtype) for n, m in matrices.items()}
         vectors = learned_vectors(model)

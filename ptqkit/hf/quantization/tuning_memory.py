@@ -14,7 +14,7 @@ from ptqkit._units import show_bytes
 from ptqkit.errors import PreflightError
 from ptqkit.hf.quantization.float_logits import Window, model_call, record_logits
 from ptqkit.hf.quantization.memory import available_memory
-from ptqkit.nn.forward import calibration_mode, hooks
+from ptqkit.nn.forward import calibration_mode, device_of, hooks
 
 __all__ = ["TuningMemory", "check_memory", "measure_memory"]
 
@@ -111,7 +111,7 @@ def measure_memory(
     layer = max((12 * rows * columns for rows, columns in shapes), default=0)
     one = record_logits(model, [window], copy_head=False).bytes
     fixed = one * len(windows) + 4 * _COPIES * learned
-    if next(model.parameters()).device.type != "cpu":
+    if device_of(model).type != "cpu":
         fixed += sum(rows * columns for rows, columns in shapes)
     step = int(_SLACK * (size * batch_size + chunk + layer))
     return TuningMemory(size, step, fixed)
@@ -125,7 +125,7 @@ def check_memory(needed: TuningMemory, model: nn.Module, budget: int | None) -> 
     PreflightError
         If tuning needs more than it, or than the budget.
     """
-    free = available_memory(next(model.parameters()).device)
+    free = available_memory(device_of(model))
     limit, whose = (free, "free memory") if budget is None else (budget, "memory budget")
     if needed.total > limit:
         raise PreflightError(

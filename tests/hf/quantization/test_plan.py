@@ -7,7 +7,7 @@ from helpers.driver_models import build, tokens
 
 from ptqkit.errors import PreflightError, UnsupportedModuleError
 from ptqkit.hf.models.probe import Probe
-from ptqkit.hf.quantization import plan as plan_module
+from ptqkit.hf.quantization import memory as memory_module
 from ptqkit.hf.quantization.inspection import Inspection, inspect_model
 from ptqkit.hf.quantization.plan import (
     Plan,
@@ -91,7 +91,7 @@ def test_memory_decides(model, seen, monkeypatch):
     with pytest.raises(PreflightError, match="memory_budget: replay needs about"):
         plan_schedule(model, seen, "auto", 1000)
     # What is free is no promise: too little of it is a warning.
-    monkeypatch.setattr(plan_module, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(memory_module, "available_memory", lambda device: 1000)
     found = plan_schedule(model, seen, "auto", None)
     assert found.schedule == "replay" and "the free memory is" in found.reason
     assert len(found.warnings) == 1 and "replay needs about" in found.warnings[0]
@@ -101,11 +101,11 @@ def test_a_container_bounds_the_budget(model, seen, monkeypatch):
     targets, groups, data = seen.structure.targets, seen.probe.groups, seen.calibration
     needed = estimate_memory(model, targets, groups, data)
     between = (needed.replay + needed.one_pass) // 2
-    monkeypatch.setattr(plan_module, "container_memory", lambda: between)
+    monkeypatch.setattr(memory_module, "container_memory", lambda: between)
     found = plan_schedule(model, seen, "auto", 2**40)
     assert found.schedule == "replay" and "the container's limit leaves" in found.reason
     # A budget is a promise, what a container has left is not.
-    monkeypatch.setattr(plan_module, "container_memory", lambda: 1000)
+    monkeypatch.setattr(memory_module, "container_memory", lambda: 1000)
     assert "replay needs about" in plan_schedule(model, seen, "auto", 2**40).warnings[0]
 
 
