@@ -28,9 +28,10 @@ import torch
 
 from benchmarks.accuracy.models import MODELS, Case, load_case
 from benchmarks.accuracy.prototypes import attention, codes, rotation
-from benchmarks.accuracy.run import NEAREST, window_losses
+from benchmarks.accuracy.run import grid_options
+from benchmarks.accuracy.windows import window_losses
 from ptqkit.arrays.solvers import gptq
-from ptqkit.hf import prepare_calibration, quantize
+from ptqkit.hf import quantize
 from ptqkit.hf.quantization import solve
 from ptqkit.hf.quantization.moments import MomentAccumulator
 from ptqkit.nn import matrix_solver
@@ -120,17 +121,8 @@ def measure(task: tuple[Any, ...]) -> tuple[Any, ...]:
     floating = _float_loss(model, data, windows)
     # A lever may change the model's structure: each run has a model of its own.
     case = load_case(model, Path(data), windows)
-    batches = prepare_calibration(
-        case.calibration,
-        case.tokenizer,
-        samples=samples,
-        sequence_length=case.sequence_length,
-        seed=draw,
-    ).batches
-    options = dict(GRIDS[grid])
-    if options["group_size"] is not None:
-        sizes = NEAREST.get(model, {}).items()
-        options["overrides"] = {k: {"group_size": size} for k, size in sizes}
+    batches = case.batches(samples, draw)
+    options = grid_options(model, GRIDS[grid])
     start = time.perf_counter()
     made = LEVERS[lever](case, batches)
     if isinstance(made, dict):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ptqkit import demo
-from ptqkit.hf import load_model
+from ptqkit.hf import load_model, prepare_calibration
 from ptqkit.hf.data.text import start_token_id
 
 __all__ = ["MODELS", "Case", "load_case"]
@@ -39,6 +39,16 @@ class Case:
     calibration: list[str]
     windows: torch.Tensor
     sequence_length: int
+
+    def batches(self, samples: int, draw: int) -> list[Any]:
+        """Return the calibration batches of a draw."""
+        return prepare_calibration(
+            self.calibration,
+            self.tokenizer,
+            samples=samples,
+            sequence_length=self.sequence_length,
+            seed=draw,
+        ).batches
 
     @property
     def scored(self) -> int:

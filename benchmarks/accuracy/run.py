@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.accuracy.models import MODELS, Case, load_case
+from benchmarks.accuracy.windows import window_losses
 from ptqkit._defaults import FORWARD_BATCH_SIZE
-from ptqkit.hf import FloatWeights, prepare_calibration, quantize
+from ptqkit.hf import FloatWeights, quantize
 
 GRIDS: dict[str, dict[str, Any]] = {
     "4 channel": {"bits": 4, "group_size": None},
@@ -52,15 +52,12 @@ WINDOWS = ("model", "grid", "recipe", "draw", "window", "nll", "tokens")
 RUNS = ("model", "grid", "recipe", "draw", "seconds", "seconds_solve", "objective", "bits")
 
 
-@torch.no_grad()
-def window_losses(model: Any, windows: torch.Tensor, batch: int = 8) -> list[float]:
-    """Return the summed negative log-likelihood of each window."""
-    losses = []
-    for rows in windows.to(model.device).split(batch):
-        logits = model(rows, use_cache=False).logits[:, :-1].float()
-        each = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-        losses += each.reshape(len(rows), -1).double().sum(1).cpu().tolist()
-    return losses
+def grid_options(model: str, grid: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a grid, with groups that divide the inputs of every layer."""
+    if grid["group_size"] is None:
+        return dict(grid)
+    sizes = NEAREST.get(model, {}).items()
+    return {**grid, "overrides": {k: {"group_size": size} for k, size in sizes}}
 
 
 class Table:
@@ -137,20 +134,11 @@ def study(cells: Cells) -> list[tuple[tuple[str, ...], list[Any], list[float], i
         key = (cells.model, "", "float", "-1")
         floats.restore()
         return [(key, [], window_losses(case.model, case.windows), case.scored)]
-    batches = prepare_calibration(
-        case.calibration,
-        case.tokenizer,
-        samples=cells.samples,
-        sequence_length=case.sequence_length,
-        seed=cells.draw,
-    ).batches
+    batches = case.batches(cells.samples, cells.draw)
     found = []
     for recipe in cells.recipes:
         preset, changes = RECIPES[recipe]
-        options = {**GRIDS[cells.grid], **changes}
-        if options["group_size"] is not None:
-            sizes = NEAREST.get(cells.model, {}).items()
-            options["overrides"] = {k: {"group_size": size} for k, size in sizes}
+        options = {**grid_options(cells.model, GRIDS[cells.grid]), **changes}
         facts, losses = measure(case, floats, batches, preset, options)
         found.append(
             ((cells.model, cells.grid, recipe, str(cells.draw)), facts, losses, case.scored)

@@ -1,4 +1,4 @@
-"""What the scripts of all libraries share: PyTorch, transformers and NumPy alone."""
+"""What the scripts of all libraries share; it needs PyTorch and NumPy alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from benchmarks.accuracy.windows import window_losses
 
 __all__ = ["GRIDS", "main"]
 
@@ -26,17 +27,6 @@ GRIDS: dict[str, tuple[int, int | None]] = {
     "2 g64": (2, 64),
 }
 COLUMNS = ("model", "grid", "recipe", "draw", "window", "nll", "tokens")
-
-
-@torch.no_grad()
-def window_losses(model: Any, windows: torch.Tensor, batch: int = 8) -> list[float]:
-    """Return the summed negative log-likelihood of each window."""
-    losses = []
-    for rows in windows.split(batch):
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-        each = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-        losses += each.reshape(len(rows), -1).double().sum(1).tolist()
-    return losses
 
 
 def main(

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.accuracy.models import MODELS, load_case
-from ptqkit.hf import prepare_calibration
 
 
 def main() -> None:
@@ -33,13 +32,7 @@ def main() -> None:
         case.tokenizer.save_pretrained(out / "model")
         np.save(out / "windows.npy", case.windows.numpy())
         for draw in range(args.draws):
-            batches = prepare_calibration(
-                case.calibration,
-                case.tokenizer,
-                samples=args.samples,
-                sequence_length=case.sequence_length,
-                seed=draw,
-            ).batches
+            batches = case.batches(args.samples, draw)
             rows = np.concatenate([batch["input_ids"].numpy() for batch in batches])
             np.save(out / f"calibration-{draw}.npy", rows)
 

@@ -1,4 +1,4 @@
-"""GPTQ of llm-compressor: `pip install llmcompressor`, then run this file (see README)."""
+"""GPTQ of llm-compressor (`pip install llmcompressor`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import main
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM
+
+from benchmarks.accuracy.peers.common import main
 
 
 def _scheme(targets: list[str], bits: int, group_size: int | None) -> QuantizationScheme:

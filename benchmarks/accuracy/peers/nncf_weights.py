@@ -1,4 +1,4 @@
-"""Weight compression of NNCF: `pip install nncf torch transformers`, then run this file."""
+"""Weight compression of NNCF (`pip install nncf torch transformers`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import nncf
 import torch
-from common import main
 from transformers import AutoModelForCausalLM
+
+from benchmarks.accuracy.peers.common import main
 
 
 class _Logits(torch.nn.Module):
