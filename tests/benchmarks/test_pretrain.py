@@ -9,11 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import tokenizers
-from helpers.data import ROOT
 
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT))
-    from benchmarks.pretrain import analyse, evaluate, plan, predictors, tables, train
+from benchmarks.pretrain import analyse, evaluate, plan, predictors, tables, train
 
 BASE_LOSS = 4.0
 
