@@ -20,7 +20,7 @@ from ptqkit.cli import bench, demo, diagnose, evaluate, info, quantize, softmax,
 from ptqkit.cli.options import Parser
 from ptqkit.cli.output import one_line
 from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
-from ptqkit.sweep.grid import CellsFailed
+from ptqkit.study.cells import CellsFailed
 
 __all__ = ["build_parser", "main"]
 

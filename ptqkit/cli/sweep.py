@@ -11,8 +11,8 @@ from ptqkit.cli.inputs import pick_device
 from ptqkit.cli.options import add_common, add_device, add_threads
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
 from ptqkit.errors import UsageError
-from ptqkit.sweep.cells import FAILED, OK
-from ptqkit.sweep.grid import CellsFailed, SweepInterrupted, SweepResult
+from ptqkit.study.cells import FAILED, OK, CellsFailed
+from ptqkit.sweep.grid import SweepInterrupted, SweepResult
 from ptqkit.sweep.plan_reader import read_plan
 from ptqkit.sweep.results import table, to_dict, write_results
 

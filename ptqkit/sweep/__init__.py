@@ -78,7 +78,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptqkit.sweep.grid import CellsFailed
+from ptqkit.study.cells import CellsFailed
 from ptqkit.sweep.plan import Plan
 from ptqkit.sweep.plan_reader import read_plan
 

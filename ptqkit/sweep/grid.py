@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ptqkit._repr import one_line_repr
-from ptqkit.errors import PtqkitError
-from ptqkit.sweep.cells import OK, Cell
-from ptqkit.sweep.digest import cell_inputs, key_of
-from ptqkit.sweep.plan import FLOAT, ModelPlan, Plan, RecipePlan
+from ptqkit.study.cells import FLOAT, OK, Cell
+from ptqkit.study.keys import key_of
+from ptqkit.sweep.digest import cell_inputs
+from ptqkit.sweep.plan import ModelPlan, Plan, RecipePlan
 
-__all__ = ["CellsFailed", "SweepInterrupted", "SweepResult", "plan_cells", "recipes_of"]
-
-
-class CellsFailed(PtqkitError):
-    """Some cells of a sweep could not be measured; the others are kept."""
+__all__ = ["SweepInterrupted", "SweepResult", "plan_cells", "recipes_of"]
 
 
 @dataclass

@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ptqkit._files import write_atomically
-from ptqkit.sweep.cells import OK
+from ptqkit.study.cells import FLOAT, OK
 from ptqkit.sweep.grid import SweepResult
-from ptqkit.sweep.plan import FLOAT
 from ptqkit.sweep.results import rows
 
 __all__ = ["draw"]

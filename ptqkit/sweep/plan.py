@@ -12,7 +12,6 @@ from ptqkit._repr import one_line_repr
 from ptqkit.demo import DEMO
 
 __all__ = [
-    "FLOAT",
     "Calibration",
     "ModelPlan",
     "Plan",
@@ -21,9 +20,6 @@ __all__ = [
     "TaskPlan",
     "TextSource",
 ]
-
-FLOAT = "float"
-"""Name of the row of the model as it is."""
 
 
 @dataclass(frozen=True)

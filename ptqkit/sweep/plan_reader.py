@@ -13,9 +13,9 @@ from ptqkit._defaults import BATCH_SIZE, FORWARD_BATCH_SIZE
 from ptqkit.demo import DEMO
 from ptqkit.errors import PreflightError, did_you_mean
 from ptqkit.recipe import as_recipe
+from ptqkit.study.cells import FLOAT
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import (
-    FLOAT,
     Calibration,
     ModelPlan,
     Plan,

@@ -10,9 +10,8 @@ from typing import Any
 
 from ptqkit._files import plain, write_atomically
 from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
-from ptqkit.sweep.cells import FAILED, MISSING, OK, Cell, write_json
+from ptqkit.study.cells import FAILED, FLOAT, MISSING, OK, Cell, write_json
 from ptqkit.sweep.grid import SweepResult
-from ptqkit.sweep.plan import FLOAT
 
 __all__ = ["COLUMNS", "degradation", "published_rows", "rows", "table", "to_dict", "write_results"]
 

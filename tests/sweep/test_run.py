@@ -11,7 +11,7 @@ from helpers.sweep_cases import HEAD, RTN, ZERO_SHOT, FakeBench, folder, write
 
 from ptqkit.errors import PreflightError
 from ptqkit.sweep import CellsFailed, read_plan, run_sweep
-from ptqkit.sweep.cells import FAILED, MISSING, OK
+from ptqkit.study.cells import FAILED, MISSING, OK
 from ptqkit.sweep.grid import SweepInterrupted, plan_cells
 from ptqkit.sweep.results import COLUMNS, degradation, means, rows, table, write_results
 
