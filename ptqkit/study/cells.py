@@ -116,18 +116,27 @@ class CellStore:
 
     Parameters
     ----------
-    folder : Path
-        Created when the first cell is kept.
+    folder : Path or None
+        Created when the first cell is kept. None: cells are kept in memory alone.
+    memory : dict of str to Cell, optional
+        Cells that are there already, by their keys; gets those that are kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, memory: dict[str, Cell] | None = None) -> None:
+        self.folder, self._memory = folder, {} if memory is None else memory
 
     def find(self, cell: Cell) -> Cell | None:
         """Return the cell as an earlier run finished it, under the names of now; None if none.
 
         A file that cannot be read, or is of something else, counts as none.
         """
+        if cell.key in self._memory:
+            found = replace(cell.filled(self._memory[cell.key]), reused=True)
+            if self.folder is not None and not (self.folder / f"{cell.key}.json").exists():
+                self._write(found, {})
+            return found
+        if self.folder is None:
+            return None
         try:
             values = json.loads((self.folder / f"{cell.key}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -145,6 +154,12 @@ class CellStore:
 
     def keep(self, cell: Cell, environment: dict[str, Any]) -> None:
         """Keep a cell, all at once or not at all."""
+        self._memory[cell.key] = cell
+        self._write(cell, environment)
+
+    def _write(self, cell: Cell, environment: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         values = {k: v for k, v in asdict(cell).items() if k != "reused"}
         write_json(self.folder / f"{cell.key}.json", {**values, "environment": environment})

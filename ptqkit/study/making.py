@@ -40,7 +40,7 @@ def quantized_copy(
         Options of :func:`ptqkit.quantize_softmax`, such as ``{"bits": 8}``: the softmax of the
         quantized model is quantized too.
     calibration : CalibrationSet, optional
-        Instead of the bench's own.
+        Instead of the bench's own; for a softmax whose correction needs none, None.
 
     Raises
     ------
@@ -62,8 +62,6 @@ def quantized_copy(
     if softmax is None:
         return made
     started = time.perf_counter()
-    options = {"diagnostics": False, **softmax}
-    data = bench.calibration if calibration is None else calibration
-    quantize_softmax(made.model, data, **options)
+    quantize_softmax(made.model, calibration, **{"diagnostics": False, **softmax})
     seconds = made.seconds + time.perf_counter() - started
     return Quantized(made.model, made.bits_per_weight, made.activation_bits, seconds, made.warnings)
