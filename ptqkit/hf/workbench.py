@@ -142,8 +142,9 @@ class Workbench:
 
     def calibrate(self, **changes: Any) -> None:
         """Draw other calibration windows for what follows, such as ``seed=1``."""
-        self._options.update(changes)
-        self._calibration = None
+        if any(self._options.get(name, self) != value for name, value in changes.items()):
+            self._options.update(changes)
+            self._calibration = None
 
     @property
     def calibration(self) -> CalibrationSet:

@@ -31,7 +31,7 @@ from ptqkit.study.making import float_model, quantized_copy
 from ptqkit.study.measured import Measured
 from ptqkit.study.products import Case, cases_of
 from ptqkit.study.result import StudyResult
-from ptqkit.study.tasks import calibration_source, tasks_of
+from ptqkit.study.tasks import TextTask, calibration_source, tasks_of
 
 __all__ = ["Study", "StudyInterrupted"]
 
@@ -359,7 +359,7 @@ class Study:
         settings = {
             name: {k: v for k, v in task.settings.items() if v is not None}
             for name, task in self.tasks.items()
-            if task.kind == "perplexity"
+            if isinstance(task, TextTask)
         }
         weights = sum(p.numel() for p in self.bench.model.parameters())
         return {"parameters": weights, "draws": seeds, "tasks": settings}
@@ -372,7 +372,7 @@ def _model_name(given: Any, model: nn.Module) -> str:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    vocabulary = getattr(tokenizer, "get_vocab", dict)()
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     return key_of({"class": type(tokenizer).__name__, "vocabulary": vocabulary})
 
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ptqkit.errors import UsageError, check_choice
-from ptqkit.study.cells import FLOAT, OK
+from ptqkit.study.cells import FLOAT, OK, Cell
 from ptqkit.study.paired import Difference
-from ptqkit.study.result import StudyResult
 
 __all__ = ["KINDS", "Picture", "draw"]
 
@@ -30,6 +29,40 @@ _SPREAD = 20.0
 _SMALL = {"fontsize": 8}
 
 
+class Drawn(Protocol):
+    """What pictures need of a :class:`ptqkit.StudyResult`."""
+
+    model: str
+    cells: list[Cell]
+
+    @property
+    def cases(self) -> list[str]:
+        """Names of the cases."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+
+    @property
+    def parameters(self) -> dict[str, list[Any]]:
+        """Labels along each axis that varies."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row per case and task."""
+
+    def measured(self, case: str, task: str) -> bool:
+        """Whether all cells of a case are there."""
+
+    def excess(self, case: Any, task: str | None = None) -> Difference:
+        """Return what a case has above the float model."""
+
+    def losses(self, case: str, task: str | None = None) -> np.ndarray:
+        """Return the value of each draw and window."""
+
+    def grouped(self, names: Sequence[str], task: str) -> dict[tuple[Any, ...], Difference]:
+        """Return the excess of each combination of labels."""
+
+
 class Picture(Figure):
     """A figure that notebooks show as it is."""
 
@@ -39,8 +72,8 @@ class Picture(Figure):
         return content.getvalue()
 
 
-def draw(result: StudyResult, kind: str, x: str | None, by: str | None, task: str) -> Picture:
-    """Draw a study; see :meth:`ptqkit.study.result.StudyResult.plot`."""
+def draw(result: Drawn, kind: str, x: str | None, by: str | None, task: str) -> Picture:
+    """Draw a study; see :meth:`ptqkit.StudyResult.plot`."""
     check_choice("kind", kind, KINDS)
     known = list(result.parameters)
     for name, value in (("x", x), ("by", by)):
@@ -62,7 +95,7 @@ def draw(result: StudyResult, kind: str, x: str | None, by: str | None, task: st
     return picture
 
 
-def _title(result: StudyResult, task: str, averaged: Sequence[str]) -> str:
+def _title(result: Drawn, task: str, averaged: Sequence[str]) -> str:
     """Model, bits and, where there are several tasks, the task."""
     parts = [result.model]
     found = dict.fromkeys(_bits(c) for c in result.cells if c.recipe != FLOAT)
@@ -82,7 +115,7 @@ def _bits(cell: Any) -> str:
     return str(recipe["bits"])
 
 
-def _excess_label(result: StudyResult, task: str, found: Sequence[Difference]) -> str:
+def _excess_label(result: Drawn, task: str, found: Sequence[Difference]) -> str:
     """Label of the axis of values, with what the error bars are."""
     name, value = _metric(result, task)
     text = f"{name} above the float model's {value:.4g}"
@@ -99,7 +132,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def _metric(result: StudyResult, task: str) -> tuple[str, float]:
+def _metric(result: Drawn, task: str) -> tuple[str, float]:
     row = next(r for r in result.rows() if (r["case"], r["task"]) == (FLOAT, task))
     return row["metric"], row["value"]
 
@@ -142,15 +175,13 @@ def _clipped(found: Difference, logarithmic: bool) -> list[list[float]]:
 
 
 def _groups(
-    result: StudyResult, names: Sequence[str], task: str
+    result: Drawn, names: Sequence[str], task: str
 ) -> tuple[dict[tuple[Any, ...], Difference], list[str]]:
     """Excess by the labels of these parameters, and the parameters that are averaged over."""
     return result.grouped(names, task), [n for n in result.parameters if n not in names]
 
 
-def _bars(
-    result: StudyResult, x: str | None, by: str | None, task: str
-) -> tuple[Picture, list[str]]:
+def _bars(result: Drawn, x: str | None, by: str | None, task: str) -> tuple[Picture, list[str]]:
     """Draw a bar per case, or per label of x (groups) and by (colours)."""
     names = [n for n in (x, by) if n is not None]
     if names:
@@ -159,7 +190,7 @@ def _bars(
             key: ", ".join(f"{n}={v}" for n, v in zip(names, key, strict=True)) for key in found
         }
     else:
-        measured = [c for c in result.cases if result._has(c, task)]
+        measured = [c for c in result.cases if result.measured(c, task)]
         found, averaged = {(c,): result.excess(c, task) for c in measured}, []
         labels = {(c,): c for c in measured}
     colours = _colours([key[names.index(by)] if by else "" for key in found])
@@ -195,9 +226,7 @@ def _colours(labels: Sequence[Any]) -> dict[Any, str]:
     return {v: _COLOURS[i % len(_COLOURS)] for i, v in enumerate(dict.fromkeys(labels))}
 
 
-def _axis_names(
-    result: StudyResult, x: str | None, by: str | None, kind: str
-) -> tuple[str, str | None]:
+def _axis_names(result: Drawn, x: str | None, by: str | None, kind: str) -> tuple[str, str | None]:
     """Return the parameters of both directions, by default the first two that vary."""
     known = list(result.parameters)
     if not known:
@@ -211,9 +240,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _lines(
-    result: StudyResult, x: str | None, by: str | None, task: str
-) -> tuple[Picture, list[str]]:
+def _lines(result: Drawn, x: str | None, by: str | None, task: str) -> tuple[Picture, list[str]]:
     """Draw the excess over one parameter, a line per label of another."""
     x, by = _axis_names(result, x, by, "lines")
     names = [x] if by is None else [x, by]
@@ -255,9 +282,7 @@ def _named(parameter: str) -> str:
     return units.get(parameter, parameter)
 
 
-def _heatmap(
-    result: StudyResult, x: str | None, by: str | None, task: str
-) -> tuple[Picture, list[str]]:
+def _heatmap(result: Drawn, x: str | None, by: str | None, task: str) -> tuple[Picture, list[str]]:
     """Draw the excess by two parameters, with its standard error in each field."""
     x, by = _axis_names(result, x, by, "heat maps")
     if by is None:
@@ -293,9 +318,7 @@ def _heatmap(
     return picture, averaged
 
 
-def _size(
-    result: StudyResult, x: str | None, by: str | None, task: str
-) -> tuple[Picture, list[str]]:
+def _size(result: Drawn, x: str | None, by: str | None, task: str) -> tuple[Picture, list[str]]:
     """Draw the excess over the bits per weight, a colour per label of ``by``."""
     known = list(result.parameters)
     by = by if by is not None else next(iter(known), None)
@@ -328,11 +351,9 @@ def _size(
     return picture, []
 
 
-def _windows(
-    result: StudyResult, x: str | None, by: str | None, task: str
-) -> tuple[Picture, list[str]]:
+def _windows(result: Drawn, x: str | None, by: str | None, task: str) -> tuple[Picture, list[str]]:
     """Draw what each window of text loses, a row of points per case."""
-    cases = [c for c in result.cases if result._has(c, task)]
+    cases = [c for c in result.cases if result.measured(c, task)]
     base = result.losses(FLOAT, task)
     if base.shape[1] == 0:
         raise UsageError(f"task {task!r} has no values of windows to draw")

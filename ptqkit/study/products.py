@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,11 +13,12 @@ from ptqkit.recipe import Recipe, as_recipe
 from ptqkit.recipe.presets import PRESETS
 from ptqkit.study.cells import FLOAT
 
-__all__ = ["RECIPE", "Axis", "Case", "axes_of", "cases_of", "label_of"]
+__all__ = ["RECIPE", "Axis", "Case", "axes_of", "cases_of", "expand_parts", "label_of"]
 
 RECIPE = "recipe"
 """Name of the axis of several recipes."""
 
+_KNOWN = (*PRESETS, FLOAT)
 _FIELDS = tuple(f.name for f in fields(Recipe))
 
 
@@ -121,7 +122,7 @@ def cases_of(
     ----------
     recipes : Recipe, preset name, mapping of options, list of parts; or several
         Several are a mapping of names to recipes, or a list of presets' names and Recipe objects.
-        None leaves weights and activations float.
+        None or "float" leaves weights and activations float.
     products : mapping
         See :func:`axes_of`.
     where : callable, optional
@@ -150,9 +151,11 @@ def cases_of(
             shown = [f"{n}={labels[n]}" for n in varying]
             if value is None and options.get("softmax") is None:
                 continue  # the float model, which every study has
-            if value is None and not shown:
-                shown = [label_of("softmax", options["softmax"])]
-            name = ", ".join(shown if value is None else [base, *shown])
+            if value is None and base == FLOAT:
+                # That is the name of the model as it is.
+                name = ", ".join(shown or [label_of("softmax", options["softmax"])])
+            else:
+                name = ", ".join([base, *shown])
             try:
                 cases[name] = _case(name, value, options, parameters)
             except (ValueError, TypeError) as error:
@@ -175,7 +178,7 @@ def _case(name: str, value: Any, options: dict[str, Any], parameters: Mapping[st
 
 def _named(recipes: Any) -> dict[str, Any]:
     """Return the recipes by their names."""
-    if recipes is None:
+    if recipes is None or recipes == FLOAT:
         return {FLOAT: None}
     if isinstance(recipes, str):
         return {recipes: recipes}
@@ -183,18 +186,55 @@ def _named(recipes: Any) -> dict[str, Any]:
         return {_called(recipes): recipes}
     if isinstance(recipes, Mapping):
         if recipes and all(k not in (*_FIELDS, "preset") for k in recipes):
-            return {str(k): v for k, v in recipes.items()}
+            return {str(k): None if v == FLOAT else v for k, v in recipes.items()}
         return {_called(as_recipe(recipes)): recipes}
     if _are_recipes(recipes):
-        named = {r if isinstance(r, str) else _called(r): r for r in recipes}
+        named = {
+            r if isinstance(r, str) else _called(r): None if r == FLOAT else r for r in recipes
+        }
         if len(named) < len(recipes):
             raise PreflightError(["two recipes have one name: give a mapping of names to recipes"])
         return named
     return {" + ".join(map(str, recipes)): recipes}
 
 
+def expand_parts(parts: Sequence[Any]) -> list[tuple[dict[str, Any], list[Any]]]:
+    """Spell out the lists among the options of parts.
+
+    Parameters
+    ----------
+    parts : sequence
+        Of names, and mappings with ``part``.
+
+    Returns
+    -------
+    list of (dict, list)
+        Labels and parts; an option of two parts is named with its part, as in ``RTN.bits``.
+    """
+    axes: list[tuple[int, str, list[Any]]] = []
+    for place, part in enumerate(parts):
+        if isinstance(part, Mapping):
+            axes += [(place, k, v) for k, v in part.items() if isinstance(v, list)]
+    keys = [key for _, key, _ in axes]
+    names = [
+        key if keys.count(key) == 1 else f"{parts[place].get('part', '')}.{key}"
+        for place, key, _ in axes
+    ]
+    found = []
+    for values in itertools.product(*(listed for _, _, listed in axes)):
+        made = [dict(p) if isinstance(p, Mapping) else p for p in parts]
+        labels = {}
+        for (place, key, _), name, value in zip(axes, names, values, strict=True):
+            made[place][key] = value
+            labels[name] = label_of(key, value)
+        found.append((labels, made))
+    return found
+
+
 def _are_recipes(values: Iterable[Any]) -> bool:
-    return all(isinstance(v, Recipe) or (isinstance(v, str) and v in PRESETS) for v in values)
+    return all(
+        isinstance(v, Recipe) or (isinstance(v, str) and v in (*PRESETS, FLOAT)) for v in values
+    )
 
 
 def _called(recipe: Recipe) -> str:

@@ -93,7 +93,7 @@ class StudyResult(Tabular):
         -------
         ndarray, float64, shape (draws, windows)
         """
-        cells = self._measured(case, self._task(task))
+        cells = self._cells_of(case, self._task(task))
         return np.array([np.divide(c.losses, c.scored) for c in cells], dtype=np.float64)
 
     def excess(self, case: Any, task: str | None = None) -> Difference:
@@ -141,7 +141,7 @@ class StudyResult(Tabular):
         )
 
     def _sample(self, case: str, task: str) -> Sample:
-        cells = self._measured(case, task)
+        cells = self._cells_of(case, task)
         return Sample.of(
             [c.value for c in cells],
             [c.losses for c in cells],
@@ -149,7 +149,7 @@ class StudyResult(Tabular):
             cells[0].metric == "perplexity",
         )
 
-    def _measured(self, case: str, task: str) -> list[Cell]:
+    def _cells_of(self, case: str, task: str) -> list[Cell]:
         """Cells of a case, one per draw."""
         cells = [c for c in self.cells if (c.recipe, c.task) == (case, task)]
         if not cells:
@@ -240,7 +240,7 @@ class StudyResult(Tabular):
         whole = bad is None
         if whole:
             row["value"] = math.fsum(c.value for c in cells) / len(cells)
-        if whole and self._has(FLOAT, task):
+        if whole and self.measured(FLOAT, task):
             found = self.compare(case, FLOAT, task)
             row["excess"] = found.difference
             if case != FLOAT:
@@ -258,7 +258,8 @@ class StudyResult(Tabular):
         }
         return row
 
-    def _has(self, case: str, task: str) -> bool:
+    def measured(self, case: str, task: str) -> bool:
+        """Whether all cells of a case on a task are there."""
         cells = [c for c in self.cells if (c.recipe, c.task) == (case, task)]
         return bool(cells) and all(c.status == OK for c in cells)
 
@@ -298,10 +299,10 @@ class StudyResult(Tabular):
     def best(self, task: str | None = None) -> str:
         """Return the name of the case with the best value on a task, by default the first."""
         name = self._task(task)
-        found = [c for c in self.cases if self._has(c, name)]
+        found = [c for c in self.cases if self.measured(c, name)]
         if not found:
             raise UsageError("no case was measured")
-        sign = -1 if self._measured(found[0], name)[0].higher_is_better else 1
+        sign = -1 if self._cells_of(found[0], name)[0].higher_is_better else 1
         return min(found, key=lambda c: sign * self._sample(c, name).values.mean())
 
     def to_dict(self) -> dict[str, Any]:
@@ -364,7 +365,7 @@ class StudyResult(Tabular):
         """
         groups: dict[tuple[Any, ...], list[str]] = {}
         for case, labels in self._labels().items():
-            if self._has(case, task):
+            if self.measured(case, task):
                 groups.setdefault(tuple(labels.get(n) for n in names), []).append(case)
         base = self._sample(FLOAT, task)
         return {

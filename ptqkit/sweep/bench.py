@@ -72,6 +72,18 @@ def _inject(model: Any, channels: int, factor: float, seed: int) -> None:
     inject_outliers(model, {"input_ids": ids}, channels=channels, factor=factor, seed=seed)
 
 
-def quantized_copy(bench: Workbench, recipe: RecipePlan) -> Quantized:
-    """Quantize a copy of the model as a recipe of the file says."""
-    return making.quantized_copy(bench, recipe.resolved)
+def quantized_copy(bench: Workbench, recipe: RecipePlan, seed: int) -> Quantized:
+    """Quantize a copy of the model as a recipe of the file says.
+
+    Parameters
+    ----------
+    bench : Workbench
+    recipe : RecipePlan
+    seed : int
+        Of the calibration windows.
+    """
+    data = None
+    if recipe.fitted:
+        bench.calibrate(seed=seed)
+        data = bench.calibration
+    return making.quantized_copy(bench, recipe.resolved, recipe.softmax, data)

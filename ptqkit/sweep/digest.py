@@ -14,7 +14,7 @@ __all__ = ["cell_inputs", "text_digest"]
 
 
 def cell_inputs(
-    model: ModelPlan, recipe: RecipePlan | None, task: TaskPlan, device: str
+    model: ModelPlan, recipe: RecipePlan | None, task: TaskPlan, device: str, draw: int = 0
 ) -> dict[str, Any]:
     """All that decides a cell, as plain values; names do not, so renaming measures nothing anew.
 
@@ -24,6 +24,8 @@ def cell_inputs(
         No recipe for the model as it is.
     device : str
         Type of the device: other hardware sums in another order.
+    draw : int
+        Of the calibration windows.
     """
     inputs: dict[str, Any] = {
         "schema": SCHEMA,
@@ -36,8 +38,14 @@ def cell_inputs(
     }
     if recipe is not None:
         calibration = asdict(model.calibration)
+        del calibration["draws"]
+        calibration["seed"] += draw
         calibration["text"] = text_digest(model.calibration.text)
-        inputs |= {"recipe": dict(recipe.resolved), "calibration": calibration}
+        inputs |= {
+            "recipe": None if recipe.resolved is None else dict(recipe.resolved),
+            "softmax": None if recipe.softmax is None else dict(recipe.softmax),
+            "calibration": calibration,
+        }
     return inputs
 
 

@@ -130,7 +130,8 @@ def _work(plan: Plan, device: str, threads: int) -> Work:
     def make(bench: Workbench, cell: Cell) -> Quantized:
         if cell.recipe == FLOAT:
             return float_model(bench)
-        return quantized_copy(bench, recipes[cell.recipe])
+        seed = models[cell.model].calibration.seed + cell.draw
+        return quantized_copy(bench, recipes[cell.recipe], seed)
 
     return Work(
         lambda name: open_bench(models[name], device, threads),
