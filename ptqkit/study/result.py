@@ -11,6 +11,7 @@ import numpy as np
 
 from ptqkit._files import plain
 from ptqkit._frames import Tabular, html_table
+from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table, wrap_line
 from ptqkit.errors import UsageError, check_choice, did_you_mean
 from ptqkit.study.cells import FAILED, FLOAT, OK, Cell
@@ -19,7 +20,7 @@ from ptqkit.study.paired import Difference, Sample, mean_of, standard_errors
 __all__ = ["StudyResult"]
 
 
-@dataclass(repr=False)
+@dataclass
 class StudyResult(Tabular):
     """Every case of a study, on every task.
 
@@ -34,17 +35,12 @@ class StudyResult(Tabular):
         Of the run; cells that were there before cost nothing.
     """
 
+    __repr__ = one_line_repr
+
     model: str
     cells: list[Cell]
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-
-    def __repr__(self) -> str:
-        done = sum(c.status == OK for c in self.cells)
-        return (
-            f"StudyResult({self.model}: {len(self.cases)} cases, tasks {', '.join(self.tasks)}, "
-            f"{done} of {len(self.cells)} cells measured)"
-        )[:200]
 
     def __str__(self) -> str:
         return self.table()

@@ -284,7 +284,10 @@ class _PlanReader:
 
 def _without_channel(options: dict[str, Any]) -> dict[str, Any]:
     """TOML has no None: a group of all inputs is written ``"channel"``."""
-    if options.get("group_size") == "channel":
+    size = options.get("group_size")
+    if isinstance(size, list):
+        options = {**options, "group_size": [None if s == "channel" else s for s in size]}
+    elif size == "channel":
         options = {**options, "group_size": None}
     overrides = options.get("overrides")
     if isinstance(overrides, dict):
