@@ -34,9 +34,9 @@ sweep goes on; the next run tries it again.
 
 OUT gets results.csv (a row per cell), results.json, results.png, and published.csv if the file
 has figures of papers: those have a table of their own and are never among the measured ones.
-Degradation is 100 (quantized - float) / float, with its standard error over the windows of a text and
-the draws of calibration windows: above 0 is worse for a perplexity, below 0 is worse
-for an accuracy. An accuracy near chance says nothing, however far it moves in percent.
+Degradation is 100 (quantized - float) / float, with its standard error over the windows of a text
+and the draws of calibration windows: above 0 is worse for a perplexity, below 0 is worse for an
+accuracy. An accuracy near chance says nothing, however far it moves in percent.
 """
 
 _EPILOG = """\
