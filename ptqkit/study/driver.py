@@ -185,6 +185,11 @@ class Study:
             self._sets[draw] = found
         return self._sets[draw]
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; None for a model in memory without one."""
+        return self.bench.tokenizer
+
     def float_model(self) -> nn.Module:
         """Return a fresh copy of the float model, to be changed at will."""
         return copy.deepcopy(self.bench.model)
@@ -250,7 +255,8 @@ class Study:
         **products
             Options of recipes; a list is an axis of the product, such as ``bits=[2, 3, 4]``. Under
             another name a mapping of labels to options is an axis of options that change together.
-            ``softmax`` takes options of :func:`ptqkit.quantize_softmax` (or None).
+            ``softmax`` takes options of :func:`ptqkit.quantize_softmax`, each of which may be a
+            list, or a list of such mappings (or None).
 
         Returns
         -------

@@ -83,7 +83,7 @@ def axes_of(products: Mapping[str, Any], problems: list[str]) -> list[Axis]:
 
     A list, tuple or range of values of an option of recipes is an axis, a single value holds for
     all cases; a mapping of labels to options, under any other name, is an axis of options that
-    change together.
+    change together. ``softmax`` may be a mapping of options, each of which may be a list, too.
 
     Parameters
     ----------
@@ -93,7 +93,9 @@ def axes_of(products: Mapping[str, Any], problems: list[str]) -> list[Axis]:
     """
     axes = []
     for name, value in products.items():
-        if name in _FIELDS or name == "softmax":
+        if name == "softmax" and isinstance(value, Mapping):
+            axes += _softmax_axes(value)
+        elif name in _FIELDS or name == "softmax":
             listed = isinstance(value, (list, tuple, range))
             if listed and not value:
                 problems.append(f"{name} is an empty list: give at least one value")
@@ -108,6 +110,16 @@ def axes_of(products: Mapping[str, Any], problems: list[str]) -> list[Axis]:
                 ": give a mapping of labels to options for an axis of your own"
             )
             problems.append(f"{name!r} is no option of recipes{hint}")
+    return axes
+
+
+def _softmax_axes(options: Mapping[str, Any]) -> list[Axis]:
+    """Return an axis per option; a list is one of several values."""
+    axes = []
+    for key, value in options.items():
+        values = value if isinstance(value, (list, tuple, range)) else [value]
+        labelled = {label_of(key, v): {"softmax": {key: v}} for v in values}
+        axes.append(Axis(f"softmax {key}", labelled))
     return axes
 
 
@@ -147,6 +159,9 @@ def cases_of(
                 continue
             options: dict[str, Any] = {}
             for _, more in chosen:
+                # Axes of the softmax have an option each.
+                if options.get("softmax") and more.get("softmax"):
+                    more = {"softmax": {**options["softmax"], **more["softmax"]}}
                 options |= more
             shown = [f"{n}={labels[n]}" for n in varying]
             if value is None and options.get("softmax") is None:

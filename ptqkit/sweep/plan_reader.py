@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -253,7 +254,8 @@ class _PlanReader:
         """Yield the recipe of a table, or every case of its product."""
         name, chosen = _name(reader), _chosen(reader, "models", models)
         softmax = reader.take("softmax", (dict, list, str), FLOAT)
-        axes = {"softmax": [_softmax(reader, s) for s in _listed(softmax)]}
+        chosen_softmax = [s for given in _listed(softmax) for s in _spelled(given)]
+        axes = {"softmax": [_softmax(reader, s) for s in chosen_softmax]}
         parts = reader.take("parts", list, None)
         if parts is not None:
             reader.done()
@@ -301,6 +303,14 @@ def _channels(change: Any) -> Any:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def _spelled(value: Any) -> list[Any]:
+    """Spell out the lists among the options of a softmax."""
+    if not isinstance(value, dict):
+        return [value]
+    keys, lists = list(value), [_listed(v) for v in value.values()]
+    return [dict(zip(keys, chosen, strict=True)) for chosen in itertools.product(*lists)]
 
 
 def _softmax(reader: Reader, value: Any) -> dict[str, Any] | None:

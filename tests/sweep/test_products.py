@@ -74,6 +74,13 @@ def test_lists_among_parts_are_a_product(tmp_path):
     assert found[3].resolved["equalization"]["alpha"] == 0.75 and found[3].resolved["bits"] == 8
 
 
+def test_lists_in_a_softmax_are_a_product(tmp_path):
+    softmax = '\n[[recipes]]\nname = "S"\npreset = "float"\nsoftmax = {bits = [8, 4], correction = '
+    found = recipes(tmp_path, HEAD, softmax + '["none", "bias"]}\n')
+    assert [r.name for r in found][:2] == ["S, softmax=SM8 none", "S, softmax=SM8 bias"]
+    assert found[3].softmax == {"bits": 4} and found[0].fitted is False and found[3].fitted
+
+
 def test_draws_repeat_what_is_fitted(tmp_path, bench):
     plan = read_plan(write(folder(tmp_path), DRAWS, ONE))
     labels = [c.label for c in plan_cells(plan)[0]]
