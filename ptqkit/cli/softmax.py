@@ -20,8 +20,14 @@ __all__ = ["add_parser", "calibration_of"]
 
 _LONGEST_DEFAULT = 2048
 _DEMO_WINDOW, _DEMO_TOKENS = 512, 8176
-_CORRECTIONS = ("none", "bias", "bias/head", "row_length", "row_length/head", "row_sum")
-_DEFAULT = ("bias", "bias/head", "row_length/head", "row_sum")
+# Of ptqkit.hf.softmax.table.VARIANTS, which needs torch; those of other papers' grids.
+_OTHERS = ("log2", "log2/row_sum", "twin", "twin/row_sum")
+_CORRECTIONS = (
+    *("none", "bias", "bias/head", "row_length", "row_length/head", "row_sum"),
+    *("before", "before/code_sum", "before/row_sum"),
+    *_OTHERS,
+)
+_DEFAULT = ("bias", "bias/head", "row_length/head", "row_sum", "before", "before/row_sum")
 
 _DESCRIPTION = """\
 Measure how much a quantized softmax costs a causal language model, and how much of that each
@@ -36,6 +42,17 @@ the offset of the quantizer absorbs it:
   row_length      by the number of keys a row may look at, per layer; row_length/head per head
   row_sum         each row's own missing mass, spread over its keys: no calibration
 
+The grid can also be that of exp(x - max), rounded before it is divided by its sum, so that every
+row has all codes to itself (beyond the paper), and there are other papers' grids to compare with:
+
+  before          rounded before normalising; before/row_sum with each row's own missing mass;
+                  before/code_sum divided by the sum of the rounded ones
+  log2            powers of two (FQ-ViT); log2/row_sum
+  twin            two uniform grids, a fine and a coarse one (PTQ4ViT); twin/row_sum
+
+The excess over the float model has a standard error, paired window by window. --weights 8 adds the
+same lines with the weights rounded to 8 bits, one scale per output (W8A16).
+
 With --out, one correction at one bit width is saved with the model (ptqkit_softmax.json), and
 ptqkit.load installs it.
 """
@@ -43,7 +60,7 @@ ptqkit.load installs it.
 _EPILOG = """\
 examples:
   ptqkit softmax demo
-  ptqkit softmax ./model --text test.txt --bits 8 6 4
+  ptqkit softmax ./model --text test.txt --bits 8 6 4 3 2 --weights 8
   ptqkit softmax ./model --calibration train.txt --text test.txt --correction bias/head --out ./m
 """
 
@@ -66,6 +83,9 @@ def add_parser(commands: Any) -> None:
         metavar="NAME",
         choices=_CORRECTIONS,
         help=f"any of {', '.join(_CORRECTIONS)}",
+    )
+    parser.add_argument(
+        "--weights", type=int, metavar="N", help="again with weights of 2 to 8 bits (W8A16: 8)"
     )
     parser.add_argument(
         "--range",
@@ -171,6 +191,8 @@ def _check(args: argparse.Namespace) -> None:
     wrong = [b for b in args.bits if not 2 <= b <= 16]
     if wrong:
         raise UsageError(f"--bits must be from 2 to 16, not {wrong[0]}")
+    if args.weights is not None and not 2 <= args.weights <= 8:
+        raise UsageError(f"--weights must be from 2 to 8, not {args.weights}")
     for option in ("text", "calibration"):
         name = getattr(args, option)
         if name is not None:
@@ -180,6 +202,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.out is not None:
         if len(args.bits) != 1 or len(args.correction) != 1:
             raise UsageError("--out saves one variant: give one --bits and one --correction")
+        if args.correction[0] in _OTHERS:
+            raise UsageError(f"--correction {args.correction[0]} has no place in a file")
+        if args.weights is not None:
+            raise UsageError(
+                "--weights is for the table: quantize the weights with ptqkit quantize"
+            )
         if not os.path.isdir(args.out):
             check_path(resolve(args.out, f"--out {args.out}"), f"--out {args.out}")
 
@@ -234,6 +262,8 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         bits=args.bits,
         corrections=args.correction,
         grid_range=args.grid_range,
+        rounded=None if args.weights is None else _rounded(model, args.weights),
+        rounded_name=f"W{args.weights}A16",
         progress=None if args.quiet else lambda name: print(name, file=sys.stderr, flush=True),
         window=window or min(max_positions(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT),
         max_tokens=args.max_tokens,
@@ -245,6 +275,17 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         values["saved"] = _save(args, model, tokenizer, data)
     values["seconds"] = time.perf_counter() - started
     return table, values
+
+
+def _rounded(model: Any, bits: int) -> Any:
+    """Return a copy of a model with rounded weights, one scale per output."""
+    import copy
+
+    from ptqkit.hf.quantization.driver import quantize
+
+    found = copy.deepcopy(model)
+    quantize(found, "rtn", bits=bits, group_size=None, progress=False, diagnostics=False)
+    return found
 
 
 def _demo_windows(tokenizer: Any, window: int, max_tokens: int | None) -> Any:
