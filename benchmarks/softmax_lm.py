@@ -174,7 +174,12 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # With rounded weights the loss is that above the same weights.
         loss, error = (these["none"][name] for name in ("lost", "lost_error"))
         best = max(ROW_CORRECTIONS, key=lambda name: these[name]["given_back"])
-        goal = {"weights": label.rstrip("-") or "float", "bits": bits, "lost": loss, "lost_error": error}
+        goal = {
+            "weights": label.rstrip("-") or "float",
+            "bits": bits,
+            "lost": loss,
+            "lost_error": error,
+        }
         goal |= {"applies": loss > 2 * error, "best": best}
         goal |= {"given_back": these[best]["given_back"]}
         found.append(goal | {"reached": goal["given_back"] >= 0.99})
