@@ -1,4 +1,7 @@
-"""``ptqkit softmax``: what a quantized softmax costs, and what corrections give back."""
+"""``ptqkit softmax``: what a quantized softmax costs, and what corrections give back.
+
+Language models here; UNets in :mod:`ptqkit.cli.softmax_unet`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from ptqkit._folders import check_path, resolve
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import add_common, add_model_options, check_text
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.cli.softmax_unet import UNET_CORRECTIONS, is_diffusion_model, run_unet
 from ptqkit.demo import DEMO
 from ptqkit.errors import NotFiniteError, UsageError
 
@@ -31,7 +35,9 @@ _DEFAULT = ("bias", "bias/head", "row_length/head", "row_sum", "before", "before
 
 _DESCRIPTION = """\
 Measure how much a quantized softmax costs a causal language model, and how much of that each
-correction gives back, in one table.
+correction gives back, in one table. Of a diffusion model (a text-to-image pipeline of diffusers
+with a file of prompts as --text, or a folder of benchmarks/train_unet.py) the decibels of final
+samples are measured in place of the perplexity.
 
 Most attention probabilities are so small that they round to zero, and the rows of the quantized
 softmax no longer sum to one. Corrections add a constant to the allowed entries, at no cost where
@@ -41,6 +47,7 @@ the offset of the quantizer absorbs it:
   bias/head       one per head
   row_length      by the number of keys a row may look at, per layer; row_length/head per head
   row_sum         each row's own missing mass, spread over its keys: no calibration
+  bias/step       of a diffusion model: one per time step; bias/step_head per step and head
 
 The grid can also be that of exp(x - max), rounded before it is divided by its sum, so that every
 row has all codes to itself (beyond the paper), and there are other papers' grids to compare with:
@@ -62,6 +69,7 @@ examples:
   ptqkit softmax demo
   ptqkit softmax ./model --text test.txt --bits 8 6 4 3 2 --weights 8
   ptqkit softmax ./model --calibration train.txt --text test.txt --correction bias/head --out ./m
+  ptqkit softmax ./stable-diffusion --text prompts.txt --steps 20 --guidance 7.5 --weights 8
 """
 
 
@@ -79,10 +87,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--correction",
         nargs="+",
-        default=list(_DEFAULT),
         metavar="NAME",
-        choices=_CORRECTIONS,
-        help=f"any of {', '.join(_CORRECTIONS)}",
+        choices=tuple(dict.fromkeys([*_CORRECTIONS, *UNET_CORRECTIONS])),
+        help=f"any of {', '.join(_CORRECTIONS)}; of a UNet also bias/step, bias/step_head",
     )
     parser.add_argument(
         "--weights", type=int, metavar="N", help="again with weights of 2 to 8 bits (W8A16: 8)"
@@ -100,6 +107,7 @@ def add_parser(commands: Any) -> None:
         help="save the model with the correction; a folder that holds it already only gains a file",
     )
     _add_data(parser)
+    _add_diffusion(parser)
     add_model_options(parser)
     parser.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="windows at once (4)"
@@ -125,6 +133,22 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--window", type=int, metavar="N", help="longest input when measuring")
     group.add_argument(
         "--max-tokens", type=int, metavar="N", help="measure on N tokens ('demo': 8,176)"
+    )
+
+
+def _add_diffusion(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("diffusion models")
+    group.add_argument("--images", type=int, default=8, metavar="N", help="final samples (8)")
+    group.add_argument("--steps", type=int, default=20, metavar="N", help="of DDIM (20)")
+    group.add_argument(
+        "--latents", type=int, default=100, metavar="N", help="calibration latents (100)"
+    )
+    group.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="classifier-free guidance (1: none)",
     )
 
 
@@ -184,7 +208,8 @@ def _split(
 
 def _check(args: argparse.Namespace) -> None:
     check_json(args)
-    for option in ("samples", "sequence_length", "window", "max_tokens", "batch_size"):
+    counts = ("samples", "sequence_length", "window", "max_tokens", "batch_size")
+    for option in (*counts, "images", "steps", "latents"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
@@ -197,10 +222,16 @@ def _check(args: argparse.Namespace) -> None:
         name = getattr(args, option)
         if name is not None:
             check_text(f"--{option}", name)
-    if args.text is None and args.model != DEMO:
+    unet = is_diffusion_model(args.model)
+    if args.text is None and args.model != DEMO and not unet:
         raise UsageError("--text FILE is needed (only the model 'demo' brings a text of its own)")
+    wrong = [c for c in args.correction or () if c not in _CORRECTIONS]
+    if wrong and not unet:
+        raise UsageError(
+            f"--correction {wrong[0]} is for diffusion models: MODEL has no time steps"
+        )
     if args.out is not None:
-        if len(args.bits) != 1 or len(args.correction) != 1:
+        if len(args.bits) != 1 or len(args.correction or ()) != 1:
             raise UsageError("--out saves one variant: give one --bits and one --correction")
         if args.correction[0] in _OTHERS:
             raise UsageError(f"--correction {args.correction[0]} has no place in a file")
@@ -215,6 +246,10 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
     _check(args)
+    if is_diffusion_model(args.model):
+        with quiet_transformers():
+            run_unet(args)
+        return
     with quiet_transformers():
         table, values = measure(args)
     if args.quiet and args.json != "-":
@@ -260,7 +295,7 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         text,
         data,
         bits=args.bits,
-        corrections=args.correction,
+        corrections=args.correction or _DEFAULT,
         grid_range=args.grid_range,
         rounded=None if args.weights is None else _rounded(model, args.weights),
         rounded_name=f"W{args.weights}A16",
