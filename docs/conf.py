@@ -65,7 +65,8 @@ def relink(text: str, home: Path, page: Path) -> str:
             return label if label.endswith(Path(path).name) else f"{label} (`{name}`)"
         return f"{image}[{label}]({os.path.relpath(target, page.parent)}{anchor or ''})"
 
-    return LINK.sub(replace, text)
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)  # every other one is code
+    return "".join(p if i % 2 else LINK.sub(replace, p) for i, p in enumerate(parts))
 
 
 def read_page(app, name: str, content: list[str]) -> None:
