@@ -159,7 +159,7 @@ def understood(words: list[str]) -> bool:
         return True
     if program == "python":
         return (ROOT / words[1]).is_file()
-    return program in ("pip", "pytest", "sphinx-build", "run", "vllm", "cibuildwheel")
+    return program in ("pip", "git", "pytest", "sphinx-build", "run", "vllm", "cibuildwheel")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "sh")], ids=name)
