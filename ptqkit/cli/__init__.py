@@ -21,7 +21,7 @@ from ptqkit.cli.completion import SHELLS, PrintCompletion
 from ptqkit.cli.options import Parser
 from ptqkit.cli.output import one_line
 from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
-from ptqkit.sweep.grid import CellsFailed
+from ptqkit.study.cells import CellsFailed
 
 __all__ = ["build_parser", "main"]
 
