@@ -20,10 +20,10 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.accuracy.models import LEFT_OUT
+
 CONTEXT, VOCABULARY = 256, 512
 START = "</s>"  # OPT starts with the token that ends texts
-#: Characters at the end of the training text that nothing is trained on.
-LEFT_OUT = 1_000_000
 
 
 def text_of(data: Path, name: str) -> str:
