@@ -18,7 +18,7 @@ from ptqkit._version import __version__
 from ptqkit.demo import DEMO, MODEL_DIR
 from ptqkit.errors import UsageError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
-from ptqkit.hf.equalization.outliers import inject_outliers
+from ptqkit.hf.equalization.outliers import Outliers, inject_outliers
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
 from ptqkit.hf.quantization.driver import QuantizationResult
 from ptqkit.hf.workbench import Workbench
@@ -149,8 +149,10 @@ class Study:
         self._options["max_length"] = max_positions(self.bench.model)
         self._sets: dict[int, CalibrationSet] = {}
         self._digests: dict[int, str] = {}
+        #: What was injected, a :class:`ptqkit.hf.equalization.outliers.Outliers` per norm.
+        self.outliers: list[Outliers] = []
         if outliers is not None:
-            inject_outliers(self.bench.model, self.calibration(0), **outliers)
+            self.outliers = inject_outliers(self.bench.model, self.calibration(0), **outliers)
         if test is None and metric is None:
             test = DEMO
         #: By name, what is measured.

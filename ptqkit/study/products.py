@@ -18,6 +18,8 @@ __all__ = ["RECIPE", "Axis", "Case", "axes_of", "cases_of", "expand_parts", "lab
 RECIPE = "recipe"
 """Name of the axis of several recipes."""
 
+# Corrections of the softmax that need no calibration data.
+_UNFITTED = (None, "row_sum", "code_sum")
 _KNOWN = (*PRESETS, FLOAT)
 _FIELDS = tuple(f.name for f in fields(Recipe))
 
@@ -52,7 +54,7 @@ class Case:
         if self.softmax is None:
             return False
         given = {"correction": "bias", "grid_range": "fixed", **self.softmax}
-        return given["correction"] not in (None, "row_sum") or given["grid_range"] != "fixed"
+        return given["correction"] not in _UNFITTED or given["grid_range"] != "fixed"
 
 
 @dataclass(frozen=True)

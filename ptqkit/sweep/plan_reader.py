@@ -30,9 +30,15 @@ from ptqkit.sweep.reader import REQUIRED, Reader, whole
 
 __all__ = ["read_plan"]
 
-_CORRECTIONS = ("bias", "row_length", "row_sum")
+_CORRECTIONS = ("bias", "row_length", "row_sum", "code_sum")
+_GRIDS_OF = ("probabilities", "exponentials")
 _RANGES = ("fixed", "calibrated", "search")
-_SOFTMAX = {"correction": "bias", "granularity": "head", "grid_range": "fixed"}
+_SOFTMAX = {
+    "correction": "bias",
+    "granularity": "head",
+    "grid_range": "fixed",
+    "grid_of": "probabilities",
+}
 _KINDS = ("perplexity", "zero-shot")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -327,6 +333,7 @@ def _softmax(reader: Reader, value: Any) -> dict[str, Any] | None:
         "correction": None if correction == "none" else correction,
         "granularity": options.take("granularity", str, "head", choices=("head", "tensor")),
         "grid_range": options.take("range", str, "fixed", choices=_RANGES),
+        "grid_of": options.take("grid_of", str, "probabilities", choices=_GRIDS_OF),
     }
     options.done()
     # Tables and keys of cells name what is not the default alone.

@@ -164,6 +164,9 @@ def test_what_is_wrong_with_a_product_is_told(tmp_path, change, message):
 
 def test_the_names_of_corrections_are_those_of_the_library():
     from ptqkit.nn.softmax.quantizer import CORRECTIONS
-    from ptqkit.sweep.plan_reader import _CORRECTIONS
+    from ptqkit.nn.softmax.study import GRIDS_OF, RANGES
+    from ptqkit.sweep import plan_reader
 
-    assert set(_CORRECTIONS) == {c for c in CORRECTIONS if c is not None}
+    assert set(plan_reader._CORRECTIONS) == {c for c in CORRECTIONS if c is not None}
+    assert set(plan_reader._GRIDS_OF) <= set(GRIDS_OF)
+    assert set(plan_reader._RANGES) == set(RANGES)
