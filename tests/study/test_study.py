@@ -186,6 +186,8 @@ def test_what_is_measured_is_never_measured_again(study, result, counted, tmp_pa
 
 
 def test_a_recipe_without_calibration_runs_once_for_all_draws(study, counted):
+    bare = Study(study.float_model(), metric=lambda model: 0.0)
+    assert bare.quantize("rtn", bits=4, group_size=16).recipe.bits == 4
     found = study.run("rtn", bits=4, group_size=16, draws=3, progress=False)
     assert len(counted) == 1 and found.excess("rtn").draws == 3
     assert found.excess("rtn").se_draws == 0
