@@ -96,7 +96,7 @@ def test_python_runs(page, place, monkeypatch, capsys):
         prompt = Prompt(filename=f"{page.name}, snippet {number}")
         for line in [*text.splitlines(), ""]:
             prompt.push(line)
-    if page.stem in ("softmax", "equalization", "recipes", "formats"):
+    if page.stem in ("softmax", "equalization", "recipes", "formats", "study"):
         assert capsys.readouterr().out
 
 

@@ -95,7 +95,7 @@ class Study:
 
     Examples
     --------
-    >>> study = Study("./model", "train.txt", "test.txt")
+    >>> study = Study("path/to/model", "train.txt", "test.txt")
     >>> result = study.run(bits=[2, 3, 4], group_size=[32, 64], draws=3)
     >>> print(result.table())
     >>> result.plot("lines", x="bits").savefig("bits.png")
