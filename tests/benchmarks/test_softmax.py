@@ -7,9 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.data import ROOT
 
-softmax_lm = pytest.importorskip("softmax_lm")
-softmax_samples = pytest.importorskip("softmax_samples")
+with pytest.MonkeyPatch.context() as patch:
+    # The scripts import their neighbours by name.
+    patch.syspath_prepend(str(ROOT / "benchmarks"))
+    import softmax_lm
+    import softmax_samples
 
 
 def losses(values):
