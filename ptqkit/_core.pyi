@@ -172,6 +172,20 @@ def best_paths(
     threads: int,
     /,
 ) -> None: ...
+def couple_rows(
+    W: _F32,  # (rows, n)
+    H: _F32,  # (n, n), undamped
+    B: _F64,  # (rows, rows), symmetric
+    order: _I64,  # (n,), a permutation
+    g_idx: _I32,  # (n,), from 0 to groups - 1
+    scales: _F32,  # (rows, groups)
+    zeros: _U8,  # (rows, groups)
+    options: tuple[int, int],  # max_code, passes
+    codes: _U8,  # (rows, n), read and written
+    objective: _F64,  # (rows,), written
+    threads: int,
+    /,
+) -> None: ...
 def obq(
     W: _F64,  # (rows, n)
     inverse: _F64,  # (n, n), of the damped Hessian

@@ -242,6 +242,26 @@ typedef struct {
  * results do not depend on the threads. */
 ptq_status ptq_best_paths(const ptq_paths_args *args, int threads);
 
+/* ---- coupled.c ------------------------------------------------------------------------- */
+typedef struct {
+    const float *W;       /* (rows, n) */
+    const float *H;       /* (n, n) undamped */
+    const double *B;      /* (rows, rows) symmetric */
+    const int64_t *perm;  /* (n) order of a pass */
+    const int32_t *g_idx; /* (n) group of each original column */
+    const float *scales;  /* (rows, groups) */
+    const uint8_t *zeros; /* (rows, groups) */
+    int64_t rows, n, groups;
+    int max_code, passes;
+    uint8_t *codes;    /* in and out (rows, n) */
+    double *objective; /* out (rows) e H e^T of the codes, which may have risen */
+} ptq_coupled_args;
+
+/* Coordinate-descent passes over the codes under tr(B E H E^T), which never rises: rows make up for
+ * each other's errors. Rows whose B_ii is 0, and dead inputs, stay. In double, without BLAS;
+ * results do not depend on the threads. */
+ptq_status ptq_couple_rows(const ptq_coupled_args *args, int threads);
+
 /* ---- objective.c ----------------------------------------------------------------------- */
 /* out (rows) = e H e^T of each row of E (rows, n). Where the terms cancel, as they do for a
  * rank-deficient H, in double; what is below 0 by no more than rounding is 0. */

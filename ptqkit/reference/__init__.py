@@ -60,6 +60,7 @@ from ptqkit.reference.softmax import softmax_on_grid as softmax_on_grid
 from ptqkit.reference.softmax import softmax_statistics as softmax_statistics
 from ptqkit.reference.solvers import best_paths as best_paths
 from ptqkit.reference.solvers import brute_force as brute_force
+from ptqkit.reference.solvers import couple_rows as couple_rows
 from ptqkit.reference.solvers import gptaq_target as gptaq_target
 from ptqkit.reference.solvers import gptq as gptq
 from ptqkit.reference.solvers import make_order as make_order
