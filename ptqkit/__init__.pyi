@@ -59,5 +59,8 @@ from .recipe import BiasCorrection as BiasCorrection
 from .recipe import Equalize as Equalize
 from .recipe import Recipe as Recipe
 from .recipe import SmoothQuant as SmoothQuant
+from .study.driver import Study as Study
+from .study.driver import StudyInterrupted as StudyInterrupted
+from .study.result import StudyResult as StudyResult
 
 __version__: str

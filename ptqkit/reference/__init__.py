@@ -50,6 +50,7 @@ from ptqkit.reference.packed import word_codes as word_codes
 from ptqkit.reference.packing import pack_rows as pack_rows
 from ptqkit.reference.packing import unpack_rows as unpack_rows
 from ptqkit.reference.softmax import allowed_keys as allowed_keys
+from ptqkit.reference.softmax import exponentials_on_grid as exponentials_on_grid
 from ptqkit.reference.softmax import length_class as length_class
 from ptqkit.reference.softmax import softmax as softmax
 from ptqkit.reference.softmax import softmax_bias as softmax_bias
