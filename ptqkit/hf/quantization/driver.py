@@ -26,7 +26,6 @@ from ptqkit.hf.checkpoint.stored_model import StoredModel
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
 from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithmetic, stored_as
 from ptqkit.hf.models.experts import ExpertSwap, wanted_for
-from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.quantization.inspection import Inspection, inspect_model
@@ -39,12 +38,12 @@ from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun,
 from ptqkit.hf.quantization.state import RunState, check_room, state_folder
 from ptqkit.hf.quantization.streamed import (
     StreamedRun,
+    attached_source,
     check_stream,
     describe_run,
     float_tensors,
     noting_values,
     plan_stream,
-    source_of,
     state_bytes,
 )
 from ptqkit.hf.quantization.tuner import prepare_tuning, tune_prepared
@@ -452,14 +451,13 @@ def _quantize_stored(
         )
     if recipe is not None:
         check_stream(problems, recipe)
-        structure = find_structure(stored.model, recipe, inspection["blocks"])
     if recipe is None or problems.found:
         problems.raise_if_any()
     assert recipe is not None and written is not None and out_dir is not None
-    source = source_of(stored, structure)
     target = resolve(out_dir)
     with RunState(state_folder(target)).opened() as state:
-        with source.attached():
+        attached = attached_source(stored, recipe, inspection["blocks"])
+        with attached as (source, structure):
             with noting_values(source, structure, problems):
                 found = inspect_model(
                     stored.model, recipe, calibration, tokenizer, stored=True, **inspection

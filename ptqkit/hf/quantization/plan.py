@@ -20,6 +20,7 @@ __all__ = [
     "SCHEDULES",
     "MemoryEstimate",
     "Plan",
+    "experts_at_once",
     "only_one_pass",
     "plan_schedule",
 ]
@@ -127,7 +128,7 @@ def plan_schedule(
         reason = f"one pass needs about {size}{twice}, the {whose} is {show_bytes(limit)}"
     if not reason:
         # Should replay have to take over.
-        at_once = _experts_at_once(inspection, limit - needed.one_pass)
+        at_once = experts_at_once(inspection, limit - needed.one_pass)
         return Plan("one-pass", "", strict, estimate, [], at_once)
     if propagation:
         problem = Problem(only_one_pass(propagation, reason), UnsupportedModuleError)
@@ -140,13 +141,13 @@ def plan_schedule(
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower samples or batch_size"])
         warnings.append(text)
-    at_once = _experts_at_once(inspection, limit - needed.replay)
+    at_once = experts_at_once(inspection, limit - needed.replay)
     if inspection.experts:
         estimate["experts_at_once"] = at_once
     return Plan("replay", reason, strict, estimate, warnings, at_once)
 
 
-def _experts_at_once(inspection: Inspection, room: int) -> int:
+def experts_at_once(inspection: Inspection, room: int) -> int:
     """Return how many experts' moments there is room for in addition to what replay needs."""
     shapes = [module.shape for module in inspection.experts.values()]
     if not shapes:

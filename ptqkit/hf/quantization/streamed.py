@@ -18,12 +18,13 @@ from ptqkit._version import __version__
 from ptqkit.errors import PreflightError, Problems, UnsupportedModuleError
 from ptqkit.hf.checkpoint.stored_model import StoredModel
 from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.models.experts import ExpertSwap
 from ptqkit.hf.models.recorded import RecordedBlocks
-from ptqkit.hf.models.structure import Structure, Target
+from ptqkit.hf.models.structure import Structure, Target, find_structure
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import memory_limit
 from ptqkit.hf.quantization.moments import Moments
-from ptqkit.hf.quantization.plan import Plan, estimate_memory
+from ptqkit.hf.quantization.plan import Plan, estimate_memory, experts_at_once
 from ptqkit.hf.quantization.preflight import check_finite
 from ptqkit.hf.quantization.replay import replay_groups
 from ptqkit.hf.quantization.report import LayerReport
@@ -42,12 +43,12 @@ from ptqkit.recipe.recipe import Recipe
 __all__ = [
     "StreamPlan",
     "StreamedRun",
+    "attached_source",
     "check_stream",
     "describe_run",
     "float_tensors",
     "noting_values",
     "plan_stream",
-    "source_of",
     "state_bytes",
 ]
 
@@ -90,7 +91,6 @@ def check_stream(problems: Problems, recipe: Recipe) -> None:
         f"tune={recipe.tune}": recipe.tune > 0,
         f"bits={recipe.bits}": recipe.bits_budget is not None,
         "calibrate_on='float'": recipe.calibrate_on == "float",
-        "calibrate_all_experts": recipe.calibrate_all_experts,
     }
     obstacles += [
         (asked, f"{text} needs the whole model in memory: leave it out, or {memory}")
@@ -101,10 +101,21 @@ def check_stream(problems: Problems, recipe: Recipe) -> None:
             problems.add(text, UnsupportedModuleError)
 
 
-def source_of(stored: StoredModel, structure: Structure) -> BlockSource:
-    """Return what fills the blocks, and the layers outside of them that are quantized."""
-    outside = [name for name, target in structure.targets.items() if target.block is None]
-    return BlockSource(stored, structure.blocks, outside)
+@contextlib.contextmanager
+def attached_source(
+    stored: StoredModel, recipe: Recipe, blocks: tuple[str, ...] | None
+) -> Iterator[tuple[BlockSource, Structure]]:
+    """Let a stored model fill itself when it runs; yields what fills it, and its structure.
+
+    Experts that are quantized are linear layers meanwhile.
+    """
+    swap = ExpertSwap(stored.model, lambda name: recipe.for_layer(name) is not None)
+    with swap, swap.calibrating(recipe.calibrate_all_experts):
+        structure = find_structure(stored.model, recipe, blocks)
+        outside = [name for name, target in structure.targets.items() if target.block is None]
+        source = BlockSource(stored, structure.blocks, outside)
+        with source.attached():
+            yield source, structure
 
 
 @contextlib.contextmanager
@@ -150,6 +161,7 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
             inspection.probe.groups,
             inspection.calibration,
             positions=inspection.probe.positions,
+            experts=inspection.experts,
         )
         held = block + needed.replay - needed.codes
         spooled = held - needed.outputs
@@ -169,10 +181,13 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower batch_size or sequence_length"])
         warnings.append(text)
+    at_once = experts_at_once(inspection, limit - (spooled if spool else held))
+    if inspection.experts:
+        estimate["experts_at_once"] = at_once
     schedule = "no calibration" if inspection.calibration is None else "replay"
     reason = "the model is streamed from its files"
     reason += ", outputs of blocks too" if spool and inspection.calibration is not None else ""
-    return StreamPlan(schedule, reason, False, estimate, warnings, spool)
+    return StreamPlan(schedule, reason, False, estimate, warnings, at_once, spool)
 
 
 def state_bytes(source: BlockSource, structure: Structure, data: CalibrationSet | None) -> int:
@@ -284,7 +299,15 @@ class StreamedRun(QuantizationRun):
             data = CalibrationSet([], 0, 0, 0, "", "")
         else:
             groups = [part for g in found.probe.groups for part in _by_block(targets, g)]
-        return Work(self.model, targets, groups, self.blocks, data)
+        return Work(
+            self.model,
+            targets,
+            groups,
+            self.blocks,
+            data,
+            experts=found.experts,
+            experts_at_once=self.plan.experts_at_once,
+        )
 
     def _restore(self, block: FinishedBlock) -> None:
         rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in block.rows]
@@ -394,12 +417,24 @@ def _by_block(targets: Mapping[str, Target], group: list[str]) -> list[list[str]
 
 def float_tensors(source: BlockSource, changed: Mapping[str, torch.Tensor]) -> Any:
     """Return what reads the float tensors of a checkpoint by their names in memory."""
-    stored = source.stored
+    stored, experts = source.stored, source.experts
     dtypes = {name: tensor.dtype for name, tensor in source.model.state_dict().items()}
+    last: dict[str, dict[str, torch.Tensor]] = {}
+
+    def of_expert(name: str) -> torch.Tensor:
+        if name in experts.names:
+            return stored.tensors.read(experts.names[name])
+        whole, module, index, projection = experts.parts[name]
+        if whole not in last:
+            last.clear()  # those of one parameter follow each other, and it can be large
+            last[whole] = stored.read([whole], dtypes)
+        return module.part(last[whole][whole], index, projection).contiguous()
 
     def fetch(name: str) -> torch.Tensor:
         if name in changed:
             return changed[name]
+        if name in experts:
+            return of_expert(name)
         held = stored.names.get(name)
         mapped = None if held is None else stored.tensors.map(held)
         return stored.read([name], dtypes)[name] if mapped is None else mapped
