@@ -24,7 +24,7 @@ from ptqkit.hf.quantization.coroutines import Coroutine, pause
 from ptqkit.hf.quantization.float_model import OriginalWeights
 from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import Moments
-from ptqkit.hf.quantization.work import Steps, Work
+from ptqkit.hf.quantization.work import Step, Steps, Work
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.forward import device_of, forward, hooks, tensor_key, thread_state
 
@@ -79,7 +79,11 @@ def one_pass_groups(work: Work) -> Steps:
                 if floats:
                     originals.keep(group)
                 waiting = group[0]
-                yield work.members(group), _moments(work, group, coroutines, floats)
+                yield Step(
+                    work.members(group),
+                    _moments(work, group, coroutines, floats),
+                    work.unwritten,
+                )
                 work.done.update(group)
     finally:
         for coroutine in [*coroutines, *floats]:

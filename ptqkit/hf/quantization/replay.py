@@ -16,7 +16,7 @@ from ptqkit.errors import CalibrationError
 from ptqkit.hf.models.recorded import RecordedBlocks
 from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
-from ptqkit.hf.quantization.work import Steps, Work
+from ptqkit.hf.quantization.work import Step, Steps, Work
 from ptqkit.nn.forward import StopForwardError, device_of, hooks
 
 __all__ = ["replay_groups"]
@@ -56,33 +56,36 @@ def replay_groups(
                     at_block_end(recorded.position - 1)
             if block is not None and unprobed:
                 groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
-            for wave in _waves(work, groups):
+            for wave, more in _waves(work, groups):
                 found = _moments(work, recorded, wave)
                 pages.release()
                 for group in wave:
-                    yield work.members(group), found.pop(0)
+                    independent = len(found) > 1 or (more and work.ahead) or work.unwritten
+                    yield Step(work.members(group), found.pop(0), independent)
                     work.done.update(group)
     pages.release()
     return None
 
 
-def _waves(work: Work, groups: list[list[str]]) -> Iterator[list[list[str]]]:
+def _waves(work: Work, groups: list[list[str]]) -> Iterator[tuple[list[list[str]], bool]]:
     """Yield the groups whose moments one forward pass accumulates.
 
-    One at a time, but for the experts of a module: they read what no other expert writes.
+    One at a time, but for the experts of a module: they read what no other expert writes. Second,
+    whether the next ones do not read what these write either.
     """
     waiting = list(groups)
     while waiting:
         expert = work.expert(waiting[0])
         if expert is None:
-            yield [waiting.pop(0)]
+            yield [waiting.pop(0)], False
             continue
         found = [(g, e[2]) for g in waiting if (e := work.expert(g)) and e[0] is expert[0]]
         waiting = [g for g in waiting if g not in [f for f, _ in found]]
+        size = max(1, work.experts_at_once // (2 if work.ahead else 1))
         for last in (False, True):
             wave = [g for g, is_last in found if is_last == last]
-            for start in range(0, len(wave), work.experts_at_once):
-                yield wave[start : start + work.experts_at_once]
+            for start in range(0, len(wave), size):
+                yield wave[start : start + size], start + size < len(wave)
 
 
 def _moments(

@@ -24,7 +24,7 @@ from ptqkit.hf.models.structure import Structure, Target, find_structure
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import memory_limit
 from ptqkit.hf.quantization.moments import Moments
-from ptqkit.hf.quantization.plan import Plan, estimate_memory, experts_at_once
+from ptqkit.hf.quantization.plan import Plan, estimate_memory, experts_at_once, plan_overlap
 from ptqkit.hf.quantization.preflight import check_finite
 from ptqkit.hf.quantization.replay import replay_groups
 from ptqkit.hf.quantization.report import LayerReport
@@ -35,7 +35,7 @@ from ptqkit.hf.quantization.run import (
 )
 from ptqkit.hf.quantization.source import BlockSource
 from ptqkit.hf.quantization.state import FinishedBlock, RunState
-from ptqkit.hf.quantization.work import Steps, Work
+from ptqkit.hf.quantization.work import Step, Steps, Work
 from ptqkit.nn.activations import install_quantizer
 from ptqkit.nn.forward import calibration_mode, device_of
 from ptqkit.recipe.recipe import Recipe
@@ -181,13 +181,15 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower batch_size or sequence_length"])
         warnings.append(text)
-    at_once = experts_at_once(inspection, limit - (spooled if spool else held))
+    room = limit - (spooled if spool else held)
+    at_once = experts_at_once(inspection, room)
+    overlap = plan_overlap(source.model, inspection, at_once, room)
     if inspection.experts:
         estimate["experts_at_once"] = at_once
     schedule = "no calibration" if inspection.calibration is None else "replay"
     reason = "the model is streamed from its files"
     reason += ", outputs of blocks too" if spool and inspection.calibration is not None else ""
-    return StreamPlan(schedule, reason, False, estimate, warnings, at_once, spool)
+    return StreamPlan(schedule, reason, False, estimate, warnings, at_once, *overlap, spool)
 
 
 def state_bytes(source: BlockSource, structure: Structure, data: CalibrationSet | None) -> int:
@@ -307,6 +309,7 @@ class StreamedRun(QuantizationRun):
             data,
             experts=found.experts,
             experts_at_once=self.plan.experts_at_once,
+            ahead=self.plan.ahead,
         )
 
     def _restore(self, block: FinishedBlock) -> None:
@@ -368,7 +371,7 @@ class StreamedRun(QuantizationRun):
                 if position == number:
                     target = work.targets[group[0]]
                     self.source.enter(target.block or target.name)
-                    yield [target], Moments()
+                    yield Step([target], Moments())
             self._keep(number)
         return None
 
