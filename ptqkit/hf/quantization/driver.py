@@ -42,6 +42,7 @@ from ptqkit.hf.quantization.streamed import (
     check_stream,
     describe_run,
     float_tensors,
+    float_twin,
     noting_values,
     plan_stream,
     state_bytes,
@@ -456,14 +457,15 @@ def _quantize_stored(
     assert recipe is not None and written is not None and out_dir is not None
     target = resolve(out_dir)
     with RunState(state_folder(target)).opened() as state:
-        attached = attached_source(stored, recipe, inspection["blocks"])
-        with attached as (source, structure):
+        given, propagate = (stored, recipe, inspection["blocks"]), bool(recipe.propagation)
+        with attached_source(*given) as (source, structure), float_twin(*given) as twin:
             with noting_values(source, structure, problems):
                 found = inspect_model(
                     stored.model, recipe, calibration, tokenizer, stored=True, **inspection
                 )
-            plan = plan_stream(source, found, budget)
-            check_room(state.root, state_bytes(source, found.structure, found.calibration))
+            plan = plan_stream(source, found, budget, propagate)
+            needed = state_bytes(source, found.structure, found.calibration, propagate)
+            check_room(state.root, needed)
             about = describe_run(
                 stored,
                 found,
@@ -477,7 +479,7 @@ def _quantize_stored(
             )
             run = StreamedRun(stored.model, recipe, found, plan, options)
             run.report.warnings += slow
-            run.attach(source, state, about)
+            run.attach(source, state, about, twin)
             run.execute()
         with stored_as(stored.model, written):
             info = save_checkpoint(

@@ -249,7 +249,7 @@ def estimate_memory(
     residual stream, the block's normalized input, the outputs of the layers before it in the block,
     and the layer's input; one-pass holds that for all tokens, and as much again for the batch that
     is running; replay for one batch, with one block output (old and new) for all tokens.
-    With error propagation (``propagate``) one-pass holds it twice: for the float model too; if the
+    With error propagation (``propagate``) both hold it twice: for the float model too; if the
     residual streams are followed (``streams``), each holds one more of them. In the end all codes
     are there, a byte each, on the host.
     ``positions`` are those of a sample in the probe, for inputs that show none themselves;
@@ -279,10 +279,11 @@ def estimate_memory(
     tokens = [rows * length for rows, length in shapes]
     masks = _mask_bytes(model, calibration, shapes, size)
     largest = max(tokens)
-    one_pass = (sum(tokens) * size * live + sum(masks)) * (2 if propagate else 1)
+    models = 2 if propagate else 1
+    one_pass = (sum(tokens) * size * live + sum(masks)) * models
     one_pass += largest * size * live
-    outputs = sum(tokens) * size * 2 * wide
-    replay = outputs + 2 * largest * size * live + max(masks)
+    outputs = sum(tokens) * size * 2 * wide * models
+    replay = outputs + (2 * largest * size * live + max(masks)) * models
     codes = 0
     if device_of(model).type == "cpu":
         codes = sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))

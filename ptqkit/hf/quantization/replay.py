@@ -2,18 +2,21 @@
 
 It holds one hidden state per batch, runs each block several times, and gives the results of
 :mod:`~ptqkit.hf.quantization.one_pass` bit for bit. It assumes that a block acts on the rest of the
-model through its return value alone, and cannot run the float model along.
+model through its return value alone. The float model runs along if it is there as a twin of its
+own: each batch goes through its block first, up to the same layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.models.recorded import RecordedBlocks
+from ptqkit.hf.models.stream import following_streams
 from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
 from ptqkit.hf.quantization.work import Step, Steps, Work
@@ -97,7 +100,10 @@ def _moments(
     def add(name: str, value: torch.Tensor, index: int) -> None:
         found[name].add(value, work.batches[index], work.masks[index])
 
-    _each_input(work, recorded, list(found), add)
+    if recorded.twin is None:
+        _each_input(work, recorded, list(found), add)
+    else:
+        _each_input_of_both(work, recorded, recorded.twin, found)
     for group in wave:
         work.note_routed(group, found[group[0]])
     _pool(work, recorded, wave, found)
@@ -145,8 +151,9 @@ def _each_input(
     recorded: RecordedBlocks,
     names: list[str],
     add: Callable[[str, torch.Tensor, int], None],
+    before: Callable[[int], None] | None = None,
 ) -> None:
-    """Run every batch until all of these layers have been met."""
+    """Run every batch until all of these layers have been met; ``before`` is called first."""
     met: set[str] = set()
 
     def at_layer(name: str, value: torch.Tensor) -> None:
@@ -158,7 +165,46 @@ def _each_input(
     with hooks({name: work.targets[name].module for name in names}, at_layer):
         for index in range(len(work.batches)):
             met.clear()
+            if before is not None:
+                before(index)
             recorded.forward(index, stop_after=work.targets[names[0]].block)
+
+
+def _each_input_of_both(
+    work: Work,
+    recorded: RecordedBlocks,
+    twin: RecordedBlocks,
+    found: Mapping[str, MomentAccumulator],
+) -> None:
+    """Run every batch through the float model, then through this one, and add the inputs of both.
+
+    With each input goes the residual stream, where it is known.
+    """
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    followed = (SimpleNamespace(stream=None), SimpleNamespace(stream=None))
+
+    def at_float(name: str, value: torch.Tensor) -> None:
+        seen[name] = (value, followed[0].stream)
+        if len(seen) == len(found):
+            raise StopForwardError
+
+    def add(name: str, value: torch.Tensor, index: int) -> None:
+        other, stream = seen.pop(name, (None, None))
+        now = followed[1].stream
+        streams = None if stream is None or now is None else (stream, now)
+        found[name].add(value, work.batches[index], work.masks[index], other, streams)
+
+    def before(index: int) -> None:
+        seen.clear()
+        twin.forward(index, stop_after=work.targets[next(iter(found))].block)
+
+    layers = {name: twin.model.get_submodule(name) for name in found}
+    with (
+        hooks(layers, at_float),
+        following_streams(twin.model, work.writers, lambda: followed[0]),
+        following_streams(work.model, work.writers, lambda: followed[1]),
+    ):
+        _each_input(work, recorded, list(found), add, before)
 
 
 def _in_order(

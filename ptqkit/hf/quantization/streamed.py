@@ -47,6 +47,7 @@ __all__ = [
     "check_stream",
     "describe_run",
     "float_tensors",
+    "float_twin",
     "noting_values",
     "plan_stream",
     "state_bytes",
@@ -74,17 +75,11 @@ class StreamPlan(Plan):
 def check_stream(problems: Problems, recipe: Recipe) -> None:
     """Check that a recipe works block by block."""
     memory = "quantize in memory (stream=False; on the command line --no-stream)"
-    propagation = recipe.propagation
     obstacles = [
         (
             recipe.equalization is not None,
             "equalization scales the whole model at once, so it cannot be streamed from its files: "
             f"leave it out, or {memory}",
-        ),
-        (
-            bool(propagation),
-            f"{propagation} runs the float model along, which a model that is streamed from "
-            f"its files has no room for: use {propagation.split('=')[0]}=0, or {memory}",
         ),
     ]
     whole = {
@@ -119,6 +114,19 @@ def attached_source(
 
 
 @contextlib.contextmanager
+def float_twin(
+    stored: StoredModel, recipe: Recipe, blocks: tuple[str, ...] | None
+) -> Iterator[nn.Module | None]:
+    """Yield the float model as one of its own that fills itself, if a recipe needs it."""
+    if not recipe.propagation:
+        yield None
+        return
+    other = stored.again()
+    with attached_source(other, recipe, blocks):
+        yield other.model
+
+
+@contextlib.contextmanager
 def noting_values(source: BlockSource, structure: Structure, problems: Problems) -> Iterator[None]:
     """Check the values of each layer when its block is read for the first time."""
     seen: set[str] = set()
@@ -136,8 +144,12 @@ def noting_values(source: BlockSource, structure: Structure, problems: Problems)
         source.loaded = None
 
 
-def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None) -> StreamPlan:
+def plan_stream(
+    source: BlockSource, inspection: Inspection, budget: int | None, propagate: bool = False
+) -> StreamPlan:
     """Estimate the memory of a run that streams its model, and choose where outputs are kept.
+
+    With ``propagate`` there is a block of the float model too, and its outputs.
 
     Raises
     ------
@@ -149,7 +161,9 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
     for target in structure.targets.values():
         rows, columns = target.view.shape
         weights[target.block] = weights.get(target.block, 0) + rows * columns
-    block = source.block_bytes() + source.rest_bytes() + max(weights.values(), default=0)
+    models = 2 if propagate else 1
+    block = models * (source.block_bytes() + source.rest_bytes())
+    block += max(weights.values(), default=0)
     limit, whose, free = memory_limit(device_of(source.model), budget)
     if inspection.calibration is None:
         largest = max(t.view.shape[0] * t.view.shape[1] for t in structure.targets.values())
@@ -160,7 +174,9 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
             structure.targets,
             inspection.probe.groups,
             inspection.calibration,
-            positions=inspection.probe.positions,
+            propagate,
+            inspection.probe.positions,
+            bool(inspection.stream.writers),
             experts=inspection.experts,
         )
         held = block + needed.replay - needed.codes
@@ -192,7 +208,12 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
     return StreamPlan(schedule, reason, False, estimate, warnings, at_once, *overlap, spool)
 
 
-def state_bytes(source: BlockSource, structure: Structure, data: CalibrationSet | None) -> int:
+def state_bytes(
+    source: BlockSource,
+    structure: Structure,
+    data: CalibrationSet | None,
+    propagate: bool = False,
+) -> int:
     """Return the room on the disk that the state of a run takes, at most."""
     shapes = [t.view.shape for t in structure.targets.values()]
     codes = sum(rows * columns for rows, columns in shapes)
@@ -200,7 +221,7 @@ def state_bytes(source: BlockSource, structure: Structure, data: CalibrationSet 
     tokens = 0 if data is None else sum(b[k].numel() for b in data.batches for k in list(b)[:1])
     size = next(source.model.parameters()).element_size()
     # Outputs twice; scales, zero-points and objectives are a fraction of the codes.
-    return codes + codes // 4 + 2 * tokens * wide * size
+    return codes + codes // 4 + (4 if propagate else 2) * tokens * wide * size
 
 
 def describe_run(
@@ -274,9 +295,15 @@ class StreamedRun(QuantizationRun):
 
     plan: StreamPlan
 
-    def attach(self, source: BlockSource, state: RunState, about: Mapping[str, Any]) -> None:
+    def attach(
+        self,
+        source: BlockSource,
+        state: RunState,
+        about: Mapping[str, Any],
+        twin: nn.Module | None = None,
+    ) -> None:
         """Say where blocks come from and where they go; go on with what is there already."""
-        self.source, self.state = source, state
+        self.source, self.state, self.twin = source, state, twin
         self.changed: dict[str, torch.Tensor] = {}
         found = self.inspection
         self.blocks = found.structure.blocks if found.calibration is None else found.probe.blocks
@@ -307,9 +334,11 @@ class StreamedRun(QuantizationRun):
             groups,
             self.blocks,
             data,
-            experts=found.experts,
-            experts_at_once=self.plan.experts_at_once,
-            ahead=self.plan.ahead,
+            self.propagate,
+            found.stream.writers,
+            found.experts,
+            self.plan.experts_at_once,
+            self.plan.ahead,
         )
 
     def _restore(self, block: FinishedBlock) -> None:
@@ -352,8 +381,10 @@ class StreamedRun(QuantizationRun):
             if data is not None and state.finished < units:
                 device, finished = device_of(self.model), min(state.finished, len(self.blocks))
                 outputs = state.outputs(len(data.batches), device, not self.plan.spool)
-                recorded = RecordedBlocks(self.model, self.blocks, work.batches, outputs, finished)
-                with calibration_mode(self.model):
+                recorded = RecordedBlocks(
+                    self.model, self.blocks, work.batches, outputs, finished, self.twin
+                )
+                with calibration_mode(self.model), calibration_mode(self.twin or self.model):
                     self._each(replay_groups(work, recorded, self._keep), "replay")
             while state.finished < units:
                 self._keep(state.finished)
