@@ -19,12 +19,11 @@ from benchmarks.large.measure import start
 from benchmarks.large.models import Size
 from benchmarks.large.results import write
 
-_BASE = Size(256, 704, 8, 4, 4, 2048)
+_BASE = Size(256, 704, 4, 4, 4, 1024)
 SIZES = {
-    "8 blocks of 256": _BASE,
-    "16 blocks of 256": replace(_BASE, layers=16),
-    "4 blocks of 512": Size(512, 1408, 4, 8, 8, 2048),
-    "4 blocks of 1024": Size(1024, 2816, 4, 16, 16, 2048),
+    "4 blocks of 256": _BASE,
+    "12 blocks of 256": replace(_BASE, layers=12),
+    "4 blocks of 512": Size(512, 1408, 4, 8, 8, 1024),
 }
 # name: (streamed, options of quantize, key of the estimate)
 WAYS: dict[str, tuple[bool, dict[str, Any], str]] = {
@@ -39,8 +38,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--size", action="append", choices=SIZES, help="all by default")
     p.add_argument("--way", action="append", choices=WAYS, help="all by default")
-    p.add_argument("--samples", type=int, default=16)
-    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--samples", type=int, default=8)
+    p.add_argument("--length", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=2)
     p.add_argument("--json", type=Path, help="write the results to this file")
     args = p.parse_args()
