@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-__all__ = ["own_memory", "start"]
+__all__ = ["fork", "own_memory", "start"]
 
 _MARK = "measured "
 
@@ -50,6 +50,30 @@ def start(job: dict[str, Any], processes: int = 0, threads: int = 0) -> list[dic
     if done.returncode or not lines:
         raise SystemExit(f"a run failed with code {done.returncode}: {json.dumps(job)}")
     return sorted(map(json.loads, lines), key=lambda found: found["rank"])
+
+
+def fork(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure a job in a child of this process, on one thread, without a new interpreter."""
+    import torch
+    import transformers  # noqa: F401
+
+    import ptqkit.hf  # noqa: F401
+
+    with tempfile.TemporaryFile("w+") as file:
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                file.write(json.dumps(_measure({**job, "threads": 1})))
+                file.flush()
+                code = 0
+            finally:
+                os._exit(code)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            raise SystemExit(f"a run failed: {json.dumps(job)}")
+        file.seek(0)
+        return json.load(file)
 
 
 def own_memory(field: str = "RssAnon") -> int:
@@ -109,7 +133,7 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
 
     Keys of a job: ``size``, ``samples``, ``length``, ``batch_size``, ``dtype``, ``device``,
     ``recipe``, ``options`` (of :func:`ptqkit.quantize`), ``stream``, ``forward`` (whether the float
-    forward is timed too), ``blocking``.
+    forward is timed too), ``blocking``, ``threads`` (of torch; those of ptqkit by default).
     """
     import torch
 
@@ -117,7 +141,7 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.large.models import Size, build, draw_tokens
     from ptqkit.hf.quantization.processes import launched, own_device, started
 
-    torch.set_num_threads(int(ptqkit.show_config()["threads"]))
+    torch.set_num_threads(job.get("threads") or int(ptqkit.show_config()["threads"]))
     size, several = Size(**job["size"]), launched()
     tokens = draw_tokens(size, job["samples"], job["length"])
     options = {"progress": False, **job["options"]}

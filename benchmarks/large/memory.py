@@ -2,7 +2,8 @@
 
     python -m benchmarks.large.memory --json benchmarks/results/large/memory.json
 
-Every case has a fresh process. The growth is the largest resident memory that belongs to no file,
+Every case has a process of its own, on one thread. The growth is the largest resident memory that
+belongs to no file,
 looked at every 5 ms, less what was there before; what a run in memory holds of the model itself is
 in neither figure, what a streamed one holds of it is in both.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import show
-from benchmarks.large.measure import start
+from benchmarks.large.measure import fork
 from benchmarks.large.models import Size
 from benchmarks.large.results import write
 
@@ -64,16 +65,15 @@ def main() -> None:
                 "stream": stream,
                 "forward": False,
             }
-            (found,) = start(job)
+            found = fork(job)
             memory = found["memory"]
             needed = memory[key] if stream else 0
             cases.append({"size": name, "way": way, "job": job, "found": found})
             files = 4 * found["parameters"] / 2**20
             growth, estimate = memory["growth"] / 2**20, memory[key] / 2**20
             rows.append([f"{name}, {way}", files, estimate, growth, growth / estimate])
-            show("MiB", ["case", "parameters", "estimate", "growth", "ratio"], rows[-1:])
+            write(args.json, "memory", {"cases": cases})
     show("MiB", ["case", "parameters", "estimate", "growth", "ratio"], rows)
-    write(args.json, "memory", {"cases": cases})
 
 
 if __name__ == "__main__":

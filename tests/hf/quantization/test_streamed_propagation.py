@@ -11,7 +11,7 @@ from helpers.driver_models import build, padded_batches
 from ptqkit.hf import quantize
 from ptqkit.hf.quantization.state import RunState
 
-OPTIONS = {"group_size": 16, "progress": False}
+OPTIONS = {"group_size": 16, "row_coupling": 0, "progress": False}
 
 
 def run(folder, out, way, recipe="best", data=None, **options):
