@@ -15,7 +15,7 @@ from ptqkit import demo
 from ptqkit.hf import load_model, prepare_calibration
 from ptqkit.hf.data.text import start_token_id
 
-__all__ = ["MODELS", "Case", "load_case"]
+__all__ = ["MODELS", "Case", "load_case", "open_case"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,15 @@ def load_case(name: str, data: Path, windows: int, device: str = "cpu") -> Case:
     """Load a model and cut its test text into windows at equal distances."""
     folder, texts, length = MODELS[name]
     path = demo.MODEL_DIR if folder is None else data / folder
-    model, tokenizer, facts = load_model(path, "float32", device)
     calibration, test = texts(data)
+    return open_case(path, calibration, test, length, windows, device)
+
+
+def open_case(
+    path: Path, calibration: list[str], test: str, length: int, windows: int, device: str = "cpu"
+) -> Case:
+    """Load a model with its texts; windows of `length` positions, at equal distances."""
+    model, tokenizer, facts = load_model(path, "float32", device)
     start = start_token_id(tokenizer, "auto")
     head = [] if start is None else [start]
     body = length - len(head)
