@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import ptqkit
 from benchmarks.accuracy.models import MODELS, Case, open_case
@@ -23,7 +24,6 @@ from ptqkit import demo
 __all__ = [
     "Losses",
     "case_of",
-    "every",
     "length_of",
     "llamas",
     "losses_of",
@@ -32,6 +32,7 @@ __all__ = [
     "perplexity",
     "read_text",
     "series",
+    "small",
     "study",
 ]
 
@@ -76,9 +77,9 @@ def llamas(args: argparse.Namespace) -> Cases:
         yield name, open_case(path, *texts(args.data), LENGTH, args.windows)
 
 
-def every(args: argparse.Namespace) -> Cases:
-    """Yield both: those of the data, and the size series if it is there."""
-    yield from llamas(args)
+def small(args: argparse.Namespace) -> Cases:
+    """Yield the two of the data and, if it is there, the size series."""
+    yield from ((name, case) for name, case in llamas(args) if name != "embedded")
     if args.models is not None:
         yield from series(args)
 
@@ -106,8 +107,29 @@ def case_of(folder: Path, calibration: Path, test: Path, windows: int) -> Case:
     return open_case(folder, [read_text(calibration)], read_text(test), length, windows)
 
 
-def measured(case: Case, recipe: Any, batches: Any, **options: Any) -> tuple[Any, np.ndarray]:
-    """Quantize a copy; return the result and the nats per token of each window."""
+@torch.no_grad()
+def log_probabilities(model: Any, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the log-probabilities of the next token in each window, (positions, pieces)."""
+    for row in windows:
+        yield model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+
+
+def divergences(model: Any, case: Case) -> np.ndarray:
+    """Return the Kullback-Leibler divergence from the float model, nats per token of each window.
+
+    Unlike the loss it has no term that is linear in the error of the weights: rounding cannot gain
+    by luck, so small differences between recipes show in it first.
+    """
+    pairs = zip(
+        log_probabilities(case.model, case.windows),
+        log_probabilities(model, case.windows),
+        strict=True,
+    )
+    return np.array([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs])
+
+
+def measured(case: Case, recipe: Any, batches: Any, **options: Any) -> tuple[Any, Any]:
+    """Quantize a copy; return the result with it, and the nats per token of each window."""
     model = copy.deepcopy(case.model)
     result = ptqkit.quantize(
         model,
@@ -123,11 +145,19 @@ def measured(case: Case, recipe: Any, batches: Any, **options: Any) -> tuple[Any
 
 
 def study(
-    name: str, case: Case, methods: Mapping[str, Any], draws: int, samples: int, **facts: Any
+    name: str,
+    case: Case,
+    methods: Mapping[str, Any],
+    draws: int,
+    samples: int,
+    *,
+    divergence: bool = False,
+    **facts: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yield a record per method and draw, the float model (method "float") first.
 
-    `methods` are recipes, or pairs of a recipe and its options, by name.
+    `methods` are recipes, or pairs of a recipe and its options, by name. With `divergence` a record
+    has that from the float model beside the losses.
     """
 
     def record(method: str, draw: int, losses: Iterable[float], **more: Any) -> dict[str, Any]:
@@ -143,15 +173,21 @@ def study(
             result, losses = measured(case, recipe, batches, **options)
             seconds = round(time.perf_counter() - start, 2)
             bits = round(float(result.report.totals()["bits_per_weight"]), 3)
-            yield record(method, draw, losses, bits=bits, seconds=seconds)
+            facts_of = {"bits": bits, "seconds": seconds}
+            if divergence:
+                facts_of["kl"] = [round(float(x), 5) for x in divergences(result.model, case)]
+            yield record(method, draw, losses, **facts_of)
             print(f"{name} {method} {draw}: {math.exp(losses.mean()):.4g}", flush=True)
 
 
-def losses_of(records: Iterable[Mapping[str, Any]], key: str = "model") -> dict[str, Losses]:
-    """Return the losses by model (or another key), method and draw."""
+def losses_of(
+    records: Iterable[Mapping[str, Any]], key: str = "model", values: str = "losses"
+) -> dict[str, Losses]:
+    """Return the losses (or other values) by model (or another key), method and draw."""
     found: dict[str, Losses] = defaultdict(lambda: defaultdict(dict))
     for row in records:
-        found[row[key]][row["method"]][row["draw"]] = np.array(row["losses"])
+        if values in row:
+            found[row[key]][row["method"]][row["draw"]] = np.array(row[values])
     return found
 
 
