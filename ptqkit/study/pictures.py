@@ -100,20 +100,22 @@ def _title(result: Drawn, task: str, averaged: Sequence[str]) -> str:
     """Model, bits and, where there are several tasks, the task."""
     parts = [result.model]
     found = dict.fromkeys(_bits(c) for c in result.cells if c.recipe != FLOAT)
-    bits = [b for b in found if b]
-    if bits:
-        parts.append(f"{', '.join(bits)} bits")
+    for what in dict.fromkeys(w for w, _ in found):
+        bits = dict.fromkeys(b for w, b in found if w == what and b)
+        if bits:
+            parts.append(f"{what}{', '.join(bits)} bits")
     if len(result.tasks) > 1:
         parts.append(task)
     title = ": ".join([parts[0], ", ".join(parts[1:])]) if len(parts) > 1 else parts[0]
     return f"{title}\nmean over {', '.join(averaged)}" if averaged else title
 
 
-def _bits(cell: Any) -> str:
+def _bits(cell: Cell) -> tuple[str, str]:
+    """Return what has the bits, the softmax if it is not the weights, and the bits."""
     recipe, softmax = cell.inputs.get("recipe"), cell.inputs.get("softmax")
     if recipe is None:
-        return f"softmax {softmax.get('bits', 8)}" if softmax else ""
-    return str(recipe["bits"])
+        return "softmax ", str(softmax.get("bits", 8)) if softmax else ""
+    return "", str(recipe["bits"])
 
 
 def _excess_label(result: Drawn, task: str, found: Sequence[Difference]) -> str:
