@@ -3,9 +3,8 @@
     python -m benchmarks.large.memory --json benchmarks/results/large/memory.json
 
 Every case has a process of its own, on one thread. The growth is the largest resident memory that
-belongs to no file,
-looked at every 5 ms, less what was there before; what a run in memory holds of the model itself is
-in neither figure, what a streamed one holds of it is in both.
+belongs to no file, looked at every 5 ms, less what was there before; what a run in memory holds of
+the model itself is in neither figure, what a streamed one holds of it is in both.
 """
 
 from __future__ import annotations

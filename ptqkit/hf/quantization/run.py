@@ -141,7 +141,8 @@ class QuantizationRun:
         self.seconds = dict.fromkeys(steps, 0.0)
         targets = inspection.structure.targets
         # Processes wait for each other, which only the calling thread may do.
-        self._at_once = 0 if options.processes is not None else plan.solved_at_once
+        most = 0 if options.processes is not None else options.threads or plan.solved_at_once
+        self._at_once = min(plan.solved_at_once, most)
         self.costs = {n: _cost(t, inspection.calibration) for n, t in targets.items()}
         self.stage = ProgressStage(
             options.progress,
