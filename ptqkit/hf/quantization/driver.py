@@ -16,6 +16,7 @@ from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
 from ptqkit._folders import resolve
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -61,7 +62,7 @@ __all__ = ["QuantizationInterrupted", "QuantizationResult", "quantize"]
 
 
 @dataclass
-class QuantizationResult:
+class QuantizationResult(Tabular):
     """What :func:`quantize` returns.
 
     Attributes
@@ -99,6 +100,9 @@ class QuantizationResult:
     stored_dtype: str = ""
     tuning: TuningReport | None = None
     checkpoint: CheckpointInfo | None = None
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.report.to_dicts()
 
     def save(
         self,
