@@ -10,7 +10,9 @@ from .arrays.activations import quantize_activations as quantize_activations
 from .arrays.bias import bias_correction as bias_correction
 from .arrays.coupling import couple_rows as couple_rows
 from .arrays.drift import Drift as Drift
+from .arrays.equalization import EqualizationPrecision as EqualizationPrecision
 from .arrays.equalization import EqualizationSearch as EqualizationSearch
+from .arrays.equalization import equalization_precision as equalization_precision
 from .arrays.equalization import equalization_scales as equalization_scales
 from .arrays.equalization import search_equalization as search_equalization
 from .arrays.equalization import weight_span as weight_span

@@ -15,7 +15,7 @@ from ptqkit import demo
 from ptqkit.hf import load_model, prepare_calibration
 from ptqkit.hf.data.text import start_token_id
 
-__all__ = ["LEFT_OUT", "MODELS", "TRAINED", "Case", "load_case"]
+__all__ = ["LEFT_OUT", "MODELS", "TRAINED", "Case", "load_case", "open_case"]
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,15 @@ def load_case(
         raise SystemExit(f"{name}: train it with benchmarks.accuracy.train_opt, and give --models")
     path = (models if name == TRAINED else data) / (folder or ".")
     path = demo.MODEL_DIR if folder is None else path
-    model, tokenizer, facts = load_model(path, "float32", device)
     calibration, test = texts(data)
+    return open_case(path, calibration, test, length, windows, device)
+
+
+def open_case(
+    path: Path, calibration: list[str], test: str, length: int, windows: int, device: str = "cpu"
+) -> Case:
+    """Load a model with its texts; windows of `length` positions, at equal distances."""
+    model, tokenizer, facts = load_model(path, "float32", device)
     start = start_token_id(tokenizer, "auto")
     head = [] if start is None else [start]
     body = length - len(head)

@@ -26,7 +26,9 @@ from ptqkit.errors import check_choice
 
 __all__ = [
     "SCALE_LIMITS",
+    "EqualizationPrecision",
     "EqualizationSearch",
+    "equalization_precision",
     "equalization_scales",
     "search_equalization",
     "weight_span",
@@ -89,6 +91,13 @@ def _span(x: Any, what: str) -> np.ndarray:
     return x
 
 
+def _spans(activation_span: Any, weight_span: Any) -> tuple[np.ndarray, np.ndarray]:
+    rx, rw = _span(activation_span, "activation_span"), _span(weight_span, "weight_span")
+    if rx.shape != rw.shape:
+        raise ValueError(f"activation_span has {len(rx)} channels, but weight_span has {len(rw)}")
+    return rx, rw
+
+
 def _tied(channel_of: Any, n: int) -> np.ndarray | None:
     """Return the group of each channel, counted from 0, int64 (n,), or None for None."""
     if channel_of is None:
@@ -139,9 +148,7 @@ def equalization_scales(
         Extents that are not floating point, negative or not finite; shapes that differ; alpha
         outside [0, 1].
     """
-    rx, rw = _span(activation_span, "activation_span"), _span(weight_span, "weight_span")
-    if rx.shape != rw.shape:
-        raise ValueError(f"activation_span has {len(rx)} channels, but weight_span has {len(rw)}")
+    rx, rw = _spans(activation_span, weight_span)
     alpha, group = _check_alpha(alpha), _tied(channel_of, len(rx))
     if group is not None:
         rx, rw = _largest(rx, group), _largest(rw, group)
@@ -154,6 +161,79 @@ def _largest(span: np.ndarray, group: np.ndarray) -> np.ndarray:
     most = np.zeros(group.max() + 1)
     np.maximum.at(most, group, span)
     return most
+
+
+@dataclass(frozen=True)
+class EqualizationPrecision:
+    """Hold what each channel gets of the range of its tensor [AWEQ, eqs. 4-8].
+
+    Attributes
+    ----------
+    activation, weight : ndarray of float64, shape (in,)
+        p^X and p^W: span of a channel over the largest span of all, from 0 to 1.
+    total : float
+        Sum over the channels of p^X p^W, which equalization maximises.
+    bound : float
+        The largest total that any scales reach: sum(rx rw) / max(rx rw).
+    """
+
+    __repr__ = one_line_repr
+
+    activation: np.ndarray
+    weight: np.ndarray
+    total: float
+    bound: float
+
+    @property
+    def reached(self) -> float:
+        """Share of the bound, from 0 to 1; 1 if there is nothing to equalize (all spans 0)."""
+        return self.total / self.bound if self.bound > 0 else 1.0
+
+
+def equalization_precision(
+    activation_span: Any, weight_span: Any, scales: Any = None
+) -> EqualizationPrecision:
+    """Return the precision of each channel, and their sum, for X / s and W s [AWEQ, eqs. 4-8].
+
+    With rx and rw the spans of the channels, p^X_i = (rx_i / s_i) / max_j(rx_j / s_j) and
+    p^W_i = s_i rw_i / max_k(s_k rw_k). In sum_i p^X_i p^W_i the scales cancel in every numerator,
+    so the sum is largest where the product of both maxima is least, which is max_i(rx_i rw_i). The
+    scales of :func:`equalization_scales` reach it with every alpha, so this sum does not choose
+    among them; those of eq. 10 alone give p^X_i = p^W_i in every channel.
+
+    Parameters
+    ----------
+    activation_span, weight_span : array, shape (in,)
+        max - min of every channel of X, and of every column of W.
+    scales : array, shape (in,), optional
+        Positive; all 1 by default.
+
+    Returns
+    -------
+    EqualizationPrecision
+
+    Raises
+    ------
+    TypeError, ValueError
+        Values that are not floating point, negative or not finite; shapes that differ.
+    """
+    rx, rw = _spans(activation_span, weight_span)
+    s = np.ones(len(rx)) if scales is None else np.asarray(as_vector(scales, "scales"), np.float64)
+    if s.shape != rx.shape:
+        raise ValueError(f"scales must have shape {rx.shape}, not {s.shape}")
+    if not np.all(s > 0):
+        raise ValueError("scales must be positive")
+    rx, rw = rx.astype(np.float64), rw.astype(np.float64)
+    products = rx * rw
+    px, pw = _share(rx / s), _share(rw * s)
+    largest = products.max(initial=0)
+    bound = float(products.sum() / largest) if largest > 0 else 0.0
+    return EqualizationPrecision(px, pw, float(px @ pw), bound)
+
+
+def _share(span: np.ndarray) -> np.ndarray:
+    largest = span.max(initial=0)
+    return span / largest if largest > 0 else np.zeros_like(span)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from .diagnostics.diagnosis import DiagnosisReport as DiagnosisReport
 from .diagnostics.maxima import read_activation_maxima as read_activation_maxima
 from .diagnostics.report import SensitivityReport as SensitivityReport
 from .diagnostics.sensitivity import sensitivity as sensitivity
+from .equalization.channels import EqualizationChannels as EqualizationChannels
+from .equalization.channels import equalization_channels as equalization_channels
 from .equalization.driver import EqualizationReport as EqualizationReport
 from .equalization.driver import equalize as equalize
 from .equalization.find import find_folds as find_folds

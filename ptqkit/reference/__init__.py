@@ -29,6 +29,7 @@ from ptqkit.reference.activations import signed_grid as signed_grid
 from ptqkit.reference.convolution import im2col as im2col
 from ptqkit.reference.equalization import channel_ranges as channel_ranges
 from ptqkit.reference.equalization import equalization_error as equalization_error
+from ptqkit.reference.equalization import equalization_precision as equalization_precision
 from ptqkit.reference.equalization import equalization_scales as equalization_scales
 from ptqkit.reference.equalization import fake_quantize as fake_quantize
 from ptqkit.reference.equalization import static_range as static_range

@@ -8,6 +8,7 @@ __all__ = [
     "SCALE_LIMITS",
     "channel_ranges",
     "equalization_error",
+    "equalization_precision",
     "equalization_scales",
     "fake_quantize",
     "static_range",
@@ -46,6 +47,14 @@ def equalization_scales(activation_span, weight_span, alpha=0.5, channel_of=None
     live = (rx > 0) & (rw > 0)
     s = np.where(live, rx, 1.0) ** alpha / np.where(live, rw, 1.0) ** (1 - alpha)
     return np.where(live, np.clip(s, *SCALE_LIMITS), 1.0)
+
+
+def equalization_precision(activation_span, weight_span, scales):
+    """Return p^X, p^W and the sum of their products, channel by channel [AWEQ, eqs. 4-8]."""
+    rx = [r / s for r, s in zip(activation_span, scales, strict=True)]
+    rw = [r * s for r, s in zip(weight_span, scales, strict=True)]
+    px, pw = ([r / max(spans) for r in spans] for spans in (rx, rw))
+    return np.array(px), np.array(pw), sum(x * w for x, w in zip(px, pw, strict=True))
 
 
 def fake_quantize(x, low, high, max_code, symmetric):

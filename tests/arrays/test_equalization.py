@@ -73,6 +73,41 @@ def test_equation_10_minimises_the_product_of_the_largest_ranges():
         assert (rx / other).max() * (rw * other).max() >= best * (1 - 1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
+def test_precision_is_the_twins_and_largest_for_every_exponent(alpha):
+    rng = np.random.default_rng(3)
+    rx, rw = (np.exp(rng.normal(size=70) * 2) for _ in range(2))
+    s = reference.equalization_scales(rx, rw, alpha)
+    found = ptqkit.equalization_precision(rx, rw, s)
+    px, pw, total = reference.equalization_precision(rx, rw, s)
+    np.testing.assert_allclose(found.activation, px, rtol=1e-12)
+    np.testing.assert_allclose(found.weight, pw, rtol=1e-12)
+    assert found.total == pytest.approx(total, rel=1e-12)
+    assert found.bound == pytest.approx((rx * rw).sum() / (rx * rw).max(), rel=1e-12)
+    # every exponent reaches the bound; eq. 10 alone treats both sides alike
+    assert found.reached == pytest.approx(1, rel=1e-12)
+    assert np.allclose(found.activation, found.weight, rtol=1e-9) == (alpha == 0.5)
+    before = ptqkit.equalization_precision(rx, rw)
+    assert before.total == pytest.approx(reference.equalization_precision(rx, rw, np.ones(70))[2])
+    assert before.reached < 0.9
+    for _ in range(100):  # no scales reach more than the bound
+        other = np.exp(rng.normal(size=70) * rng.uniform(0, 3))
+        assert ptqkit.equalization_precision(rx, rw, other).reached <= 1 + 1e-12
+
+
+def test_precision_of_dead_channels_and_bad_scales():
+    rx, rw = np.array([0.0, 4.0, 1.0]), np.array([1.0, 0.0, 2.0])
+    found = ptqkit.equalization_precision(rx, rw)
+    assert found.activation.tolist() == [0, 1, 0.25] and found.weight.tolist() == [0.5, 0, 1]
+    assert (found.total, found.bound) == (0.25, 1)
+    nothing = ptqkit.equalization_precision(np.zeros(2), np.ones(2))
+    assert (nothing.total, nothing.bound, nothing.reached) == (0, 0, 1)
+    with pytest.raises(ValueError, match="positive"):
+        ptqkit.equalization_precision(rx, rw, np.array([1.0, 0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        ptqkit.equalization_precision(rx, rw, np.ones(2))
+
+
 @pytest.mark.parametrize("alpha", [0, 0.5, 0.7, 1])
 def test_dead_channels_keep_their_scale(alpha):
     rx = np.array([0.0, 4.0, 0.0, 9.0, 0.0])

@@ -25,6 +25,7 @@ __all__ = [
     "EqualizationInterrupted",
     "EqualizationReport",
     "EqualizedGroup",
+    "check_equalizable",
     "equalize",
     "equalize_calibrated",
 ]
@@ -165,7 +166,7 @@ def equalize_calibrated(
     progress: Progress | None = None,
 ) -> EqualizationReport:
     """Equalize a model on prepared calibration data; see :func:`equalize`."""
-    _check(model, calibration, equalization, recipe)
+    check_equalizable(model, calibration, equalization, recipe)
     run = EqualizationRun(model, calibration, equalization, recipe, blocks, threads, progress)
     try:
         run.execute()
@@ -180,12 +181,13 @@ def equalize_calibrated(
     return run.report
 
 
-def _check(
+def check_equalizable(
     model: nn.Module,
     calibration: CalibrationSet,
     equalization: Equalization,
     recipe: Recipe | None,
 ) -> None:
+    """Refuse a model or options that :func:`equalize` cannot work with."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     wrapped = wrapper_problem(model)

@@ -31,7 +31,7 @@ from ptqkit.nn.linear import LinearView
 from ptqkit.recipe.options import Equalization
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["EqualizationError", "EqualizationRun", "owner_of_mark"]
+__all__ = ["Choice", "EqualizationError", "EqualizationRun", "owner_of_mark"]
 
 #: Largest relative difference of a float32 model's outputs that rounding explains.
 LOGITS_TOLERANCE = 1e-4
@@ -64,12 +64,26 @@ def _quantized(fold: Fold, recipe: Recipe | None) -> dict[str, Recipe | None]:
 
 
 @dataclass
-class _Choice:
-    """The scales of one fold, float64 (channels,), and its row of the report."""
+class Choice:
+    """What was found for one fold.
+
+    Attributes
+    ----------
+    fold : Fold
+    scales : ndarray of float64, shape (channels,)
+        Of the producer's channels.
+    row : EqualizedGroup
+        Of the report.
+    activation, weight : ndarray of float32, shape (in,)
+        Spans of the consumers' inputs and columns (of SmoothQuant: largest magnitudes) that the
+        scales come from.
+    """
 
     fold: Fold
     scales: np.ndarray
     row: EqualizedGroup
+    activation: np.ndarray
+    weight: np.ndarray
 
 
 class EqualizationRun:
@@ -99,46 +113,56 @@ class EqualizationRun:
 
     def execute(self) -> None:
         """Find the folds, measure, choose scales, fold them and compare."""
-        model, searching = self.model, self.equalization.alpha == "search"
-        longest = max(self.calibration.batches, key=lambda b: batch_shape(b)[1])
-        batch = short_batch(longest)
-        plan = find_folds(model, batch, self.blocks)
-        with calibration_mode(model):
-            before = model_outputs(model, batch)
+        batch = self._batch()
+        with calibration_mode(self.model):
+            before = model_outputs(self.model, batch)
         if not all(bool(torch.isfinite(tensor).all()) for tensor in before):
             raise CalibrationError(
                 "the float model's outputs on the first calibration tokens hold NaN or Inf: what "
                 "folds cannot be recognized in them"
             )
+        choices = self.choose()
+        self._apply(choices)
+        self.report.groups = [choice.row for choice in choices]
+        if choices:
+            _compare(self.model, batch, before, self.report)
+        else:
+            self.report.warnings.append("nothing was folded: the model is unchanged")
+        self.report.seconds["total"] = time.perf_counter() - self.start
+
+    def choose(self) -> list[Choice]:
+        """Find the folds, measure and choose all scales, in order of execution.
+
+        The model is as it was.
+        """
+        plan = find_folds(self.model, self._batch(), self.blocks)
         plan = _wanted(plan, self.equalization, self.recipe)
         self.report.left_alone = plan.left_alone
         self._lap("folds")
-        readers = {f.consumers[0]: model.get_submodule(f.consumers[0]) for f in plan.folds}
-        tokens = self.equalization.tokens if searching else 0
-        self.inputs = measure_inputs(model, readers, self.calibration, tokens)
+        readers = {f.consumers[0]: self.model.get_submodule(f.consumers[0]) for f in plan.folds}
+        tokens = self.equalization.tokens if self.equalization.alpha == "search" else 0
+        self.inputs = measure_inputs(self.model, readers, self.calibration, tokens)
         self.report.search_tokens = min(tokens, self.calibration.tokens)
         self._lap("ranges")
         choices = self._find_scales(plan)
         self._lap("scales")
-        self._apply(choices)
-        self.report.groups = [choice.row for choice in choices]
-        if choices:
-            _compare(model, batch, before, self.report)
-        else:
-            self.report.warnings.append("nothing was folded: the model is unchanged")
-        self.report.seconds["total"] = time.perf_counter() - self.start
+        return choices
+
+    def _batch(self) -> dict[str, torch.Tensor]:
+        longest = max(self.calibration.batches, key=lambda b: batch_shape(b)[1])
+        return short_batch(longest)
 
     def _lap(self, name: str) -> None:
         spent = sum(self.report.seconds.values())
         self.report.seconds[name] = time.perf_counter() - self.start - spent
 
-    def _find_scales(self, plan: FoldPlan) -> list[_Choice]:
+    def _find_scales(self, plan: FoldPlan) -> list[Choice]:
         """Choose the scales of all folds.
 
         Folds into linear layers come first, the last ones before: they scale rows that the choice
         of others is based on.
         """
-        found: dict[int, _Choice] = {}
+        found: dict[int, Choice] = {}
         order = sorted(range(len(plan.folds)), key=lambda i: (plan.folds[i].kind == "norm", -i))
         stage = ProgressStage(self.progress, "equalizing", len(order))
         for index in order:
@@ -164,7 +188,7 @@ class EqualizationRun:
             weight[rows] *= factors[:, None].astype(np.float32)
         return weight
 
-    def _choose(self, fold: Fold) -> _Choice:
+    def _choose(self, fold: Fold) -> Choice:
         ranges = self.inputs[fold.consumers[0]].ranges
         quantized = _quantized(fold, self.recipe)
         weights = [self._weight(name) for name in quantized]
@@ -188,7 +212,7 @@ class EqualizationRun:
         row.tokens = ranges.tokens
         if fold.kind != "norm":
             self.rows[fold.producer] = (fold.rows, 1.0 / scales)
-        return _Choice(fold, scales, row)
+        return Choice(fold, scales, row, activation, weight)
 
     def _note_options(self, quantized: Mapping[str, Recipe | None]) -> None:
         """Warn if layers will be quantized in another way than the search measures."""
@@ -241,7 +265,7 @@ class EqualizationRun:
         row.error_none = next(e for a, e in errors.items() if math.isnan(a))
         return found.scales
 
-    def _apply(self, choices: list[_Choice]) -> None:
+    def _apply(self, choices: list[Choice]) -> None:
         """Fold all scales; the model is marked with the first."""
         self.total = len(choices)
         mark = {"method": self.equalization.method, "alpha": self.equalization.alpha}

@@ -1,0 +1,444 @@
+"""GPTQ (Frantar et al., ICLR 2023): its tables and figures on the models at hand.
+
+python -m benchmarks.papers.gptq --list
+python -m benchmarks.papers.gptq table3 --models models --data ../shared/data --out
+python -m benchmarks.papers.gptq table3 --model DIR --calibration train.txt --test test.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ptqkit
+from benchmarks.accuracy.models import Case, open_case
+from benchmarks.papers import measure, published
+from benchmarks.papers.entry import Entry, Records, main
+from benchmarks.papers.scripts import script
+from benchmarks.papers.table import Published, Table, with_error
+
+__all__ = ["ENTRIES"]
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+CHANNEL = {"group_size": None}
+#: Bits and methods of tables 2 to 4: the paper's, then what this package adds.
+METHODS: dict[str, Any] = {
+    f"{label} {bits}": (preset, {"bits": bits, **CHANNEL})
+    for bits in (4, 3)
+    for label, preset in (("RTN", "rtn"), ("GPTQ", "reference"), ("quality", "quality"))
+}
+
+
+def grid_methods(bits: int, groups: Sequence[int], preset: str, label: str) -> dict[str, Any]:
+    """Return methods that differ by the size of their groups."""
+    return {f"{label} g{g}": (preset, {"bits": bits, "group_size": g}) for g in groups}
+
+
+def dividing(case: Case, groups: Sequence[int]) -> list[int]:
+    """Return the sizes of groups that divide the inputs of every layer."""
+    layers = case.model.get_decoder().modules()
+    widths = {m.in_features for m in layers if hasattr(m, "in_features")}
+    return [g for g in groups if not any(width % g for width in widths)]
+
+
+# Tables 3 and 4: bits and methods over sizes
+
+
+def by_size(args: argparse.Namespace) -> Records:
+    """Bits and methods on every model, each record with the weights of its linear layers."""
+    return sized(measure.opened(args), args)
+
+
+def by_size_llama(args: argparse.Namespace) -> Records:
+    """The same on models of LLaMA's architecture."""
+    return sized(measure.opened(args, measure.llamas), args)
+
+
+def sized(cases: Any, args: argparse.Namespace) -> Records:
+    found: Records = []
+    for name, case in cases:
+        layers = case.model.get_decoder().modules()
+        weights = sum(m.weight.numel() for m in layers if hasattr(m, "in_features"))
+        found += measure.study(name, case, METHODS, args.draws, args.samples, weights=weights)
+    return found
+
+
+def perplexities(records: Records, title: str, key: str = "model", note: str = "") -> Table:
+    """Rows are methods, columns models; the spread is over the calibration draws."""
+    found = measure.losses_of(records, key)
+    methods = list(dict.fromkeys(row["method"] for row in records))
+    rows = []
+    for method in methods:
+        cells: list[Any] = [method]
+        for losses in found.values():
+            known = method in losses
+            cells.append(with_error(*measure.perplexity(losses[method])) if known else None)
+        rows.append(cells)
+    return Table(title, ["", *found], rows, note)
+
+
+def gains(records: Records, base: str, better: str, key: str = "model") -> Table:
+    """What one method gains on another at the same bits, with the error of paired windows."""
+    rows = []
+    for name, losses in measure.losses_of(records, key).items():
+        for first in losses:
+            other = first.replace(better, base, 1)
+            if first.startswith(better) and other in losses and other != first:
+                change, error = measure.paired(losses[first], losses[other])
+                rows.append([name, first, other, with_error(change, error)])
+    return Table(
+        f"{better} against {base}: thousandths of a nat per token, paired",
+        [key, "method", "against", "difference"],
+        rows,
+        "The error holds windows and calibration draws. Below 0 the first is better.",
+    )
+
+
+def size_tables(records: Records) -> list[Table]:
+    title = "Perplexity by size, one asymmetric grid per output channel"
+    note = "± is the standard deviation over calibration draws."
+    return [
+        perplexities(records, title, note=note),
+        gains(records, "RTN", "GPTQ"),
+        gains(records, "GPTQ", "quality"),
+    ]
+
+
+def like_ours(figures: dict[str, Any], name: str, model: str) -> Published | None:
+    labels = {"full 16": "float"} | {x: x for b in (4, 3) for x in (f"RTN {b}", f"GPTQ {b}")}
+    return published.table_of(figures, name, model, labels)
+
+
+def draw_sizes(records: Records, path: Path) -> None:
+    """Figure 1: perplexity over size, a line per method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    found = measure.losses_of(records)
+    sizes = {row["model"]: row["weights"] for row in records}
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
+    for axis, bits in zip(axes, ("4", "3"), strict=True):
+        for method in ("float", f"RTN {bits}", f"GPTQ {bits}", f"quality {bits}"):
+            points = [(sizes[m], *measure.perplexity(x[method])) for m, x in found.items()]
+            x, y, spread = map(np.array, zip(*sorted(points), strict=True))
+            axis.errorbar(x, y, yerr=np.nan_to_num(spread), label=method, marker="o", capsize=3)
+        axis.set_xscale("log")
+        axis.set_xlabel("weights of the blocks")
+        axis.set_title(f"{bits} bits, one grid per output channel")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("perplexity on prose")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# Table 1: ResNet and encoders
+
+
+def kinds(args: argparse.Namespace) -> Records:
+    from benchmarks.kinds.tables import lines
+
+    found = []
+    for line in lines(RESULTS / "kinds"):
+        label = "float" if line["method"] == "float" else f"{line['method']}"
+        found.append({**line, "label": label})
+    return found
+
+
+def kinds_tables(records: Records) -> list[Table]:
+    tables = []
+    for model in dict.fromkeys(row["model"] for row in records):
+        own = [row for row in records if row["model"] == model]
+        cells: dict[str, dict[int, str]] = {}
+        for row in own:
+            shown = with_error(row["accuracy"], row["error"])
+            cells.setdefault(PAPER_NAMES.get(row["label"], row["label"]), {})[row["bits"]] = shown
+        floats = cells.pop("float")[0]
+        rows = [[name, bits.get(4), bits.get(3)] for name, bits in cells.items()]
+        title = f"Accuracy of {model} in percent, float {floats}"
+        tables.append(Table(title, ["", "4 bit", "3 bit"], rows))
+    note = "± is the standard error of the paired loss against float (float: of a proportion)."
+    order = sorted(tables, key=lambda t: "resnet" not in t.title)
+    return [*order[:-1], Table(order[-1].title, order[-1].columns, order[-1].rows, note)]
+
+
+PAPER_NAMES = {"adaround": "AdaRound", "obq": "OBQ", "gptq": "GPTQ", "rtn": "RTN"}
+
+
+# Table 2: runtime, and its growth with the width
+
+
+def fastest(run: Any, repeats: int) -> float:
+    """Return the least seconds of some runs, after one that does not count."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def runtime(args: argparse.Namespace) -> Records:
+    """Seconds of the solver by width, of OBQ where it is not too long; and of whole models."""
+    layer = script("bench_solver").layer
+    quality = script("bench_solver").QUALITY
+    widths = (64, 128) if args.quick else (128, 256, 512, 1024, 2048)
+    repeats = 1 if args.quick else 3
+    found = []
+    for n in widths:
+        W, H = layer(n, n)
+        options = {"bits": 4, **CHANNEL}
+        runs = {
+            "GPTQ": lambda: ptqkit.gptq(W, H, **options),
+            "quality": lambda: ptqkit.gptq(W, H, **options, **quality),
+        }
+        if n <= 256:
+            runs["OBQ"] = lambda: ptqkit.obq(W, H, **options)
+        for method, work in runs.items():
+            found.append({"method": method, "width": n, "seconds": fastest(work, repeats)})
+            print(found[-1], file=sys.stderr, flush=True)
+    return found
+
+
+def runtime_tables(records: Records) -> list[Table]:
+    widths = sorted({row["width"] for row in records})
+    methods = list(dict.fromkeys(row["method"] for row in records))
+    known = {(row["method"], row["width"]): row["seconds"] for row in records}
+    rows = [
+        [f"{n} x {n}", *(1e3 * known[m, n] if (m, n) in known else None for m in methods)]
+        for n in widths
+    ]
+    growth = []
+    for first, second in itertools.pairwise(widths):
+        cells = [
+            math.log2(known[m, second] / known[m, first]) / math.log2(second / first)
+            if (m, first) in known and (m, second) in known
+            else None
+            for m in methods
+        ]
+        growth.append([f"{first} to {second}", *cells])
+    return [
+        Table("From H to 4-bit codes, milliseconds", ["layer", *methods], rows),
+        Table(
+            "Growth: k, where seconds grow like width to the k",
+            ["width", *methods],
+            growth,
+            "The paper's GPTQ is cubic in the width, OBQ of the fourth power.",
+        ),
+    ]
+
+
+def runtime_published(figures: dict[str, Any]) -> Published | None:
+    return published.table_of(figures, "runtime_a100", "one A100", columns=["whole model"])
+
+
+# Table 5: texts
+
+
+TEXTS = {"prose": "gutenberg/test.txt.gz", "WikiText-2": "wikitext2/wiki.test.raw.gz",
+         "web (C4)": "c4/c4_sample_40.jsonl.gz"}  # fmt: skip
+
+
+def by_text(args: argparse.Namespace) -> Records:
+    """The largest model on three texts."""
+    if args.models is None or args.data is None:
+        raise SystemExit("texts needs --models DIR and --data DIR")
+    folder = max(args.models.glob("opt-*"), key=lambda p: p.name)
+    calibration = [measure.read_text(args.data / "gutenberg" / "valid.txt.gz")]
+    found: Records = []
+    for text, path in TEXTS.items():
+        test = measure.read_text(args.data / path)
+        length = measure.length_of(folder)
+        case = open_case(folder, calibration, test, length, args.windows)
+        groups = dividing(case, (64, 32))
+        methods = {m: METHODS[m] for m in ("RTN 4", "GPTQ 4", "RTN 3", "GPTQ 3")}
+        methods |= grid_methods(3, groups, "reference", "GPTQ 3")
+        methods |= grid_methods(3, groups[-1:], "quality", "quality 3")
+        found += measure.study(folder.name, case, methods, args.draws, args.samples, text=text)
+    return found
+
+
+def text_tables(records: Records) -> list[Table]:
+    name = records[0]["model"]
+    note = "Calibrated on prose. Perplexities are per piece of the model's own 512."
+    return [
+        perplexities(records, f"Perplexity of {name} by text", "text", note),
+        gains(records, "RTN", "GPTQ", "text"),
+    ]
+
+
+def text_published(figures: dict[str, Any]) -> Published | None:
+    labels = {
+        "full 16": "float",
+        "GPTQ 4": "GPTQ 4",
+        "GPTQ 3": "GPTQ 3",
+        "GPTQ 3 g1024": "GPTQ 3 g64",
+        "GPTQ 3 g128": "GPTQ 3 g32",
+    }
+    return published.table_of(figures, "large_models", "OPT and BLOOM (g1024, g128)", labels)
+
+
+# Table 7: two bits and three levels
+
+
+def low_bits(args: argparse.Namespace) -> Records:
+    """Two bits by group size, and ternary weights in groups of 8, on the largest model given."""
+    *_, (name, case) = measure.opened(args)
+    groups = dividing(case, (64, 32, 16))
+    ternary = {"bits": "ternary", "group_size": 8, "symmetric": True}
+    methods = {
+        **grid_methods(2, groups, "reference", "GPTQ 2"),
+        **grid_methods(2, groups, "quality", "quality 2"),
+        "GPTQ 3": METHODS["GPTQ 3"],
+        "GPTQ ternary g8": ("reference", ternary),
+        "quality ternary g8": ("quality", ternary),
+    }
+    return list(measure.study(name, case, methods, args.draws, args.samples))
+
+
+def low_tables(records: Records) -> list[Table]:
+    found = measure.losses_of(records)
+    bits = {row["method"]: row.get("bits", 16.0) for row in records}
+    rows = [
+        [method, bits[method], with_error(*measure.perplexity(draws))]
+        for losses in found.values()
+        for method, draws in losses.items()
+    ]
+    title = f"Perplexity of {', '.join(found)} at low bits"
+    note = "Bits per weight count scales and zero points. ± is over calibration draws."
+    return [Table(title, ["", "bits/weight", "perplexity"], rows, note)]
+
+
+def low_published(figures: dict[str, Any]) -> Published | None:
+    known = figures.get("two_bit")
+    if not known:
+        return None
+    labels = {"FP16": "float", "g128": "GPTQ 2 g64", "g64": "GPTQ 2 g32", "g32": "GPTQ 2 g16",
+              "3 bit": "GPTQ 3"}  # fmt: skip
+    models = [k for k in known if k != "columns"]
+    rows = {labels[c]: [known[m][i] for m in models] for i, c in enumerate(known["columns"])}
+    ternary = figures.get("ternary", {}).get("OPT-175B, groups of 8")
+    if ternary is not None:
+        rows["GPTQ ternary g8"] = [ternary, *[None] * (len(models) - 1)]
+    return Published("175B (g128, g64, g32 beside g64, g32, g16)", models, rows)
+
+
+# Table 6 and section 6: latency and memory
+
+
+def latency(args: argparse.Namespace) -> Records:
+    """Milliseconds per token, from `ptqkit bench` on a model of 1.1 billion random weights."""
+    with (RESULTS / "bench_1b_zen1.csv").open(newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["form"] in ("float32", "W4", "W3", "W2")]
+    return [{"form": r["form"], "ms": 1e3 / float(r["generation_rate"]),
+             "megabytes": float(r["tensor_bytes"]) / 1e6} for r in rows]  # fmt: skip
+
+
+def latency_tables(records: Records) -> list[Table]:
+    floats = next(row for row in records if row["form"] == "float32")
+    rows = [
+        [f"this CPU, {r['form']}", floats["ms"], r["ms"], floats["ms"] / r["ms"]]
+        for r in records
+        if r is not floats
+    ]
+    return [
+        Table(
+            "Latency of one token, two cores of an AMD Zen 1, 1.1 billion random weights",
+            ["", "float32, ms", "packed, ms", "ratio"],
+            rows,
+            "`ptqkit bench --random-1b`; anew: `python benchmarks/paper_speed.py gptq`.",
+        )
+    ]
+
+
+def latency_published(figures: dict[str, Any]) -> Published | None:
+    found = published.table_of(figures, "latency_ms_per_token", "OPT-175B, ms")
+    return found
+
+
+def memory(args: argparse.Namespace) -> Records:
+    from ptqkit.hf.speed.shapes import SHAPES
+
+    shape = SHAPES["OPT-175B"]
+    weights, cache = shape.weight_bytes(3) / 1e9, shape.cache_bytes(2048) / 1e9
+    rows = {"weights": weights, "kv_cache_2048": cache, "total": weights + cache}
+    return [{"what": LABELS[k], "gigabytes": v} for k, v in rows.items()]
+
+
+LABELS = {
+    "weights": "weights, 3 bits per channel",
+    "kv_cache_2048": "keys and values, 2,048 tokens",
+    "total": "together",
+}
+
+
+def memory_tables(records: Records) -> list[Table]:
+    rows = [[row["what"], row["gigabytes"]] for row in records]
+    title = "Memory of OPT-175B, by arithmetic"
+    return [Table(title, ["", "GB"], rows)]
+
+
+def memory_published(figures: dict[str, Any]) -> Published | None:
+    return published.table_of(figures, "memory_gb", "the paper", LABELS, ["GB"])
+
+
+# Zero-shot tasks
+
+
+def tasks(args: argparse.Namespace) -> Records:
+    """Accuracies of the sweep over weights."""
+    keep = ("float", "RTN INT3", "GPTQ INT3", "RTN INT4", "GPTQ INT4")
+    with (RESULTS / "aweq_weights.csv").open(newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["kind"] == "zero-shot" and r["recipe"] in keep]
+    fields = ("model", "recipe", "task", "value", "chance", "count")
+    return [{k: r[k] for k in fields} for r in rows if r["value"]]
+
+
+def task_tables(records: Records) -> list[Table]:
+    cells: dict[str, dict[str, str]] = {}
+    for r in records:
+        name = f"{r['model']}, {r['task']}"
+        value, count = float(r["value"]), int(r["count"])
+        error = math.sqrt(value * (1 - value) / count)
+        cells.setdefault(r["recipe"], {})[name] = with_error(100 * value, 100 * error)
+    columns = list(dict.fromkeys(c for row in cells.values() for c in row))
+    rows = [[recipe, *(known.get(c) for c in columns)] for recipe, known in cells.items()]
+    note = (
+        "These models are at or near chance, which is 50 % for COPA, PIQA and WinoGrande: what "
+        "moves within ± says nothing. `ptqkit sweep benchmarks/sweeps/aweq_weights.toml`."
+    )
+    return [Table("Zero-shot accuracy, percent", ["", *columns], rows, note)]
+
+
+ENTRIES = (
+    Entry("table1", "solvers on a ResNet, with two encoders", kinds, kinds_tables,
+          lambda f: published.table_of(f, "resnet_top1", "ImageNet"), "kinds"),
+    Entry("table2", "runtime, and its growth with the width", runtime, runtime_tables,
+          runtime_published),
+    Entry("table3", "perplexity by size, bits and methods; figure 1", by_size, size_tables,
+          lambda f: like_ours(f, "opt_wikitext2", "OPT"), draw=draw_sizes),
+    Entry("table4", "the same on another family (LLaMA shapes)", by_size_llama, size_tables,
+          lambda f: like_ours(f, "bloom_wikitext2", "BLOOM")),
+    Entry("table5", "the largest model on three texts, by group size", by_text, text_tables,
+          text_published),
+    Entry("table6", "latency of one token at low bits", latency, latency_tables,
+          latency_published, "bench_1b_zen1.csv"),
+    Entry("memory", "weights, keys and values of OPT-175B", memory, memory_tables,
+          memory_published, "ptqkit.hf.speed.shapes"),
+    Entry("table7", "two bits by group size, and ternary", low_bits, low_tables, low_published),
+    Entry("zero-shot", "zero-shot tasks", tasks, task_tables, lambda f: None, "aweq_weights.csv"),
+)  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main("gptq", ENTRIES, __doc__, None))

@@ -1,0 +1,217 @@
+"""Recipes on language models, window by window, over calibration draws."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ptqkit
+from benchmarks.accuracy.models import MODELS, Case, open_case
+from benchmarks.accuracy.windows import window_losses
+from ptqkit import demo
+
+__all__ = [
+    "Losses",
+    "case_of",
+    "length_of",
+    "llamas",
+    "losses_of",
+    "opened",
+    "paired",
+    "perplexity",
+    "read_text",
+    "series",
+    "small",
+    "study",
+]
+
+LENGTH = 256  # positions of a window, at most
+LLAMAS = ("stories260k", "babyllama105", "embedded")  # by size
+Losses = dict[str, dict[int, np.ndarray]]  # method: draw: nats per token of each window
+
+
+def read_text(path: Path, characters: int = 1_200_000) -> str:
+    """Return the head of a text: .txt, or .jsonl of texts, packed or not."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        if ".jsonl" not in path.name:
+            return file.read(characters)
+        rows = [json.loads(line) for line in file]
+    texts = (next(v for v in row.values() if isinstance(v, str)) for row in rows)
+    return "\n\n".join(texts)[:characters]
+
+
+Cases = Iterator[tuple[str, Case]]
+
+
+def series(args: argparse.Namespace) -> Cases:
+    """Yield the models that `benchmarks.papers.size_series` wrote, the smallest first."""
+    if args.models is None or args.data is None:
+        raise SystemExit("say which models: --model DIR, or --models DIR and --data DIR")
+    books = args.data / "gutenberg"
+    for folder in sorted(p.parent for p in args.models.glob("opt-*/config.json")):
+        yield (
+            folder.name,
+            case_of(folder, books / "valid.txt.gz", books / "test.txt.gz", args.windows),
+        )
+
+
+def llamas(args: argparse.Namespace) -> Cases:
+    """Yield the embedded model and the two of the data."""
+    if args.data is None:
+        raise SystemExit("say which models: --model DIR, or --data DIR")
+    for name in LLAMAS:
+        folder, texts, _ = MODELS[name]
+        path = demo.MODEL_DIR if folder is None else args.data / folder
+        yield name, open_case(path, *texts(args.data), LENGTH, args.windows)
+
+
+def small(args: argparse.Namespace) -> Cases:
+    """Yield the two of the data and, if it is there, the size series."""
+    yield from ((name, case) for name, case in llamas(args) if name != "embedded")
+    if args.models is not None:
+        yield from series(args)
+
+
+def opened(args: argparse.Namespace, otherwise: Callable[..., Cases] = series) -> Cases:
+    """Yield the models of a command line with their texts: those given, or a series of ours."""
+    if not args.model:
+        yield from otherwise(args)
+        return
+    if args.calibration is None or args.test is None:
+        raise SystemExit("--model needs --calibration and --test: texts to draw from")
+    for folder in args.model:
+        yield folder.name, case_of(folder, args.calibration, args.test, args.windows)
+
+
+def length_of(folder: Path) -> int:
+    """Return the positions of a window: what the model takes, and at most 256."""
+    known = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return min(LENGTH, known.get("max_position_embeddings", LENGTH))
+
+
+def case_of(folder: Path, calibration: Path, test: Path, windows: int) -> Case:
+    """Load a model with its texts."""
+    length = length_of(folder)
+    return open_case(folder, [read_text(calibration)], read_text(test), length, windows)
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the log-probabilities of the next token in each window, (positions, pieces)."""
+    for row in windows:
+        yield model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+
+
+def divergences(model: Any, case: Case) -> np.ndarray:
+    """Return the Kullback-Leibler divergence from the float model, nats per token of each window.
+
+    Unlike the loss it has no term that is linear in the error of the weights: rounding cannot gain
+    by luck, so small differences between recipes show in it first.
+    """
+    pairs = zip(
+        log_probabilities(case.model, case.windows),
+        log_probabilities(model, case.windows),
+        strict=True,
+    )
+    return np.array([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs])
+
+
+def measured(case: Case, recipe: Any, batches: Any, **options: Any) -> tuple[Any, Any]:
+    """Quantize a copy; return the result with it, and the nats per token of each window."""
+    model = copy.deepcopy(case.model)
+    result = ptqkit.quantize(
+        model,
+        recipe,
+        batches,
+        tokenizer=case.tokenizer,
+        progress=False,
+        diagnostics=False,
+        stored_dtype=case.stored_dtype,
+        **options,
+    )
+    return result, np.array(window_losses(model, case.windows)) / case.scored
+
+
+def study(
+    name: str,
+    case: Case,
+    methods: Mapping[str, Any],
+    draws: int,
+    samples: int,
+    *,
+    divergence: bool = False,
+    **facts: Any,
+) -> Iterator[dict[str, Any]]:
+    """Yield a record per method and draw, the float model (method "float") first.
+
+    `methods` are recipes, or pairs of a recipe and its options, by name. With `divergence` a record
+    has that from the float model beside the losses.
+    """
+
+    def record(method: str, draw: int, losses: Iterable[float], **more: Any) -> dict[str, Any]:
+        rounded = [round(float(x), 4) for x in losses]
+        return {"model": name, **facts, "method": method, "draw": draw, **more, "losses": rounded}
+
+    yield record("float", -1, np.array(window_losses(case.model, case.windows)) / case.scored)
+    for draw in range(draws):
+        batches = case.batches(samples, draw)
+        for method, recipe in methods.items():
+            recipe, options = recipe if isinstance(recipe, tuple) else (recipe, {})
+            start = time.perf_counter()
+            result, losses = measured(case, recipe, batches, **options)
+            seconds = round(time.perf_counter() - start, 2)
+            bits = round(float(result.report.totals()["bits_per_weight"]), 3)
+            facts_of = {"bits": bits, "seconds": seconds}
+            if divergence:
+                facts_of["kl"] = [round(float(x), 5) for x in divergences(result.model, case)]
+            yield record(method, draw, losses, **facts_of)
+            print(f"{name} {method} {draw}: {math.exp(losses.mean()):.4g}", flush=True)
+
+
+def losses_of(
+    records: Iterable[Mapping[str, Any]], key: str = "model", values: str = "losses"
+) -> dict[str, Losses]:
+    """Return the losses (or other values) by model (or another key), method and draw."""
+    found: dict[str, Losses] = defaultdict(lambda: defaultdict(dict))
+    for row in records:
+        if values in row:
+            found[row[key]][row["method"]][row["draw"]] = np.array(row[values])
+    return found
+
+
+def perplexity(draws: Mapping[int, np.ndarray]) -> tuple[float, float]:
+    """Return the mean over the draws, and its standard deviation over them (NaN for one)."""
+    values = [math.exp(x.mean()) for x in draws.values()]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def paired(first: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> tuple[float, float]:
+    """Return the difference of two losses and its standard error, in thousandths of a nat.
+
+    Per window the difference is the mean over the draws that both have (a float model counts for
+    all of them). The error holds the spread over windows and that of the draws' means: the root of
+    the sum of both squares.
+    """
+    draws: Sequence[int] = sorted(first.keys() & other.keys()) or sorted({*first, *other} - {-1})
+
+    def of(losses: Mapping[int, np.ndarray], draw: int) -> np.ndarray:
+        return losses.get(draw, losses.get(-1))
+
+    each = 1e3 * np.array([of(first, d) - of(other, d) for d in draws])
+    windows = each.mean(axis=0)
+    variance = windows.var(ddof=1) / len(windows)
+    if len(draws) > 1:
+        variance += each.mean(axis=1).var(ddof=1) / len(draws)
+    return float(windows.mean()), math.sqrt(variance)
