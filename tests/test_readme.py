@@ -69,7 +69,7 @@ def place(tmp_path_factory):
     for name, layers, longest in (
         ("path/to/model", 2, 64),
         ("models/small", 2, 64),
-        ("model", 1, 32),
+        ("model", 1, 256),
     ):
         config = LlamaConfig(
             vocab_size=len(tokenizer),
