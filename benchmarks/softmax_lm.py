@@ -3,15 +3,22 @@
 The language-model half of Table 3 of Pandey et al. 2023, "Softmax Bias Correction for Quantized
 Generative Models": float, 8-bit weights (round to nearest, one scale per output), 8-bit softmax,
 both, and the softmax with corrections: one bias per attention module, one per head (both the
-paper's), and the row sum. On held-out text, in windows drawn from all over it.
+paper's), and the row sum; then the grid before normalising, and other papers' grids. On held-out
+text, in windows drawn from all over it.
 
     python benchmarks/softmax_lm.py                          # the embedded model, 512 and 1,024
     python benchmarks/softmax_lm.py --data DIR               # and the trained models in that folder
     python benchmarks/softmax_lm.py --bits 8 6 4 --only 512 --guard --seeds 3
+    python benchmarks/softmax_lm.py --data DIR --longest --bits 8 6 4 3 2 --variants all --out FILE
 
-Perplexity is per token, in float32. "gain" is what a correction lowers the loss of a token by,
-against the same model without it: mean over the windows and its standard error, in thousandths of
-a nat. dB are of the logits, against those of the float model.
+Perplexity is per token, in float32. "excess" is that above the float model, with the standard error
+of the paired difference over windows. "given back" is the share of what the plain grid on [0, 1]
+loses. "gain" is what a correction lowers the loss of a token by, against the same model without it:
+mean over the windows and its standard error, in thousandths of a nat. dB are of the logits, against
+those of the float model.
+
+"goal" in the file: whether, at 4 bits and more, the better of the two row corrections gives back
+99 % wherever the plain grid loses more than two standard errors.
 """
 
 from __future__ import annotations
@@ -47,14 +54,24 @@ LABELS = {
     "bias": " + BC per tensor",
     "bias/head": " + BC per head",
     "row_sum": " + row sum",
+    "before": " before",
+    "before/code_sum": " before + code sum",
+    "before/row_sum": " before + row sum",
+    "log2": " log2",
+    "log2/row_sum": " log2 + row sum",
+    "twin": " twin",
+    "twin/row_sum": " twin + row sum",
 }
 """What the tables call the corrections of ``ptqkit.hf.softmax.table``."""
+PAPER = ("none", "bias", "bias/head", "row_sum")
+ROW_CORRECTIONS = ("row_sum", "before/row_sum")
 CASES = {
     "babyllama105 256": ("babyllama105", 256),
     "stories260k 512": ("stories260k", 512),
     "embedded 512": (demo.MODEL_DIR, 512),
     "embedded 1024": (demo.MODEL_DIR, 1024),
 }
+LONGEST = [name for name in CASES if name != "embedded 512"]
 
 
 def texts(args: argparse.Namespace, folder: Path | str) -> tuple[list[str], list[str]]:
@@ -125,7 +142,7 @@ def table_row(name: str, found: dict[str, Any], plain: Any, base: Any, full: Any
     losses = np.array(found["losses"])
     perplexity = math.exp(losses.mean())
     row = {"model": name, "perplexity": perplexity}
-    row["excess"] = perplexity - math.exp(np.mean(full["losses"]))
+    row["excess"], row["excess_error"] = paired(found, full)
     row["calibration_db"], row["held_out_db"] = found["calibration_db"], found["held_out_db"]
     if plain is not None:
         gain = np.array(plain["losses"]) - losses
@@ -134,6 +151,39 @@ def table_row(name: str, found: dict[str, Any], plain: Any, base: Any, full: Any
         lost, kept = (math.exp(np.mean(x["losses"])) for x in (plain, base))
         row["given_back"] = (lost - perplexity) / (lost - kept)
     return row
+
+
+def paired(found: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float]:
+    """Difference of two perplexities and its standard error over windows of equal length."""
+    values = [math.exp(np.mean(x["losses"])) for x in (found, reference)]
+    moves = [
+        value * (np.array(x["losses"]) - np.mean(x["losses"]))
+        for value, x in zip(values, (found, reference), strict=True)
+    ]
+    gap = moves[0] - moves[1]
+    return values[0] - values[1], float(math.sqrt(np.mean(gap**2) / (len(gap) - 1)))
+
+
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whether the better row correction gives back 99 % where the plain grid loses two errors."""
+    found = []
+    for label, bits in dict.fromkeys((r["label"], r["bits"]) for r in rows if r.get("bits", 0) > 3):
+        these = {r["variant"]: r for r in rows if (r.get("label"), r.get("bits")) == (label, bits)}
+        if not {"none", *ROW_CORRECTIONS} <= set(these):
+            continue
+        # With rounded weights the loss is that above the same weights.
+        loss, error = (these["none"][name] for name in ("lost", "lost_error"))
+        best = max(ROW_CORRECTIONS, key=lambda name: these[name]["given_back"])
+        goal = {
+            "weights": label.rstrip("-") or "float",
+            "bits": bits,
+            "lost": loss,
+            "lost_error": error,
+        }
+        goal |= {"applies": loss > 2 * error, "best": best}
+        goal |= {"given_back": these[best]["given_back"]}
+        found.append(goal | {"reached": goal["given_back"] >= 0.99})
+    return found
 
 
 def softmax_rows(
@@ -146,11 +196,15 @@ def softmax_rows(
         for n in ("zero_fraction", "mean_row_sum")
     )
     plain = None
-    for name, ending in LABELS.items():
-        choice = VARIANTS[name]
+    chosen = case.args.weights_variants if label else case.args.variants
+    for name in dict.fromkeys(["none", *chosen]):
+        choice, ending = VARIANTS[name], LABELS[name]
         found = case.measure(model, study.quantizers(*choice))
         row = table_row(f"{label}SM{bits}{ending}", found, plain, base, full)
-        row |= {"bits": bits, "zero_fraction": float(zero), "mean_row_sum": float(mass)}
+        row |= {"bits": bits, "variant": name, "label": label}
+        if choice[2] == "probabilities":
+            row |= {"zero_fraction": float(zero), "mean_row_sum": float(mass)}
+        row["lost"], row["lost_error"] = paired(found, base)
         if plain is not None and choice[0] == "bias":
             row["seeds"] = [row["perplexity"], *other_seeds(case, model, bits, choice)]
         if plain is not None and case.args.guard and not label:
@@ -203,6 +257,7 @@ def study(args: argparse.Namespace, folder: Path | str, context: int) -> dict[st
         "calibration": {"windows": case.calibration.samples, "tokens": case.calibration.tokens},
         "start_token": case.calibration.start_token,
         "rows": rows,
+        "goal": goals(rows),
         "seconds": time.perf_counter() - started,
     }
 
@@ -211,13 +266,13 @@ def print_case(name: str, found: dict[str, Any]) -> None:
     """Print a table."""
     cells = []
     for row in found["rows"]:
-        corrected, quantized = "gain" in row, "bits" in row
+        corrected, quantized = "gain" in row, "zero_fraction" in row
         guard = row.get("guard")
         cells.append(
             [
                 row["model"],
                 f"{row['perplexity']:.4f}",
-                f"{row['excess']:+.4f}",
+                f"{row['excess']:+.4f} ± {row['excess_error']:.4f}",
                 f"{100 * row['given_back']:.0f}%" if corrected else "",
                 f"{row['gain']:+.2f} ± {row['gain_error']:.2f}" if corrected else "",
                 f"{100 * row['zero_fraction']:.1f}%" if quantized else "",
@@ -230,6 +285,12 @@ def print_case(name: str, found: dict[str, Any]) -> None:
     columns = ["", "perplexity", "excess", "given back", "gain", "to zero", "row sum"]
     columns += ["calibration dB", "held-out dB", "left out"]
     tokens = (found["held_out"]["tokens"], found["calibration"]["tokens"])
+    for goal in found["goal"]:
+        if goal["applies"]:
+            print(
+                f"{goal['weights']} weights, {goal['bits']} bits: {goal['best']} gives back "
+                f"{100 * goal['given_back']:.1f} % of {goal['lost']:.4f} ± {goal['lost_error']:.4f}"
+            )
     show(f"{name}: {tokens[0]:,} held-out tokens, {tokens[1]:,} to calibrate on", columns, cells)
 
 
@@ -255,8 +316,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, default=1, help="calibration sets for the biases (1)")
     add("--guard", action="store_true", help="also what quantize_softmax would leave out")
     add("--only", default="", metavar="TEXT", help=f"of {', '.join(CASES)}: those with this text")
+    add("--longest", action="store_true", help="each model at its longest context alone")
+    add("--variants", nargs="+", default=list(PAPER), help=f"of {', '.join(LABELS)}, or all")
+    add("--weights-variants", nargs="+", default=[*PAPER, "before/row_sum"], help="with W8A16")
     add("--out", type=Path, metavar="FILE", help="write JSON there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("variants", "weights_variants"):
+        if getattr(args, name) == ["all"]:
+            setattr(args, name, list(LABELS))
+        wrong = set(getattr(args, name)) - set(LABELS)
+        if wrong:
+            parser.error(f"{sorted(wrong)[0]!r} is not one of {', '.join(LABELS)}, all")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -266,7 +337,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     results = {}
     for name, (folder, context) in CASES.items():
-        if args.only not in name or (folder != demo.MODEL_DIR and args.data is None):
+        if args.only not in name or (args.longest and name not in LONGEST):
+            continue
+        if folder != demo.MODEL_DIR and args.data is None:
             continue
         results[name] = study(args, folder, context)
         print_case(name, results[name])

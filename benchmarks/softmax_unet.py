@@ -8,7 +8,7 @@ another and much larger model and stand for the effect, not for a value to reach
     python benchmarks/softmax_unet.py --table 2        # one bias per tensor, head, step, both
     python benchmarks/softmax_unet.py --table 3        # FP32, SM8, W8A16, with and without
     python benchmarks/softmax_unet.py --figure 1       # expected row sum against SQNR
-    python benchmarks/softmax_unet.py --picture        # samples side by side
+    python benchmarks/softmax_unet.py --picture        # Figure 2: samples side by side, 20 steps
     python benchmarks/softmax_unet.py --table 1 2 3 --figure 1 --picture --out results
 
 With --out each part is also written there: table1.json, ..., figure1.png, samples.png.
@@ -30,7 +30,7 @@ import torch
 import unet_tables as tables
 from common import header, show, torch_threads
 
-from ptqkit import diffusion
+from ptqkit import diffusion, sqnr
 
 HERE = Path(__file__).resolve().parent
 
@@ -138,39 +138,68 @@ def draw_figure(path: Path, found: dict[str, Any], bits: int) -> None:
     plt.close(picture)
 
 
+PICTURED = {
+    "none": "no correction",
+    "per head": "β per head (paper)",
+    "row sum": "row sum",
+    "before + row sum": "before normalising,\nrow sum",
+}
+"""Variants of the picture and what its lines are called after."""
+
+
 def samples_side_by_side(args: argparse.Namespace, experiment: tables.Experiment) -> None:
-    """Draw the same samples by the float model and with a quantized softmax, row by row."""
-    study = experiment.study(args.bits[0])
+    """Draw the same samples by the float model and with a quantized softmax, row by row.
+
+    Figure 2 of the paper, which has the first three lines of both kinds of weights.
+    """
     label = f"SM{args.bits[0]}"
-    rows = {"float": experiment.reference}
-    for variant, ending in {
-        "none": "",
-        args.correction: f"\n{args.correction}",
-        "row sum": "\nrow sum",
-    }.items():
-        hooks = tables.variant_hooks(study, variant)
-        with diffusion.attention_hooks(experiment.model.unet, hooks):
-            rows[label + ending] = experiment.run()
-    draw_samples(args.out / "samples.png", rows, min(experiment.samples, 10))
+    rows, decibels = {"float": experiment.reference}, {}
+    for name, unet in (("", experiment.model.unet), ("W8A16", experiment.rounded)):
+        if name:
+            rows[name] = experiment.run(unet)
+        study = experiment.study(args.bits[0], unet)
+        for variant, ending in PICTURED.items():
+            experiment.progress(f"picture: {name} {label}, {variant}".replace("  ", " "))
+            with diffusion.attention_hooks(unet, tables.variant_hooks(study, variant)):
+                line = f"{name}-{label}" if name else label
+                rows[f"{line}\n{ending}"] = experiment.run(unet)
+    for name, images in list(rows.items())[1:]:
+        decibels[name] = float(sqnr(experiment.reference, images, per="sample"))
+    title = f"{experiment.steps} steps of DDIM; SQNR of {experiment.samples} samples on the right"
+    draw_samples(args.out / "samples.png", rows, decibels, title, min(experiment.samples, 10))
+    found = [{"model": n.replace("\n", ", "), "sqnr_db": d} for n, d in decibels.items()]
+    write(args, experiment, "figure2", {"rows": found})
 
 
-def draw_samples(path: Path, rows: dict[str, np.ndarray], count: int) -> None:
-    """One line of images per model, in gray."""
+def draw_samples(
+    path: Path, rows: dict[str, np.ndarray], decibels: dict[str, float], title: str, count: int
+) -> None:
+    """One line of images per model, in gray, with its name and its decibels."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     picture, grid = plt.subplots(
-        len(rows), count, figsize=(count, len(rows)), squeeze=False, layout="constrained"
+        len(rows),
+        count,
+        figsize=(0.75 * count + 3, 0.78 * len(rows) + 0.5),
+        squeeze=False,
+        layout="constrained",
     )
     for line, (name, images) in zip(grid, rows.items(), strict=True):
         for axes, image in zip(line, images[:count, 0], strict=True):
             axes.imshow(image, cmap="gray", vmin=-1, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    picture.savefig(path, dpi=120)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+        if name in decibels:
+            line[-1].yaxis.set_label_position("right")
+            line[-1].set_ylabel(
+                f"{decibels[name]:.1f} dB", rotation=0, ha="left", va="center", fontsize=10
+            )
+    picture.suptitle(title, fontsize=11)
+    picture.savefig(path, dpi=110)
     plt.close(picture)
 
 
@@ -194,12 +223,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--correction",
-        choices=[*tables.VARIANTS][1:-1],
+        choices=tables.BIASES,
         default="per step and head",
-        help="of table 3 and the picture (per step and head)",
+        help="of table 3 (per step and head)",
     )
     add("--samples", type=int, default=32, help="final samples to compare (32)")
-    add("--steps", type=int, default=50, help="of DDIM (50)")
+    add("--steps", type=int, help="of DDIM (50; with --picture alone 20, as the paper's figure)")
     add("--latents", type=int, default=400, help="calibration latents (400)")
     add("--batch-size", type=int, default=8, help="samples that run together (8)")
     add("--seed", type=int, default=0, help="of the starting noise (0)")
@@ -210,6 +239,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("nothing to do: give --table, --figure or --picture")
     if args.picture and args.out is None:
         parser.error("--picture needs --out")
+    if args.steps is None:
+        args.steps = 50 if args.table or args.figure else 20
     if args.smoke:
         vars(args).update(samples=4, steps=2, latents=4)
     return args

@@ -23,6 +23,7 @@ from ptqkit.diffusion.calibration import CalibrationLatents, draw_calibration, r
 from ptqkit.diffusion.checks import check_positive
 from ptqkit.diffusion.sampling import ClassConditionalUNet, sample
 from ptqkit.diffusion.softmax import SoftmaxCalibration
+from ptqkit.diffusion.table import VARIANTS as TABLE
 from ptqkit.diffusion.weights import quantize_weights
 from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer, AttentionRanges
 from ptqkit.nn.softmax.compare import softmax_hooks
@@ -30,15 +31,20 @@ from ptqkit.nn.softmax.study import refuse_installed
 
 __all__ = ["Experiment", "granularity_table", "row_sum_figure", "sensitivity_table", "total_table"]
 
-VARIANTS: Mapping[str, tuple[str | None, str]] = {
-    "none": (None, "head"),
-    "per tensor": ("bias", "tensor"),
-    "per head": ("bias", "head"),
-    "per step": ("bias", "step"),
-    "per step and head": ("bias", "step_head"),
-    "row sum": ("row_sum", "head"),
+VARIANTS: Mapping[str, tuple[str | None, str, str]] = {
+    "none": TABLE["none"],
+    "per tensor": TABLE["bias"],
+    "per head": TABLE["bias/head"],
+    "per step": TABLE["bias/step"],
+    "per step and head": TABLE["bias/step_head"],
+    "row sum": TABLE["row_sum"],
+    "before": TABLE["before"],
+    "before + code sum": TABLE["before/code_sum"],
+    "before + row sum": TABLE["before/row_sum"],
 }
-"""Corrections by name: the argument ``correction`` and the granularity."""
+"""Corrections by name: arguments of ``SoftmaxCalibration.quantizers``."""
+BIASES = ("per tensor", "per head", "per step", "per step and head")
+"""The paper's."""
 
 
 @dataclass
@@ -218,6 +224,7 @@ def total_table(
         study = experiment.study(bits, unet)
         full = f"{name}-{label}" if name else label
         endings = {"none": "", correction: " + correction", "row sum": " + row sum"}
+        endings["before + row sum"] = " before + row sum"
         for variant, ending in endings.items():
             experiment.progress(full + ending)
             result = experiment.final(unet, variant_hooks(study, variant))

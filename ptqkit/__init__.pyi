@@ -8,6 +8,7 @@ from .arrays.activations import activation_grid as activation_grid
 from .arrays.activations import outlier_columns as outlier_columns
 from .arrays.activations import quantize_activations as quantize_activations
 from .arrays.bias import bias_correction as bias_correction
+from .arrays.coupling import couple_rows as couple_rows
 from .arrays.drift import Drift as Drift
 from .arrays.equalization import EqualizationPrecision as EqualizationPrecision
 from .arrays.equalization import EqualizationSearch as EqualizationSearch
@@ -60,5 +61,8 @@ from .recipe import BiasCorrection as BiasCorrection
 from .recipe import Equalize as Equalize
 from .recipe import Recipe as Recipe
 from .recipe import SmoothQuant as SmoothQuant
+from .study.driver import Study as Study
+from .study.driver import StudyInterrupted as StudyInterrupted
+from .study.result import StudyResult as StudyResult
 
 __version__: str

@@ -172,6 +172,20 @@ def best_paths(
     threads: int,
     /,
 ) -> None: ...
+def couple_rows(
+    W: _F32,  # (rows, n)
+    H: _F32,  # (n, n), undamped
+    B: _F64,  # (rows, rows), symmetric
+    order: _I64,  # (n,), a permutation
+    g_idx: _I32,  # (n,), from 0 to groups - 1
+    scales: _F32,  # (rows, groups)
+    zeros: _U8,  # (rows, groups)
+    options: tuple[int, int],  # max_code, passes
+    codes: _U8,  # (rows, n), read and written
+    objective: _F64,  # (rows,), written
+    threads: int,
+    /,
+) -> None: ...
 def obq(
     W: _F64,  # (rows, n)
     inverse: _F64,  # (n, n), of the damped Hessian
@@ -329,10 +343,12 @@ def softmax_quantize(
     allowed: _Bool | None,  # (batch or 1, heads or 1, q or 1, k)
     causal: int,
     grid: _SoftmaxGrid,
-    correction: int,  # 0 none, 1 table, 2 row sum
+    correction: int,  # 0 none, 1 table, 2 row sum, 3 code sum (with exponentials)
     table: _F64,  # (heads or 1, k + 1 or 1), by head and number of allowed keys
     out: _F32 | _U8 | _U16,  # as scores, written: values (may be scores), or codes
     corrections: _F32 | None,  # (batch * heads * q,), written
+    scales: _F32 | None,  # (batch * heads * q,), written: of a row's codes
+    exponentials: int,  # 1: the grid is that of exp(x - the row's largest x)
     threads: int,
     /,
 ) -> tuple[int, int]: ...  # first row that was refused or -1, number of empty rows

@@ -84,7 +84,8 @@ def test_no_machine_is_named(folder):
             assert not pattern.search(line), f"{relative(path)}:{number}: {line.strip()}"
 
 
-def test_the_changelog_has_the_version():
+def test_changelog_and_citation_have_the_version():
     text = (ROOT / "ptqkit" / "_version.py").read_text(encoding="utf-8")
     version = re.search(r"__version__ = \"(.+)\"", text)
     assert version and f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from ptqkit import demo
 from ptqkit.hf import load_model, prepare_calibration
 from ptqkit.hf.data.text import start_token_id
 
-__all__ = ["MODELS", "Case", "load_case", "open_case"]
+__all__ = ["LEFT_OUT", "MODELS", "TRAINED", "Case", "load_case", "open_case"]
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,42 @@ def _code(data: Path) -> tuple[list[str], str]:
     return calibration, demo.text("test", 3_000_000, per_file=30_000)
 
 
+def _books(data: Path) -> tuple[list[str], str]:
+    with gzip.open(data / "gutenberg" / "train.txt.gz", "rt", encoding="utf-8") as file:
+        left = file.read()[-LEFT_OUT:]
+    with gzip.open(data / "gutenberg" / "test.txt.gz", "rt", encoding="utf-8") as file:
+        return [left], file.read()
+
+
 def _tales(data: Path) -> tuple[list[str], str]:
     stories = _stories(data)
     return [" ".join(stories[:550])], " ".join(stories[550:])
 
 
+#: What `train_opt` trains, in a folder of that name; of the books' last characters it saw none.
+TRAINED, LEFT_OUT = "gutenberg-opt", 1_000_000
 #: name: folder below the data (None: the embedded model), texts, longest input.
 MODELS: dict[str, tuple[str | None, Callable[[Path], tuple[list[str], str]], int]] = {
     "embedded": (None, _code, 512),
     "stories260k": ("stories260k", _tales, 512),
     "babyllama105": ("babyllama105", _tales, 256),
+    TRAINED: (TRAINED, _books, 256),
 }
 
 
-def load_case(name: str, data: Path, windows: int, device: str = "cpu") -> Case:
-    """Load a model and cut its test text into windows at equal distances."""
+def load_case(
+    name: str, data: Path, windows: int, device: str = "cpu", models: Path | None = None
+) -> Case:
+    """Load a model and cut its test text into windows at equal distances.
+
+    ``models`` is the folder of the models that were trained here.
+    """
     folder, texts, length = MODELS[name]
-    path = demo.MODEL_DIR if folder is None else data / folder
-    calibration, test = texts(data)
-    return open_case(path, calibration, test, length, windows, device)
+    if name == TRAINED and models is None:
+        raise SystemExit(f"{name}: train it with benchmarks.accuracy.train_opt, and give --models")
+    path = (models if name == TRAINED else data) / (folder or ".")
+    path = demo.MODEL_DIR if folder is None else path
+    return open_case(path, *texts(data), length, windows, device)
 
 
 def open_case(

@@ -5,7 +5,8 @@
 Writes `windows.csv`, a row per model, grid, recipe, draw and test window with the summed negative
 log-likelihood (draw -1: the float model), and `runs.csv` with times and objectives. Cells that are
 in both files already are left alone; with `--processes` several are measured at once, each on one
-thread. `benchmarks.accuracy.tables` makes the tables.
+thread. The most telling grids come first, tuned recipes last. `--models` is the folder of the model
+that `benchmarks.accuracy.train_opt` trains. `benchmarks.accuracy.tables` makes the tables.
 """
 
 from __future__ import annotations
@@ -15,31 +16,46 @@ import csv
 import multiprocessing
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from benchmarks.accuracy.models import MODELS, Case, load_case
+from benchmarks.accuracy.models import MODELS, TRAINED, Case, load_case
+from benchmarks.accuracy.prototypes.rotation import rotated
 from benchmarks.accuracy.windows import window_losses
 from ptqkit._defaults import FORWARD_BATCH_SIZE
 from ptqkit.hf import FloatWeights, quantize
 
+#: The most telling ones first.
 GRIDS: dict[str, dict[str, Any]] = {
     "4 channel": {"bits": 4, "group_size": None},
     "3 g64": {"bits": 3, "group_size": 64},
     "2 g64": {"bits": 2, "group_size": 64},
+    "3 channel": {"bits": 3, "group_size": None},
+    "4 g128": {"bits": 4, "group_size": 128},
+    "3 g128": {"bits": 3, "group_size": 128},
+    "2 g128": {"bits": 2, "group_size": 128},
+    "4 g64": {"bits": 4, "group_size": 64},
+    "4 g32": {"bits": 4, "group_size": 32},
+    "3 g32": {"bits": 3, "group_size": 32},
+    "2 g32": {"bits": 2, "group_size": 32},
+    "ternary g8": {"bits": "ternary", "group_size": 8},
+    "2 channel": {"bits": 2, "group_size": None},
 }
-#: Groups of the layers whose inputs 64 does not divide: the divisor nearest to it.
-NEAREST = {"stories260k": {"*.down_proj": 43}, "babyllama105": {"*.down_proj": 44}}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("rtn", {}),
     "reference": ("reference", {}),
     "quality": ("quality", {}),
     "quality, QEP 0.5": ("quality", {"error_propagation": 0.5}),
     "quality, refit": ("quality", {"refit_rounds": 2}),
     "best": ("best", {}),
+    "best, rows apart": ("best", {"row_coupling": 0}),
+    "best, rotated": ("best", {}),
     "best, tuned": ("best", {"tune": 150}),
     "quality, tuned": ("quality", {"tune": 150}),
     "best, alpha 0.75": ("best", {"error_propagation": 0.75, "residual_propagation": 0.75}),
@@ -48,16 +64,27 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptaq": ("reference", {"error_propagation": 0.25, "target": "gptaq", "order": "act",
                             "static_groups": True}),
 }  # fmt: skip
+#: Rounding to nearest needs no calibration.
+ONE_DRAW = ("rtn",)
+#: Of LLaMA shapes: residual stream and values are rotated beforehand, as prototypes do it.
+ROTATED = ("best, rotated",)
 WINDOWS = ("model", "grid", "recipe", "draw", "window", "nll", "tokens")
 RUNS = ("model", "grid", "recipe", "draw", "seconds", "seconds_solve", "objective", "bits")
 
 
-def grid_options(model: str, grid: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a grid, with groups that divide the inputs of every layer."""
-    if grid["group_size"] is None:
+def grid_options(model: nn.Module, grid: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a grid: where a group does not divide the inputs, the nearest does."""
+    size = grid["group_size"]
+    if size is None:
         return dict(grid)
-    sizes = NEAREST.get(model, {}).items()
-    return {**grid, "overrides": {k: {"group_size": size} for k, size in sizes}}
+    found = {}
+    for name, layer in model.named_modules():
+        inputs = getattr(layer, "in_features", size)
+        if name.endswith("lm_head") or inputs % size == 0:
+            continue
+        divisors = (d for d in range(2, inputs + 1) if inputs % d == 0)
+        found[name] = {"group_size": min(divisors, key=lambda d: (abs(d - size), d))}
+    return {**grid, "overrides": found}
 
 
 class Table:
@@ -118,18 +145,23 @@ class Cells:
     samples: int
     windows: int
     device: str
+    models: Path | None
+
+    def load(self) -> Case:
+        """Load the model anew."""
+        return load_case(self.model, self.data, self.windows, self.device, self.models)
 
 
 @cache
-def prepared(model: str, data: Path, windows: int, device: str) -> tuple[Case, FloatWeights]:
+def prepared(cells: Cells) -> tuple[Case, FloatWeights]:
     """Load a model once per process."""
-    case = load_case(model, data, windows, device)
+    case = cells.load()
     return case, FloatWeights(case.model)
 
 
 def study(cells: Cells) -> list[tuple[tuple[str, ...], list[Any], list[float], int]]:
     """Measure cells; returns key, facts, losses and scored tokens of each."""
-    case, floats = prepared(cells.model, cells.data, cells.windows, cells.device)
+    case, floats = prepared(replace(cells, grid="", draw=0, recipes=()))
     if cells.draw < 0:
         key = (cells.model, "", "float", "-1")
         floats.restore()
@@ -138,8 +170,13 @@ def study(cells: Cells) -> list[tuple[tuple[str, ...], list[Any], list[float], i
     found = []
     for recipe in cells.recipes:
         preset, changes = RECIPES[recipe]
-        options = {**grid_options(cells.model, GRIDS[cells.grid]), **changes}
-        facts, losses = measure(case, floats, batches, preset, options)
+        options = {**grid_options(case.model, GRIDS[cells.grid]), **changes}
+        if recipe in ROTATED:  # which changes the structure, for good
+            own = cells.load()
+            with rotated(own.model):
+                facts, losses = measure(own, FloatWeights(own.model), batches, preset, options)
+        else:
+            facts, losses = measure(case, floats, batches, preset, options)
         found.append(
             ((cells.model, cells.grid, recipe, str(cells.draw)), facts, losses, case.scored)
         )
@@ -147,21 +184,26 @@ def study(cells: Cells) -> list[tuple[tuple[str, ...], list[Any], list[float], i
 
 
 def missing(args: argparse.Namespace, windows: Table, runs: Table) -> Iterator[Cells]:
-    """Yield what is not there yet, the longest first."""
-    common = (args.data, args.samples, args.windows, args.device)
-    for name in reversed(args.model or list(MODELS)):
+    """Yield what is not there yet: all models grid by grid, draw by draw; tuned recipes last."""
+    common = (args.data, args.samples, args.windows, args.device, args.models)
+    names = args.model or [m for m in MODELS if m != TRAINED or args.models]
+    for name in names:
         if (name, "", "float", "-1") not in windows.seen:
             yield Cells(name, "", -1, (), *common)
-        for draw in range(args.draws):
-            for grid in args.grid or GRIDS:
-                keys = {r: (name, grid, r, str(draw)) for r in args.recipe or RECIPES}
-                recipes = tuple(
-                    r for r, key in keys.items() if not (key in windows.seen and key in runs.seen)
-                )
-                each = (
-                    [(r,) for r in recipes] if args.processes > 1 else [recipes] if recipes else []
-                )
-                yield from (Cells(name, grid, draw, part, *common) for part in each)
+    chosen = args.recipe or list(RECIPES)
+    parts = [[r for r in chosen if ("tune" in RECIPES[r][1]) == tuned] for tuned in (False, True)]
+    for part, grid, draw, name in product(parts, args.grid or GRIDS, range(args.draws), names):
+        recipes = tuple(
+            r
+            for r in part
+            if not (r in ONE_DRAW and draw)
+            and not (r in ROTATED and name == TRAINED)
+            and not all((name, grid, r, str(draw)) in table.seen for table in (windows, runs))
+        )
+        if args.processes == 1 and recipes:
+            yield Cells(name, grid, draw, recipes, *common)
+        elif recipes:
+            yield from (Cells(name, grid, draw, (r,), *common) for r in recipes)
 
 
 def main() -> None:
@@ -176,6 +218,7 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=48, help="test windows")
     p.add_argument("--processes", type=int, default=1, help="cells at once, a thread each")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--models", type=Path, help="folder of the model that was trained here")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     windows, runs = (

@@ -175,6 +175,22 @@ int args_permutation(int64_t **copy, PyObject *o, const char *name, npy_intp n) 
     return -1;
 }
 
+int args_groups(int32_t **copy, PyArrayObject *g_idx, npy_intp n, npy_intp groups) {
+    *copy = PyMem_Malloc(sizeof(int32_t) * (size_t)n);
+    if (!*copy) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    memcpy(*copy, PyArray_DATA(g_idx), sizeof(int32_t) * (size_t)n);
+    for (npy_intp j = 0; j < n; j++)
+        if ((*copy)[j] < 0 || (*copy)[j] >= groups) {
+            PyErr_Format(PyExc_ValueError, "g_idx must lie in [0, %zd], not %d at %zd",
+                         (Py_ssize_t)groups - 1, (int)(*copy)[j], (Py_ssize_t)j);
+            return -1;
+        }
+    return 0;
+}
+
 int args_rows(int64_t **copy, PyObject *o, npy_intp tokens, int64_t *count) {
     PyArrayObject *a;
     void *items;

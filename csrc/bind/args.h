@@ -48,6 +48,8 @@ int args_tokens(PyArrayObject **out, PyObject *o, const char *name, ptq_dtype dt
 /* Copies of index arrays, which stay valid when the caller's array changes during the call; free
  * them with PyMem_Free. A permutation of 0 .. n - 1: */
 int args_permutation(int64_t **copy, PyObject *o, const char *name, npy_intp n);
+/* The group of each of n columns, from 0 to groups - 1; *copy is to be freed after an error too. */
+int args_groups(int32_t **copy, PyArrayObject *g_idx, npy_intp n, npy_intp groups);
 /* Tokens of X: *count of them, or all `tokens` and *copy = NULL if o is None. */
 int args_rows(int64_t **copy, PyObject *o, npy_intp tokens, int64_t *count);
 

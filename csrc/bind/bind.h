@@ -18,6 +18,7 @@
     X(rtn)                  \
     X(obq)                  \
     X(best_paths)           \
+    X(couple_rows)          \
     X(objective)            \
     X(codes_on_grid)        \
     X(channel_ranges)       \

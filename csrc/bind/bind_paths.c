@@ -1,24 +1,8 @@
 /* bind_paths.c - best_paths. */
 #include "bind.h"
 
-/* Copies of what is used as an index: whatever else shares their memory may be written meanwhile.
+/* A copy of what is used as an index: whatever else shares its memory may be written meanwhile.
  */
-static int copy_groups(int32_t **copy, PyArrayObject *g_idx, npy_intp n, npy_intp groups) {
-    *copy = PyMem_Malloc(sizeof(int32_t) * (size_t)n);
-    if (!*copy) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    memcpy(*copy, PyArray_DATA(g_idx), sizeof(int32_t) * (size_t)n);
-    for (npy_intp j = 0; j < n; j++)
-        if ((*copy)[j] < 0 || (*copy)[j] >= groups) {
-            PyErr_Format(PyExc_ValueError, "g_idx must lie in [0, %zd], not %d at %zd",
-                         (Py_ssize_t)groups - 1, (int)(*copy)[j], (Py_ssize_t)j);
-            return -1;
-        }
-    return 0;
-}
-
 static int copy_rows(int64_t **copy, PyArrayObject *chosen, npy_intp rows) {
     const npy_intp count = PyArray_DIM(chosen, 0);
     char *seen = PyMem_Calloc((size_t)rows, 1);
@@ -86,7 +70,7 @@ PTQ_BIND(best_paths, 12,
     int32_t *group = NULL;
     if (args_permutation(&perm, args[3], "order", n)) return NULL;
     PyObject *result = NULL;
-    if (!copy_groups(&group, g_idx, n, groups) && !copy_rows(&picked, chosen, rows)) {
+    if (!args_groups(&group, g_idx, n, groups) && !copy_rows(&picked, chosen, rows)) {
         a.W = PyArray_DATA(W);
         a.H = PyArray_DATA(H);
         a.R = PyArray_DATA(R);

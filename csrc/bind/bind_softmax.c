@@ -68,7 +68,7 @@ static int quantized_array(PyArrayObject **out, PyObject *o, PyArrayObject *scor
 /* Additive corrections by head and number of allowed keys. */
 static int correction_table(PyObject *kind, PyObject *o, ptq_softmax_args *a) {
     PyArrayObject *table;
-    const long long correction = args_int(kind, "correction", 0, PTQ_CORRECT_ROW_SUM);
+    const long long correction = args_int(kind, "correction", 0, PTQ_CORRECT_CODE_SUM);
     if (correction < 0 || args_array(&table, o, "table", NPY_FLOAT64, 2)) return -1;
     a->correction = (int)correction;
     a->table = PyArray_DATA(table);
@@ -78,32 +78,55 @@ static int correction_table(PyObject *kind, PyObject *o, ptq_softmax_args *a) {
            (a->table_lengths != 1 && args_dim(table, "table", 1, a->attention.k + 1));
 }
 
-PTQ_BIND(softmax_quantize, 9,
-         "scores, allowed, causal, grid, correction, table, out, corrections, threads",
-         "Write the softmax of scores over the allowed keys, rounded to a grid and corrected;\n"
-         "return the first row that was refused or -1, and the number of rows without a key.\n\n"
-         "scores (batch, heads, q, k) float32; allowed bool, of the same shape or 1 along any of\n"
-         "the first three axes, or None; grid (scale, zero, max_code); correction 0 none, 1 table\n"
-         "or 2 row sum; table (heads or 1, k + 1 or 1) float64; out as scores, written: values,\n"
-         "or codes of uint8 (uint16 if max_code exceeds 255); corrections (batch * heads * q,)\n"
-         "float32, written, or None.") {
-    PyArrayObject *scores, *out, *corrections;
+/* float32, one per row of attention, to be written, or None. */
+static int row_values(PyArrayObject **out, PyObject *o, const char *name, const ptq_attention *a) {
+    if (args_optional(out, o, name, NPY_FLOAT32, 1)) return -1;
+    return *out && (PyArray_FailUnlessWriteable(*out, name) < 0 ||
+                    args_dim(*out, name, 0, a->batch * a->heads * a->q));
+}
+
+/* What the grid is of; every correction but the code sum exists for both. */
+static int placement(PyObject *o, ptq_softmax_args *a) {
+    const long long exponentials = args_int(o, "exponentials", 0, 1);
+    if (exponentials < 0) return -1;
+    a->exponentials = (int)exponentials;
+    if (exponentials && (a->grid.zero || a->grid.scale > 1)) {
+        PyErr_SetString(PyExc_ValueError,
+                        "a grid of exponentials must have grid.zero 0 and grid.scale at most 1");
+        return -1;
+    }
+    if (exponentials || a->correction != PTQ_CORRECT_CODE_SUM) return 0;
+    PyErr_SetString(PyExc_ValueError, "correction 3 (code sum) needs exponentials 1");
+    return -1;
+}
+
+PTQ_BIND(
+    softmax_quantize, 11,
+    "scores, allowed, causal, grid, correction, table, out, corrections, scales, exponentials, "
+    "threads",
+    "Write the softmax of scores over the allowed keys, rounded to a grid and corrected;\n"
+    "return the first row that was refused or -1, and the number of rows without a key.\n\n"
+    "scores (batch, heads, q, k) float32; allowed bool, of the same shape or 1 along any of\n"
+    "the first three axes, or None; grid (scale, zero, max_code); correction 0 none, 1 table,\n"
+    "2 row sum or 3 code sum; table (heads or 1, k + 1 or 1) float64; out as scores, written:\n"
+    "values, or codes of uint8 (uint16 if max_code exceeds 255); corrections and scales\n"
+    "(batch * heads * q,) float32, written, or None; exponentials 1 if the grid is that of\n"
+    "exp(x - the row's largest x), zero 0 and scale at most 1.") {
+    PyArrayObject *scores, *out, *corrections, *scales;
     ptq_softmax_args a = {0};
     int threads;
     if (args_array(&scores, args[0], "scores", NPY_FLOAT32, 4) ||
         parse_attention(scores, "scores", args[1], args[2], &a.attention) ||
         parse_grid(args[3], &a.grid) || correction_table(args[4], args[5], &a) ||
         quantized_array(&out, args[6], scores, a.grid.max_code, &a.codes) ||
-        args_optional(&corrections, args[7], "corrections", NPY_FLOAT32, 1) ||
-        args_threads(args[8], &threads))
-        return NULL;
-    const int64_t rows = a.attention.batch * a.attention.heads * a.attention.q;
-    if (corrections && (PyArray_FailUnlessWriteable(corrections, "corrections") < 0 ||
-                        args_dim(corrections, "corrections", 0, rows)))
+        row_values(&corrections, args[7], "corrections", &a.attention) ||
+        row_values(&scales, args[8], "scales", &a.attention) || placement(args[9], &a) ||
+        args_threads(args[10], &threads))
         return NULL;
     a.scores = PyArray_DATA(scores);
     a.out = PyArray_DATA(out);
     a.corrections = corrections ? PyArray_DATA(corrections) : NULL;
+    a.scales = scales ? PyArray_DATA(scales) : NULL;
     ptq_rows_info info;
     ptq_status status;
     PTQ_WITHOUT_GIL(status, ptq_softmax_quantize(&a, &info, threads));

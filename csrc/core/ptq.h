@@ -242,6 +242,26 @@ typedef struct {
  * results do not depend on the threads. */
 ptq_status ptq_best_paths(const ptq_paths_args *args, int threads);
 
+/* ---- coupled.c ------------------------------------------------------------------------- */
+typedef struct {
+    const float *W;       /* (rows, n) */
+    const float *H;       /* (n, n) undamped */
+    const double *B;      /* (rows, rows) symmetric */
+    const int64_t *perm;  /* (n) order of a pass */
+    const int32_t *g_idx; /* (n) group of each original column */
+    const float *scales;  /* (rows, groups) */
+    const uint8_t *zeros; /* (rows, groups) */
+    int64_t rows, n, groups;
+    int max_code, passes;
+    uint8_t *codes;    /* in and out (rows, n) */
+    double *objective; /* out (rows) e H e^T of the codes, which may have risen */
+} ptq_coupled_args;
+
+/* Coordinate-descent passes over the codes under tr(B E H E^T), which never rises: rows make up for
+ * each other's errors. Rows whose B_ii is 0, and dead inputs, stay. In double, without BLAS;
+ * results do not depend on the threads. */
+ptq_status ptq_couple_rows(const ptq_coupled_args *args, int threads);
+
 /* ---- objective.c ----------------------------------------------------------------------- */
 /* out (rows) = e H e^T of each row of E (rows, n). Where the terms cancel, as they do for a
  * rank-deficient H, in double; what is below 0 by no more than rounding is 0. */
@@ -356,7 +376,12 @@ typedef struct {
     const uint8_t *queries; /* NULL, or (batch, q): rows that count, for statistics only */
 } ptq_attention;
 
-typedef enum { PTQ_CORRECT_NONE = 0, PTQ_CORRECT_TABLE, PTQ_CORRECT_ROW_SUM } ptq_correction;
+typedef enum {
+    PTQ_CORRECT_NONE = 0,
+    PTQ_CORRECT_TABLE,
+    PTQ_CORRECT_ROW_SUM,
+    PTQ_CORRECT_CODE_SUM, /* with exponentials only */
+} ptq_correction;
 
 /* What the loop over rows met; a row without an allowed key is empty. */
 typedef struct {
@@ -372,7 +397,10 @@ typedef struct {
  * grid's zero at keys that are not allowed. corrections (rows) or NULL: what was, or is to be,
  * added. PTQ_NONFINITE: NaN or Inf at an allowed key of some row. PTQ_ROW_REFUSED: codes cannot say
  * which keys a -Inf among the scores leaves out of the correction. info->bad is the first such row.
- */
+ * With `exponentials` the grid is not that of p = e / sum(e), but of e = exp(x - the row's largest
+ * x) in (0, 1]: values are scale / sum(e) * code, plus the correction. Code sum: code / sum(codes)
+ * instead. Such a grid has zero = 0 and scale <= 1, so that the largest e has a code above 0.
+ * scales (rows) or NULL: by what a row's codes are, or are to be, multiplied. */
 typedef struct {
     ptq_attention attention;
     ptq_softmax_grid grid;
@@ -382,7 +410,8 @@ typedef struct {
     int64_t table_heads, table_lengths;
     int codes;
     void *out;
-    float *corrections;
+    float *corrections, *scales;
+    int exponentials;
 } ptq_softmax_args;
 ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *info, int threads);
 

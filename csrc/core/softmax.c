@@ -66,9 +66,11 @@ static int has_nan(const float *x, int64_t n) {
     return found;
 }
 
-static float correction_of(const ptq_softmax_args *a, int64_t head, int64_t allowed, int64_t code) {
+/* scale: value of a step of this row. */
+static float correction_of(const ptq_softmax_args *a, int64_t head, int64_t allowed, double scale,
+                           int64_t code) {
     if (a->correction == PTQ_CORRECT_ROW_SUM)
-        return (float)((1.0 - (double)a->grid.scale * (double)code) / (double)allowed);
+        return (float)((1.0 - scale * (double)code) / (double)allowed);
     if (a->correction != PTQ_CORRECT_TABLE) return 0.0f;
     const int64_t h = a->table_heads > 1 ? head : 0, n = a->table_lengths > 1 ? allowed : 0;
     return (float)a->table[h * a->table_lengths + n];
@@ -87,6 +89,7 @@ static void clear(const ptq_softmax_args *a, int64_t row, int64_t from) {
 static void empty_row(quantization *s, int64_t row) {
     clear(s->args, row, 0);
     if (s->args->corrections) s->args->corrections[row] = 0.0f;
+    if (s->args->scales) s->args->scales[row] = s->args->grid.scale;
     atomic_fetch_add(&s->empty, 1);
 }
 
@@ -112,17 +115,22 @@ static ptq_status quantize_row(quantization *s, int64_t row, float *e, float *ma
     if (!(low > -INFINITY)) {
         int64_t seen = 0;
         for (int64_t i = 0; i < n; i++) seen += x[i] != -INFINITY;
-        if (seen < allowed && a->codes && a->correction) return PTQ_ROW_REFUSED;
+        const int adds = a->correction && a->correction != PTQ_CORRECT_CODE_SUM;
+        if (seen < allowed && a->codes && adds) return PTQ_ROW_REFUSED;
         allowed = seen;
     }
     const double sum = s->k->softmax.exp(n, x, high, next, e);
     if (!(sum < INFINITY)) return PTQ_NONFINITE;
-    const float factor = (float)(1.0 / (sum * (double)a->grid.scale));
+    const double step = a->grid.scale;
+    const float factor = (float)(1.0 / (a->exponentials ? step : sum * step));
     const float top = (float)(a->grid.max_code - a->grid.zero);
-    const int by_row = a->correction == PTQ_CORRECT_ROW_SUM;
+    const int by_row = a->correction >= PTQ_CORRECT_ROW_SUM;
     const int64_t code = by_row ? s->k->softmax.code_sum(n, e, factor, top) : 0;
-    const float shift = correction_of(a, p.head, allowed, code);
+    double scale = a->exponentials ? step / sum : step;
+    if (a->correction == PTQ_CORRECT_CODE_SUM) scale = 1.0 / (double)code;
+    const float shift = correction_of(a, p.head, allowed, scale, code);
     if (a->corrections) a->corrections[row] = shift;
+    if (a->scales) a->scales[row] = (float)scale;
     const int code_bytes = a->grid.max_code > 255 ? 2 : 1;
     char *out = (char *)a->out + row * a->attention.k * (a->codes ? code_bytes : 4);
     const float *holes = low > -INFINITY ? NULL : x;
@@ -130,7 +138,7 @@ static ptq_status quantize_row(quantization *s, int64_t row, float *e, float *ma
         s->k->softmax.codes(n, e, factor, top, a->grid.zero, code_bytes, out);
         clear(a, row, n);
     } else
-        s->k->softmax.values(n, a->attention.k, e, factor, top, holes, a->grid.scale, shift,
+        s->k->softmax.values(n, a->attention.k, e, factor, top, holes, (float)scale, shift,
                              s->stream, (float *)out);
     return PTQ_OK;
 }
@@ -154,6 +162,8 @@ ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *inf
     *info = (ptq_rows_info){-1, 0};
     if (!attention_valid(a) || !(g->scale > 0) || g->zero < 0 || g->max_code > 65535 ||
         g->zero > g->max_code)
+        return PTQ_INVALID;
+    if (args->exponentials ? g->zero || g->scale > 1 : args->correction == PTQ_CORRECT_CODE_SUM)
         return PTQ_INVALID;
     if (args->correction == PTQ_CORRECT_TABLE &&
         ((args->table_heads != 1 && args->table_heads != a->heads) || args->table_lengths < 1 ||

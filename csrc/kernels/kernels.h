@@ -171,8 +171,9 @@ typedef struct {
 } ptq_row_statistics;
 
 /* Rows of attention of n keys. e (n, padded with zeros to a multiple of PTQ_ROW_LANES) holds
- * exponentials, factor is 1 / (their sum * the grid's scale), and a probability in steps of the
- * grid is round(min(e * factor, top)) with top = max_code - zero, the most steps above 0. */
+ * exponentials, factor is 1 / (their sum * the grid's scale), or 1 / scale on a grid of
+ * exponentials, and an entry in steps of the grid is round(min(e * factor, top)) with top =
+ * max_code - zero, the most steps above 0. */
 typedef struct {
     /* Smallest and largest value; NaN may be overlooked. */
     void (*range)(int64_t n, const float *x, float *low, float *high);

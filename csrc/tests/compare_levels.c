@@ -70,9 +70,10 @@ DEFINE_RECORD(float)
 DEFINE_RECORD(double)
 
 /* Allow a distance of `relative` times the value. */
-static void within(output *o, double relative) {
+static output *within(output *o, double relative) {
     o->bound = must(calloc((size_t)o->count, sizeof *o->bound));
     for (int64_t i = 0; i < o->count; i++) o->bound[i] = relative * fabs(o->value[i]);
+    return o;
 }
 
 /* Inputs, the same in every run. */
@@ -471,6 +472,18 @@ static void run_softmax(results *r) {
     a.attention.allowed_q = QUERIES;
     check(ptq_softmax_quantize(&a, &info, THREADS), "softmax values");
     record_float(r, "softmax values", out, ENTRIES);
+    a.exponentials = 1;
+    check(ptq_softmax_quantize(&a, &info, THREADS), "exponentials, row sum");
+    /* The missing mass cancels: its error is that of the sum of the row, which is 1. */
+    output *o = within(record_float(r, "exponentials, row sum", out, ENTRIES), 0);
+    for (int i = 0; i < ENTRIES; i++) o->bound[i] = 4 * EPS;
+    a.correction = PTQ_CORRECT_CODE_SUM;
+    a.codes = 1;
+    a.out = codes;
+    check(ptq_softmax_quantize(&a, &info, THREADS), "exponentials, codes");
+    record_uint8_t(r, "exponentials, codes", codes, ENTRIES);
+    a.codes = 0;
+    a.exponentials = 0;
     check(ptq_softmax_statistics(&attention, in.P, &a.grid, 1e-3, sums, &info, THREADS),
           "softmax statistics");
     record_int64_t(r, "softmax statistics", sums, HEADS * PTQ_LENGTH_CLASSES * 4);

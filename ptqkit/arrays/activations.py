@@ -144,7 +144,7 @@ def _not_finite() -> ValueError:
 
 
 def outlier_columns(X: Any, threshold: float = 6.0, *, threads: int = 0) -> np.ndarray:
-    """Return the columns in which some |x| reaches the threshold [LLM.int8()].
+    """Return the columns in which some ``|x|`` reaches the threshold [LLM.int8()].
 
     Parameters
     ----------

@@ -191,6 +191,8 @@ class PackedMatrix:
         if int(zeros.max()) >= 1 << self.bits:
             raise ValueError(f"zeros must lie in [0, {(1 << self.bits) - 1}]")
         self.words, self.scales, self.zeros = words, scales, zeros
+        self._held = (words, self._order, self.bits, scales, zeros, self._starts)
+        self._longest_group = int(np.diff(self._starts).max())
 
     @classmethod
     def pack(
@@ -325,30 +327,43 @@ class PackedMatrix:
         outputs, inputs = self.shape
         if x.ndim < 1 or x.shape[-1] != inputs:
             raise ValueError(f"x must have shape (..., {inputs}), not {x.shape}")
-        if activations == "int8" and int(np.diff(self._starts).max()) > LONGEST_INT8_GROUP:
-            raise ValueError(
-                f"groups of more than {LONGEST_INT8_GROUP} inputs can leave int32: use "
-                "activations='float'"
-            )
         y_shape = (*x.shape[:-1], outputs)
         if out is None:
             out = np.empty(y_shape, np.float32)
         elif out.shape != y_shape or out.dtype != np.float32 or not out.flags.c_contiguous:
             raise ValueError(f"out must be a C-contiguous float32 array of shape {y_shape}")
-        _core.packed_matmul(
-            x.reshape(-1, inputs),
-            code,
-            ACTIVATIONS[activations],
-            out.reshape(-1, outputs),
-            self.words,
-            self._order,
-            self.bits,
-            self.scales,
-            self.zeros,
-            self._starts,
-            check_threads(0 if threads is None else threads),
-        )
+        threads = check_threads(0 if threads is None else threads)
+        self._multiply(x.reshape(-1, inputs), code, activations, out.reshape(-1, outputs), threads)
         return out
+
+    def multiply_rows(self, x: np.ndarray, out: np.ndarray, dtype: str, activations: str) -> None:
+        """Do as :meth:`matmul` for rows, without what costs as much as a small product.
+
+        Parameters
+        ----------
+        x : ndarray, shape (tokens, in), rows contiguous
+            Of the dtype that ``dtype`` names (uint16 for "bfloat16").
+        out : ndarray of float32, shape (tokens, out), C-contiguous
+            Written.
+        dtype : {"float32", "float16", "bfloat16"}
+        activations : {"float", "int8"}
+
+        Raises
+        ------
+        TypeError, ValueError, FloatingPointError
+            As of :meth:`matmul`: the core checks what it is given.
+        """
+        self._multiply(x, _DTYPES[dtype][1], activations, out, 0)
+
+    def _multiply(
+        self, x: np.ndarray, code: int, activations: str, out: np.ndarray, threads: int
+    ) -> None:
+        if activations == "int8" and self._longest_group > LONGEST_INT8_GROUP:
+            raise ValueError(
+                f"groups of more than {LONGEST_INT8_GROUP} inputs can leave int32: use "
+                "activations='float'"
+            )
+        _core.packed_matmul(x, code, ACTIVATIONS[activations], out, *self._held, threads)
 
     def dequantize(self) -> np.ndarray:
         """Return ``scale * (code - zero)`` as float32, shape (out, in)."""

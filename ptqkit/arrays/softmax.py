@@ -13,14 +13,32 @@ from ptqkit.arrays._attention import allowed_entries, as_allowed, as_attention
 from ptqkit.arrays._inputs import as_float32, check_count, check_number, check_threads
 from ptqkit.errors import check_choice
 
-__all__ = ["QuantizedProbabilities", "SoftmaxGrid", "softmax_grid", "softmax_on_grid"]
+__all__ = [
+    "CORRECTIONS_OF",
+    "GRIDS_OF",
+    "QuantizedProbabilities",
+    "SoftmaxGrid",
+    "check_correction",
+    "softmax_grid",
+    "softmax_on_grid",
+]
 
-CORRECTIONS = {None: 0, "bias": 1, "row_length": 1, "row_sum": 2}  # ptq_correction
+CORRECTIONS = {None: 0, "bias": 1, "row_length": 1, "row_sum": 2, "code_sum": 3}  # ptq_correction
+
+CORRECTIONS_OF: dict[str, tuple[str | None, ...]] = {
+    "probabilities": (None, "bias", "row_length", "row_sum"),
+    "exponentials": (None, "row_sum", "code_sum"),
+}
+"""What can be rounded to a grid, and the corrections that exist there."""
+GRIDS_OF = tuple(CORRECTIONS_OF)
 
 
 @dataclass(frozen=True)
 class SoftmaxGrid:
     """Describe an asymmetric grid of probabilities, one per tensor: ``y = s * code - s * z``.
+
+    Or one of exponentials ``e = exp(x - the row's largest x)``, which are rounded before they are
+    divided by their sum: ``y = s * code / sum(e)``. Every row then has the whole grid to itself.
 
     Attributes
     ----------
@@ -29,7 +47,8 @@ class SoftmaxGrid:
     scale : float
         A float32 number, above 0.
     zero_point : int
-        Code of 0.
+        Code of 0; 0 for exponentials.
+    of : {"probabilities", "exponentials"}
     """
 
     __repr__ = one_line_repr
@@ -37,6 +56,7 @@ class SoftmaxGrid:
     bits: int
     scale: float
     zero_point: int = 0
+    of: str = "probabilities"
 
     def __post_init__(self) -> None:
         check_count(self.bits, "bits", 2, 16)
@@ -44,6 +64,11 @@ class SoftmaxGrid:
         scale = check_number(self.scale, "scale")
         if not 0 < scale < 1e30 or float(np.float32(scale)) != scale:
             raise ValueError(f"scale must be a positive float32 number, not {scale!r}")
+        check_choice("of", self.of, GRIDS_OF)
+        if self.of == "exponentials" and (self.zero_point or scale > 1):
+            raise ValueError(
+                "a grid of exponentials must have zero_point 0 and a scale of at most 1"
+            )
 
     @property
     def max_code(self) -> int:
@@ -84,7 +109,9 @@ class SoftmaxGrid:
         return self.scale, self.zero_point, self.max_code
 
 
-def softmax_grid(bits: int = 8, minimum: float = 0.0, maximum: float = 1.0) -> SoftmaxGrid:
+def softmax_grid(
+    bits: int = 8, minimum: float = 0.0, maximum: float = 1.0, of: str = "probabilities"
+) -> SoftmaxGrid:
     """Return the min-max grid of a range; 0 always belongs to it.
 
     Parameters
@@ -93,11 +120,14 @@ def softmax_grid(bits: int = 8, minimum: float = 0.0, maximum: float = 1.0) -> S
         2 to 16.
     minimum, maximum : float
         Fixed range of a softmax, [0, 1], or the range seen in calibration.
+    of : {"probabilities", "exponentials"}
+        What is rounded; the largest exponential of every row is 1.
 
     Raises
     ------
     ValueError
-        If they are not finite, or the range holds 0 only.
+        If they are not finite, or the range holds 0 only; if that of exponentials starts below 0
+        or has steps longer than 1.
     """
     bits = check_count(bits, "bits", 2, 16)
     low = min(check_number(minimum, "minimum"), 0.0)
@@ -108,12 +138,20 @@ def softmax_grid(bits: int = 8, minimum: float = 0.0, maximum: float = 1.0) -> S
         )
     max_code = (1 << bits) - 1
     scale = float(np.maximum(np.float32((high - low) / max_code), np.finfo(np.float32).tiny))
-    return SoftmaxGrid(bits, scale, min(round(-low / scale), max_code))
+    return SoftmaxGrid(bits, scale, min(round(-low / scale), max_code), of)
+
+
+def check_correction(grid: SoftmaxGrid, correction: str | None) -> None:
+    """Raise UsageError unless a correction exists and is one of this kind of grid's."""
+    check_choice("correction", correction, CORRECTIONS)
+    check_choice(f"correction of a grid of {grid.of}", correction, CORRECTIONS_OF[grid.of])
 
 
 @dataclass(frozen=True)
 class QuantizedProbabilities:
     """Hold codes of a softmax and the offset of each row: ``y = s * code - offset`` if allowed.
+
+    On a grid of exponentials every row has a scale of its own as well.
 
     Attributes
     ----------
@@ -124,6 +162,8 @@ class QuantizedProbabilities:
     grid : SoftmaxGrid
     empty_rows : int
         Rows without an allowed key: all 0, correction 0.
+    scales : ndarray of float32, shape (..., q), or None
+        Scale s of each row's codes; None if it is that of the grid.
     """
 
     __repr__ = one_line_repr
@@ -132,6 +172,7 @@ class QuantizedProbabilities:
     corrections: np.ndarray
     grid: SoftmaxGrid
     empty_rows: int
+    scales: np.ndarray | None = None
 
     @property
     def offsets(self) -> np.ndarray:
@@ -153,14 +194,16 @@ class QuantizedProbabilities:
             seen = seen & np.tri(shape[-2], shape[-1], shape[-1] - shape[-2], dtype=bool)
         steps = codes - np.float32(self.grid.zero_point)
         rows = self.corrections.reshape(*codes.shape[:3], 1)
-        values = np.float32(self.grid.scale) * steps + rows
+        scale: Any = np.float32(self.grid.scale)
+        if self.scales is not None:
+            scale = self.scales.reshape(rows.shape)
+        values = scale * steps + rows
         return np.where(seen, values, np.float32(0)).reshape(shape)
 
 
 def _bias_table(correction: str | None, bias: Any, heads: int, k: int) -> np.ndarray:
     """Return the table of the core, float64 (heads or 1, k + 1 or 1)."""
-    check_choice("correction", correction, CORRECTIONS)
-    if correction in (None, "row_sum"):
+    if correction in (None, "row_sum", "code_sum"):
         if bias is not None:
             raise ValueError(f"correction={correction!r} takes no bias")
         return np.zeros((1, 1))
@@ -230,10 +273,13 @@ def softmax_on_grid(
     scores : array or tensor, shape (..., heads, q, k)
         float32; halves are widened, float64 is rounded. Scaled, not masked.
     grid : SoftmaxGrid
-    correction : {None, "bias", "row_sum", "row_length"}
+        If it is one of exponentials, these are rounded and then divided by their sum before
+        rounding.
+    correction : {None, "bias", "row_sum", "row_length", "code_sum"}
         "bias": beta is added to every allowed entry [SBC, eq. 4]. "row_sum": each row's own missing
         mass, ``(1 - sum of the rounded row) / (number of allowed keys)``; needs no calibration.
-        "row_length": beta by the number of allowed keys.
+        "row_length": beta by the number of allowed keys. "code_sum": exponentials are divided by
+        the sum of the rounded ones. Exponentials have "row_sum" and "code_sum" alone.
     bias : float or array, optional
         "bias": () or (heads,). "row_length": (lengths,) or (heads, lengths), entry n for rows of n
         allowed keys. See :class:`ptqkit.SoftmaxBias`.
@@ -266,9 +312,12 @@ def softmax_on_grid(
     threads = check_threads(threads)
     x, shape = as_attention(scores, "scores")
     mask = as_allowed(allowed, x.shape, shape)
+    check_correction(grid, correction)
     table = _bias_table(correction, bias, x.shape[1], x.shape[3])
     result = _check_out(out, x, shape, grid._code_type if codes else np.float32)
     rows = np.empty(x.size // x.shape[3], np.float32) if codes else None
+    before = grid.of == "exponentials"
+    scales = np.empty_like(rows) if rows is not None and before else None
     bad, empty = _core.softmax_quantize(
         x,
         mask,
@@ -278,13 +327,16 @@ def softmax_on_grid(
         table,
         result.reshape(x.shape),
         rows,
+        scales,
+        int(before),
         threads,
     )
     if bad >= 0:
         _raise_row(x, bad, shape, mask, causal)
     if rows is None:
         return result
-    return QuantizedProbabilities(result, rows.reshape(shape[:-1]), grid, empty)
+    row_scales = None if scales is None else scales.reshape(shape[:-1])
+    return QuantizedProbabilities(result, rows.reshape(shape[:-1]), grid, empty, row_scales)
 
 
 def _raise_row(

@@ -37,6 +37,7 @@ class SoftmaxBias(Accumulator):
     ----------
     heads : int
     grid : SoftmaxGrid
+        Of probabilities.
     steps : int, optional
         Number of time steps of a diffusion model that are kept apart.
     threads : int
@@ -58,6 +59,11 @@ class SoftmaxBias(Accumulator):
         self.heads = check_count(heads, "heads", 1, 1 << 16)
         if not isinstance(grid, SoftmaxGrid):
             raise TypeError(f"grid must be a SoftmaxGrid, see softmax_grid(); not {grid!r}")
+        if grid.of != "probabilities":
+            raise ValueError(
+                f"a grid of {grid.of} has no bias to estimate: correction='row_sum' gives each row "
+                "its missing mass without calibration"
+            )
         self.grid = grid
         self.steps = None if steps is None else check_count(steps, "steps", 1, 1 << 20)
         self.threads = check_threads(threads)

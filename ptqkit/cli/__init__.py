@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 
 from ptqkit._version import __version__
 from ptqkit.cli import bench, demo, diagnose, evaluate, info, quantize, softmax, sweep
+from ptqkit.cli.completion import SHELLS, PrintCompletion
 from ptqkit.cli.options import Parser
 from ptqkit.cli.output import one_line
 from ptqkit.errors import NotPositiveDefiniteError, PreflightError, PtqkitError
-from ptqkit.sweep.grid import CellsFailed
+from ptqkit.study.cells import CellsFailed
 
 __all__ = ["build_parser", "main"]
 
@@ -69,6 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ptqkit {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print a script that completes commands and options in this shell",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (quantize, evaluate, bench, softmax, diagnose, sweep, demo, info):
         module.add_parser(commands)

@@ -182,6 +182,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         help="then search each row's codes anew, keeping N partial roundings, at most 16 (1: off)",
     )
     group.add_argument(
+        "--row-coupling",
+        type=int,
+        metavar="N",
+        help="then N passes in which rows make up for each other's errors (0: off)",
+    )
+    group.add_argument(
         "--damping", type=float, metavar="X", help="share of the mean diagonal (0.01)"
     )
     group.add_argument(
@@ -435,6 +441,7 @@ _OF_GPTQ = (
     "refine_passes",
     "refit_rounds",
     "beam_width",
+    "row_coupling",
     "damping",
     "max_damping",
     "error_propagation",

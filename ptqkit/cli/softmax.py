@@ -1,4 +1,7 @@
-"""``ptqkit softmax``: what a quantized softmax costs, and what corrections give back."""
+"""``ptqkit softmax``: what a quantized softmax costs, and what corrections give back.
+
+Language models here; UNets in :mod:`ptqkit.cli.softmax_unet`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from ptqkit._folders import check_path, resolve
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import add_common, add_model_options, check_text
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
+from ptqkit.cli.softmax_unet import UNET_CORRECTIONS, is_diffusion_model, run_unet
 from ptqkit.demo import DEMO
 from ptqkit.errors import NotFiniteError, UsageError
 
@@ -20,12 +24,20 @@ __all__ = ["add_parser", "calibration_of"]
 
 _LONGEST_DEFAULT = 2048
 _DEMO_WINDOW, _DEMO_TOKENS = 512, 8176
-_CORRECTIONS = ("none", "bias", "bias/head", "row_length", "row_length/head", "row_sum")
-_DEFAULT = ("bias", "bias/head", "row_length/head", "row_sum")
+# Of ptqkit.hf.softmax.table.VARIANTS, which needs torch; those of other papers' grids.
+_OTHERS = ("log2", "log2/row_sum", "twin", "twin/row_sum")
+_CORRECTIONS = (
+    *("none", "bias", "bias/head", "row_length", "row_length/head", "row_sum"),
+    *("before", "before/code_sum", "before/row_sum"),
+    *_OTHERS,
+)
+_DEFAULT = ("bias", "bias/head", "row_length/head", "row_sum", "before", "before/row_sum")
 
 _DESCRIPTION = """\
 Measure how much a quantized softmax costs a causal language model, and how much of that each
-correction gives back, in one table.
+correction gives back, in one table. Of a diffusion model (a text-to-image pipeline of diffusers
+with a file of prompts as --text, or a folder of benchmarks/train_unet.py) the decibels of final
+samples are measured in place of the perplexity.
 
 Most attention probabilities are so small that they round to zero, and the rows of the quantized
 softmax no longer sum to one. Corrections add a constant to the allowed entries, at no cost where
@@ -35,6 +47,18 @@ the offset of the quantizer absorbs it:
   bias/head       one per head
   row_length      by the number of keys a row may look at, per layer; row_length/head per head
   row_sum         each row's own missing mass, spread over its keys: no calibration
+  bias/step       of a diffusion model: one per time step; bias/step_head per step and head
+
+The grid can also be that of exp(x - max), rounded before it is divided by its sum, so that every
+row has all codes to itself (beyond the paper), and there are other papers' grids to compare with:
+
+  before          rounded before normalising; before/row_sum with each row's own missing mass;
+                  before/code_sum divided by the sum of the rounded ones
+  log2            powers of two (FQ-ViT); log2/row_sum
+  twin            two uniform grids, a fine and a coarse one (PTQ4ViT); twin/row_sum
+
+The excess over the float model has a standard error, paired window by window. --weights 8 adds the
+same lines with the weights rounded to 8 bits, one scale per output (W8A16).
 
 With --out, one correction at one bit width is saved with the model (ptqkit_softmax.json), and
 ptqkit.load installs it.
@@ -43,8 +67,9 @@ ptqkit.load installs it.
 _EPILOG = """\
 examples:
   ptqkit softmax demo
-  ptqkit softmax ./model --text test.txt --bits 8 6 4
+  ptqkit softmax ./model --text test.txt --bits 8 6 4 3 2 --weights 8
   ptqkit softmax ./model --calibration train.txt --text test.txt --correction bias/head --out ./m
+  ptqkit softmax ./stable-diffusion --text prompts.txt --steps 20 --guidance 7.5 --weights 8
 """
 
 
@@ -62,10 +87,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--correction",
         nargs="+",
-        default=list(_DEFAULT),
         metavar="NAME",
-        choices=_CORRECTIONS,
-        help=f"any of {', '.join(_CORRECTIONS)}",
+        choices=tuple(dict.fromkeys([*_CORRECTIONS, *UNET_CORRECTIONS])),
+        help=f"any of {', '.join(_CORRECTIONS)}; of a UNet also bias/step, bias/step_head",
+    )
+    parser.add_argument(
+        "--weights", type=int, metavar="N", help="again with weights of 2 to 8 bits (W8A16: 8)"
     )
     parser.add_argument(
         "--range",
@@ -80,6 +107,7 @@ def add_parser(commands: Any) -> None:
         help="save the model with the correction; a folder that holds it already only gains a file",
     )
     _add_data(parser)
+    _add_diffusion(parser)
     add_model_options(parser)
     parser.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="windows at once (4)"
@@ -105,6 +133,22 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--window", type=int, metavar="N", help="longest input when measuring")
     group.add_argument(
         "--max-tokens", type=int, metavar="N", help="measure on N tokens ('demo': 8,176)"
+    )
+
+
+def _add_diffusion(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("diffusion models")
+    group.add_argument("--images", type=int, default=8, metavar="N", help="final samples (8)")
+    group.add_argument("--steps", type=int, default=20, metavar="N", help="of DDIM (20)")
+    group.add_argument(
+        "--latents", type=int, default=100, metavar="N", help="calibration latents (100)"
+    )
+    group.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="classifier-free guidance (1: none)",
     )
 
 
@@ -164,22 +208,37 @@ def _split(
 
 def _check(args: argparse.Namespace) -> None:
     check_json(args)
-    for option in ("samples", "sequence_length", "window", "max_tokens", "batch_size"):
+    counts = ("samples", "sequence_length", "window", "max_tokens", "batch_size")
+    for option in (*counts, "images", "steps", "latents"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
     wrong = [b for b in args.bits if not 2 <= b <= 16]
     if wrong:
         raise UsageError(f"--bits must be from 2 to 16, not {wrong[0]}")
+    if args.weights is not None and not 2 <= args.weights <= 8:
+        raise UsageError(f"--weights must be from 2 to 8, not {args.weights}")
     for option in ("text", "calibration"):
         name = getattr(args, option)
         if name is not None:
             check_text(f"--{option}", name)
-    if args.text is None and args.model != DEMO:
+    unet = is_diffusion_model(args.model)
+    if args.text is None and args.model != DEMO and not unet:
         raise UsageError("--text FILE is needed (only the model 'demo' brings a text of its own)")
+    wrong = [c for c in args.correction or () if c not in _CORRECTIONS]
+    if wrong and not unet:
+        raise UsageError(
+            f"--correction {wrong[0]} is for diffusion models: MODEL has no time steps"
+        )
     if args.out is not None:
-        if len(args.bits) != 1 or len(args.correction) != 1:
+        if len(args.bits) != 1 or len(args.correction or ()) != 1:
             raise UsageError("--out saves one variant: give one --bits and one --correction")
+        if args.correction[0] in _OTHERS:
+            raise UsageError(f"--correction {args.correction[0]} has no place in a file")
+        if args.weights is not None:
+            raise UsageError(
+                "--weights is for the table: quantize the weights with ptqkit quantize"
+            )
         if not os.path.isdir(args.out):
             check_path(resolve(args.out, f"--out {args.out}"), f"--out {args.out}")
 
@@ -187,6 +246,10 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
     _check(args)
+    if is_diffusion_model(args.model):
+        with quiet_transformers():
+            run_unet(args)
+        return
     with quiet_transformers():
         table, values = measure(args)
     if args.quiet and args.json != "-":
@@ -232,8 +295,10 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         text,
         data,
         bits=args.bits,
-        corrections=args.correction,
+        corrections=args.correction or _DEFAULT,
         grid_range=args.grid_range,
+        rounded=None if args.weights is None else _rounded(model, args.weights),
+        rounded_name=f"W{args.weights}A16",
         progress=None if args.quiet else lambda name: print(name, file=sys.stderr, flush=True),
         window=window or min(max_positions(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT),
         max_tokens=args.max_tokens,
@@ -245,6 +310,17 @@ def measure(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         values["saved"] = _save(args, model, tokenizer, data)
     values["seconds"] = time.perf_counter() - started
     return table, values
+
+
+def _rounded(model: Any, bits: int) -> Any:
+    """Return a copy of a model with rounded weights, one scale per output."""
+    import copy
+
+    from ptqkit.hf.quantization.driver import quantize
+
+    found = copy.deepcopy(model)
+    quantize(found, "rtn", bits=bits, group_size=None, progress=False, diagnostics=False)
+    return found
 
 
 def _demo_windows(tokenizer: Any, window: int, max_tokens: int | None) -> Any:

@@ -11,8 +11,8 @@ from ptqkit.cli.inputs import pick_device
 from ptqkit.cli.options import add_common, add_device, add_threads
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
 from ptqkit.errors import UsageError
-from ptqkit.sweep.cells import FAILED, OK
-from ptqkit.sweep.grid import CellsFailed, SweepInterrupted, SweepResult
+from ptqkit.study.cells import FAILED, OK, CellsFailed
+from ptqkit.sweep.grid import SweepInterrupted, SweepResult
 from ptqkit.sweep.plan_reader import read_plan
 from ptqkit.sweep.results import table, to_dict, write_results
 
@@ -21,8 +21,9 @@ __all__ = ["add_parser"]
 _DESCRIPTION = """\
 Measure a grid of recipes, models and tasks that a TOML file describes, and write one tidy table.
 
-Every model runs as it is (row 'float') and with every recipe; tasks are perplexities on texts and
-zero-shot accuracies on local files of items (these through lm-eval: pip install 'ptqkit[eval]').
+Every model runs as it is (row 'float') and with every recipe; a list among the options of a recipe
+is an axis of a product. Tasks are perplexities on texts and zero-shot accuracies on local files of
+items (these through lm-eval: pip install 'ptqkit[eval]').
 The file is checked as a whole before anything runs.
 
 Each finished cell - one model, one recipe, one task - is kept at once under OUT/cells, so a sweep
@@ -33,8 +34,9 @@ sweep goes on; the next run tries it again.
 
 OUT gets results.csv (a row per cell), results.json, results.png, and published.csv if the file
 has figures of papers: those have a table of their own and are never among the measured ones.
-Degradation is 100 (quantized - float) / float: above 0 is worse for a perplexity, below 0 is worse
-for an accuracy. An accuracy near chance says nothing, however far it moves in percent.
+Degradation is 100 (quantized - float) / float, with its standard error over the windows of a text
+and the draws of calibration windows: above 0 is worse for a perplexity, below 0 is worse for an
+accuracy. An accuracy near chance says nothing, however far it moves in percent.
 """
 
 _EPILOG = """\

@@ -26,6 +26,8 @@ from ptqkit.diffusion.softmax import (
     quantize_softmax,
     save_softmax,
 )
+from ptqkit.diffusion.table import UNetTable, softmax_table
+from ptqkit.diffusion.text import load_text_to_image, with_prompts
 from ptqkit.diffusion.weights import quantize_weights
 from ptqkit.nn.softmax.steps import StepSoftmaxQuantizer
 
@@ -35,12 +37,14 @@ __all__ = [
     "SoftmaxCalibration",
     "StepSoftmaxQuantizer",
     "UNetSoftmaxQuantization",
+    "UNetTable",
     "attention_hooks",
     "draw_calibration",
     "find_attention",
     "install_attention",
     "installed_attention",
     "load_softmax",
+    "load_text_to_image",
     "load_unet",
     "quantize_softmax",
     "quantize_weights",
@@ -48,5 +52,7 @@ __all__ = [
     "run_calibration",
     "sample",
     "save_softmax",
+    "softmax_table",
     "starting_noise",
+    "with_prompts",
 ]

@@ -72,7 +72,7 @@ def load_unet(
 
 
 def starting_noise(count: int, shape: tuple[int, ...], *, seed: int = 0) -> torch.Tensor:
-    """Draw standard normal noise (count, *shape), float32, on the CPU.
+    """Draw standard normal noise of shape (count, shape...), float32, on the CPU.
 
     Sample i is the same whatever ``count``; the global seed is neither used nor changed.
     """

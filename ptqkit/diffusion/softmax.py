@@ -26,6 +26,7 @@ from ptqkit.nn.softmax.study import (
     SoftmaxQuantization,
     SoftmaxStudy,
     check_heads,
+    fixed_grid,
 )
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
     "save_softmax",
 ]
 
-CORRECTIONS = ("bias", "row_sum", None)
+CORRECTIONS = ("bias", "row_sum", "code_sum", None)
 GRANULARITIES = ("tensor", "head", "step", "step_head")
 
 
@@ -142,6 +143,7 @@ def quantize_softmax(
     granularity: str = "head",
     grid_range: str = "fixed",
     layers: Iterable[str] | None = None,
+    grid_of: str = "probabilities",
     diagnostics: bool = True,
 ) -> UNetSoftmaxQuantization:
     """Quantize the softmax outputs of a UNet's attention, with a correction of their bias.
@@ -153,11 +155,14 @@ def quantize_softmax(
     ----------
     unet, calibration, bits, grid_range, layers
         See :class:`SoftmaxCalibration`.
-    correction : {"bias", "row_sum", None}
-        "bias" is the paper's; "row_sum" needs one sum per row at run time and no calibration.
+    correction : {"bias", "row_sum", "code_sum", None}
+        "bias" is the paper's; "row_sum" needs one sum per row at run time and no calibration;
+        "code_sum" is for exponentials.
     granularity : {"head", "tensor", "step", "step_head"}
         Of "bias". Those with steps are for the time steps of the calibration set; at others the
         nearest one counts.
+    grid_of : {"probabilities", "exponentials"}
+        What is rounded; see :func:`ptqkit.quantize_softmax`.
     diagnostics : bool
         Three more passes for signal-to-noise ratios of layers and UNet; corrections that lower
         them are left out, see :meth:`SoftmaxCalibration.compare`.
@@ -175,8 +180,9 @@ def quantize_softmax(
     """
     check_choice("correction", correction, CORRECTIONS)
     check_choice("granularity", granularity, GRANULARITIES)
+    fixed_grid(bits, grid_of, correction, grid_range)
     study = SoftmaxCalibration(unet, calibration, bits=bits, grid_range=grid_range, layers=layers)
-    quantizers = study.quantizers(correction, granularity)
+    quantizers = study.quantizers(correction, granularity, grid_of)
     report = study.compare(quantizers) if diagnostics else None
     result = UNetSoftmaxQuantization(unet, quantizers, report, calibration.steps)
     result.install()

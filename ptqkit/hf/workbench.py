@@ -142,8 +142,9 @@ class Workbench:
 
     def calibrate(self, **changes: Any) -> None:
         """Draw other calibration windows for what follows, such as ``seed=1``."""
-        self._options.update(changes)
-        self._calibration = None
+        if any(self._options.get(name, self) != value for name, value in changes.items()):
+            self._options.update(changes)
+            self._calibration = None
 
     @property
     def calibration(self) -> CalibrationSet:
@@ -240,7 +241,12 @@ class Workbench:
         )
 
     def quantize(
-        self, recipe: Any, *, diagnostics: bool = False, **changes: Any
+        self,
+        recipe: Any,
+        *,
+        diagnostics: bool = False,
+        calibration: CalibrationSet | None = None,
+        **changes: Any,
     ) -> QuantizationResult:
         """Quantize a copy of the model.
 
@@ -250,15 +256,18 @@ class Workbench:
             As :func:`ptqkit.quantize` takes it.
         diagnostics : bool
             Compute what the report compares with, which costs time.
+        calibration : CalibrationSet, optional
+            Instead of the windows of the bench.
         **changes
             Options of the recipe, such as ``bits=3``.
         """
         chosen = replace(as_recipe(recipe), **changes)
-        calibration = self.calibration if chosen.needs_calibration() else None
+        needed = chosen.needs_calibration()
+        data = (self.calibration if calibration is None else calibration) if needed else None
         return quantize(
             copy.deepcopy(self.model),
             chosen,
-            calibration,
+            data,
             tokenizer=self.tokenizer,
             threads=self.threads,
             diagnostics=diagnostics,

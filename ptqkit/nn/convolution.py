@@ -58,7 +58,7 @@ def unfold_inputs(values: torch.Tensor, module: Any) -> torch.Tensor:
 
     Parameters
     ----------
-    values : Tensor, shape (samples, channels, *size), or (channels, *size)
+    values : Tensor, shape (samples, channels, size...), or (channels, size...)
     module : nn.Conv1d, nn.Conv2d or nn.Conv3d
         Strides, padding (of every mode), dilation and groups are read from it.
 

@@ -30,7 +30,13 @@ from ptqkit.recipe.recipe import Recipe
 __all__ = ["quantize_module"]
 
 #: Fields of a recipe that only the driver of transformers models knows what to do with.
-_NOT_HERE = ("activations", "equalization", "error_propagation", "residual_propagation")
+_NOT_HERE = (
+    "activations",
+    "equalization",
+    "error_propagation",
+    "residual_propagation",
+    "most_row_coupling",
+)
 
 #: One scale per output: few convolutions have a multiple of 128 inputs.
 _DEFAULT = Recipe(group_size=None)
@@ -108,7 +114,8 @@ def quantize_module(
     chosen = replace(as_recipe(recipe), **changes)
     for name in _NOT_HERE:
         if getattr(chosen, name):
-            raise UsageError(f"quantize_module quantizes weights alone: leave {name} out")
+            left = name.removeprefix("most_")
+            raise UsageError(f"quantize_module quantizes weights alone: leave {left} out")
     if chosen.bits_budget is not None:
         raise UsageError(
             f"bits {chosen.bits} is an average, which ptqkit.quantize shares out; give whole bits "

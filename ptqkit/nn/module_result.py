@@ -27,7 +27,7 @@ class ModuleRow:
     name, kind, method : str
         ``kind`` is the class of the module, such as ``"Conv2d"``.
     shape : tuple of int
-        Of the weight: (out, in), or (out, in / groups, *kernel).
+        Of the weight: (out, in), or (out, in / groups, kernel...).
     groups : int
         Runs of outputs that have a Hessian of their own.
     bits : int or "ternary"

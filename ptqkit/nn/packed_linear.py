@@ -269,7 +269,7 @@ class PackedLinear(QLinear):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.in_features)
         shape = (*x.shape[:-1], self.out_features)
-        if flat.shape[0] == 0:
+        if not x.numel():
             return x.new_empty(shape)
         if self.activations is not None and self.integers():
             y = self._integer_product(flat, self.activations)
@@ -286,14 +286,10 @@ class PackedLinear(QLinear):
             x = quantize_input(x, self.activations, self.input_scale, self.input_zero_point)
             activations = "float"
         x = x.contiguous()
-        bits = x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else None
+        dtype = _DTYPES[x.dtype]
+        rows = x.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else x.numpy()
         y = torch.empty(x.shape[0], self.out_features, dtype=torch.float32)
-        self.matrix().matmul(
-            x.numpy() if bits is None else bits,
-            dtype=_DTYPES[x.dtype],
-            activations=activations,
-            out=y.numpy(),
-        )
+        self.matrix().multiply_rows(rows, y.numpy(), dtype, activations)
         return y
 
     def _integer_product(self, x: torch.Tensor, spec: ActivationQuantization) -> torch.Tensor:

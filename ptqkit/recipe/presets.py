@@ -26,14 +26,20 @@ _PER_TENSOR = {
 _OBQ = {**_REFERENCE, "method": "obq", "group_size": None}
 
 
-_BEST = {"error_propagation": 0.5, "residual_propagation": 0.5, "refit_rounds": 2}
+_BEST = {
+    "error_propagation": 0.5,
+    "residual_propagation": 0.5,
+    "refit_rounds": 2,
+    "row_coupling": 3,
+}
 
 
 #: Named recipes. ``quality`` is the default of the driver and of the command line: group-aware
 #: order, grids searched under H on the updated weights, one sweep (of the variants measured in
 #: ``benchmarks/quality.py`` the one with the least perplexity that costs no second forward);
-#: ``best`` adds targets that know the errors already made, and scales fitted again to their codes,
-#: at about twice the time and twice the activations' memory;
+#: ``best`` adds targets that know the errors already made, scales fitted again to their codes, and
+#: rows that make up for each other's errors, at more than twice the time and twice the
+#: activations' memory;
 #: ``reference`` is GPTQ as published (Frantar et al. 2022); ``rtn`` rounds to nearest;
 #: ``obq`` is what GPTQ approximates, for small models.
 #: The others quantize activations too, to 8 bits: ``aweq`` (AWEQ: AWE by eq. 10, static per-tensor

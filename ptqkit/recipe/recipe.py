@@ -68,6 +68,11 @@ class Recipe:
     beam_width : int from 1 to 16
         Above 1: in the end the codes of each row are searched anew on its grids, keeping so many
         partial roundings.
+    row_coupling : int
+        Last of all, so many passes over the codes in which the rows of layers that share their
+        inputs make up for each other's errors (:func:`ptqkit.couple_rows`): where an output matters
+        to the model's loss together with others. Above 0 a few calibration windows run backward
+        through the float model first.
     damping, max_damping : float
         Fraction of the mean diagonal added to H; how far it may be raised.
     feedback : bool
@@ -139,6 +144,7 @@ class Recipe:
     refine_passes: int = 1
     refit_rounds: int = 0
     beam_width: int = 1
+    row_coupling: int = 0
     damping: float = 0.01
     max_damping: float = 1.0
     feedback: bool = True
@@ -192,6 +198,11 @@ class Recipe:
         check_int("refine_passes", self.refine_passes, 0)
         check_int("refit_rounds", self.refit_rounds, 0)
         check_int("beam_width", self.beam_width, 1, 16)
+        check_int("row_coupling", self.row_coupling, 0)
+        if self.row_coupling and not (self.feedback and self.method == "gptq"):
+            raise ValueError(
+                f"row_coupling={self.row_coupling} needs method 'gptq' with feedback=True; use 0"
+            )
         if self.beam_width > 1 and not self.feedback:
             raise ValueError(f"beam_width={self.beam_width} needs feedback=True")
         check_int("block_size", self.block_size, 1)
@@ -351,6 +362,12 @@ class Recipe:
         if changes is None:
             return None
         return replace(self, **changes, overrides={}, include=())
+
+    @property
+    def most_row_coupling(self) -> int:
+        """Most passes of ``row_coupling`` that a layer has, by the recipe or an override."""
+        changes = (c for c in self.overrides.values() if isinstance(c, Mapping))
+        return max(self.row_coupling, *(int(c.get("row_coupling", 0)) for c in changes), 0)
 
     @property
     def bits_budget(self) -> float | None:

@@ -51,6 +51,7 @@ from ptqkit.reference.packed import word_codes as word_codes
 from ptqkit.reference.packing import pack_rows as pack_rows
 from ptqkit.reference.packing import unpack_rows as unpack_rows
 from ptqkit.reference.softmax import allowed_keys as allowed_keys
+from ptqkit.reference.softmax import exponentials_on_grid as exponentials_on_grid
 from ptqkit.reference.softmax import length_class as length_class
 from ptqkit.reference.softmax import softmax as softmax
 from ptqkit.reference.softmax import softmax_bias as softmax_bias
@@ -60,6 +61,7 @@ from ptqkit.reference.softmax import softmax_on_grid as softmax_on_grid
 from ptqkit.reference.softmax import softmax_statistics as softmax_statistics
 from ptqkit.reference.solvers import best_paths as best_paths
 from ptqkit.reference.solvers import brute_force as brute_force
+from ptqkit.reference.solvers import couple_rows as couple_rows
 from ptqkit.reference.solvers import gptaq_target as gptaq_target
 from ptqkit.reference.solvers import gptq as gptq
 from ptqkit.reference.solvers import make_order as make_order

@@ -6,6 +6,7 @@ import numpy as np
 
 __all__ = [
     "allowed_keys",
+    "exponentials_on_grid",
     "length_class",
     "softmax",
     "softmax_bias",
@@ -40,11 +41,16 @@ def allowed_keys(shape, allowed=None, causal=False):
 
 def softmax(scores, allowed):
     """Return the softmax over the allowed keys of the last axis; 0 elsewhere and in empty rows."""
-    x = np.where(allowed, np.asarray(scores, np.float64), -np.inf)
-    high = x.max(axis=-1, keepdims=True)
-    e = np.exp(x - np.where(np.isfinite(high), high, 0.0))
+    e = exponentials(scores, allowed)
     total = e.sum(axis=-1, keepdims=True)
     return e / np.where(total > 0, total, 1.0)
+
+
+def exponentials(scores, allowed):
+    """Return exp(x - the largest allowed x of the row); 0 where nothing is allowed."""
+    x = np.where(allowed, np.asarray(scores, np.float64), -np.inf)
+    high = x.max(axis=-1, keepdims=True)
+    return np.exp(x - np.where(np.isfinite(high), high, 0.0))
 
 
 def softmax_codes(P, scale, zero, max_code):
@@ -85,6 +91,29 @@ def softmax_on_grid(
         beta = np.broadcast_to(np.reshape(bias if correction else 0.0, (-1, 1)), count.shape)
     beta = np.where(count > 0, beta, 0.0)
     return np.where(seen, values + beta[..., None], 0.0), codes, beta
+
+
+def exponentials_on_grid(scores, scale, max_code, *, correction=None, allowed=None, causal=False):
+    """Return exponentials, rounded to the grid and divided by their sum, in float64.
+
+    With e = exp(x - max), S = sum(e) and q = clamp(round(e / s), 0, 2^b - 1): s q / S on the
+    allowed keys; correction "row_sum" adds (1 - sum(s q) / S) / (number of allowed keys) there, and
+    "code_sum" is q / sum(q) instead.
+
+    Returns
+    -------
+    values, codes : ndarray, shape of scores
+    scales, corrections : ndarray, shape (batch, heads, q)
+    """
+    seen = allowed_keys(scores.shape, allowed, causal) & (scores != -np.inf)
+    e = np.where(seen, exponentials(scores, seen), 0.0)
+    codes = np.clip(np.rint(e / scale), 0, max_code).astype(np.int64)
+    count, total = seen.sum(axis=-1), codes.sum(axis=-1)
+    divisor = total if correction == "code_sum" else e.sum(axis=-1) / scale
+    scales = 1.0 / np.where(count > 0, divisor, 1.0)
+    beta = (1.0 - scales * total) / np.maximum(count, 1) * (correction == "row_sum")
+    beta = np.where(count > 0, beta, 0.0)
+    return np.where(seen, scales[..., None] * codes + beta[..., None], 0.0), codes, scales, beta
 
 
 def length_class(length):

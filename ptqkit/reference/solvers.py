@@ -12,6 +12,7 @@ from ptqkit.reference.hessian import dampen
 __all__ = [
     "best_paths",
     "brute_force",
+    "couple_rows",
     "gptaq_target",
     "gptq",
     "make_order",
@@ -214,6 +215,32 @@ def best_paths(W, codes, scales, zeros, g_idx, H, damped, order, max_code, paths
         if after @ H @ after < (1 - 1e-6) * (before @ H @ before):
             out[row] = found
     return out
+
+
+def couple_rows(W, codes, scales, zeros, g_idx, H, B, order, max_code, passes=1):
+    """Descend over the codes of all rows under tr(B E H E^T).
+
+    The gradient for e_ij is 2 (B E H)_ij and the curvature 2 B_ii H_jj; rows come in their order,
+    columns in ``order``. Rows with B_ii = 0 and dead inputs stay.
+    """
+    W, H, B = (np.asarray(x, np.float64) for x in (W, H, B))
+    codes = np.array(codes)
+    s, z = scales.astype(np.float64)[:, g_idx], zeros.astype(np.float64)[:, g_idx]
+    E = W - s * (codes - z)
+    for _ in range(passes):
+        for i in range(len(W)):
+            for j in order:
+                curvature = B[i, i] * H[j, j]
+                if curvature <= 0:
+                    continue
+                gradient = B[i] @ E @ H[:, j]
+                wanted = W[i, j] - E[i, j] + gradient / curvature
+                code = quantize(wanted, s[i, j], z[i, j], max_code)
+                d = W[i, j] - s[i, j] * (float(code) - z[i, j]) - E[i, j]
+                if d * (2 * gradient + d * curvature) < 0:
+                    E[i, j] += d
+                    codes[i, j] = code
+    return codes
 
 
 def refit(W, codes, scales, zeros, g_idx, H, scale_dtype="float32"):

@@ -13,6 +13,7 @@ before anything runs. Paths in it are relative to the file itself::
     # documents = [0, 400]       # of a .jsonl file, only these lines: first, and end
     # whitespace = "collapse"    # every run of white space becomes one space ("keep")
     # seed = 0, batch_size = 4, start_token = "auto" | "none" | id
+    # draws = 3                  # each recipe on so many drawings of the windows (1)
 
     [[models]]
     name = "small"
@@ -50,6 +51,18 @@ before anything runs. Paths in it are relative to the file itself::
     bits = 3
     # models = ["small"]         # by name; without, all
 
+    [[recipes]]
+    name = "grid"                # a list is an axis of a product: 8 recipes
+    preset = "quality"
+    bits = [3, 4]
+    group_size = [64, "channel"]
+    softmax = ["float", {bits = 8, correction = "bias"}]   # range, granularity; "none"
+
+    [[recipes]]
+    name = "SM8"                 # weights and activations stay float
+    preset = "float"
+    softmax = {bits = 8, correction = "row_sum"}
+
     [[published]]                # figures of papers: a table of their own, never among ours
     model = "LLaMA-7B"
     recipe = "GPTQ INT4"
@@ -65,7 +78,8 @@ goes before every choice and continuation.
 Each model runs as it is (row ``float``) and with each recipe. What is measured is a *cell*: one
 model, one recipe, one task, kept in ``OUT/cells/`` under a hash of all that decides it: recipe,
 calibration settings and text, model files, task settings and text, and the version of ptqkit. A
-second run measures only what is missing; a cell that failed is tried again.
+second run measures only what is missing; a cell that failed is tried again. With ``draws``, a
+recipe that is fitted to calibration text has a cell per draw (``GPTQ#1`` is the second).
 
 ``OUT`` gets ``results.csv`` (a row per cell), ``results.json`` (the same with the settings),
 ``results.png``, and ``published.csv`` where the file has published figures. Degradation is
@@ -78,7 +92,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptqkit.sweep.grid import CellsFailed
+from ptqkit.study.cells import CellsFailed
 from ptqkit.sweep.plan import Plan
 from ptqkit.sweep.plan_reader import read_plan
 

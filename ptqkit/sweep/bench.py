@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,15 @@ from ptqkit.errors import PreflightError
 from ptqkit.hf.equalization.outliers import inject_outliers
 from ptqkit.hf.models.loading import read_config
 from ptqkit.hf.workbench import Workbench
+from ptqkit.study import making
+from ptqkit.study.engine import Quantized
 from ptqkit.sweep.plan import ModelPlan, RecipePlan
 from ptqkit.sweep.tasks import documents_of
 
-__all__ = ["Quantized", "float_model", "open_bench", "quantized_copy"]
+__all__ = ["open_bench", "quantized_copy"]
 
 # Shape of the tokens of the forward pass that finds where outliers can be injected.
 _PROBE = (1, 16)
-
-# What the literature calls activations that stay as they are: W8A16.
-_FLOAT_BITS = 16.0
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A model to measure, and what it took.
-
-    Attributes
-    ----------
-    model : nn.Module
-    bits_per_weight, activation_bits : float
-        Of the quantized layers; 16 is float.
-    seconds : float
-    warnings : tuple of str
-    """
-
-    model: Any
-    bits_per_weight: float
-    activation_bits: float
-    seconds: float = 0.0
-    warnings: tuple[str, ...] = ()
 
 
 def open_bench(plan: ModelPlan, device: str = "cpu", threads: int = 0) -> Workbench:
@@ -94,25 +72,18 @@ def _inject(model: Any, channels: int, factor: float, seed: int) -> None:
     inject_outliers(model, {"input_ids": ids}, channels=channels, factor=factor, seed=seed)
 
 
-def float_model(bench: Workbench) -> Quantized:
-    """Return the model as it is."""
-    return Quantized(bench.model, bench.float_bits, _FLOAT_BITS)
+def quantized_copy(bench: Workbench, recipe: RecipePlan, seed: int) -> Quantized:
+    """Quantize a copy of the model as a recipe of the file says.
 
-
-def quantized_copy(bench: Workbench, recipe: RecipePlan) -> Quantized:
-    """Quantize a copy of the model.
-
-    Raises
-    ------
-    Exception
-        Whatever :func:`ptqkit.quantize` raises.
+    Parameters
+    ----------
+    bench : Workbench
+    recipe : RecipePlan
+    seed : int
+        Of the calibration windows.
     """
-    result = bench.quantize(recipe.resolved)
-    activations = result.recipe.activations
-    return Quantized(
-        result.model,
-        result.report.totals()["bits_per_weight"],
-        _FLOAT_BITS if activations is None else float(activations.bits),
-        result.report.seconds["total"],
-        tuple(result.report.warnings),
-    )
+    data = None
+    if recipe.fitted:
+        bench.calibrate(seed=seed)
+        data = bench.calibration
+    return making.quantized_copy(bench, recipe.resolved, recipe.softmax, data)

@@ -1,35 +1,20 @@
-"""Keys of cells: a hash of everything that decides a measurement."""
+"""What decides a cell of a sweep, as plain values."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from ptqkit._version import __version__
-from ptqkit.demo import DEMO, MODEL_DIR, text
+from ptqkit.demo import DEMO
+from ptqkit.study.keys import SCHEMA, demo_text_digest, file_digest, model_digest
 from ptqkit.sweep.plan import ModelPlan, RecipePlan, TaskPlan, TextSource
 
-__all__ = ["cell_inputs", "file_digest", "key_of", "model_digest", "text_digest"]
-
-#: Raised when the same settings come to mean another measurement.
-SCHEMA = 1
-
-# Bigger files are told apart by size and time of change: reading them would take minutes.
-_READ_LIMIT = 256 << 20
-
-
-def key_of(inputs: dict[str, Any]) -> str:
-    """Hash of plain values, the same for the same values in any order of keys."""
-    text = json.dumps(inputs, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+__all__ = ["cell_inputs", "text_digest"]
 
 
 def cell_inputs(
-    model: ModelPlan, recipe: RecipePlan | None, task: TaskPlan, device: str
+    model: ModelPlan, recipe: RecipePlan | None, task: TaskPlan, device: str, draw: int = 0
 ) -> dict[str, Any]:
     """All that decides a cell, as plain values; names do not, so renaming measures nothing anew.
 
@@ -39,6 +24,8 @@ def cell_inputs(
         No recipe for the model as it is.
     device : str
         Type of the device: other hardware sums in another order.
+    draw : int
+        Of the calibration windows.
     """
     inputs: dict[str, Any] = {
         "schema": SCHEMA,
@@ -51,45 +38,21 @@ def cell_inputs(
     }
     if recipe is not None:
         calibration = asdict(model.calibration)
+        del calibration["draws"]
+        calibration["seed"] += draw
         calibration["text"] = text_digest(model.calibration.text)
-        inputs |= {"recipe": dict(recipe.resolved), "calibration": calibration}
+        inputs |= {
+            "recipe": None if recipe.resolved is None else dict(recipe.resolved),
+            "softmax": None if recipe.softmax is None else dict(recipe.softmax),
+            "calibration": calibration,
+        }
     return inputs
 
 
 def text_digest(source: TextSource) -> dict[str, Any]:
     """Return what a text is, wherever its file lies."""
     return {
-        "digest": _demo_text() if source.path == DEMO else file_digest(source.path),
+        "digest": demo_text_digest() if source.path == DEMO else file_digest(source.path),
         "documents": source.documents and list(source.documents),
         "whitespace": source.whitespace,
     }
-
-
-def model_digest(path: str) -> str:
-    """Hash of the files of a model's folder, hidden ones and subfolders left out."""
-    if path == DEMO:
-        path = str(MODEL_DIR)
-    files = sorted(p for p in Path(path).iterdir() if p.is_file() and p.name[0] != ".")
-    return key_of({p.name: file_digest(str(p)) for p in files})
-
-
-def file_digest(path: str) -> str:
-    """Hash of a file's content, or of size and time of change where it is large."""
-    stat = Path(path).stat()
-    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _file_digest(path: str, size: int, changed: int) -> str:
-    if size > _READ_LIMIT:
-        return f"{size}-{changed}"
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-@lru_cache(maxsize=1)
-def _demo_text() -> str:
-    """Hash of the texts of the demo, which are those of the Python that runs."""
-    found = hashlib.sha256()
-    for split in ("calibration", "test"):
-        found.update(text(split).encode())
-    return found.hexdigest()

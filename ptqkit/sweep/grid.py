@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
-from ptqkit.errors import PtqkitError
-from ptqkit.sweep.cells import OK, Cell
-from ptqkit.sweep.digest import cell_inputs, key_of
-from ptqkit.sweep.plan import FLOAT, ModelPlan, Plan, RecipePlan
+from ptqkit.errors import check_choice
+from ptqkit.study.cells import FLOAT, OK, Cell
+from ptqkit.study.keys import key_of
+from ptqkit.study.result import StudyResult
+from ptqkit.sweep.digest import cell_inputs
+from ptqkit.sweep.plan import ModelPlan, Plan, RecipePlan, TaskPlan
 
-__all__ = ["CellsFailed", "SweepInterrupted", "SweepResult", "plan_cells", "recipes_of"]
-
-
-class CellsFailed(PtqkitError):
-    """Some cells of a sweep could not be measured; the others are kept."""
+__all__ = ["SweepInterrupted", "SweepResult", "plan_cells", "recipes_of"]
 
 
 @dataclass
-class SweepResult:
+class SweepResult(Tabular):
     """All cells of a sweep and what is known about the run.
 
     Attributes
@@ -51,6 +50,22 @@ class SweepResult:
     def count(self, status: str) -> int:
         """Cells with a status."""
         return sum(c.status == status for c in self.cells)
+
+    def study(self, model: str | None = None) -> StudyResult:
+        """Return what was measured of one model (by default the first) as a study gives it.
+
+        Its rows are means over the draws, with standard errors; it compares recipes and draws
+        pictures.
+        """
+        names = list(dict.fromkeys(c.model for c in self.cells))
+        name = names[0] if model is None else model
+        check_choice("model", name, names)
+        cells = [c for c in self.cells if c.model == name]
+        return StudyResult(name, cells, {}, self.seconds)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        names = dict.fromkeys(c.model for c in self.cells)
+        return [{"model": n, **row} for n in names for row in self.study(n).rows()]
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -82,14 +97,30 @@ def plan_cells(plan: Plan, device: str = "cpu") -> tuple[list[Cell], list[str]]:
             skipped.append(f"model {model.name}: there is no {model.path}")
             continue
         for recipe in recipes_of(plan, model):
-            for task in (plan.task(name) for name in model.tasks):
-                if not task.missing:
-                    inputs = cell_inputs(model, recipe, task, device)
-                    name = recipe.name if recipe is not None else FLOAT
-                    cells.append(
-                        Cell(model.name, name, task.name, task.kind, key_of(inputs), inputs)
-                    )
+            fitted = recipe is not None and recipe.fitted
+            for draw in range(model.calibration.draws if fitted else 1):
+                for task in (plan.task(name) for name in model.tasks):
+                    if not task.missing:
+                        cells.append(_cell(model, recipe, task, device, draw))
     return cells, skipped
+
+
+def _cell(
+    model: ModelPlan, recipe: RecipePlan | None, task: TaskPlan, device: str, draw: int
+) -> Cell:
+    inputs = cell_inputs(model, recipe, task, device, draw)
+    name = recipe.name if recipe is not None else FLOAT
+    labels = dict(recipe.parameters) if recipe is not None else {}
+    return Cell(
+        model.name,
+        name,
+        task.name,
+        task.kind,
+        key_of(inputs),
+        inputs,
+        draw=draw,
+        parameters=labels,
+    )
 
 
 def recipes_of(plan: Plan, model: ModelPlan) -> Iterator[RecipePlan | None]:

@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ptqkit._files import write_atomically
-from ptqkit.sweep.cells import OK
+from ptqkit.study.cells import FLOAT, OK
 from ptqkit.sweep.grid import SweepResult
-from ptqkit.sweep.plan import FLOAT
-from ptqkit.sweep.results import rows
+from ptqkit.sweep.results import summary
 
 __all__ = ["draw"]
 
@@ -65,7 +64,7 @@ def draw(result: SweepResult) -> str:
 def _panels(result: SweepResult) -> dict[str, list[dict[str, Any]]]:
     """Rows of each panel by its title."""
     panels: dict[str, list[dict[str, Any]]] = {}
-    for row in rows(result):
+    for row in summary(result):
         one = row["kind"] == "zero-shot"
         title = row["task"] if one else f"{row['task']}: {row['model']}"
         panels.setdefault(title, []).append(row)
@@ -76,13 +75,14 @@ def _panel(axes: Any, title: str, members: list[dict[str, Any]], colours: dict[s
     recipes = [n for n in dict.fromkeys(r["recipe"] for r in members) if n != FLOAT]
     models = list(dict.fromkeys(r["model"] for r in members))
     width = 0.8 / len(models)
+    logarithmic = _limits(axes, [r for r in members if r["status"] == OK])
     for k, model in enumerate(models):
         mine = {r["recipe"]: r for r in members if r["model"] == model}
         base = mine.get(FLOAT)
         for i, name in enumerate(recipes):
             if name in mine:
                 place = i + (k - (len(models) - 1) / 2) * width
-                _bar(axes, mine[name], place, width, colours[model])
+                _bar(axes, mine[name], place, width, colours[model], logarithmic)
         if base is not None and base["status"] == OK:
             value = _scale(base) * base["value"]
             label = f"{model}, float: {value:.4g}"
@@ -93,7 +93,6 @@ def _panel(axes: Any, title: str, members: list[dict[str, Any]], colours: dict[s
     axes.set_ylim(len(recipes) - 0.4, -0.6)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    _limits(axes, [r for r in members if r["status"] == OK])
     if axes.get_legend_handles_labels()[0]:
         # Above the axes, wherever these end: a distance below would grow with their height.
         axes.legend(
@@ -112,7 +111,9 @@ def _scale(row: dict[str, Any]) -> float:
     return 100.0 if row["kind"] == "zero-shot" else 1.0
 
 
-def _bar(axes: Any, row: dict[str, Any], place: float, width: float, colour: str) -> None:
+def _bar(
+    axes: Any, row: dict[str, Any], place: float, width: float, colour: str, logarithmic: bool
+) -> None:
     if row["status"] != OK:
         axes.text(
             0.01,
@@ -124,16 +125,23 @@ def _bar(axes: Any, row: dict[str, Any], place: float, width: float, colour: str
             color="#b00000",
         )
         return
-    value = _scale(row) * row["value"]
-    # What a recipe costs is the length of a bar: perplexities begin at the float model's.
+    value, error = _scale(row) * row["value"], _scale(row) * row["excess_se"]
+    error = 0.0 if math.isnan(error) else error
+    # What a recipe costs is the length of a bar: perplexities begin at the float model's. On a
+    # logarithmic axis lengths say nothing, and there are points.
     begin = row["float_value"] if row["kind"] == "perplexity" else 0.0
-    if math.isnan(begin):
+    if math.isnan(begin) or logarithmic:
         axes.plot(value, place, "o", color=colour, markersize=4)
+        begin = value
     else:
         axes.barh(place, value - begin, width, left=begin, color=colour)
+    if error:
+        low = min(error, 0.9 * value) if logarithmic else error
+        style = {"color": "black", "elinewidth": 0.8, "capsize": 1.5}
+        axes.errorbar(value, place, xerr=[[low], [error]], fmt="none", **style)
     axes.annotate(
         f"{value:.4g}",
-        (max(value, begin), place),
+        (max(value, begin) + error, place),
         (3, 0),
         textcoords="offset points",
         va="center",
@@ -141,22 +149,32 @@ def _bar(axes: Any, row: dict[str, Any], place: float, width: float, colour: str
     )
 
 
-def _limits(axes: Any, measured: list[dict[str, Any]]) -> None:
-    values = [_scale(r) * r["value"] for r in measured]
+def _limits(axes: Any, measured: list[dict[str, Any]]) -> bool:
+    """Set scale, limits and label of the values; return whether they are logarithmic."""
+    values = [_scale(r) * (r["value"] + s) for r in measured for s in _ends(r)]
     if measured and measured[0]["kind"] == "zero-shot":
         axes.set_xlabel("accuracy, % (dotted: chance)", fontsize=7)
         axes.set_xlim(0, min(118, max(1.0, 1.2 * max(values))))
-        return
-    axes.set_xlabel("perplexity, from the float model's", fontsize=7)
+        return False
+    errors = any(not math.isnan(r["excess_se"]) for r in measured)
+    label = "perplexity, from the float model's"
+    axes.set_xlabel(f"{label} (± standard error)" if errors else label, fontsize=7)
     if not values:
-        return
+        return False
     low, high = min(values), max(values)
-    if high > _SPREAD * low:
+    if high > _SPREAD * low > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         room = (high / low) ** 0.25
         axes.set_xlim(low / room**0.2, high * room)
-    else:
-        span = max(high - low, 0.001 * high)
-        axes.set_xlim(low - 0.1 * span, high + 0.25 * span)
+        return True
+    span = max(high - low, 0.001 * high)
+    axes.set_xlim(low - 0.1 * span, high + 0.25 * span)
+    return False
+
+
+def _ends(row: dict[str, Any]) -> tuple[float, ...]:
+    """Where a value and its error bar end, from the value; the lower one counts for bars alone."""
+    error = row["excess_se"]
+    return (0.0,) if math.isnan(error) else (0.0, error)

@@ -12,7 +12,6 @@ from ptqkit._repr import one_line_repr
 from ptqkit.demo import DEMO
 
 __all__ = [
-    "FLOAT",
     "Calibration",
     "ModelPlan",
     "Plan",
@@ -21,9 +20,6 @@ __all__ = [
     "TaskPlan",
     "TextSource",
 ]
-
-FLOAT = "float"
-"""Name of the row of the model as it is."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,10 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What recipes are fitted to; see :func:`ptqkit.hf.prepare_calibration`."""
+    """What recipes are fitted to; see :func:`ptqkit.hf.prepare_calibration`.
+
+    ``draws`` drawings of the windows, the first with ``seed``, each further one with one more.
+    """
 
     __repr__ = one_line_repr
 
@@ -49,6 +48,7 @@ class Calibration:
     batch_size: int = BATCH_SIZE
     seed: int = 0
     start_token: str | int | None = "auto"
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,33 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """A recipe by name: what the file says, the checked recipe as a dict, and its models."""
+    """A recipe by name, one case of a product if its table has lists.
+
+    Attributes
+    ----------
+    name : str
+    value
+        What the file says.
+    resolved : mapping or None
+        The checked recipe as plain values; None leaves weights and activations float.
+    models : tuple of str
+    softmax : mapping or None
+        Options of :func:`ptqkit.quantize_softmax`.
+    parameters : mapping
+        Label along each axis of the product.
+    fitted : bool
+        Whether it depends on calibration windows.
+    """
 
     __repr__ = one_line_repr
 
     name: str
     value: Any
-    resolved: Mapping[str, Any]
+    resolved: Mapping[str, Any] | None
     models: tuple[str, ...]
+    softmax: Mapping[str, Any] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    fitted: bool = True
 
 
 @dataclass(frozen=True)

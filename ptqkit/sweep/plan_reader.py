@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from ptqkit._defaults import BATCH_SIZE, FORWARD_BATCH_SIZE
 from ptqkit.demo import DEMO
 from ptqkit.errors import PreflightError, did_you_mean
 from ptqkit.recipe import as_recipe
+from ptqkit.study.cells import FLOAT
+from ptqkit.study.products import Case, cases_of, expand_parts
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import (
-    FLOAT,
     Calibration,
     ModelPlan,
     Plan,
@@ -28,6 +29,9 @@ from ptqkit.sweep.reader import REQUIRED, Reader, whole
 
 __all__ = ["read_plan"]
 
+_CORRECTIONS = ("bias", "row_length", "row_sum")
+_RANGES = ("fixed", "calibrated", "search")
+_SOFTMAX = {"correction": "bias", "granularity": "head", "grid_range": "fixed"}
 _KINDS = ("perplexity", "zero-shot")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -95,7 +99,7 @@ class _PlanReader:
         names = tuple(t.name for t in tasks)
         models = tuple(self._model(r, base or {}, names) for r in self._tables("models"))
         chosen = tuple(m.name for m in models)
-        recipes = tuple(self._recipe(r, chosen) for r in self._tables("recipes"))
+        recipes = tuple(p for r in self._tables("recipes") for p in self._recipes(r, chosen))
         published = tuple(self._published(r) for r in self._tables("published", needed=False))
         top.done()
         self._names("tasks", names)
@@ -161,6 +165,7 @@ class _PlanReader:
             reader.take("batch_size", int, Calibration.batch_size, whole(1)),
             reader.take("seed", int, Calibration.seed, whole(0)),
             _start_token(reader),
+            reader.take("draws", int, Calibration.draws, whole(1)),
         )
         reader.done()
         return result
@@ -244,15 +249,31 @@ class _PlanReader:
         if settings["metric"] == "acc_norm" and form != "choices":
             reader.problem("metric 'acc_norm' is for items with 'choices' alone")
 
-    def _recipe(self, reader: Reader, models: tuple[str, ...]) -> RecipePlan:
+    def _recipes(self, reader: Reader, models: tuple[str, ...]) -> Iterator[RecipePlan]:
+        """Yield the recipe of a table, or every case of its product."""
         name, chosen = _name(reader), _chosen(reader, "models", models)
+        softmax = reader.take("softmax", (dict, list, str), FLOAT)
+        axes = {"softmax": [_softmax(reader, s) for s in _listed(softmax)]}
         parts = reader.take("parts", list, None)
         if parts is not None:
             reader.done()
-            value: Any = [_without_channel(p) if isinstance(p, dict) else p for p in parts]
+            made = [_without_channel(p) if isinstance(p, dict) else p for p in parts]
+            values: list[tuple[dict[str, Any], Any]] = list(expand_parts(made))
         else:
             value = _without_channel(reader.rest())
-        return RecipePlan(name, value, _resolve(reader, value), chosen)
+            values = [({}, value)]
+            if value.get("preset") == FLOAT:
+                values = [({}, None)]
+                if len(value) > 1:
+                    reader.problem(
+                        f"float weights take no options, but there is {list(value)[1]!r}"
+                    )
+            else:
+                # A list is an axis, but where the option itself is a list.
+                axes |= {k: v for k, v in value.items() if isinstance(v, list) and k != "include"}
+                values = [({}, {k: v for k, v in value.items() if k not in axes})]
+        for labels, value in values:
+            yield from _plans(reader, name, value, labels, axes, chosen)
 
     def _published(self, reader: Reader) -> Published:
         model, recipe, task = (reader.take(key, str) for key in ("model", "recipe", "task"))
@@ -263,7 +284,10 @@ class _PlanReader:
 
 def _without_channel(options: dict[str, Any]) -> dict[str, Any]:
     """TOML has no None: a group of all inputs is written ``"channel"``."""
-    if options.get("group_size") == "channel":
+    size = options.get("group_size")
+    if isinstance(size, list):
+        options = {**options, "group_size": [None if s == "channel" else s for s in size]}
+    elif size == "channel":
         options = {**options, "group_size": None}
     overrides = options.get("overrides")
     if isinstance(overrides, dict):
@@ -275,13 +299,69 @@ def _channels(change: Any) -> Any:
     return _without_channel(change) if isinstance(change, dict) else change
 
 
-def _resolve(reader: Reader, value: Any) -> dict[str, Any]:
-    """Plain values of a recipe with every default filled in."""
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _softmax(reader: Reader, value: Any) -> dict[str, Any] | None:
+    """Options of a quantized softmax; ``"float"`` leaves it as it is."""
+    if value == FLOAT:
+        return None
+    if not isinstance(value, dict):
+        reader.problem(f"softmax must be 'float', a table or a list of them, not {value!r}")
+        return None
+    options = Reader(value, f"{reader.where}: softmax", reader.problems)
+    correction = options.take("correction", str, "bias", choices=("none", *_CORRECTIONS))
+    found = {
+        "bits": options.take("bits", int, 8, whole(2)),
+        "correction": None if correction == "none" else correction,
+        "granularity": options.take("granularity", str, "head", choices=("head", "tensor")),
+        "grid_range": options.take("range", str, "fixed", choices=_RANGES),
+    }
+    options.done()
+    # Tables and keys of cells name what is not the default alone.
+    return {k: v for k, v in found.items() if k == "bits" or v != _SOFTMAX[k]}
+
+
+def _plans(
+    reader: Reader,
+    name: str,
+    value: Any,
+    labels: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    models: tuple[str, ...],
+) -> Iterator[RecipePlan]:
+    """Yield the cases of one recipe; what is wrong with one is a problem of the table."""
+    shown = [f"{k}={v}" for k, v in labels.items()]
+    base = ", ".join([name, *shown])
+    single = all(len(values) == 1 for values in axes.values()) and list(axes) == ["softmax"]
     try:
-        return as_recipe(value).to_dict()
+        if single and value is None:
+            if axes["softmax"] == [None]:
+                reader.problem("float weights need a softmax: without, it is the row 'float'")
+                return
+            found = [Case(base, None, axes["softmax"][0], {})]
+        elif single:
+            found = [Case(base, as_recipe(value), axes["softmax"][0], {})]
+        else:
+            found = cases_of({base: value}, axes)
+    except PreflightError as error:
+        for problem in error.problems:
+            reader.problem(problem)
+        return
     except (ValueError, TypeError) as error:
         reader.problem(str(error))
-        return {}
+        return
+    for case in found:
+        yield RecipePlan(
+            case.name,
+            value,
+            None if case.recipe is None else case.recipe.to_dict(),
+            models,
+            case.softmax,
+            {"recipe": name, **labels, **case.parameters},
+            case.needs_calibration,
+        )
 
 
 def _check_windows(reader: Reader, settings: Mapping[str, Any]) -> None:

@@ -10,19 +10,29 @@ from typing import Any
 
 from ptqkit._files import plain, write_atomically
 from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
-from ptqkit.sweep.cells import FAILED, MISSING, OK, Cell, write_json
+from ptqkit.study.cells import FAILED, FLOAT, MISSING, OK, Cell, write_json
+from ptqkit.study.result import StudyResult
 from ptqkit.sweep.grid import SweepResult
-from ptqkit.sweep.plan import FLOAT
 
-__all__ = ["COLUMNS", "degradation", "published_rows", "rows", "table", "to_dict", "write_results"]
+__all__ = [
+    "COLUMNS",
+    "degradation",
+    "published_rows",
+    "rows",
+    "summary",
+    "table",
+    "to_dict",
+    "write_results",
+]
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of ``results.json`` and of the columns of ``results.csv``."""
 
 #: Columns of ``results.csv``.
 COLUMNS = (
     "model",
     "recipe",
+    "draw",
     "task",
     "kind",
     "metric",
@@ -31,6 +41,7 @@ COLUMNS = (
     "float_value",
     "degradation_percent",
     "excess",
+    "excess_se",
     "chance",
     "count",
     "left_out",
@@ -53,7 +64,10 @@ def degradation(quantized: float, original: float) -> float:
 
 
 def rows(result: SweepResult) -> list[dict[str, Any]]:
-    """One dict per cell, with the columns of ``results.csv``."""
+    """One dict per cell, with the columns of ``results.csv``.
+
+    ``excess_se`` is the standard error of ``excess`` over the windows of the text.
+    """
     base = {(c.model, c.task): c for c in result.cells if c.recipe == FLOAT and c.status == OK}
     return [_row(cell, base.get((cell.model, cell.task))) for cell in result.cells]
 
@@ -68,8 +82,43 @@ def _row(cell: Cell, base: Cell | None) -> dict[str, Any]:
         "float_value": original,
         "degradation_percent": degradation(cell.value, original) if measured else math.nan,
         "excess": cell.value - original if measured else math.nan,
+        "excess_se": _error(cell, base) if measured else math.nan,
         "cell": cell.key,
     }
+
+
+def _error(cell: Cell, base: Cell | None) -> float:
+    if base is None or cell.recipe == FLOAT:
+        return math.nan
+    return StudyResult(cell.model, [base, cell]).compare(cell.recipe, FLOAT, cell.task).se_windows
+
+
+def summary(result: SweepResult) -> list[dict[str, Any]]:
+    """One dict per model, recipe and task: the mean over the draws, with its standard errors.
+
+    Columns are those of :func:`rows`, with ``draws`` instead of ``draw``, ``se_windows``,
+    ``se_draws``, and as ``excess_se`` what both give together.
+    """
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows(result):
+        groups.setdefault((row["model"], row["recipe"], row["task"]), []).append(row)
+    return [_merged(result, members) for members in groups.values()]
+
+
+def _merged(result: SweepResult, members: list[dict[str, Any]]) -> dict[str, Any]:
+    bad = next((m for m in members if m["status"] != OK), None)
+    row = {**(members[0] if bad is None else bad), "draws": len(members)}
+    del row["draw"], row["cell"]
+    row |= {"se_windows": row["excess_se"], "se_draws": math.nan}
+    if bad is None and len(members) > 1:
+        for name in ("value", "degradation_percent", "excess"):
+            row[name] = math.fsum(m[name] for m in members) / len(members)
+        if not math.isnan(row["float_value"]):
+            study = result.study(row["model"])
+            found = study.compare(row["recipe"], FLOAT, row["task"])
+            row |= {"se_windows": found.se_windows, "se_draws": found.se_draws}
+            row["excess_se"] = found.standard_error
+    return row
 
 
 def means(result: SweepResult) -> list[dict[str, Any]]:
@@ -78,7 +127,7 @@ def means(result: SweepResult) -> list[dict[str, Any]]:
     Accuracies and perplexities are never averaged together: they grow in opposite directions.
     """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in rows(result):
+    for row in summary(result):
         groups.setdefault((row["model"], row["recipe"], row["kind"]), []).append(row)
     found = []
     for (model, recipe, kind), members in groups.items():
@@ -99,7 +148,8 @@ def means(result: SweepResult) -> list[dict[str, Any]]:
 
 def published_rows(result: SweepResult) -> list[dict[str, Any]]:
     """Return published figures, each with ours if model, recipe and task have the same names."""
-    ours = {(c.model, c.recipe, c.task): c.value for c in result.cells if c.status == OK}
+    found = summary(result)
+    ours = {(r["model"], r["recipe"], r["task"]): r["value"] for r in found if r["status"] == OK}
     return [
         {
             "model": p.model,
@@ -124,6 +174,7 @@ def to_dict(result: SweepResult) -> dict[str, Any]:
             "seconds": result.seconds,
             "skipped": result.skipped,
             "rows": rows(result),
+            "summary": summary(result),
             "means": means(result),
             "published": published_rows(result),
         }
@@ -165,8 +216,11 @@ def _field(value: Any) -> Any:
 
 
 def table(result: SweepResult) -> str:
-    """Plain text: a table per model, then what was published, then what failed."""
-    found = rows(result)
+    """Plain text: a table per model, then what was published, then what failed.
+
+    Degradation has the standard error that is known: over the windows of the text and the draws.
+    """
+    found = summary(result)
     parts = []
     for model in dict.fromkeys(r["model"] for r in found):
         mine = [r for r in found if r["model"] == model]
@@ -276,7 +330,11 @@ def _value(row: dict[str, Any] | None, recipe: str) -> list[str]:
     if not accuracy and row["value"] < 1000:
         shown = f"{row['value']:.3f}"
     change = row["degradation_percent"]
-    return [shown, "" if recipe == FLOAT or math.isnan(change) else f"{change:+.2f}"]
+    if recipe == FLOAT or math.isnan(change):
+        return [shown, ""]
+    # The float model's own value is as it is: what is uncertain is the excess.
+    error = degradation(row["float_value"] + row["excess_se"], row["float_value"])
+    return [shown, f"{change:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")]
 
 
 def _align(lines: list[list[str]]) -> str:

@@ -9,8 +9,7 @@ from typing import Any
 from ptqkit.demo import DEMO, text
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.data.text import TextFile, open_documents, read_beginning, whole_documents
-from ptqkit.hf.evaluation.likelihood import perplexity
-from ptqkit.sweep.measured import Measured
+from ptqkit.study.measured import Measured, measure_text
 from ptqkit.sweep.plan import TaskPlan, TextSource
 from ptqkit.sweep.zeroshot import zero_shot
 
@@ -86,5 +85,4 @@ def measure(model: Any, tokenizer: Any, task: TaskPlan) -> Measured:
         texts = read_beginning(opened, tokenizer, needed)
     if not any(t.strip() for t in texts):
         raise _no_text(task.source)
-    found = perplexity(model, tokenizer, texts, **task.settings)
-    return Measured(found.perplexity, "perplexity", False, found.tokens)
+    return measure_text(model, tokenizer, texts, **task.settings)

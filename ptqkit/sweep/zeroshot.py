@@ -20,8 +20,8 @@ from torch import nn
 
 from ptqkit.hf.data.calibration import max_positions
 from ptqkit.hf.data.text import CachedTokenizer
+from ptqkit.study.measured import Measured
 from ptqkit.sweep.items import chance, read_items
-from ptqkit.sweep.measured import Measured
 
 __all__ = ["INSTALL", "has_lm_eval", "zero_shot"]
 

@@ -301,6 +301,9 @@ inputs = dict(np.load(sys.argv[1]))
 out, grid = {"level": np.array(ptqkit.show_config()["cpu_level"])}, ptqkit.softmax_grid(8)
 q = ptqkit.softmax_on_grid(inputs["x"], grid, codes=True, correction="row_sum", causal=True)
 out["codes"], out["corrections"] = q.codes, q.corrections
+before = ptqkit.softmax_grid(6, of="exponentials")
+q = ptqkit.softmax_on_grid(inputs["x"], before, codes=True, correction="row_sum")
+out["before"], out["scales"] = q.codes, q.scales
 meter = ptqkit.SoftmaxBias(3, grid=grid)
 meter.update(inputs["P"], inputs["mask"])
 out["sums"] = meter._sums[0]
@@ -327,7 +330,12 @@ def test_cpu_levels(script, tmp_path):
     for result in found.values():
         for name in ("sums", "sample", "tensor", "channel"):  # the same sums on every level
             np.testing.assert_array_equal(result[name], base[name])
-        for name in ("codes", "corrections"):  # the same exponential wherever there is an fma
+        for name in (
+            "codes",
+            "corrections",
+            "before",
+            "scales",
+        ):  # the same exponential wherever there is an fma
             np.testing.assert_array_equal(result[name], next(iter(found.values()))[name])
 
 

@@ -52,7 +52,8 @@ def test_softmax_table_and_json(folder, capsys):
     found = json.loads(json_file.read_text(encoding="utf-8"))
     assert found["command"] == "softmax" and found["schema"] == 1
     assert [r["name"] for r in found["rows"]][:3] == ["float softmax", "SM8", "SM8 + bias"]
-    assert len(found["rows"]) == 1 + 2 * 5
+    assert len(found["rows"]) == 1 + 2 * 7
+    assert "SM4 + before/row_sum" in out and all(r["excess_error"] > 0 for r in found["rows"][1:])
     assert set(found["layers"]) == {"8", "4"}
     assert {"zero_fraction", "mean_row_sum", "sqnr_db"} <= set(found["layers"]["4"][0])
     assert found["conventions"]["tokens"] == 4 * 59
@@ -93,6 +94,10 @@ def test_softmax_saves(folder, tmp_path, capsys):
         (["--text", "TEST", "--samples", "0"], "--samples must be at least 1"),
         (["--text", "TEST", "--out", "x"], "give one --bits and one --correction"),
         (["--text", "TEST", "--json", "nowhere/x.json"], "--json nowhere/x.json"),
+        (["--text", "TEST", "--weights", "9"], "--weights must be from 2 to 8"),
+        (["--text", "TEST", "--correction", "bias/step"], "bias/step is for diffusion models"),
+        (["--text", "TEST", "--out", "x", "--correction", "log2"], "log2 has no place in a file"),
+        (["--text", "TEST", "--out", "x", "--correction", "none", "--weights", "4"], "--weights"),
     ],
 )
 def test_softmax_mistakes(folder, capsys, options, message):

@@ -72,6 +72,10 @@ CALLS = {
         ptqkit.gptq(W, H, group_size=32, beam_width=4),
         fails(_core.best_paths, *[W] * 12),
     ),
+    "coupled": lambda: (
+        ptqkit.couple_rows(W, ptqkit.rtn(W), H, np.eye(len(W))),
+        fails(_core.couple_rows, *[W] * 11),
+    ),
     "gptq errors": lambda: (fails(ptqkit.gptq, nan, H), fails(ptqkit.gptq, W, bad)),
     "rtn": lambda: ptqkit.rtn(W, grid="hessian", H=H),
     "rtn errors": lambda: fails(ptqkit.rtn, W * 1e6, scale_dtype="float16", bits=2),

@@ -130,6 +130,7 @@ calls = {
     "gptq": lambda: ptqkit.gptq(W, H, order="act", static_groups=True, refine_passes=2),
     "refit": lambda: ptqkit.gptq(W, H, refit_rounds=1),
     "beam": lambda: ptqkit.gptq(W[:64], H, beam_width=4),
+    "coupled": lambda: ptqkit.couple_rows(W[:256], coarse, H, X[:256, :256] + X[:256, :256].T),
     "drift": lambda: ptqkit.Drift(n, n).update(X, X[::-1]),
     "target": lambda: ptqkit.target_weights(W[:n], H, G),
     "rtn": lambda: ptqkit.rtn(W, grid="mse"),
@@ -138,6 +139,7 @@ calls = {
     "int8": lambda: ptqkit.int8_matmul(qx, qw),
 }
 qx, qw = ptqkit.quantize_activations(X), ptqkit.quantize_activations(W)
+coarse = ptqkit.rtn(W[:256], H=H)
 G = H.matrix + np.eye(n)
 for name, call in calls.items():
     stamps, stop = [], threading.Event()

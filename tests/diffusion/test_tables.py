@@ -288,10 +288,12 @@ def test_sensitivity_and_total_tables(experiment, model):
         "SM8",
         "SM8 + correction",
         "SM8 + row sum",
+        "SM8 before + row sum",
         "W8A16",
         "W8A16-SM8",
         "W8A16-SM8 + correction",
         "W8A16-SM8 + row sum",
+        "W8A16-SM8 before + row sum",
     ]
     assert total["FP32"] == float("inf") and total["SM8"] == pytest.approx(fine[4]["sqnr_db"])
     assert total["W8A16-SM8"] < total["W8A16"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 SOFTMAX_OUTPUTS = {
-    "softmax_quantize": [6, 7],
+    "softmax_quantize": [6, 7, 8],
     "softmax_statistics": [6],
     "softmax_exp": [1],
     "energy": [2],
@@ -16,6 +16,7 @@ SOFTMAX_OUTPUTS = {
 SOFTMAX_OPTIONAL = {
     ("softmax_quantize", 1),
     ("softmax_quantize", 7),
+    ("softmax_quantize", 8),
     ("softmax_statistics", 1),
     ("softmax_statistics", 2),
 }
@@ -36,6 +37,8 @@ def softmax_calls() -> dict[str, list[Any]]:
             np.zeros((3, 6)),
             np.zeros_like(P),
             np.zeros(24, np.float32),
+            np.zeros(24, np.float32),
+            0,
             1,
         ],
         "softmax_statistics": [

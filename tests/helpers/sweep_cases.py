@@ -129,17 +129,19 @@ class FakeBench:
     def float_model(self):
         return self._quantized(10.0, 16.0)
 
-    def quantized_copy(self, recipe):
-        self._note(f"quantize {self.name}/{recipe.name}")
-        return self._quantized(10.0 + 8.0 / recipe.resolved["bits"], recipe.resolved["bits"])
+    def quantized_copy(self, recipe, seed):
+        drawn = f" seed {seed}" if seed else ""
+        self._note(f"quantize {self.name}/{recipe.name}{drawn}")
+        value = 10.0 + 8.0 / recipe.resolved["bits"] + seed
+        return self._quantized(value, recipe.resolved["bits"])
 
     def _quantized(self, model, bits):
-        from ptqkit.sweep.bench import Quantized
+        from ptqkit.study.engine import Quantized
 
         return Quantized(model, float(bits), 16.0, 0.5)
 
     def measure(self, model, task):
-        from ptqkit.sweep.measured import Measured
+        from ptqkit.study.measured import Measured
 
         self._note(f"measure {self.name}/{task.name} {model:g}")
         if task.kind == "zero-shot":

@@ -10,8 +10,8 @@ import pytest
 from helpers.sweep_cases import HEAD, RTN, ZERO_SHOT, FakeBench, folder, write
 
 from ptqkit.errors import PreflightError
+from ptqkit.study.cells import FAILED, MISSING, OK
 from ptqkit.sweep import CellsFailed, read_plan, run_sweep
-from ptqkit.sweep.cells import FAILED, MISSING, OK
 from ptqkit.sweep.grid import SweepInterrupted, plan_cells
 from ptqkit.sweep.results import COLUMNS, degradation, means, rows, table, write_results
 
@@ -297,7 +297,7 @@ def test_files_and_published_figures_apart(tmp_path, bench):
     theirs = list(csv.DictReader((tmp_path / "out" / "published.csv").read_text().splitlines()))
     assert [line["ours"] for line in theirs] == ["", "12.0"]
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert saved["schema"] == 1 and len(saved["rows"]) == 2 and len(saved["published"]) == 2
+    assert saved["schema"] == 2 and len(saved["rows"]) == 2 and len(saved["published"]) == 2
     assert saved["environment"]["python"]
     shown = table(result)
     ours, theirs = shown.split("published by others")

@@ -67,6 +67,9 @@ class CachedTokenizer:
         return self._tokens[key]
 
     def __getattr__(self, name: str) -> Any:
+        # A copy asks before it has attributes of its own.
+        if name == "tokenizer":
+            raise AttributeError(name)
         return getattr(self.tokenizer, name)
 
 

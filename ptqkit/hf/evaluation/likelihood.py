@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,11 @@ class PerplexityResult:
         text (with ``stride == window``: of every window) is not scored.
     texts : int
         Texts that were measured.
+    losses : tuple of float
+        Of each window, in the order of the text: the sum of its tokens' negative log-likelihoods,
+        in nats. What two models lose on the same windows can be paired.
+    scored : tuple of int
+        Tokens scored in each window; their sum is ``tokens``.
     """
 
     __repr__ = one_line_repr
@@ -59,6 +64,8 @@ class PerplexityResult:
     stride: int
     start_token: int | None
     texts: int
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    scored: tuple[int, ...] = field(default=(), repr=False)
 
     def check_finite(self, where: str = "the model") -> None:
         """Raise NotFiniteError, which names ``where``, if the perplexity is not finite."""
@@ -81,8 +88,8 @@ class PerplexityResult:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict."""
-        return asdict(self)
+        """Return the fields as a dict, but for those of the windows."""
+        return {k: v for k, v in asdict(self).items() if k not in ("losses", "scored")}
 
 
 @dataclass
@@ -174,11 +181,16 @@ def perplexity(
         raise CalibrationError("text holds too few tokens: none can be scored")
     reported = make_progress(progress)
     try:
-        nll = _score(model, parts, batch_size, reported) / total
+        losses = _score(model, parts, batch_size, reported)
     finally:
         close_progress(reported)
+    # Every sum of losses is exact, so that no order of the windows shows.
+    nll = math.fsum(losses) / total if all(map(math.isfinite, losses)) else sum(losses) / total
     value = math.inf if nll >= 700 else math.exp(nll)
-    result = PerplexityResult(nll, value, total, window, stride, start, len(texts))
+    scored = tuple(w.scored for w in parts)
+    result = PerplexityResult(
+        nll, value, total, window, stride, start, len(texts), tuple(losses), scored
+    )
     if check:
         result.check_finite()
     return result
@@ -239,35 +251,39 @@ def _score(
     windows: list[_Window],
     batch_size: int,
     progress: Progress | None,
-) -> float:
-    """Sum of the negative log-likelihoods of all scored tokens, in double."""
+) -> list[float]:
+    """Sum of the negative log-likelihoods of each window's scored tokens, in double."""
     device = next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
-    total, position = 0.0, 0
+    losses, position = [0.0] * len(windows), 0
     stage = ProgressStage(progress, "measuring", len(order))
     with calibration_mode(model):
         while position < len(order):
             length = len(windows[order[position]].ids)
-            part: list[_Window] = []
+            part: list[int] = []
             while position < len(order) and len(part) < batch_size:
                 if len(windows[order[position]].ids) != length:
                     break
-                part.append(windows[order[position]])
+                part.append(order[position])
                 position += 1
-            ids = torch.tensor([w.ids for w in part], dtype=torch.long, device=device)
-            total += _batch_nll(model(input_ids=ids).logits, ids, [w.scored for w in part])
+            rows = [windows[i] for i in part]
+            ids = torch.tensor([w.ids for w in rows], dtype=torch.long, device=device)
+            found = _batch_nll(model(input_ids=ids).logits, ids, [w.scored for w in rows])
+            for i, loss in zip(part, found, strict=True):
+                losses[i] = loss
             for _ in part[1:]:
                 stage.skip()
             stage.step("windows")
-    return total
+    return losses
 
 
-def _batch_nll(logits: torch.Tensor, ids: torch.Tensor, scored: list[int]) -> float:
-    total = 0.0
+def _batch_nll(logits: torch.Tensor, ids: torch.Tensor, scored: list[int]) -> list[float]:
+    found = []
     for row, count in enumerate(scored):
         chosen = logits[row, -count - 1 : -1]
         targets = ids[row, -count:]
         step = max(1, _CHUNK // chosen.shape[-1])
+        total = 0.0
         for begin in range(0, count, step):
             losses = F.cross_entropy(
                 chosen[begin : begin + step].float(),
@@ -275,4 +291,5 @@ def _batch_nll(logits: torch.Tensor, ids: torch.Tensor, scored: list[int]) -> fl
                 reduction="none",
             )
             total += float(losses.double().sum())
-    return total
+        found.append(total)
+    return found

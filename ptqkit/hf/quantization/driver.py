@@ -35,6 +35,7 @@ from ptqkit.hf.quantization.opening import open_model, reopen
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.report import Report
+from ptqkit.hf.quantization.row_coupling import measure_outputs
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
 from ptqkit.hf.quantization.state import RunState, check_room, state_folder
 from ptqkit.hf.quantization.streamed import (
@@ -369,13 +370,22 @@ def _quantize_inspected(
     if recipe.bits_budget is not None:
         mixed = choose_bits(model, recipe, found, options.threads)
         recipe, found, losses = mixed.recipe, mixed.inspection, mixed.losses
+    bits_seconds, begin = time.perf_counter() - start, time.perf_counter()
+    if any(target.options.row_coupling for target in found.structure.targets.values()):
+        outputs = measure_outputs(model, found)
+        if options.processes is not None:
+            outputs = options.processes.first(outputs)
+        options = replace(options, outputs=outputs)
+    coupling_seconds = time.perf_counter() - begin
     if options.processes is not None:
         found = _own_share(found, options.processes)
         plan = options.processes.first(plan)
     run = QuantizationRun(model, recipe, found, plan, options, equalized)
     if losses:
         run.report.rounding_losses = losses
-        run.seconds["rounding_losses"] = time.perf_counter() - start
+        run.seconds["rounding_losses"] = bits_seconds
+    if options.outputs is not None:
+        run.seconds["row_coupling"] = coupling_seconds
     run.report.warnings += slow
     run.execute()
     result = QuantizationResult(model, run.matrices, run.report, recipe, run.activations, equalized)

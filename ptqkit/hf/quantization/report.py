@@ -116,8 +116,9 @@ class Report(JsonReport):
     seconds : dict of str to float
         ``total``, ``setup`` (checks and probe), ``hessian``, ``solve``, ``diagnostics``,
         ``propagation`` (G and the correction, with error propagation), ``equalization`` (if the
-        recipe has one), ``rounding_losses`` (if it names average bits), and ``forward``: the rest,
-        mostly the model (both models).
+        recipe has one), ``rounding_losses`` (if it names average bits), ``row_coupling`` (the
+        passes that measure what it needs), and ``forward``: the rest, mostly the model (both
+        models).
     memory : dict of str to int or None
         In bytes: ``peak`` resident (or device) memory of the process, and with calibration
         ``estimate_one_pass`` and ``estimate_replay`` (what each schedule needs in addition to the

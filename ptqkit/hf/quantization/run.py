@@ -35,6 +35,7 @@ from ptqkit.hf.quantization.work import Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
 from ptqkit.nn.forward import calibration_mode, device_of
 from ptqkit.nn.on_grid import dequantize
+from ptqkit.nn.output_moments import OutputMoments
 from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.recipe.recipe import Recipe
 
@@ -81,6 +82,7 @@ class RunOptions:
     on_error: str = "raise"
     progress: Progress | None = None
     processes: Processes | None = None
+    outputs: OutputMoments | None = None  # for row_coupling
     start: float = field(default_factory=time.perf_counter)
 
 
@@ -135,7 +137,7 @@ class QuantizationRun:
         if self.equalization is not None:
             self.seconds["equalization"] = self.equalization.seconds["total"]
             setup -= self.seconds["equalization"]
-        setup -= self.seconds.get("rounding_losses", 0.0)
+        setup -= self.seconds.get("rounding_losses", 0.0) + self.seconds.get("row_coupling", 0.0)
         with self._telling_what_is_done():
             self._all_groups()
             self._write_held()
@@ -259,6 +261,7 @@ class QuantizationRun:
             threads=self.options.threads,
             diagnostics=self.options.diagnostics,
             processes=self.options.processes,
+            outputs=self.options.outputs,
         )
         rows = sum(t.view.shape[0] for t in members)
         for target in part:

@@ -20,8 +20,10 @@ from ptqkit.hf.models.dtypes import dtype_name
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.processes import Processes
+from ptqkit.hf.quantization.row_coupling import couple_stack
 from ptqkit.nn.matrix_solver import quantize_matrix
 from ptqkit.nn.on_grid import dequantize, row_blocks, rtn_on_grid
+from ptqkit.nn.output_moments import OutputMoments
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["LayerResult", "rtn_on_grid", "solve_group"]
@@ -69,6 +71,7 @@ def solve_group(
     threads: int = 0,
     diagnostics: bool = True,
     processes: Processes | None = None,
+    outputs: OutputMoments | None = None,
 ) -> dict[str, LayerResult]:
     """Quantize all layers fed by one tensor; nothing is written to the model.
 
@@ -85,6 +88,8 @@ def solve_group(
         Also compute what the report shows in addition to the objective.
     processes : Processes, optional
         Others with equal targets and moments, each of which solves some of the rows.
+    outputs : OutputMoments, optional
+        What ``row_coupling`` needs: rows that are coupled are not shared out.
     """
     stacks: list[tuple[Recipe, list[Target]]] = []
     for target in targets:
@@ -106,7 +111,9 @@ def solve_group(
         if shared and source is not None and options.method == "gptq":
             source = _factor(factors, source, options, threads, name)
         solved.update(
-            _solve_stack(stack, options, name, source, moments, threads, diagnostics, processes)
+            _solve_stack(
+                stack, options, name, source, moments, threads, diagnostics, processes, outputs
+            )
         )
     return solved
 
@@ -137,6 +144,7 @@ def _solve_stack(
     threads: int,
     diagnostics: bool,
     processes: Processes | None = None,
+    outputs: OutputMoments | None = None,
 ) -> dict[str, LayerResult]:
     """Quantize layers as one matrix; ``source`` is H or its factor."""
     start = begin = time.perf_counter()
@@ -144,8 +152,8 @@ def _solve_stack(
     weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
     del parts
     count, instead = len(weight), ""
-    if options.per_tensor:
-        processes = None  # one scale for all rows
+    if options.per_tensor or options.row_coupling:
+        processes = None  # the rows depend on each other
     if processes is not None:
         rows = processes.rows(count)
         weight = weight[rows]
@@ -166,6 +174,7 @@ def _solve_stack(
             compare_rtn=None if diagnostics else False,
             name=name,
         )
+        matrix = _coupled(weight, matrix, source, stack, outputs, threads)
         dequantized = dequantize(matrix)
         shift = None
         if options.bias_correction:
@@ -196,6 +205,22 @@ def _solve_stack(
         results[target.name] = result
         row = rows.stop
     return results
+
+
+def _coupled(
+    weight: np.ndarray,
+    matrix: QuantizedMatrix,
+    source: Any,
+    stack: list[Target],
+    outputs: OutputMoments | None,
+    threads: int,
+) -> QuantizedMatrix:
+    """Let rows make up for each other's errors, if their options say so."""
+    passes = stack[0].options.row_coupling
+    if not passes or outputs is None:
+        return matrix
+    names = [target.name for target in stack]
+    return couple_stack(weight, matrix, source, names, outputs, passes, threads=threads)
 
 
 def _target(

@@ -89,6 +89,7 @@ def check_stream(problems: Problems, recipe: Recipe) -> None:
     whole = {
         f"tune={recipe.tune}": recipe.tune > 0,
         f"bits={recipe.bits}": recipe.bits_budget is not None,
+        f"row_coupling={recipe.most_row_coupling}": recipe.most_row_coupling > 0,
         "calibrate_on='float'": recipe.calibrate_on == "float",
         "calibrate_all_experts": recipe.calibrate_all_experts,
     }

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, SEQUENCE_LENGTH
-from ptqkit.arrays.softmax import softmax_grid
 from ptqkit.errors import check_choice
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models import attention
@@ -28,6 +27,7 @@ from ptqkit.nn.softmax.study import (
     AttentionAccess,
     SoftmaxStudy,
     choose_modules,
+    fixed_grid,
     refuse_installed,
 )
 from ptqkit.nn.softmax.study import SoftmaxQuantization as _SoftmaxQuantization
@@ -160,6 +160,7 @@ def quantize_softmax(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     start_token: str | int | None = "auto",
+    grid_of: str = "probabilities",
     diagnostics: bool = True,
 ) -> SoftmaxQuantization:
     """Quantize the softmax outputs of a model's attention, with a correction of their bias.
@@ -173,10 +174,10 @@ def quantize_softmax(
         Causal or bidirectional, with the attention functions of transformers' registry.
     calibration
         As for :func:`ptqkit.quantize`, which also explains ``samples``, ``sequence_length``,
-        ``seed`` and ``start_token``. May be left out for ``correction`` None and "row_sum" with a
-        fixed range; then there is no report.
+        ``seed`` and ``start_token``. May be left out for ``correction`` None, "row_sum" and
+        "code_sum" with a fixed range; then there is no report.
     bits : int from 2 to 16
-    correction : {"bias", "row_length", "row_sum", None}
+    correction : {"bias", "row_length", "row_sum", "code_sum", None}
         See :mod:`ptqkit.nn.softmax.quantizer`. "bias" is the paper's, free if the offset of the
         quantizer absorbs it, and so the default; "row_length" its refinement by the number of
         allowed keys; "row_sum" needs a sum per row at run time but no calibration, was the best
@@ -187,6 +188,10 @@ def quantize_softmax(
         See :class:`SoftmaxCalibration`.
     layers : iterable of str, optional
         Patterns of attention modules; by default all.
+    grid_of : {"probabilities", "exponentials"}
+        What is rounded: the paper rounds probabilities, on [0, 1]. Rounding exp(x - max) before it
+        is divided by its sum gives every row the whole grid, on [0, 1] always, and keeps far more
+        of rows without a peak; its corrections are "row_sum" and "code_sum".
     diagnostics : bool
         Measure signal-to-noise ratios on the calibration set, and leave out corrections that
         lower them: that of a layer's output, or all if the model's output suffers.
@@ -211,11 +216,12 @@ def quantize_softmax(
     check_choice("correction", correction, CORRECTIONS)
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("grid_range", grid_range, RANGES)
+    grid = fixed_grid(bits, grid_of, correction, grid_range)
     # Before calibration data is prepared, which may take long.
     modules = choose_modules(attention.find_attention(model), layers)
     refuse_installed(attention.installed_attention(model))
-    grid = softmax_grid(bits)
-    if calibration is None and correction in (None, "row_sum") and grid_range == "fixed":
+    free = correction in (None, "row_sum", "code_sum") and grid_range == "fixed"
+    if calibration is None and free:
         plain: dict[str, Quantizer] = {n: SoftmaxQuantizer(grid, correction) for n in modules}
         result = SoftmaxQuantization(model, plain)
     else:
@@ -230,7 +236,7 @@ def quantize_softmax(
             max_length=max_positions(model),
         )
         study = SoftmaxCalibration(model, data, bits=bits, grid_range=grid_range, layers=layers)
-        quantizers = study.quantizers(correction, granularity)
+        quantizers = study.quantizers(correction, granularity, grid_of)
         report = study.compare(quantizers) if diagnostics else None
         result = SoftmaxQuantization(model, quantizers, report)
     result.install()

@@ -14,6 +14,7 @@ from ptqkit._tables import text_table, wrap_line
 from ptqkit.errors import check_choice
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.evaluation.likelihood import PerplexityResult, perplexity
+from ptqkit.hf.evaluation.paired import perplexity_difference
 from ptqkit.hf.models.attention import attention_hooks
 from ptqkit.hf.softmax.driver import SoftmaxCalibration, describe
 from ptqkit.nn.softmax.compare import softmax_hooks
@@ -22,14 +23,25 @@ from ptqkit.nn.softmax.report import SoftmaxReport
 __all__ = ["VARIANTS", "SoftmaxTable", "SoftmaxTableRow", "softmax_table"]
 
 VARIANTS = {
-    "none": (None, "tensor"),
-    "bias": ("bias", "tensor"),
-    "bias/head": ("bias", "head"),
-    "row_length": ("row_length", "tensor"),
-    "row_length/head": ("row_length", "head"),
-    "row_sum": ("row_sum", "tensor"),
+    "none": (None, "tensor", "probabilities"),
+    "bias": ("bias", "tensor", "probabilities"),
+    "bias/head": ("bias", "head", "probabilities"),
+    "row_length": ("row_length", "tensor", "probabilities"),
+    "row_length/head": ("row_length", "head", "probabilities"),
+    "row_sum": ("row_sum", "tensor", "probabilities"),
+    "before": (None, "tensor", "exponentials"),
+    "before/code_sum": ("code_sum", "tensor", "exponentials"),
+    "before/row_sum": ("row_sum", "tensor", "exponentials"),
+    "log2": (None, "tensor", "log2"),
+    "log2/row_sum": ("row_sum", "tensor", "log2"),
+    "twin": (None, "tensor", "twin"),
+    "twin/row_sum": ("row_sum", "tensor", "twin"),
 }
-"""Names of corrections with their granularity; without "/head" one per attention module."""
+"""Arguments of ``SoftmaxCalibration.quantizers``: correction, granularity and grid.
+
+Without "/head" a correction is one per attention module. "before": exponentials are rounded
+before they are normalised.
+"""
 
 
 @dataclass
@@ -43,17 +55,19 @@ class SoftmaxTableRow:
     correction : str
         Of :data:`VARIANTS`.
     perplexity : float
-    excess : float
-        Above the float model's.
+    excess, excess_error : float
+        Above that of the float model, and its standard error over the windows, which are paired.
     recovered : float
-        Share of the excess without correction that the correction takes away; NaN if there is
-        none.
+        Share of the loss on the grid of probabilities without correction that is given back,
+        with the same weights; NaN if nothing is lost.
     sqnr_db : float
         Mean over the layers, of the attention's output on the calibration set.
     output_db : float
         Of the logits on the calibration set, all layers quantized.
     left_out : int
         Layers whose correction was left out, with ``guard``.
+    weights : str
+        Name of the weights, if they are not the float ones.
     """
 
     __repr__ = one_line_repr
@@ -62,18 +76,20 @@ class SoftmaxTableRow:
     correction: str
     perplexity: float
     excess: float = 0.0
+    excess_error: float = 0.0
     recovered: float = math.nan
     sqnr_db: float = math.inf
     output_db: float = math.inf
     left_out: int = 0
+    weights: str = ""
 
     @property
     def name(self) -> str:
-        """Name as in the paper's Table 3: FP32, SM8, SM8 + correction."""
+        """Name as in the paper's Table 3: FP32, SM8, SM8 + correction, W8A16-SM8."""
         if self.bits is None:
-            return "float softmax"
+            return self.weights or "float softmax"
         plus = "" if self.correction == "none" else f" + {self.correction}"
-        return f"SM{self.bits}{plus}"
+        return f"{self.weights}{'-' if self.weights else ''}SM{self.bits}{plus}"
 
 
 @dataclass
@@ -109,17 +125,18 @@ class SoftmaxTable:
 
     def table(self) -> str:
         """Plain text table."""
-        header = ("softmax", "perplexity", "excess", "recovered", "attention dB", "logits dB")
+        header = ("softmax", "perplexity", "excess", "±", "recovered", "attention dB", "logits dB")
         cells = (
             (
                 row.name,
                 f"{row.perplexity:.4f}",
-                "" if row.bits is None else f"{row.excess:+.4f}",
+                "" if index == 0 else f"{row.excess:+.4f}",
+                "" if index == 0 or math.isnan(row.excess_error) else f"{row.excess_error:.4f}",
                 "" if math.isnan(row.recovered) else f"{100 * row.recovered:.0f} %",
                 "" if math.isinf(row.sqnr_db) else f"{row.sqnr_db:.2f}",
                 "" if math.isinf(row.output_db) else f"{row.output_db:.2f}",
             )
-            for row in self.rows
+            for index, row in enumerate(self.rows)
         )
         zeros = [self._zeros(bits) for bits in self.layers]
         return "\n".join([text_table(header, cells), "", *map(wrap_line, zeros)])
@@ -144,6 +161,8 @@ def softmax_table(
     corrections: Sequence[str] = ("none", "bias", "bias/head", "row_length/head", "row_sum"),
     grid_range: str = "fixed",
     guard: bool = False,
+    rounded: nn.Module | None = None,
+    rounded_name: str = "W8A16",
     progress: Callable[[str], None] | None = None,
     **windows: Any,
 ) -> SoftmaxTable:
@@ -166,6 +185,10 @@ def softmax_table(
     guard : bool
         Leave out corrections that lower signal-to-noise ratios, as :func:`quantize_softmax` does;
         here every line is by default what it says.
+    rounded : nn.Module, optional
+        The same model with quantized weights: all lines again, with the corrections of its own.
+    rounded_name : str
+        What these lines are called after.
     progress : callable, optional
         Called with the name of what comes next.
 
@@ -184,32 +207,53 @@ def softmax_table(
     first = perplexity(model, tokenizer, text, **windows)
     table = SoftmaxTable(first, describe(calibration))
     table.rows.append(SoftmaxTableRow(None, "none", first.perplexity))
-    for width in bits:
-        report_next(f"SM{width}: calibration")
-        study = SoftmaxCalibration(model, calibration, bits=width, grid_range=grid_range)
-        plain = math.nan
-        for name in chosen:
-            report_next(f"SM{width} {name}")
-            quantizers = study.quantizers(*VARIANTS[name])
-            report = study.compare(quantizers, guard)
-            with attention_hooks(model, softmax_hooks(quantizers)):
-                found = perplexity(model, tokenizer, text, check=False, **windows)
-            excess = found.perplexity - first.perplexity
-            plain = excess if name == "none" else plain
-            row = _row(width, name, found.perplexity, excess, plain, report)
-            found.warn_unless_finite(f"the model with {row.name}")
-            table.rows.append(row)
-            if name == "none":
-                table.layers[width] = report.to_dict()["layers"]
+    for weights, net in (("", model), (rounded_name, rounded)):
+        if net is None:
+            continue
+        base = first
+        if weights:
+            report_next(weights)
+            base = perplexity(net, tokenizer, text, check=False, **windows)
+            table.rows.append(
+                SoftmaxTableRow(
+                    None,
+                    "none",
+                    base.perplexity,
+                    *perplexity_difference(base, first),
+                    weights=weights,
+                )
+            )
+        for width in bits:
+            label = f"{weights} SM{width}".strip()
+            report_next(f"{label}: calibration")
+            study = SoftmaxCalibration(net, calibration, bits=width, grid_range=grid_range)
+            lost = math.nan
+            for name in chosen:
+                report_next(f"{label} {name}")
+                quantizers = study.quantizers(*VARIANTS[name])
+                report = study.compare(quantizers, guard)
+                with attention_hooks(net, softmax_hooks(quantizers)):
+                    found = perplexity(net, tokenizer, text, check=False, **windows)
+                above = found.perplexity - base.perplexity
+                lost = above if name == "none" else lost
+                row = _row(width, name, found.perplexity, report)
+                row.excess, row.excess_error = perplexity_difference(found, first)
+                row.recovered = math.nan if name == "none" or lost <= 0 else 1 - above / lost
+                row.weights = weights
+                found.warn_unless_finite(f"the model with {row.name}")
+                table.rows.append(row)
+                if name == "none" and not weights:
+                    table.layers[width] = report.to_dict()["layers"]
     return table
 
 
-def _row(
-    bits: int, name: str, value: float, excess: float, plain: float, report: SoftmaxReport
-) -> SoftmaxTableRow:
-    recovered = math.nan if name == "none" or plain <= 0 else 1 - excess / plain
+def _row(bits: int, name: str, value: float, report: SoftmaxReport) -> SoftmaxTableRow:
     left_out = sum(bool(row.notes) for row in report.layers)
-    decibel = report.totals()["sqnr_corrected_db"]
     return SoftmaxTableRow(
-        bits, name, value, excess, recovered, decibel, report.output_corrected_db, left_out
+        bits,
+        name,
+        value,
+        sqnr_db=report.totals()["sqnr_corrected_db"],
+        output_db=report.output_corrected_db,
+        left_out=left_out,
     )

@@ -66,6 +66,33 @@ class OutputSQNR(Accumulator):
         return self.decibel < other.decibel
 
 
+class RowSums:
+    """Counts, over the allowed entries of the rows that count, what a quantizer made of them."""
+
+    def __init__(self) -> None:
+        self._rows, self._entries, self._zeros, self._mass = 0, 0, 0, 0.0
+
+    def update(self, q: torch.Tensor, call: AttentionCall) -> None:
+        """Add quantized probabilities (batch, heads, q, k)."""
+        seen = torch.ones_like(q, dtype=torch.bool)
+        if call.counted is not None:
+            seen &= call.counted.to(q.device)
+        self._rows += int(seen.any(-1).sum())
+        self._entries += int(seen.sum())
+        self._zeros += int((seen & (q == 0)).sum())
+        self._mass += float(q.masked_fill(~seen, 0.0).sum(dtype=torch.float64))
+
+    @property
+    def zero_fraction(self) -> float:
+        """Share of the allowed entries that are exactly 0."""
+        return self._zeros / self._entries if self._entries else float("nan")
+
+    @property
+    def mean_row_sum(self) -> float:
+        """Mean of the sums of the rows; 1 if nothing is lost."""
+        return self._mass / self._rows if self._rows else float("nan")
+
+
 class SoftmaxComparison(AttentionHook):
     """Computes one module's output, probabilities times values, float and quantized.
 
@@ -75,17 +102,20 @@ class SoftmaxComparison(AttentionHook):
     ----------
     name : str
         Name of the module, for messages.
-    quantizers : sequence of SoftmaxQuantizer or StepSoftmaxQuantizer
+    quantizers : sequence of SoftmaxQuantizer, StepSoftmaxQuantizer or PublishedGridQuantizer
 
     Attributes
     ----------
     sqnr : list of OutputSQNR
         SQNR of the output (batch, heads, q, width) of real tokens, one per quantizer.
+    sums : list of RowSums
+        What became of the rows, one per quantizer.
     """
 
     def __init__(self, name: str, quantizers: Sequence[Quantizer]) -> None:
         self.hooks = [AttentionQuantizer({"softmax": q}) for q in quantizers]  # type: ignore[dict-item]
         self.sqnr = [OutputSQNR(f"attention output of {name}") for _ in quantizers]
+        self.sums = [RowSums() for _ in quantizers]
 
     def softmax(self, p: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Compare the outputs."""
@@ -94,8 +124,10 @@ class SoftmaxComparison(AttentionHook):
         value = call.value.to(p.dtype)
         value = value.repeat_interleave(p.shape[1] // value.shape[1], dim=1)
         reference = _output(p, value, call)
-        for hook, sqnr in zip(self.hooks, self.sqnr, strict=True):
-            sqnr.update(reference, _output(hook.softmax(p, call), value, call))
+        for hook, sqnr, sums in zip(self.hooks, self.sqnr, self.sums, strict=True):
+            q = hook.softmax(p, call)
+            sums.update(q, call)
+            sqnr.update(reference, _output(q, value, call))
         return p
 
 

@@ -9,7 +9,10 @@ with one LAYER per quantized attention module, NAME its module name in the model
     "heads"        int, of the query
     "bits"         int from 2 to 16
     "scale"        number, "zero_point" int: p is s*q - s*z, q the code
-    "correction"   null, "bias", "row_length" or "row_sum" (ptqkit.nn.softmax.quantizer)
+    "of"           absent: the grid is that of probabilities; "exponentials": p is s*q over the
+                   row's sum of exp(x - max)
+    "correction"   null, "bias", "row_length", "row_sum" or "code_sum" (see
+                   ptqkit.nn.softmax.quantizer)
     "bias"         for "bias" a number or a list of one per head; for "row_length" a list of one
                    per bin, or of such a list per head; else absent
     "longest"      for "bias": int or null
@@ -38,6 +41,7 @@ from typing import Any
 from ptqkit.arrays.softmax import SoftmaxGrid
 from ptqkit.errors import check_choice
 from ptqkit.nn.attention import AttentionModule
+from ptqkit.nn.softmax.published import PublishedGridQuantizer
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.statistics import Quantizer
 from ptqkit.nn.softmax.steps import StepSoftmaxQuantizer, check_steps
@@ -71,7 +75,13 @@ class SoftmaxValues:
 
 
 def to_json(values: SoftmaxValues) -> str:
-    """Return the text of a file."""
+    """Return the text of a file.
+
+    Raises
+    ------
+    ValueError
+        If a grid has no place in it.
+    """
     unet = bool(values.steps)
     content: dict[str, Any] = {"format": _UNET_FORMAT if unet else _FORMAT, "version": _VERSION}
     if unet:
@@ -83,6 +93,11 @@ def to_json(values: SoftmaxValues) -> str:
 
 
 def _to_dict(quantizer: Quantizer, heads: int, unet: bool) -> dict[str, Any]:
+    if isinstance(quantizer, PublishedGridQuantizer):
+        raise ValueError(
+            f"a {quantizer.grid.of} grid has no place in {SOFTMAX_FILE}: save one of probabilities "
+            "or of exponentials"
+        )
     grid = quantizer.grid
     values: dict[str, Any] = {
         "heads": heads,
@@ -91,6 +106,8 @@ def _to_dict(quantizer: Quantizer, heads: int, unet: bool) -> dict[str, Any]:
         "zero_point": int(grid.zero_point),
         "correction": quantizer.correction,
     }
+    if grid.of != "probabilities":
+        values["of"] = grid.of
     if quantizer.bias is None:
         return values
     if unet:
@@ -159,7 +176,7 @@ def _read(path: Path, form: str) -> dict[str, Any]:
 def _from_dict(values: Any, steps: tuple[int, ...]) -> tuple[Quantizer, int]:
     if not isinstance(values, dict):
         raise ValueError("it must be an object")
-    more = ("bias", "granularity") if steps else ("bias", "longest", "edges")
+    more = ("of", "bias", "granularity") if steps else ("of", "bias", "longest", "edges")
     unknown = sorted(set(values) - {*_NEEDED, *more})
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}")
@@ -175,7 +192,8 @@ def _from_dict(values: Any, steps: tuple[int, ...]) -> tuple[Quantizer, int]:
     longest = values.get("longest")
     if longest is not None:
         longest = _integer(values, "longest", 1, 1 << 40)
-    grid, bias = SoftmaxGrid(bits, float(scale), zero_point), values.get("bias")
+    of = values.get("of", "probabilities")
+    grid, bias = SoftmaxGrid(bits, float(scale), zero_point, of), values.get("bias")
     granularity: Any = values.get("granularity")
     quantizer: Quantizer | None = None
     if steps and values["correction"] == "bias":

@@ -14,6 +14,11 @@ the allowed keys of a row, every allowed entry gains
     (:meth:`ptqkit.SoftmaxBias.bias_by_length`); longer rows have the D of the longest.
 ``row_sum``
     (1 - sum of the row's own s*q - c) / n: every row sums to 1, without calibration.
+
+On a grid of exponentials codes stand for ``s*q / S`` with ``S`` the sum of exp(x - max) over the
+row, which is 1 over the row's largest probability: rounding comes before normalising. There are
+two corrections: ``row_sum``, (1 - sum of the row's own s*q / S) / n, and ``code_sum``, which
+divides by the sum of the codes, ``q / sum(q)``.
 """
 
 from __future__ import annotations
@@ -23,12 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.arrays.softmax import SoftmaxGrid, softmax_on_grid
-from ptqkit.errors import check_choice
+from ptqkit.arrays.softmax import SoftmaxGrid, check_correction, softmax_on_grid
 
 __all__ = ["CORRECTIONS", "SoftmaxQuantizer", "row_lengths"]
 
-CORRECTIONS = ("bias", "row_length", "row_sum", None)
+CORRECTIONS = ("bias", "row_length", "row_sum", "code_sum", None)
 
 
 class SoftmaxQuantizer:
@@ -37,7 +41,8 @@ class SoftmaxQuantizer:
     Parameters
     ----------
     grid : SoftmaxGrid
-    correction : {"bias", "row_length", "row_sum", None}
+        Of probabilities or of exponentials, which have the corrections "row_sum" and "code_sum".
+    correction : {"bias", "row_length", "row_sum", "code_sum", None}
     bias : array, optional
         Of "bias": beta, of shape () or (heads,). Of "row_length": D for every bin of row lengths,
         of shape (bins,) or (heads, bins).
@@ -61,7 +66,7 @@ class SoftmaxQuantizer:
         longest: int | None = None,
         edges: Any = None,
     ) -> None:
-        check_choice("correction", correction, CORRECTIONS)
+        check_correction(grid, correction)
         self.grid, self.correction = grid, correction
         self.bias = _check_bias(correction, bias)
         self.longest = longest
@@ -75,6 +80,11 @@ class SoftmaxQuantizer:
         per_head = 2 if self.correction == "row_length" else 1
         return None if self.bias is None or self.bias.ndim < per_head else len(self.bias)
 
+    @property
+    def uncorrected(self) -> SoftmaxQuantizer:
+        """The same grid without a correction."""
+        return SoftmaxQuantizer(self.grid)
+
     @torch.no_grad()
     def __call__(self, p: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """Return the quantized and corrected probabilities (batch, heads, q, k), dtype as given."""
@@ -82,12 +92,21 @@ class SoftmaxQuantizer:
         grid = self.grid
         inverse = float(np.float32(1) / np.float32(grid.scale))
         steps = p.float() * inverse
+        largest = None
+        if grid.of == "exponentials":
+            # e / sum(e) over the row's largest is e: the softmax itself need not be taken apart.
+            largest = row_largest(p, allowed)
+            steps /= largest
         steps = steps.clamp_(-grid.zero_point, grid.max_code - grid.zero_point).round_()
         if allowed is not None:
             steps = steps.masked_fill_(~allowed, 0.0)
-        y = steps * grid.scale
+        if self.correction == "code_sum":
+            sums = steps.sum(-1, keepdim=True, dtype=torch.float64)
+            return (steps / sums.clamp_(min=1).float()).to(p.dtype)
+        scale: Any = grid.scale if largest is None else grid.scale * largest
+        y = steps * scale
         if self.correction is not None:
-            y += self._offset(steps, allowed)
+            y += self._offset(steps, scale, allowed)
             if allowed is not None:
                 y = y.masked_fill_(~allowed, 0.0)
         return y.to(p.dtype)
@@ -158,13 +177,15 @@ class SoftmaxQuantizer:
                 f"the softmax correction is for {self.heads} heads, the module has {x.shape[1]}"
             )
 
-    def _offset(self, steps: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    def _offset(
+        self, steps: torch.Tensor, scale: Any, allowed: torch.Tensor | None
+    ) -> torch.Tensor:
         """Return what every allowed entry of a row gains, float32, broadcastable to ``steps``."""
         count = row_lengths(allowed, steps)
         if self.correction == "row_sum":
             # A sum of whole numbers in double is exact: no order of addition shows.
             sums = steps.sum(-1, keepdim=True, dtype=torch.float64)
-            return ((1.0 - sums * self.grid.scale) / count).float()
+            return ((1.0 - sums * scale) / count).float()
         bias, edges = self._on(steps.device)
         if self.correction == "bias":
             bias = bias.view(-1, 1, 1)
@@ -206,8 +227,14 @@ def row_lengths(allowed: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
     return count.clamp_(min=1).to(torch.float32)
 
 
+def row_largest(p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """Return the largest allowed probability of every row, float32 (..., q, 1), above 0."""
+    seen = p if allowed is None else p.masked_fill(~allowed, 0.0)
+    return seen.amax(-1, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).tiny)
+
+
 def _check_bias(correction: str | None, bias: Any) -> np.ndarray | None:
-    if correction in (None, "row_sum"):
+    if correction in (None, "row_sum", "code_sum"):
         if bias is not None:
             raise ValueError(f"bias has no place with correction {correction!r}")
         return None

@@ -24,6 +24,8 @@ class SoftmaxLayerReport:
     scale : float
     zero_point : int
     correction : str or None
+    grid : {"probabilities", "exponentials", "log2", "twin"}
+        What is rounded, on [0, 1] or a range of its own; or a grid of other papers.
     bias : float
         Mean over heads of beta; NaN unless the correction is "bias".
     zero_fraction : float
@@ -46,6 +48,7 @@ class SoftmaxLayerReport:
     scale: float = math.nan
     zero_point: int = 0
     correction: str | None = None
+    grid: str = "probabilities"
     bias: float = math.nan
     zero_fraction: float = math.nan
     mean_row_sum: float = math.nan

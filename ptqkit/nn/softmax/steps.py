@@ -87,6 +87,11 @@ class StepSoftmaxQuantizer:
         """Heads that the correction is for; None if it is for the whole tensor."""
         return self.quantizers[0].heads
 
+    @property
+    def uncorrected(self) -> SoftmaxQuantizer:
+        """The same grid without a correction, at every time step."""
+        return SoftmaxQuantizer(self.grid)
+
     def at(self, steps: Sequence[float]) -> SoftmaxQuantizer | _PerSample:
         """Return what quantizes a batch at these time steps, one or one per sample.
 

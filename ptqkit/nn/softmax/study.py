@@ -16,11 +16,12 @@ import numpy as np
 from torch import nn
 
 from ptqkit._repr import one_line_repr
-from ptqkit.arrays.softmax import softmax_grid
+from ptqkit.arrays.softmax import GRIDS_OF, SoftmaxGrid, check_correction, softmax_grid
 from ptqkit.errors import CalibrationError, UsageError, check_choice
 from ptqkit.nn.attention import AttentionHook, AttentionModule
 from ptqkit.nn.attention_quantizer import AttentionRanges
 from ptqkit.nn.softmax.compare import OutputSQNR, SoftmaxComparison, softmax_hooks
+from ptqkit.nn.softmax.published import TWIN_SHIFTS, Log2Grid, PublishedGridQuantizer, TwinGrid
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.report import SoftmaxLayerReport, SoftmaxReport
 from ptqkit.nn.softmax.search import RangeSearch, SearchEnds
@@ -28,6 +29,7 @@ from ptqkit.nn.softmax.statistics import Quantizer, SoftmaxStatistics
 from ptqkit.recipe.recipe import match_pattern
 
 __all__ = [
+    "GRIDS",
     "RANGES",
     "AttentionAccess",
     "SoftmaxBackend",
@@ -35,10 +37,13 @@ __all__ = [
     "SoftmaxStudy",
     "check_heads",
     "choose_modules",
+    "fixed_grid",
     "refuse_installed",
 ]
 
 RANGES = ("fixed", "calibrated", "search")
+GRIDS = ("probabilities", "exponentials", "log2", "twin")
+"""Grids to choose from; the last two are other papers' (:mod:`ptqkit.nn.softmax.published`)."""
 
 
 class AttentionAccess(Protocol):
@@ -108,7 +113,7 @@ class SoftmaxStudy:
     grid_range : {"fixed", "calibrated", "search"}
         Grid on [0, 1]; from the smallest to the largest probability (0 included), which needs one
         more pass; or for every module the one of several ranges with the least output error under
-        the correction, which needs one more pass for every correction.
+        the correction, which needs one more pass for every correction. Of probabilities alone.
     layers : iterable of str, optional
         Patterns of attention modules, or their kinds; by default all.
 
@@ -129,7 +134,7 @@ class SoftmaxStudy:
     ) -> None:
         check_choice("grid_range", grid_range, RANGES)
         softmax_grid(bits)
-        self.backend = backend
+        self.backend, self.bits = backend, bits
         self.modules = choose_modules(backend.attention.find_attention(backend.model), layers)
         refuse_installed(backend.attention.installed_attention(backend.model))
         self._search: RangeSearch | None = None
@@ -167,14 +172,44 @@ class SoftmaxStudy:
         return RangeSearch(self.modules, bits, ends, backend.steps, backend.run)
 
     def quantizers(
-        self, correction: str | None = "bias", granularity: str = "head"
+        self,
+        correction: str | None = "bias",
+        granularity: str = "head",
+        grid: str = "probabilities",
     ) -> dict[str, Quantizer]:
-        """Return quantizers with a correction; see ``quantize_softmax``."""
+        """Return quantizers with a correction; see ``quantize_softmax``.
+
+        Parameters
+        ----------
+        grid : {"probabilities", "exponentials", "log2", "twin"}
+            Those other than of probabilities need nothing from the calibration data, but for the
+            bound of "twin", which is found in one more pass over it.
+        """
+        check_choice("grid", grid, GRIDS)
         check_choice("correction", correction, self.backend.corrections)
         check_choice("granularity", granularity, self.backend.granularities)
+        if grid == "exponentials":
+            on = softmax_grid(self.bits, of="exponentials")
+            return {name: SoftmaxQuantizer(on, correction) for name in self.modules}
+        if grid == "log2":
+            log2 = PublishedGridQuantizer(Log2Grid(self.bits), correction)
+            return {name: log2 for name in self.modules}
+        if grid == "twin":
+            return self._twins(correction)
         if self._search is not None:
             self.statistics = self._search.best(correction, granularity)
         return {n: s.quantizer(correction, granularity) for n, s in self.statistics.items()}
+
+    def _twins(self, correction: str | None) -> dict[str, Quantizer]:
+        """Return the twin grids whose bounds give each module's output the least error."""
+        tried = [PublishedGridQuantizer(TwinGrid(self.bits, m), correction) for m in TWIN_SHIFTS]
+        hooks = {name: SoftmaxComparison(name, tried) for name in self.modules}
+        self.backend.run(hooks)
+        chosen: dict[str, Quantizer] = {}
+        for name, hook in hooks.items():
+            decibels = [sqnr.total for sqnr in hook.sqnr]
+            chosen[name] = tried[decibels.index(max(decibels))]
+        return chosen
 
     def compare(self, quantizers: dict[str, Quantizer], guard: bool = True) -> SoftmaxReport:
         """Measure layers and model with and without corrections: one pass, then three forwards.
@@ -183,7 +218,7 @@ class SoftmaxStudy:
         output on the calibration set is taken out of ``quantizers``, and all are if together they
         lower that of the model's output; the report says so.
         """
-        plain: dict[str, Quantizer] = {n: SoftmaxQuantizer(q.grid) for n, q in quantizers.items()}
+        plain: dict[str, Quantizer] = {n: q.uncorrected for n, q in quantizers.items()}
         hooks = {name: SoftmaxComparison(name, [plain[name], q]) for name, q in quantizers.items()}
         self.backend.run(hooks)
         report = SoftmaxReport(calibration=self.backend.describe())
@@ -210,13 +245,16 @@ class SoftmaxStudy:
 def _leave_out(quantizers: dict[str, Quantizer], row: SoftmaxLayerReport) -> None:
     row.notes = f"correction {row.correction!r} left out: {row.sqnr_corrected_db:.2f} dB"
     row.correction, row.sqnr_corrected_db = None, row.sqnr_db
-    quantizers[row.name] = SoftmaxQuantizer(quantizers[row.name].grid)
+    quantizers[row.name] = quantizers[row.name].uncorrected
 
 
 def softmax_row(
     statistics: SoftmaxStatistics, quantizer: Quantizer, compared: SoftmaxComparison
 ) -> SoftmaxLayerReport:
     """Build the row of one attention module, compared without and with its correction."""
+    # The statistics are of probabilities, exact and of any range; other grids were only compared.
+    on_probabilities = quantizer.grid.of == "probabilities"
+    counts = statistics.bias if on_probabilities else compared.sums[0]
     return SoftmaxLayerReport(
         name=statistics.name,
         heads=statistics.heads,
@@ -224,10 +262,11 @@ def softmax_row(
         scale=float(quantizer.grid.scale),
         zero_point=int(quantizer.grid.zero_point),
         correction=quantizer.correction,
+        grid=quantizer.grid.of,
         # mean() of None is never asked for: only the other corrections have no bias.
         bias=float(np.mean(quantizer.bias)) if quantizer.correction == "bias" else np.nan,  # type: ignore[arg-type]
-        zero_fraction=float(statistics.bias.zero_fraction),
-        mean_row_sum=float(statistics.bias.mean_row_sum),
+        zero_fraction=float(counts.zero_fraction),
+        mean_row_sum=float(counts.mean_row_sum),
         sqnr_db=compared.sqnr[0].decibel,
         sqnr_corrected_db=compared.sqnr[1].decibel,
         longest=statistics.longest,
@@ -300,6 +339,27 @@ def refuse_installed(installed: Mapping[str, AttentionHook]) -> None:
             "the attention of the model has hooks already (a quantized softmax?): remove them "
             "first with .remove() or remove_attention(model)"
         )
+
+
+def fixed_grid(
+    bits: int, grid_of: str, correction: str | None, grid_range: str = "fixed"
+) -> SoftmaxGrid:
+    """Return the grid on [0, 1] that ``quantize_softmax`` starts from.
+
+    Raises
+    ------
+    UsageError
+        If the correction, or the range, is not one of this kind of grid's.
+    """
+    check_choice("grid_of", grid_of, GRIDS_OF)
+    if grid_of == "exponentials" and grid_range != "fixed":
+        raise UsageError(
+            f"grid_range={grid_range!r} is for probabilities: the largest exponential of every row "
+            "is 1, so leave it out"
+        )
+    grid = softmax_grid(bits, of=grid_of)
+    check_correction(grid, correction)
+    return grid
 
 
 def choose_modules(

@@ -18,7 +18,8 @@ from ptqkit.hf.models.structure import find_blocks
 from ptqkit.nn.linear import LinearView
 from ptqkit.recipe.recipe import Recipe
 
-OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
+# Rows for themselves: what couples them has tests of its own.
+OPTIONS = {"bits": 3, "group_size": 16, "row_coupling": 0, "progress": False}
 ALPHAS = {"error_propagation": 0.5, "residual_propagation": 0.75}
 
 

@@ -1,0 +1,126 @@
+/* coupled.c - codes of rows that answer for each other.
+ *
+ * gptq.c treats rows alone: each makes its own e H e^T small. What the model loses by all of them
+ * is tr(B E H E^T), B the second moment of the loss's gradients at the layer's outputs: an error of
+ * one output may make up for that of another. Here coordinate descent goes over the codes under
+ * that sum. With P = E H the gradient for row i is sum over k of B_ik P_k, and a change d of e_ij
+ * adds d H_j to P_i.
+ *
+ * The sums of BLOCK rows are made at once, by all threads; inside of the block rows take turns, and
+ * hand on what they have changed. */
+#include <math.h>
+
+#include "internal.h"
+#include "round.h"
+
+enum { BLOCK = 16 };
+
+typedef struct {
+    const ptq_coupled_args *a;
+    double *E, *P; /* (rows, n) */
+    double *G;     /* (BLOCK, n) */
+    double *moved; /* (n) what a row's turn has added to its P */
+    int64_t first;
+} state;
+
+static double row_scale(const ptq_coupled_args *a, int64_t i, int64_t j) {
+    return (double)a->scales[i * a->groups + a->g_idx[j]];
+}
+
+static void add(double *restrict to, double factor, const double *restrict from, int64_t n) {
+    for (int64_t j = 0; j < n; j++) to[j] += factor * from[j];
+}
+
+static void add_row(double *restrict to, double factor, const float *restrict from, int64_t n) {
+    for (int64_t j = 0; j < n; j++) to[j] += factor * (double)from[j];
+}
+
+static void start_task(void *ctx, int64_t i, int thread) {
+    (void)thread;
+    const state *s = ctx;
+    const ptq_coupled_args *a = s->a;
+    const int64_t n = a->n;
+    double *e = s->E + i * n, *p = s->P + i * n;
+    memset(p, 0, sizeof(double) * (size_t)n);
+    for (int64_t j = 0; j < n; j++) {
+        const double zero = (double)a->zeros[i * a->groups + a->g_idx[j]];
+        e[j] = (double)a->W[i * n + j] - row_scale(a, i, j) * ((double)a->codes[i * n + j] - zero);
+        add_row(p, e[j], a->H + j * n, n);
+    }
+}
+
+static void sums_task(void *ctx, int64_t task, int thread) {
+    (void)thread;
+    const state *s = ctx;
+    const ptq_coupled_args *a = s->a;
+    const int64_t n = a->n;
+    const double *b = a->B + (s->first + task) * a->rows;
+    double *g = s->G + task * n;
+    memset(g, 0, sizeof(double) * (size_t)n);
+    for (int64_t k = 0; k < a->rows; k++)
+        if (b[k] != 0.0) add(g, b[k], s->P + k * n, n);
+}
+
+/* One pass over the codes of row i, whose gradients are g + B_ii moved; returns if any changed. */
+static int descend(const state *s, int64_t i, const double *g) {
+    const ptq_coupled_args *a = s->a;
+    const int64_t n = a->n;
+    const double b = a->B[i * a->rows + i];
+    double *e = s->E + i * n;
+    int changed = 0;
+    memset(s->moved, 0, sizeof(double) * (size_t)n);
+    if (!(b > 0.0)) return 0;
+    for (int64_t at = 0; at < n; at++) {
+        const int64_t j = a->perm[at];
+        const double h = (double)a->H[j * n + j], gradient = g[j] + b * s->moved[j];
+        if (!(h > 0.0)) continue;
+        const double w = (double)a->W[i * n + j], scale = row_scale(a, i, j);
+        const float zero = (float)a->zeros[i * a->groups + a->g_idx[j]];
+        const float code = ptq_code((float)(w - e[j] + gradient / (b * h)), (float)scale, zero,
+                                    (float)a->max_code);
+        const double d = w - scale * (double)(code - zero) - e[j];
+        if (!(d * (2.0 * gradient + d * b * h) < 0.0)) continue;
+        e[j] += d;
+        a->codes[i * n + j] = (uint8_t)(int)code;
+        add_row(s->moved, d, a->H + j * n, n);
+        changed = 1;
+    }
+    return changed;
+}
+
+static ptq_status pass(state *s, int threads) {
+    const ptq_coupled_args *a = s->a;
+    const int64_t n = a->n;
+    for (s->first = 0; s->first < a->rows; s->first += BLOCK) {
+        const int64_t end = ptq_min64(s->first + BLOCK, a->rows);
+        const ptq_status status = ptq_parallel_for(end - s->first, threads, sums_task, s);
+        if (status) return status;
+        for (int64_t i = s->first; i < end; i++) {
+            if (!descend(s, i, s->G + (i - s->first) * n)) continue;
+            add(s->P + i * n, 1.0, s->moved, n);
+            for (int64_t k = i + 1; k < end; k++)
+                add(s->G + (k - s->first) * n, a->B[k * a->rows + i], s->moved, n);
+        }
+    }
+    return PTQ_OK;
+}
+
+ptq_status ptq_couple_rows(const ptq_coupled_args *a, int threads) {
+    if (a->rows < 1 || a->n < 1 || a->groups < 1 || a->passes < 0) return PTQ_INVALID;
+    threads = ptq_thread_count(threads);
+    const int64_t n = a->n;
+    double *work = ptq_alloc((2 * a->rows + BLOCK + 1) * n, sizeof *work);
+    if (!work) return PTQ_NOMEM;
+    state s = {.a = a, .E = work, .P = work + a->rows * n};
+    s.G = s.P + a->rows * n;
+    s.moved = s.G + BLOCK * n;
+    ptq_status status = ptq_parallel_for(a->rows, threads, start_task, &s);
+    for (int done = 0; done < a->passes && !status; done++) status = pass(&s, threads);
+    for (int64_t i = 0; i < a->rows && !status; i++) {
+        double sum = 0.0;
+        for (int64_t j = 0; j < n; j++) sum += s.E[i * n + j] * s.P[i * n + j];
+        a->objective[i] = sum;
+    }
+    free(work);
+    return status;
+}

@@ -1,0 +1,86 @@
+"""Measure how the outputs of a model's layers matter together, before it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ptqkit.arrays.coupling import couple_rows
+from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.hf.data.calibration import padding_mask
+from ptqkit.hf.quantization.float_logits import split_windows
+from ptqkit.hf.quantization.inspection import Inspection
+from ptqkit.nn.output_moments import OutputMoments, output_moments
+
+__all__ = ["couple_stack", "measure_outputs"]
+
+#: Calibration windows that it is measured on.
+WINDOWS = 8
+
+
+def measure_outputs(model: nn.Module, found: Inspection) -> OutputMoments:
+    """Return the second moments of the gradients at the outputs of layers with ``row_coupling``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Float; it is as before afterwards.
+    found : Inspection
+        With calibration data.
+    """
+    assert found.calibration is not None
+    targets = found.structure.targets
+    groups = [
+        {n: targets[n].module for n in group if n in targets and targets[n].options.row_coupling}
+        for group in found.probe.groups
+    ]
+    # One at a time: the memory of a backward pass is that of one window.
+    windows = split_windows(found.calibration.batches[:WINDOWS])[:WINDOWS]
+    masks = [padding_mask(window) for window in windows]
+    blocks = [model.get_submodule(block) for block in found.structure.blocks]
+    return output_moments(model, [g for g in groups if g], blocks, windows, masks)
+
+
+def couple_stack(
+    weight: np.ndarray,
+    matrix: QuantizedMatrix,
+    source: Any,
+    names: Sequence[str],
+    moments: OutputMoments,
+    passes: int,
+    *,
+    threads: int = 0,
+) -> QuantizedMatrix:
+    """Couple the rows of a stack of layers; rows of which no moments are known stay as they are.
+
+    Parameters
+    ----------
+    weight : ndarray of float32, shape (out, in)
+    matrix : QuantizedMatrix
+    source : Hessian, Factorization or array
+    names : sequence of str
+        Of the layers, in the order of their rows.
+    moments : OutputMoments
+    passes, threads
+        As :func:`ptqkit.couple_rows` takes them.
+    """
+    codes, last, coupled = matrix.codes.copy(), _objectives(matrix), False
+    for rows, B in moments.parts(names):
+        part = matrix.rows(rows.start, rows.stop)
+        found = couple_rows(
+            weight[rows], part, source, B, passes=passes, threads=threads, name=", ".join(names)
+        )
+        codes[rows], last[rows], coupled = found.codes, _objectives(found), True
+    if not coupled:
+        return matrix
+    history = np.concatenate([matrix.row_objectives, last[None]])
+    return replace(matrix, codes=codes, row_objectives=history)
+
+
+def _objectives(matrix: QuantizedMatrix) -> np.ndarray:
+    assert matrix.row_objectives is not None  # GPTQ's results have them
+    return matrix.row_objectives[-1].copy()
