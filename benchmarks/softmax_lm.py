@@ -171,7 +171,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         these = {r["variant"]: r for r in rows if (r.get("label"), r.get("bits")) == (label, bits)}
         if not {"none", *ROW_CORRECTIONS} <= set(these):
             continue
-        # With rounded weights the loss is that above the same weights.
+        # With rounded weights the loss is that above the same weights; so is what is left.
         loss, error = (these["none"][name] for name in ("lost", "lost_error"))
         best = max(ROW_CORRECTIONS, key=lambda name: these[name]["given_back"])
         goal = {
@@ -182,6 +182,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         goal |= {"applies": loss > 2 * error, "best": best}
         goal |= {"given_back": these[best]["given_back"]}
+        goal |= {"left": these[best]["lost"], "left_error": these[best]["lost_error"]}
         found.append(goal | {"reached": goal["given_back"] >= 0.99})
     return found
 

@@ -91,7 +91,9 @@ def table(args: argparse.Namespace, experiment: tables.Experiment, number: int) 
         rows = tables.sensitivity_table(experiment, args.bits)
         title = "Table 1: one kind of tensor quantized alone, SQNR of final samples"
     elif number == 2:
-        rows = tables.granularity_table(experiment, args.bits, args.range)
+        rows = tables.granularity_table(
+            experiment, args.bits, args.range, args.variants, not args.latents_only
+        )
         title = "Table 2: corrections of a quantized softmax, SQNR of final samples, UNet outputs"
     else:
         rows = tables.total_table(experiment, args.bits[0], args.correction)
@@ -227,6 +229,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="per step and head",
         help="of table 3 (per step and head)",
     )
+    add(
+        "--variants",
+        nargs="+",
+        choices=[*tables.VARIANTS],
+        default=[*tables.VARIANTS],
+        help="of table 2 (all)",
+    )
+    add("--latents-only", action="store_true", help="table 2 without final samples, which are slow")
     add("--samples", type=int, default=32, help="final samples to compare (32)")
     add("--steps", type=int, help="of DDIM (50; with --picture alone 20, as the paper's figure)")
     add("--latents", type=int, default=400, help="calibration latents (400)")

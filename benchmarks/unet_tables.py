@@ -178,12 +178,16 @@ def sensitivity_table(experiment: Experiment, bits: Sequence[int] = (8,)) -> lis
 
 
 def granularity_table(
-    experiment: Experiment, bits: Sequence[int] = (8,), ranges: Sequence[str] = ("fixed",)
+    experiment: Experiment,
+    bits: Sequence[int] = (8,),
+    ranges: Sequence[str] = ("fixed",),
+    variants: Sequence[str] = tuple(VARIANTS),
+    final: bool = True,
 ) -> list[dict[str, Any]]:
     """Table 2: corrections of a quantized softmax, on grids of these ranges (SoftmaxCalibration).
 
-    Besides the final samples, the output of the UNet on the calibration latents and on held-out
-    ones ("calibration_db", "held_out_db").
+    Besides the final samples (unless ``final`` is false: they take the most time), the output of
+    the UNet on the calibration latents and on held-out ones ("calibration_db", "held_out_db").
     """
     unet = experiment.model.unet
     held_out = experiment.held_out
@@ -191,7 +195,7 @@ def granularity_table(
     rows = []
     for width, span in itertools.product(bits, ranges):
         study = experiment.study(width, grid_range=span)
-        for variant in VARIANTS:
+        for variant in variants:
             experiment.progress(f"correction {variant}, {width} bits, range {span}")
             hooks = variant_hooks(study, variant)
             seen = run_calibration(unet, experiment.calibration, hooks).numpy()
@@ -200,7 +204,7 @@ def granularity_table(
                 "bits": width,
                 "range": span,
                 "correction": variant,
-                "sqnr_db": experiment.final(hooks=hooks),
+                "sqnr_db": experiment.final(hooks=hooks) if final else float("nan"),
                 "calibration_db": float(sqnr(study.outputs, seen, per="sample")),
                 "held_out_db": float(sqnr(plain, unseen, per="sample")),
             }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from helpers.data import ROOT
 
@@ -34,4 +36,15 @@ def test_notebooks_are_small_and_name_no_machine():
     for path in NOTEBOOKS:
         text = path.read_text(encoding="utf-8")
         assert len(text) < 400_000
-        assert not [folder for folder in ("/home/", "/tmp/", "/root/") if folder in text]
+        folders = ("/home/", "/tmp/", "/root/", "/work/", "site-packages")
+        assert not [folder for folder in folders if folder in text]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_a_study_of_one_model(path):
+    """One path changes the model, and the end says what was learnt."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    assert code[0] == 'MODEL = CALIBRATION = TEST = "demo"'
+    assert "Study(" in "".join(code[1:]) and "demo" not in "".join(code[1:])
+    assert "".join(cells[-1]["source"]).startswith("## What was learnt")

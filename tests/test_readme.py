@@ -1,7 +1,8 @@
 """The snippets of the README and of the documentation: Python runs, commands are understood.
 
-A Python snippet is pasted alone, on a tiny model. One that cannot run here has the reason in the
-line before it: ``<!-- not run: reason -->``.
+A Python snippet is pasted alone, on a tiny model, unless the line before it says
+``<!-- goes on -->``: then it has the names of the one before. One that cannot run here has the
+reason there: ``<!-- not run: reason -->``.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ if missing(HF):
     pytest.skip("the snippets quantize a model", allow_module_level=True)
 
 
-NOT_RUN = r"<!-- not run: (.+) -->\n"
+NOT_RUN = r"<!-- not run: (.+) -->"
+BLOCK = r"^(?:<!-- (not run|goes on)\b.*? -->\n)?```([\w-]+)\n(.*?)^```$"
 
 
 def blocks(page, language: str) -> list[str]:
-    """The blocks of a language, without those that say why they are not run."""
-    text = re.sub(
-        rf"^{NOT_RUN}^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S
-    )
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+    """The blocks of a language that run; one that goes on is part of the one before."""
+    found: list[str] = []
+    for mark, kind, text in re.findall(BLOCK, page.read_text(encoding="utf-8"), re.M | re.S):
+        if kind != language or mark == "not run":
+            continue
+        if mark == "goes on":
+            found[-1] += "\n" + text
+        else:
+            found.append(text)
+    return found
 
 
 def links(page) -> list[str]:
@@ -58,18 +65,22 @@ def place(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("readme")
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     torch.manual_seed(0)
-    for name in ("path/to/model", "models/small"):
+    for name, layers, longest in (
+        ("path/to/model", 2, 64),
+        ("models/small", 2, 64),
+        ("model", 1, 32),
+    ):
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            max_position_embeddings=longest,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
         LlamaForCausalLM(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "train.txt").write_text(demo.text("calibration")[:60_000], encoding="utf-8")

@@ -103,7 +103,8 @@ def load_case(
         raise SystemExit(f"{name}: train it with benchmarks.accuracy.train_opt, and give --models")
     path = (models if name == TRAINED else data) / (folder or ".")
     path = demo.MODEL_DIR if folder is None else path
-    return open_case(path, *texts(data), length, windows, device)
+    calibration, test = texts(data)
+    return open_case(path, calibration, test, length, windows, device)
 
 
 def open_case(

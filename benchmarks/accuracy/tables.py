@@ -1,20 +1,20 @@
 """Tables of `windows.csv` and `runs.csv` in Markdown.
 
-    python -m benchmarks.accuracy.tables benchmarks/results/accuracy
+    python -m benchmarks.accuracy.tables benchmarks/results/accuracy [--picture FILE.png]
 
 Excess is perplexity above the float model's, of the mean loss over draws and windows; its standard
 deviation is over draws. Its change relative to published GPTQ has a standard error by the
 jackknife: one test window is left out at a time, of all recipes and of the float model. The paired
 standard error is of the difference in loss to `quality`, window by window, each window's mean over
-the draws.
+the draws. The picture shows the excess against the bits that are stored per quantized weight.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -106,6 +106,45 @@ def table(model: str, grid: str, cells: Losses, base: dict[int, float]) -> list[
     return lines
 
 
+def points(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return (bits per weight, excess perplexity, mean over draws) by model and recipe."""
+    stored = {
+        (r["model"], r["grid"], r["recipe"]): float(r["bits"]) for r in read(folder / "runs.csv")
+    }
+    found = losses(read(folder / "windows.csv"))
+    out: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for (model, grid), cells in found.items():
+        base = found[model, ""]["float"][-1]
+        floats = math.exp(statistics.fmean(base.values()))
+        for recipe, draws in cells.items():
+            full = whole(draws, len(base))
+            if grid and full and (model, grid, recipe) in stored:
+                value = math.exp(statistics.fmean(mean_windows(full).values())) - floats
+                out[model][recipe].append((stored[model, grid, recipe], value))
+    return out
+
+
+def draw(found: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
+    """Draw a panel per model: excess perplexity, on a logarithmic axis, over bits per weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found), figsize=(4.5 * len(found), 4), squeeze=False)
+    names = list(dict.fromkeys(recipe for recipes in found.values() for recipe in recipes))
+    for panel, (model, recipes) in zip(panels[0], found.items(), strict=True):
+        for recipe, pairs in recipes.items():
+            kept = sorted(p for p in pairs if p[1] > 0)
+            style = {"color": f"C{names.index(recipe) % 10}", "label": recipe}
+            panel.plot(*zip(*kept, strict=True), "o", alpha=0.8, markersize=4, **style)
+        panel.set(yscale="log", title=model, xlabel="bits per quantized weight")
+    panels[0][0].set_ylabel("excess perplexity")
+    panels[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main(folder: Path) -> None:
     found = losses(read(folder / "windows.csv"))
     print("| model | grid | recipe | draws | excess perplexity | to reference | mnats to quality |")
@@ -124,4 +163,10 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("folder", type=Path)
+    p.add_argument("--picture", type=Path)
+    args = p.parse_args()
+    main(args.folder)
+    if args.picture:
+        draw(points(args.folder), args.picture)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 from ptqkit.hf.workbench import WorkbenchRow
@@ -21,7 +22,7 @@ _WIDTHS = (21, 4, 10, 7, 11, 5, 7, 7)
 
 
 @dataclass
-class DemoResult:
+class DemoResult(Tabular):
     """All rows, how they were measured, and what was written.
 
     Attributes
@@ -44,6 +45,9 @@ class DemoResult:
     checkpoint: dict[str, Any] = field(default_factory=dict)
     picture: str | None = None
     seconds: float = 0.0
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""

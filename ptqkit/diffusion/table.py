@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 from ptqkit.arrays.metrics import sqnr
@@ -79,7 +80,7 @@ class UNetTableRow:
 
 
 @dataclass
-class UNetTable:
+class UNetTable(Tabular):
     """Signal-to-quantization-noise ratios of one UNet.
 
     Attributes
@@ -93,6 +94,9 @@ class UNetTable:
 
     settings: dict[str, Any]
     rows: list[UNetTableRow] = field(default_factory=list)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"name": row.name, **asdict(row)} for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; infinity stays."""

@@ -7,13 +7,14 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr, summarize
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.data.text import CachedTokenizer
@@ -27,7 +28,7 @@ __all__ = ["Workbench", "WorkbenchRow"]
 
 
 @dataclass(frozen=True)
-class WorkbenchRow:
+class WorkbenchRow(Tabular):
     """One quantization of a model and what it costs.
 
     Attributes
@@ -61,6 +62,9 @@ class WorkbenchRow:
     seconds_solve: float
     metric: float = math.nan
     metric_change: float = math.nan
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [asdict(self)]
 
 
 class Workbench:

@@ -218,13 +218,23 @@ class ExpertLinears(nn.Module):
         self, fused: nn.Module, index: int, projection: str
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return views of an expert's weight (out, in) and bias."""
-        shape = self.shape
-        parameter = "down_proj" if projection == "down_proj" else shape.first
-        weight = fused.get_parameter(parameter).detach()[index]
-        weight = weight.T if shape.transposed else weight
-        bias = fused.get_parameter(f"{parameter}_bias").detach()[index] if shape.biased else None
-        rows = self._rows(projection)
-        return weight[rows], None if bias is None else bias[rows]
+
+        def part(what: str) -> torch.Tensor:
+            values = fused.get_parameter(self.joined_name(projection, what)).detach()
+            return self.part(values, index, projection)
+
+        return part("weight"), part("bias") if self.shape.biased else None
+
+    def joined_name(self, projection: str, what: str) -> str:
+        """Return the parameter of the module that holds a projection's weights, or its biases."""
+        parameter = "down_proj" if projection == "down_proj" else self.shape.first
+        return parameter if what == "weight" else f"{parameter}_bias"
+
+    def part(self, values: torch.Tensor, index: int, projection: str) -> torch.Tensor:
+        """Return an expert's weight (out, in), or bias (out,), as a view of such a parameter."""
+        own = values[index]
+        own = own.T if self.shape.transposed and own.dim() == 2 else own
+        return own[self._rows(projection)]
 
     def _rows(self, projection: str) -> slice:
         """Return the outputs of a projection among those of the joined ones."""

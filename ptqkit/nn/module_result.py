@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ptqkit._files import plain
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -77,7 +78,7 @@ class ModuleRow:
 
 
 @dataclass
-class ModuleResult:
+class ModuleResult(Tabular):
     """What :func:`ptqkit.nn.quantize_module` returns.
 
     Attributes
@@ -113,6 +114,9 @@ class ModuleResult:
             "objective": math.fsum(r.objective for r in self.rows),
             "objective_rtn": math.fsum(r.objective_rtn for r in self.rows),
         }
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Return rows, totals, recipe and seconds as plain values that are valid JSON."""

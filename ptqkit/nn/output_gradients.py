@@ -97,6 +97,7 @@ def output_gradients(
         for name, layer in layers.items():
             handle = layer.register_forward_hook(watch(name), with_kwargs=True)
             stack.callback(handle.remove)
+        stack.enter_context(torch.inference_mode(False))  # a caller may be in it
         stack.enter_context(torch.enable_grad())
         for batch, mask in zip(batches, masks, strict=True):
             loss, count = _loss(model(**model_inputs(model, batch)), mask, generator)

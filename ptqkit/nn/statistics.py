@@ -14,6 +14,7 @@ from ptqkit.arrays.drift import Drift
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import CalibrationError
+from ptqkit.nn.half_products import add_products, multiplies_halves
 
 __all__ = [
     "TorchDrift",
@@ -99,19 +100,22 @@ class _TorchSum(Accumulator):
         self._updates = 0
 
     def _values(self, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Return the rows that count as float32."""
+        """Return the rows that count."""
         values = values.reshape(-1, values.shape[-1])
         if mask is not None:
             values = values[mask.reshape(-1).to(values.device)]
-        return values.float()
+        return values
 
     def _add(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add left^T right."""
+        """Add left^T right; of inputs of 16 bits with themselves, without widening if possible."""
         with self._lock:
             self._check_whole()
             self._torn = True
-            with full_float32(right.device):
-                self._sum.addmm_(left.T, right)
+            if left is right and multiplies_halves(right.device, right.dtype):
+                add_products(self._sum, right)
+            else:
+                with full_float32(right.device):
+                    self._sum.addmm_(left.float().T, right.float())
             # What is not finite stays so.
             square = left.shape[1] == right.shape[1]
             self._whole += torch.isfinite(self._sum.diagonal() if square else self._sum).all()
@@ -204,9 +208,10 @@ class TorchDrift(_TorchSum):
         mask: torch.Tensor | None = None,
     ) -> None:
         """Add a (..., features), b (..., features) and x (..., in), by default b, of a batch."""
-        now = self._values(quantized, mask)
+        now = self._values(quantized, mask).float()
         self._add(
-            self._values(floats, mask) - now, now if inputs is None else self._values(inputs, mask)
+            self._values(floats, mask).float() - now,
+            now if inputs is None else self._values(inputs, mask),
         )
 
     def finish(self) -> Drift:

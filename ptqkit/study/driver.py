@@ -18,7 +18,7 @@ from ptqkit._version import __version__
 from ptqkit.demo import DEMO, MODEL_DIR
 from ptqkit.errors import UsageError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
-from ptqkit.hf.equalization.outliers import inject_outliers
+from ptqkit.hf.equalization.outliers import Outliers, inject_outliers
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
 from ptqkit.hf.quantization.driver import QuantizationResult
 from ptqkit.hf.workbench import Workbench
@@ -149,8 +149,10 @@ class Study:
         self._options["max_length"] = max_positions(self.bench.model)
         self._sets: dict[int, CalibrationSet] = {}
         self._digests: dict[int, str] = {}
+        #: What was injected, a :class:`ptqkit.hf.equalization.outliers.Outliers` per norm.
+        self.outliers: list[Outliers] = []
         if outliers is not None:
-            inject_outliers(self.bench.model, self.calibration(0), **outliers)
+            self.outliers = inject_outliers(self.bench.model, self.calibration(0), **outliers)
         if test is None and metric is None:
             test = DEMO
         #: By name, what is measured.
@@ -184,6 +186,11 @@ class Study:
                 )
             self._sets[draw] = found
         return self._sets[draw]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; None for a model in memory without one."""
+        return self.bench.tokenizer
 
     def float_model(self) -> nn.Module:
         """Return a fresh copy of the float model, to be changed at will."""
@@ -250,7 +257,8 @@ class Study:
         **products
             Options of recipes; a list is an axis of the product, such as ``bits=[2, 3, 4]``. Under
             another name a mapping of labels to options is an axis of options that change together.
-            ``softmax`` takes options of :func:`ptqkit.quantize_softmax` (or None).
+            ``softmax`` takes options of :func:`ptqkit.quantize_softmax`, each of which may be a
+            list, or a list of such mappings (or None).
 
         Returns
         -------

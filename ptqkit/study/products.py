@@ -18,6 +18,8 @@ __all__ = ["RECIPE", "Axis", "Case", "axes_of", "cases_of", "expand_parts", "lab
 RECIPE = "recipe"
 """Name of the axis of several recipes."""
 
+# Corrections of the softmax that need no calibration data.
+_UNFITTED = (None, "row_sum", "code_sum")
 _KNOWN = (*PRESETS, FLOAT)
 _FIELDS = tuple(f.name for f in fields(Recipe))
 
@@ -52,7 +54,7 @@ class Case:
         if self.softmax is None:
             return False
         given = {"correction": "bias", "grid_range": "fixed", **self.softmax}
-        return given["correction"] not in (None, "row_sum") or given["grid_range"] != "fixed"
+        return given["correction"] not in _UNFITTED or given["grid_range"] != "fixed"
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def axes_of(products: Mapping[str, Any], problems: list[str]) -> list[Axis]:
 
     A list, tuple or range of values of an option of recipes is an axis, a single value holds for
     all cases; a mapping of labels to options, under any other name, is an axis of options that
-    change together.
+    change together. ``softmax`` may be a mapping of options, each of which may be a list, too.
 
     Parameters
     ----------
@@ -93,7 +95,9 @@ def axes_of(products: Mapping[str, Any], problems: list[str]) -> list[Axis]:
     """
     axes = []
     for name, value in products.items():
-        if name in _FIELDS or name == "softmax":
+        if name == "softmax" and isinstance(value, Mapping):
+            axes += _softmax_axes(value)
+        elif name in _FIELDS or name == "softmax":
             listed = isinstance(value, (list, tuple, range))
             if listed and not value:
                 problems.append(f"{name} is an empty list: give at least one value")
@@ -108,6 +112,16 @@ def axes_of(products: Mapping[str, Any], problems: list[str]) -> list[Axis]:
                 ": give a mapping of labels to options for an axis of your own"
             )
             problems.append(f"{name!r} is no option of recipes{hint}")
+    return axes
+
+
+def _softmax_axes(options: Mapping[str, Any]) -> list[Axis]:
+    """Return an axis per option; a list is one of several values."""
+    axes = []
+    for key, value in options.items():
+        values = value if isinstance(value, (list, tuple, range)) else [value]
+        labelled = {label_of(key, v): {"softmax": {key: v}} for v in values}
+        axes.append(Axis(f"softmax {key}", labelled))
     return axes
 
 
@@ -147,6 +161,9 @@ def cases_of(
                 continue
             options: dict[str, Any] = {}
             for _, more in chosen:
+                # Axes of the softmax have an option each.
+                if options.get("softmax") and more.get("softmax"):
+                    more = {"softmax": {**options["softmax"], **more["softmax"]}}
                 options |= more
             shown = [f"{n}={labels[n]}" for n in varying]
             if value is None and options.get("softmax") is None:

@@ -56,7 +56,7 @@ before anything runs. Paths in it are relative to the file itself::
     preset = "quality"
     bits = [3, 4]
     group_size = [64, "channel"]
-    softmax = ["float", {bits = 8, correction = "bias"}]   # range, granularity; "none"
+    softmax = ["float", {bits = 8, correction = "bias"}]   # range, grid_of
 
     [[recipes]]
     name = "SM8"                 # weights and activations stay float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,9 +30,15 @@ from ptqkit.sweep.reader import REQUIRED, Reader, whole
 
 __all__ = ["read_plan"]
 
-_CORRECTIONS = ("bias", "row_length", "row_sum")
+_CORRECTIONS = ("bias", "row_length", "row_sum", "code_sum")
+_GRIDS_OF = ("probabilities", "exponentials")
 _RANGES = ("fixed", "calibrated", "search")
-_SOFTMAX = {"correction": "bias", "granularity": "head", "grid_range": "fixed"}
+_SOFTMAX = {
+    "correction": "bias",
+    "granularity": "head",
+    "grid_range": "fixed",
+    "grid_of": "probabilities",
+}
 _KINDS = ("perplexity", "zero-shot")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -253,7 +260,8 @@ class _PlanReader:
         """Yield the recipe of a table, or every case of its product."""
         name, chosen = _name(reader), _chosen(reader, "models", models)
         softmax = reader.take("softmax", (dict, list, str), FLOAT)
-        axes = {"softmax": [_softmax(reader, s) for s in _listed(softmax)]}
+        chosen_softmax = [s for given in _listed(softmax) for s in _spelled(given)]
+        axes = {"softmax": [_softmax(reader, s) for s in chosen_softmax]}
         parts = reader.take("parts", list, None)
         if parts is not None:
             reader.done()
@@ -303,6 +311,14 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _spelled(value: Any) -> list[Any]:
+    """Spell out the lists among the options of a softmax."""
+    if not isinstance(value, dict):
+        return [value]
+    keys, lists = list(value), [_listed(v) for v in value.values()]
+    return [dict(zip(keys, chosen, strict=True)) for chosen in itertools.product(*lists)]
+
+
 def _softmax(reader: Reader, value: Any) -> dict[str, Any] | None:
     """Options of a quantized softmax; ``"float"`` leaves it as it is."""
     if value == FLOAT:
@@ -317,6 +333,7 @@ def _softmax(reader: Reader, value: Any) -> dict[str, Any] | None:
         "correction": None if correction == "none" else correction,
         "granularity": options.take("granularity", str, "head", choices=("head", "tensor")),
         "grid_range": options.take("range", str, "fixed", choices=_RANGES),
+        "grid_of": options.take("grid_of", str, "probabilities", choices=_GRIDS_OF),
     }
     options.done()
     # Tables and keys of cells name what is not the default alone.

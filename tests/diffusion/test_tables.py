@@ -380,7 +380,7 @@ def test_tables_script(monkeypatch, tmp_path, capsys):
         str(tmp_path),
     ]
     assert tables_script.main(arguments) == 0
-    names = ["figure1.json", "figure1.png", "samples.png", "table3.json"]
+    names = ["figure1.json", "figure1.png", "figure2.json", "samples.png", "table3.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     rows = json.loads((tmp_path / "table3.json").read_text())["rows"]
     assert rows[0] == {"model": "FP32", "sqnr_db": "inf"} and rows[1]["sqnr_db"] > 0

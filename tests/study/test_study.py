@@ -255,6 +255,10 @@ def test_a_softmax_is_an_axis_too(folder, study):
     assert found.cases[1:] == ["rtn, softmax=SM4 row_sum", "rtn, softmax=SM4 bias"]
     alone = study.run(None, softmax=choices[:2], progress=False)
     assert alone.cases == ["softmax=SM4 row_sum"]
+    options = {"bits": [4, 8], "correction": [None, "row_sum"]}
+    both = study.run("float", softmax=options, progress=False)
+    assert both.parameters == {"softmax bits": [4, 8], "softmax correction": ["none", "row_sum"]}
+    assert both.cells[2].value == alone.cells[1].value and len(both.cases) == 4
     model, tokenizer, _ = load_model(folder, device="cpu")
     made = ptqkit.quantize(
         model, "rtn", bits=4, group_size=16, stored_dtype="float16", progress=False
@@ -364,7 +368,7 @@ def test_the_ablation_of_the_docs_runs(folder, tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.+?)```", page, re.S)[1].strip()
     assert len([line for line in code.splitlines() if line]) <= 8
     small = {"samples=32, window=256": "samples=3, sequence_length=24, window=32, device='cpu'"}
-    small |= {"[2, 3, 4]": "[2, 3]", "[32, 64]": "[16, 32]", "draws=3": "draws=2, progress=False"}
+    small |= {"[2, 3, 4]": "[2, 3]", "[32, 64]": "[8, 16]", "draws=3": "draws=2, progress=False"}
     for old, new in small.items():
         assert old in code
         code = code.replace(old, new)

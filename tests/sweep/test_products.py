@@ -74,6 +74,13 @@ def test_lists_among_parts_are_a_product(tmp_path):
     assert found[3].resolved["equalization"]["alpha"] == 0.75 and found[3].resolved["bits"] == 8
 
 
+def test_lists_in_a_softmax_are_a_product(tmp_path):
+    softmax = '\n[[recipes]]\nname = "S"\npreset = "float"\nsoftmax = {bits = [8, 4], correction = '
+    found = recipes(tmp_path, HEAD, softmax + '["none", "bias"]}\n')
+    assert [r.name for r in found][:2] == ["S, softmax=SM8 none", "S, softmax=SM8 bias"]
+    assert found[3].softmax == {"bits": 4} and found[0].fitted is False and found[3].fitted
+
+
 def test_draws_repeat_what_is_fitted(tmp_path, bench):
     plan = read_plan(write(folder(tmp_path), DRAWS, ONE))
     labels = [c.label for c in plan_cells(plan)[0]]
@@ -157,6 +164,9 @@ def test_what_is_wrong_with_a_product_is_told(tmp_path, change, message):
 
 def test_the_names_of_corrections_are_those_of_the_library():
     from ptqkit.nn.softmax.quantizer import CORRECTIONS
-    from ptqkit.sweep.plan_reader import _CORRECTIONS
+    from ptqkit.nn.softmax.study import GRIDS_OF, RANGES
+    from ptqkit.sweep import plan_reader
 
-    assert set(_CORRECTIONS) == {c for c in CORRECTIONS if c is not None}
+    assert set(plan_reader._CORRECTIONS) == {c for c in CORRECTIONS if c is not None}
+    assert set(plan_reader._GRIDS_OF) <= set(GRIDS_OF)
+    assert set(plan_reader._RANGES) == set(RANGES)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit.errors import check_choice
 from ptqkit.nn.packed_linear import COMPUTE, PackedLinear
@@ -19,7 +20,7 @@ __all__ = ["ComputeReport", "check_compute", "set_compute"]
 
 
 @dataclass(frozen=True)
-class ComputeReport:
+class ComputeReport(Tabular):
     """Say how the quantized layers of a model are computed.
 
     Attributes
@@ -34,6 +35,9 @@ class ComputeReport:
 
     asked: str
     layers: dict[str, str] = field(default_factory=dict)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"layer": name, "computed": what} for name, what in self.layers.items()]
 
     def __str__(self) -> str:
         counts = Counter(self.layers.values())

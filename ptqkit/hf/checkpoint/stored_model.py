@@ -65,6 +65,11 @@ class StoredModel:
         """Where the files are."""
         return self.tensors.folder
 
+    def again(self) -> StoredModel:
+        """Return another model on the meta device, of the same class, settings and files."""
+        settings = copy.deepcopy(self.model.config)
+        return open_stored(self.folder, self.model.dtype, type(self.model), settings, self.device)
+
     def files_of(self, name: str) -> list[str]:
         """Return the names in the files of the tensors that a tensor is made of."""
         if name in self.names:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ptqkit._files import plain
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 from ptqkit.errors import check_choice
@@ -24,7 +25,7 @@ __all__ = ["Comparison", "check_place", "compare", "read_published"]
 
 
 @dataclass
-class Comparison:
+class Comparison(Tabular):
     """Metrics of several models at one place.
 
     Attributes
@@ -82,16 +83,12 @@ class Comparison:
         parts = {"values": self.values, "ratios": self.ratios, "published": self.published}
         return plain({"models": self.names, "part": self.part, "at": self.at, **parts})
 
-    def to_dataframe(self) -> Any:
-        """Return a pandas.DataFrame with a row per metric and model."""
-        import pandas
-
-        rows = [
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
             {"metric": metric, "model": name, "value": value, "ratio": ratio}
             for metric, row in self.values.items()
             for name, value, ratio in zip(self.names, row, self.ratios[metric], strict=True)
         ]
-        return pandas.DataFrame(rows)
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Draw the curves of all models over relative depth into a file."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ptqkit._files import JsonReport, plain
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit.hf.diagnostics.report import SensitivityReport, SensitivityRow
 from ptqkit.hf.diagnostics.rows import NAN, AttentionRow, InputRow, NormRow, WeightRow
@@ -19,7 +20,7 @@ __all__ = ["DiagnosisReport"]
 
 
 @dataclass
-class DiagnosisReport(JsonReport):
+class DiagnosisReport(Tabular, JsonReport):
     """Why a model is hard to quantize, and where.
 
     Attributes
@@ -102,11 +103,8 @@ class DiagnosisReport(JsonReport):
             found.append(values)
         return found
 
-    def to_dataframe(self) -> Any:
-        """:meth:`layers` as a pandas.DataFrame."""
-        import pandas
-
-        return pandas.DataFrame(self.layers())
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.layers()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values that are valid JSON (NaN and infinity become None)."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import JsonReport
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 
@@ -54,7 +55,7 @@ class SensitivityRow:
 
 
 @dataclass
-class SensitivityReport(JsonReport):
+class SensitivityReport(Tabular, JsonReport):
     """Cases, the most harmful first.
 
     Attributes
@@ -84,6 +85,9 @@ class SensitivityReport(JsonReport):
     def to_dicts(self) -> list[dict[str, Any]]:
         """One dict per case, for ``pandas.DataFrame(report.to_dicts())``."""
         return [asdict(row) for row in self.rows]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"name": row.name, **asdict(row)} for row in self.rows]
 
     def table(self) -> str:
         """Return a plain text table, the most harmful case first."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import plain
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import join_names, text_table, wrap_line
 
@@ -50,7 +51,7 @@ class EqualizedGroup:
 
 
 @dataclass
-class EqualizationReport:
+class EqualizationReport(Tabular):
     """Every fold that was applied, and the model as a whole.
 
     Attributes
@@ -91,6 +92,9 @@ class EqualizationReport:
             if name in group.consumers:
                 return group
         raise KeyError(name)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [asdict(group) for group in self.groups]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values that are valid JSON (NaN becomes None)."""

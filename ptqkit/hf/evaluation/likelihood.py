@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptqkit._defaults import FORWARD_BATCH_SIZE
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit.errors import CalibrationError, NotFiniteError, UsageError
 from ptqkit.hf.data.calibration import max_positions
@@ -29,7 +30,7 @@ _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class PerplexityResult:
+class PerplexityResult(Tabular):
     """Mean negative log-likelihood and what it was measured over.
 
     Attributes
@@ -86,6 +87,12 @@ class PerplexityResult:
             f"the perplexity of {where} is {self.perplexity} ({self.nll_per_token} nats per "
             "token): its weights are damaged, or its arithmetic overflows (try float32)"
         )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {"window": i, "tokens": n, "loss": loss, "nats_per_token": loss / n}
+            for i, (loss, n) in enumerate(zip(self.losses, self.scored, strict=True))
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict, but for those of the windows."""

@@ -13,6 +13,8 @@ from ptqkit.nn.forward import StopForwardError, forward
 
 __all__ = ["MemoryOutputs", "Outputs", "RecordedBlocks"]
 
+_TWIN = "twin "
+
 
 class Outputs(Protocol):
     """Where the output of the latest finished block of each stack is kept, one per batch."""
@@ -61,6 +63,12 @@ class RecordedBlocks:
         In memory by default.
     finished : int
         Blocks whose outputs are there already.
+    twin : nn.Module, optional
+        The same model with other weights, whose blocks are recorded along.
+
+    Attributes
+    ----------
+    twin : RecordedBlocks or None
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class RecordedBlocks:
         batches: Sequence[Mapping[str, torch.Tensor]],
         outputs: Outputs | None = None,
         finished: int = 0,
+        twin: nn.Module | None = None,
     ) -> None:
         self.model, self.blocks, self.batches = model, list(blocks), batches
         self.modules = {name: model.get_submodule(name) for name in blocks}
@@ -83,6 +92,11 @@ class RecordedBlocks:
         self._last: dict[str, str] = {}
         self._before: dict[str, Any] = {}
         self._finish(self.blocks[:finished])
+        # Both share the outputs, in which the twin's stacks have names of their own.
+        self._prefix, self.twin = "", None
+        if twin is not None:
+            self.twin = RecordedBlocks(twin, blocks, batches, self.outputs, finished)
+            self.twin._prefix = _TWIN
 
     @property
     def position(self) -> int:
@@ -97,15 +111,16 @@ class RecordedBlocks:
     def patched(self) -> Iterator[None]:
         """Give every block a forward that replays, records or stops."""
         own = {n: m.forward for n, m in self.modules.items() if "forward" in m.__dict__}
-        try:
-            for name, module in self.modules.items():
-                module.__dict__["forward"] = self._forward(name, module.forward)
-            yield
-        finally:
-            for name, module in self.modules.items():
-                module.__dict__.pop("forward", None)
-                if name in own:
-                    module.__dict__["forward"] = own[name]
+        with contextlib.nullcontext() if self.twin is None else self.twin.patched():
+            try:
+                for name, module in self.modules.items():
+                    module.__dict__["forward"] = self._forward(name, module.forward)
+                yield
+            finally:
+                for name, module in self.modules.items():
+                    module.__dict__.pop("forward", None)
+                    if name in own:
+                        module.__dict__["forward"] = own[name]
 
     def _forward(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         stack = name.rpartition(".")[0]
@@ -115,7 +130,7 @@ class RecordedBlocks:
                 return self._replay(name, stack)
             output = original(*args, **kwargs)
             if name in self.recording:
-                self.fresh[stack] = copy_tensors(output)
+                self.fresh[self._prefix + stack] = copy_tensors(output)
             if name == self.stop_after:
                 raise StopForwardError
             return output
@@ -123,11 +138,12 @@ class RecordedBlocks:
         return replayed
 
     def _replay(self, name: str, stack: str) -> Any:
+        held = self._prefix + stack
         if self._last[stack] == name:
-            return self.outputs.get(self.batch, stack)
+            return self.outputs.get(self.batch, held)
         # Nobody reads what these return; only its form matters.
         if stack not in self._before:
-            self._before[stack] = self.outputs.get(self.batch, stack)
+            self._before[stack] = self.outputs.get(self.batch, held)
         return self._before[stack]
 
     def forward(self, index: int, stop_after: str | None) -> None:
@@ -142,14 +158,22 @@ class RecordedBlocks:
     def advance(self) -> None:
         """Record the outputs of the next block; they are final now."""
         block = self.blocks[self.position]
-        self.recording = {block}
+        runs = [self] if self.twin is None else [self.twin, self]
         for index in range(len(self.batches)):
-            self.fresh = {}
-            self.forward(index, stop_after=block)
-            self.outputs.put(index, self.fresh)
+            fresh: dict[str, Any] = {}
+            for run in runs:
+                fresh |= run._record(index, block)
+            self.outputs.put(index, fresh)
         self.outputs.turn()
-        self.recording, self.fresh = set(), {}
-        self._finish([block])
+        for run in runs:
+            run._finish([block])
+
+    def _record(self, index: int, block: str) -> dict[str, Any]:
+        """Run one batch to the end of a block, and return the block's output."""
+        self.recording, self.fresh = {block}, {}
+        self.forward(index, stop_after=block)
+        fresh, self.recording, self.fresh = self.fresh, set(), {}
+        return fresh
 
 
 def copy_tensors(value: Any) -> Any:

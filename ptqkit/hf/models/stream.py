@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from ptqkit.hf.models.inputs import short_batch
 from ptqkit.nn.forward import calibration_mode, forward, hooks
 from ptqkit.nn.linear import is_linear
 
-__all__ = ["StreamWriters", "find_writers", "output_hooks"]
+__all__ = ["StreamWriters", "find_writers", "following_streams", "output_hooks"]
 
 # Layers of a block that are as wide as the stream; every subset of them is tried.
 _MOST_CANDIDATES = 12
@@ -93,6 +94,44 @@ def output_hooks(modules: Mapping[str, nn.Module], hook: Any) -> list[Any]:
         return after
 
     return [module.register_forward_hook(wrap(name)) for name, module in modules.items()]
+
+
+@contextlib.contextmanager
+def following_streams(
+    model: nn.Module, writers: Mapping[str, tuple[str, ...]], current: Callable[[], Any]
+) -> Iterator[None]:
+    """Keep the residual stream of the forward pass that is running up to date.
+
+    That is what the block's next writer adds to: the block's input plus the outputs of the writers
+    before it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    writers : mapping of str to tuple of str
+        Per block, its writers in order of execution.
+    current : callable
+        Returns what has an attribute ``stream``: a Tensor, or None where nothing is known.
+    """
+    last = {names[-1] for names in writers.values()}
+
+    def at_block(name: str, value: torch.Tensor) -> None:
+        current().stream = value
+
+    def at_output(name: str, output: torch.Tensor) -> None:
+        stream = current().stream
+        if stream is not None:
+            current().stream = None if name in last else stream + output.reshape(stream.shape)
+
+    blocks = {name: model.get_submodule(name) for name in writers}
+    layers = {n: model.get_submodule(n) for names in writers.values() for n in names}
+    handles = output_hooks(layers, at_output)
+    try:
+        with hooks(blocks, at_block):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_writers(

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ptqkit.errors import UnsupportedModuleError
-from ptqkit.nn.experts import expert_shape
 from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.recipe.recipe import Recipe, match_pattern
 
@@ -240,12 +239,6 @@ def _note_other(structure: Structure, recipe: Recipe, name: str, module: nn.Modu
     if recipe.for_layer(name) is None:
         if any(len(s) >= 2 for s in shapes.values()):
             structure.skipped[name] = "override 'skip'"
-    elif expert_shape(module) is not None:
-        structure.problems.append(
-            f"{name} ({kind}) holds experts in 3-D weights, which are taken apart in memory alone: "
-            "quantize in memory (stream=False; on the command line --no-stream), or leave them "
-            f"float with overrides={{'{_glob(name)}': 'skip'}}"
-        )
     elif fused:
         structure.problems.append(
             f"{name} ({kind}) fuses several linear layers into 3-D weights "

@@ -16,6 +16,7 @@ from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, SAMPLES, SEQUENCE_LENGTH
 from ptqkit._folders import resolve
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
@@ -26,7 +27,6 @@ from ptqkit.hf.checkpoint.stored_model import StoredModel
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
 from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithmetic, stored_as
 from ptqkit.hf.models.experts import ExpertSwap, wanted_for
-from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.quantization.inspection import Inspection, inspect_model
@@ -40,12 +40,13 @@ from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun,
 from ptqkit.hf.quantization.state import RunState, check_room, state_folder
 from ptqkit.hf.quantization.streamed import (
     StreamedRun,
+    attached_source,
     check_stream,
     describe_run,
     float_tensors,
+    float_twin,
     noting_values,
     plan_stream,
-    source_of,
     state_bytes,
 )
 from ptqkit.hf.quantization.tuner import prepare_tuning, tune_prepared
@@ -61,7 +62,7 @@ __all__ = ["QuantizationInterrupted", "QuantizationResult", "quantize"]
 
 
 @dataclass
-class QuantizationResult:
+class QuantizationResult(Tabular):
     """What :func:`quantize` returns.
 
     Attributes
@@ -99,6 +100,9 @@ class QuantizationResult:
     stored_dtype: str = ""
     tuning: TuningReport | None = None
     checkpoint: CheckpointInfo | None = None
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.report.to_dicts()
 
     def save(
         self,
@@ -462,20 +466,20 @@ def _quantize_stored(
         )
     if recipe is not None:
         check_stream(problems, recipe)
-        structure = find_structure(stored.model, recipe, inspection["blocks"])
     if recipe is None or problems.found:
         problems.raise_if_any()
     assert recipe is not None and written is not None and out_dir is not None
-    source = source_of(stored, structure)
     target = resolve(out_dir)
     with RunState(state_folder(target)).opened() as state:
-        with source.attached():
+        given, propagate = (stored, recipe, inspection["blocks"]), bool(recipe.propagation)
+        with attached_source(*given) as (source, structure), float_twin(*given) as twin:
             with noting_values(source, structure, problems):
                 found = inspect_model(
                     stored.model, recipe, calibration, tokenizer, stored=True, **inspection
                 )
-            plan = plan_stream(source, found, budget)
-            check_room(state.root, state_bytes(source, found.structure, found.calibration))
+            plan = plan_stream(source, found, budget, propagate)
+            needed = state_bytes(source, found.structure, found.calibration, propagate)
+            check_room(state.root, needed)
             about = describe_run(
                 stored,
                 found,
@@ -489,7 +493,7 @@ def _quantize_stored(
             )
             run = StreamedRun(stored.model, recipe, found, plan, options)
             run.report.warnings += slow
-            run.attach(source, state, about)
+            run.attach(source, state, about, twin)
             run.execute()
         with stored_as(stored.model, written):
             info = save_checkpoint(

@@ -7,24 +7,22 @@ sees inputs from layers that are already quantized.
 
 With error propagation every batch has a second coroutine, through the float model (see
 :mod:`ptqkit.hf.quantization.float_model`). If layers are to answer for the errors of the residual
-stream, each coroutine also keeps what the block's next writer adds to: the block's input plus the
-outputs of the writers before it.
+stream, each coroutine also keeps what the block's next writer adds to.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ptqkit.errors import UnsupportedModuleError
-from ptqkit.hf.models.stream import output_hooks
+from ptqkit.hf.models.stream import following_streams
 from ptqkit.hf.quantization.coroutines import Coroutine, pause
 from ptqkit.hf.quantization.float_model import OriginalWeights
 from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import Moments
-from ptqkit.hf.quantization.work import Steps, Work
+from ptqkit.hf.quantization.work import Step, Steps, Work
 from ptqkit.nn.activations import installed_quantizer
 from ptqkit.nn.forward import device_of, forward, hooks, tensor_key, thread_state
 
@@ -66,8 +64,9 @@ def one_pass_groups(work: Work) -> Steps:
     originals = OriginalWeights(work.targets, len(floats))
     waiting = None
     pages = HeapPages(device_of(work.model))
+    streams = following_streams(work.model, work.writers, lambda: current[0])
     try:
-        with hooks(work.modules(), at_layer), _streams(work, current):
+        with hooks(work.modules(), at_layer), streams:
             for group in work.groups:
                 with originals.in_place(waiting):
                     reason = _step(floats, current)
@@ -79,37 +78,17 @@ def one_pass_groups(work: Work) -> Steps:
                 if floats:
                     originals.keep(group)
                 waiting = group[0]
-                yield work.members(group), _moments(work, group, coroutines, floats)
+                yield Step(
+                    work.members(group),
+                    _moments(work, group, coroutines, floats),
+                    work.unwritten,
+                )
                 work.done.update(group)
     finally:
         for coroutine in [*coroutines, *floats]:
             coroutine.close()
         pages.release()
     return None
-
-
-@contextlib.contextmanager
-def _streams(work: Work, current: list[Coroutine]) -> Iterator[None]:
-    """Keep the residual stream of the coroutine that is running up to date."""
-    last = {names[-1] for names in work.writers.values()}
-
-    def at_block(name: str, value: torch.Tensor) -> None:
-        current[0].stream = value
-
-    def at_output(name: str, output: torch.Tensor) -> None:
-        stream = current[0].stream
-        if stream is not None:
-            current[0].stream = None if name in last else stream + output.reshape(stream.shape)
-
-    blocks = {name: work.model.get_submodule(name) for name in work.writers}
-    layers = {n: work.model.get_submodule(n) for names in work.writers.values() for n in names}
-    handles = output_hooks(layers, at_output)
-    try:
-        with hooks(blocks, at_block):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _start(work: Work) -> list[Coroutine]:

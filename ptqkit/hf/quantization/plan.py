@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
+import ptqkit._core as _core
 from ptqkit._units import show_bytes
 from ptqkit.errors import PreflightError, Problem, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.expert_moments import is_expert, solved_together
 from ptqkit.hf.quantization.inspection import Inspection
-from ptqkit.hf.quantization.memory import memory_limit
+from ptqkit.hf.quantization.memory import available_memory, memory_limit
 from ptqkit.nn.forward import device_of
 
 __all__ = [
     "SCHEDULES",
     "MemoryEstimate",
     "Plan",
+    "experts_at_once",
     "only_one_pass",
+    "plan_overlap",
     "plan_schedule",
 ]
 
@@ -64,6 +68,10 @@ class Plan:
     warnings : list of str
     experts_at_once : int
         Experts whose moments replay accumulates in one forward pass: as many as there is room for.
+    solved_at_once : int
+        Groups that threads solve at once, where they are independent; 0: none but by the caller.
+    ahead : bool
+        Meanwhile the device accumulates moments of experts that are independent of these.
     """
 
     schedule: str = "no calibration"
@@ -72,6 +80,8 @@ class Plan:
     estimate: dict[str, int | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     experts_at_once: int = 1
+    solved_at_once: int = 0
+    ahead: bool = False
 
 
 def plan_schedule(
@@ -127,8 +137,9 @@ def plan_schedule(
         reason = f"one pass needs about {size}{twice}, the {whose} is {show_bytes(limit)}"
     if not reason:
         # Should replay have to take over.
-        at_once = _experts_at_once(inspection, limit - needed.one_pass)
-        return Plan("one-pass", "", strict, estimate, [], at_once)
+        at_once = experts_at_once(inspection, limit - needed.one_pass)
+        overlap = plan_overlap(model, inspection, at_once, limit - needed.one_pass)
+        return Plan("one-pass", "", strict, estimate, [], at_once, *overlap)
     if propagation:
         problem = Problem(only_one_pass(propagation, reason), UnsupportedModuleError)
         raise PreflightError([problem])
@@ -140,20 +151,54 @@ def plan_schedule(
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower samples or batch_size"])
         warnings.append(text)
-    at_once = _experts_at_once(inspection, limit - needed.replay)
+    at_once = experts_at_once(inspection, limit - needed.replay)
     if inspection.experts:
         estimate["experts_at_once"] = at_once
-    return Plan("replay", reason, strict, estimate, warnings, at_once)
+    overlap = plan_overlap(model, inspection, at_once, limit - needed.replay)
+    return Plan("replay", reason, strict, estimate, warnings, at_once, *overlap)
 
 
-def _experts_at_once(inspection: Inspection, room: int) -> int:
+def experts_at_once(inspection: Inspection, room: int) -> int:
     """Return how many experts' moments there is room for in addition to what replay needs."""
     shapes = [module.shape for module in inspection.experts.values()]
     if not shapes:
         return 1
-    # The sum and, of those that are being filled up, the pool; float32.
-    each = max(2 * 4 * max(s.hidden, s.inner) ** 2 for s in shapes)
-    return int(max(1, min(max(s.experts for s in shapes), 1 + room // each)))
+    most = max(s.experts for s in shapes)
+    return int(max(1, min(most, 1 + room // _expert_moments(inspection))))
+
+
+def _expert_moments(inspection: Inspection) -> int:
+    """Return the bytes of an expert's sum and, if it is being filled up, of the pool; float32."""
+    shapes = [module.shape for module in inspection.experts.values()]
+    return max(2 * 4 * max(s.hidden, s.inner) ** 2 for s in shapes)
+
+
+def plan_overlap(
+    model: nn.Module, inspection: Inspection, at_once: int, room: int
+) -> tuple[int, bool]:
+    """Return how many independent groups threads solve at once, and whether a device goes ahead.
+
+    Parameters
+    ----------
+    at_once : int
+        Experts whose moments are there at once.
+    room : int
+        Bytes on the model's device in addition to what the schedule needs with one expert.
+    """
+    device = device_of(model)
+    if at_once < 2 or not inspection.experts:
+        # Calibrated on a float model, a device need not wait for the host either.
+        return int(device.type == "cuda"), False
+    # What the solver takes for a group: see estimate_memory.
+    sizes = [(s.hidden, 2 * s.inner) for s in (m.shape for m in inspection.experts.values())]
+    sizes += [(outputs // 2, inputs) for inputs, outputs in sizes]
+    workspace = max(4 * inputs * (4 * inputs + 4 * outputs) for inputs, outputs in sizes)
+    if device.type == "cpu":
+        room -= (at_once - 1) * _expert_moments(inspection)
+    else:
+        room = available_memory(torch.device("cpu"))
+    count = int(min(_core.config()[2], at_once, 1 + max(0, room) // workspace))
+    return (count if count > 1 or device.type == "cuda" else 0), device.type == "cuda"
 
 
 def only_one_pass(propagation: str, reason: str) -> str:
@@ -204,7 +249,7 @@ def estimate_memory(
     residual stream, the block's normalized input, the outputs of the layers before it in the block,
     and the layer's input; one-pass holds that for all tokens, and as much again for the batch that
     is running; replay for one batch, with one block output (old and new) for all tokens.
-    With error propagation (``propagate``) one-pass holds it twice: for the float model too; if the
+    With error propagation (``propagate``) both hold it twice: for the float model too; if the
     residual streams are followed (``streams``), each holds one more of them. In the end all codes
     are there, a byte each, on the host.
     ``positions`` are those of a sample in the probe, for inputs that show none themselves;
@@ -234,10 +279,11 @@ def estimate_memory(
     tokens = [rows * length for rows, length in shapes]
     masks = _mask_bytes(model, calibration, shapes, size)
     largest = max(tokens)
-    one_pass = (sum(tokens) * size * live + sum(masks)) * (2 if propagate else 1)
+    models = 2 if propagate else 1
+    one_pass = (sum(tokens) * size * live + sum(masks)) * models
     one_pass += largest * size * live
-    outputs = sum(tokens) * size * 2 * wide
-    replay = outputs + 2 * largest * size * live + max(masks)
+    outputs = sum(tokens) * size * 2 * wide * models
+    replay = outputs + (2 * largest * size * live + max(masks)) * models
     codes = 0
     if device_of(model).type == "cpu":
         codes = sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))

@@ -2,21 +2,24 @@
 
 It holds one hidden state per batch, runs each block several times, and gives the results of
 :mod:`~ptqkit.hf.quantization.one_pass` bit for bit. It assumes that a block acts on the rest of the
-model through its return value alone, and cannot run the float model along.
+model through its return value alone. The float model runs along if it is there as a twin of its
+own: each batch goes through its block first, up to the same layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ptqkit.errors import CalibrationError
 from ptqkit.hf.models.recorded import RecordedBlocks
+from ptqkit.hf.models.stream import following_streams
 from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
-from ptqkit.hf.quantization.work import Steps, Work
+from ptqkit.hf.quantization.work import Step, Steps, Work
 from ptqkit.nn.forward import StopForwardError, device_of, hooks
 
 __all__ = ["replay_groups"]
@@ -56,33 +59,36 @@ def replay_groups(
                     at_block_end(recorded.position - 1)
             if block is not None and unprobed:
                 groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
-            for wave in _waves(work, groups):
+            for wave, more in _waves(work, groups):
                 found = _moments(work, recorded, wave)
                 pages.release()
                 for group in wave:
-                    yield work.members(group), found.pop(0)
+                    independent = len(found) > 1 or (more and work.ahead) or work.unwritten
+                    yield Step(work.members(group), found.pop(0), independent)
                     work.done.update(group)
     pages.release()
     return None
 
 
-def _waves(work: Work, groups: list[list[str]]) -> Iterator[list[list[str]]]:
+def _waves(work: Work, groups: list[list[str]]) -> Iterator[tuple[list[list[str]], bool]]:
     """Yield the groups whose moments one forward pass accumulates.
 
-    One at a time, but for the experts of a module: they read what no other expert writes.
+    One at a time, but for the experts of a module: they read what no other expert writes. Second,
+    whether the next ones do not read what these write either.
     """
     waiting = list(groups)
     while waiting:
         expert = work.expert(waiting[0])
         if expert is None:
-            yield [waiting.pop(0)]
+            yield [waiting.pop(0)], False
             continue
         found = [(g, e[2]) for g in waiting if (e := work.expert(g)) and e[0] is expert[0]]
         waiting = [g for g in waiting if g not in [f for f, _ in found]]
+        size = max(1, work.experts_at_once // (2 if work.ahead else 1))
         for last in (False, True):
             wave = [g for g, is_last in found if is_last == last]
-            for start in range(0, len(wave), work.experts_at_once):
-                yield wave[start : start + work.experts_at_once]
+            for start in range(0, len(wave), size):
+                yield wave[start : start + size], start + size < len(wave)
 
 
 def _moments(
@@ -94,7 +100,10 @@ def _moments(
     def add(name: str, value: torch.Tensor, index: int) -> None:
         found[name].add(value, work.batches[index], work.masks[index])
 
-    _each_input(work, recorded, list(found), add)
+    if recorded.twin is None:
+        _each_input(work, recorded, list(found), add)
+    else:
+        _each_input_of_both(work, recorded, recorded.twin, found)
     for group in wave:
         work.note_routed(group, found[group[0]])
     _pool(work, recorded, wave, found)
@@ -142,8 +151,9 @@ def _each_input(
     recorded: RecordedBlocks,
     names: list[str],
     add: Callable[[str, torch.Tensor, int], None],
+    before: Callable[[int], None] | None = None,
 ) -> None:
-    """Run every batch until all of these layers have been met."""
+    """Run every batch until all of these layers have been met; ``before`` is called first."""
     met: set[str] = set()
 
     def at_layer(name: str, value: torch.Tensor) -> None:
@@ -155,7 +165,46 @@ def _each_input(
     with hooks({name: work.targets[name].module for name in names}, at_layer):
         for index in range(len(work.batches)):
             met.clear()
+            if before is not None:
+                before(index)
             recorded.forward(index, stop_after=work.targets[names[0]].block)
+
+
+def _each_input_of_both(
+    work: Work,
+    recorded: RecordedBlocks,
+    twin: RecordedBlocks,
+    found: Mapping[str, MomentAccumulator],
+) -> None:
+    """Run every batch through the float model, then through this one, and add the inputs of both.
+
+    With each input goes the residual stream, where it is known.
+    """
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    followed = (SimpleNamespace(stream=None), SimpleNamespace(stream=None))
+
+    def at_float(name: str, value: torch.Tensor) -> None:
+        seen[name] = (value, followed[0].stream)
+        if len(seen) == len(found):
+            raise StopForwardError
+
+    def add(name: str, value: torch.Tensor, index: int) -> None:
+        other, stream = seen.pop(name, (None, None))
+        now = followed[1].stream
+        streams = None if stream is None or now is None else (stream, now)
+        found[name].add(value, work.batches[index], work.masks[index], other, streams)
+
+    def before(index: int) -> None:
+        seen.clear()
+        twin.forward(index, stop_after=work.targets[next(iter(found))].block)
+
+    layers = {name: twin.model.get_submodule(name) for name in found}
+    with (
+        hooks(layers, at_float),
+        following_streams(twin.model, work.writers, lambda: followed[0]),
+        following_streams(work.model, work.writers, lambda: followed[1]),
+    ):
+        _each_input(work, recorded, list(found), add, before)
 
 
 def _in_order(

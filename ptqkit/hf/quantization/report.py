@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import JsonReport, plain
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
 from ptqkit.arrays.metrics import signal_to_error
@@ -98,7 +99,7 @@ class LayerReport:
 
 
 @dataclass
-class Report(JsonReport):
+class Report(Tabular, JsonReport):
     """All layers and the run as a whole.
 
     Attributes
@@ -201,6 +202,9 @@ class Report(JsonReport):
     def to_dicts(self) -> list[dict[str, Any]]:
         """One dict per layer, for ``pandas.DataFrame(report.to_dicts())``."""
         return [asdict(layer) for layer in self.layers]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.to_dicts()
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values that are valid JSON (NaN becomes None)."""

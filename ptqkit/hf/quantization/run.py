@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from torch import nn
 
+import ptqkit._core as _core
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import (
     LAYER_FAILURES,
@@ -26,12 +29,13 @@ from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import peak_memory
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.one_pass import one_pass_groups
+from ptqkit.hf.quantization.overlap import Begin, each_group, helpers
 from ptqkit.hf.quantization.plan import Plan, only_one_pass
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.replay import replay_groups
 from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
 from ptqkit.hf.quantization.solve import LayerResult, solve_group
-from ptqkit.hf.quantization.work import Steps, Work
+from ptqkit.hf.quantization.work import Step, Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
 from ptqkit.nn.forward import calibration_mode, device_of
 from ptqkit.nn.on_grid import dequantize
@@ -86,6 +90,20 @@ class RunOptions:
     start: float = field(default_factory=time.perf_counter)
 
 
+@dataclass
+class _Begun:
+    """A group that is being solved: its parts with what waits for each, or an error."""
+
+    __repr__ = one_line_repr
+
+    members: list[Target]
+    moments: Moments
+    calls: list[tuple[list[Target], Callable[[], dict[str, LayerResult]]]] = field(
+        default_factory=list
+    )
+    error: Exception | None = None
+
+
 class QuantizationRun:
     """What a run has done so far, and the loop that does it.
 
@@ -122,6 +140,9 @@ class QuantizationRun:
         steps = ("hessian", "solve", "diagnostics", *(["propagation"] if self.propagate else []))
         self.seconds = dict.fromkeys(steps, 0.0)
         targets = inspection.structure.targets
+        # Processes wait for each other, which only the calling thread may do.
+        most = 0 if options.processes is not None else options.threads or plan.solved_at_once
+        self._at_once = min(plan.solved_at_once, most)
         self.costs = {n: _cost(t, inspection.calibration) for n, t in targets.items()}
         self.stage = ProgressStage(
             options.progress,
@@ -185,6 +206,8 @@ class QuantizationRun:
             found.stream.writers,
             found.experts,
             self.plan.experts_at_once,
+            self.plan.ahead,
+            self.recipe.calibrate_on == "float",
             processes=self.options.processes,
         )
         reason: str | None = self.plan.reason
@@ -203,14 +226,13 @@ class QuantizationRun:
 
     def _each(self, steps: Steps, schedule: str) -> str | None:
         """Quantize the groups that a schedule yields; return why it leaves the rest."""
-        with contextlib.closing(steps):
-            while True:
-                try:
-                    members, moments = next(steps)
-                except StopIteration as end:
-                    return end.value
-                self._group(members, moments, schedule)
-                del moments  # before the next ones are accumulated
+        with helpers(self._at_once) as begin:
+            return each_group(
+                steps,
+                partial(self._begin_group, begin=begin),
+                partial(self._finish_group, schedule=schedule),
+                self._at_once,
+            )
 
     def _uncorrected(self) -> bool:
         """Whether there are layers of experts that error propagation does not reach."""
@@ -220,12 +242,46 @@ class QuantizationRun:
         found = [m for n, m in self.inspection.experts.items() if n in names]
         return any(not m.every_token or m.shape.scores_first for m in found)
 
-    def _group(self, members: list[Target], moments: Moments | Exception, schedule: str) -> None:
-        """Quantize one group, or leave it float, and report it."""
+    def _begin_group(self, step: Step, begin: Begin) -> _Begun:
+        """Begin to solve a group, where it is one matrix; nothing is written to the model."""
+        members, moments = step.members, step.moments
+        if isinstance(moments, Exception):
+            return _Begun(members, Moments(), error=moments)
+        if moments.hessian is not None and moments.hessian.tokens == 0:
+            text = f"{members[0].name} saw no token of the calibration data"
+            return _Begun(members, Moments(), error=CalibrationError(text))
+        by_name = {t.name: t for t in members}
+        shapes = {t.name: t.view.shape for t in members}
+        parts = solved_together(list(by_name), shapes, self.inspection.experts)
+        threads, calls = self.options.threads, []
+        if self._at_once > 1 and len(parts) == 1 and step.independent:  # which changes no bit
+            threads = max(1, (threads or int(_core.config()[2])) // self._at_once)
+        for names in parts:
+            part = [by_name[n] for n in names]
+            call = partial(
+                solve_group,
+                part,
+                moments,
+                threads=threads,
+                diagnostics=self.options.diagnostics,
+                processes=self.options.processes,
+                outputs=self.options.outputs,
+            )
+            # What must be taken at once, and parts of one group, which are large, one by one: by
+            # the caller, when their turn comes.
+            alone = len(parts) > 1 or not step.independent
+            calls.append((part, call if alone else begin(call)))
+        return _Begun(members, moments, calls)
+
+    def _finish_group(self, begun: _Begun, schedule: str) -> None:
+        """Wait for a group, write it or leave it float, and report it."""
+        members = begun.members
         try:
-            if isinstance(moments, Exception):
-                raise moments
-            self._solve(members, moments, schedule)
+            if begun.error is not None:
+                raise begun.error
+            self.seconds["hessian"] += begun.moments.seconds
+            while begun.calls:
+                self._finish_part(*begun.calls.pop(0), begun, schedule)
         except LAYER_FAILURES as error:
             error = prefix_error(error, ", ".join(t.name for t in members))
             if self.options.on_error == "raise":
@@ -242,28 +298,22 @@ class QuantizationRun:
             loss = losses[target.name]
             self.stage.step(target.name, loss, self.costs[target.name])
 
-    def _solve(self, members: list[Target], moments: Moments, schedule: str) -> None:
-        if moments.hessian is not None and moments.hessian.tokens == 0:
-            raise CalibrationError(f"{members[0].name} saw no token of the calibration data")
-        self.seconds["hessian"] += moments.seconds
-        by_name = {t.name: t for t in members}
-        shapes = {t.name: t.view.shape for t in members}
-        for part in solved_together(list(by_name), shapes, self.inspection.experts):
-            self._solve_part([by_name[n] for n in part], members, moments, schedule)
-
-    def _solve_part(
-        self, part: list[Target], members: list[Target], moments: Moments, schedule: str
+    def _finish_part(
+        self,
+        part: list[Target],
+        result_of: Callable[[], dict[str, LayerResult]],
+        begun: _Begun,
+        schedule: str,
     ) -> None:
-        """Quantize some of the layers that share an input, and report them."""
-        solved = solve_group(
-            part,
-            moments,
-            threads=self.options.threads,
-            diagnostics=self.options.diagnostics,
-            processes=self.options.processes,
-            outputs=self.options.outputs,
-        )
-        rows = sum(t.view.shape[0] for t in members)
+        """Write and report some of the layers that share an input."""
+        moments = begun.moments
+        started = time.perf_counter()
+        solved = result_of()
+        waited = time.perf_counter() - started
+        spent = sum(r.seconds_solve + r.seconds_diagnostics for r in solved.values())
+        # What threads did meanwhile took no time of the run's own.
+        own = min(1.0, waited / spent) if spent and self._at_once else 1.0
+        rows = sum(t.view.shape[0] for t in begun.members)
         for target in part:
             result, share = solved[target.name], target.view.shape[0] / rows
             if self.recipe.calibrate_on == "float":
@@ -271,8 +321,8 @@ class QuantizationRun:
             else:
                 self._write(target, result, moments)
             result.seconds_propagation += share * moments.seconds_drift
-            self.seconds["solve"] += result.seconds_solve
-            self.seconds["diagnostics"] += result.seconds_diagnostics
+            self.seconds["solve"] += own * result.seconds_solve
+            self.seconds["diagnostics"] += own * result.seconds_diagnostics
             if self.propagate:
                 self.seconds["propagation"] += result.seconds_propagation
             row = layer_report(
@@ -346,7 +396,7 @@ def _expert_warnings(rows: list[LayerReport], uncorrected: bool) -> list[str]:
 def _without_data(structure: Structure) -> Steps:
     """Yield every layer alone, without moments."""
     for target in structure.targets.values():
-        yield [target], Moments()
+        yield Step([target], Moments())
     return None
 
 

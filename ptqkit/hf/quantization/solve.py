@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ptqkit.hf.quantization.row_coupling import couple_stack
 from ptqkit.nn.matrix_solver import quantize_matrix
 from ptqkit.nn.on_grid import dequantize, row_blocks, rtn_on_grid
 from ptqkit.nn.output_moments import OutputMoments
+from ptqkit.nn.row_objectives import row_objectives
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["LayerResult", "rtn_on_grid", "solve_group"]
@@ -182,7 +184,8 @@ def _solve_stack(
         middle = time.perf_counter()
         extra = None
         if diagnostics:
-            extra = _diagnose(weight, dequantized, matrix, moments.hessian)
+            device = stack[0].view.weight.device
+            extra = _diagnose(weight, dequantized, matrix, moments.hessian, device)
     if processes is not None:
         matrix = processes.join_matrix(matrix, count)
         dequantized = dequantize(matrix)
@@ -255,9 +258,16 @@ def _target(
 
 
 def _diagnose(
-    weight: np.ndarray, dequantized: np.ndarray, matrix: QuantizedMatrix, hessian: Any
+    weight: np.ndarray,
+    dequantized: np.ndarray,
+    matrix: QuantizedMatrix,
+    hessian: Any,
+    device: torch.device,
 ) -> dict[str, np.ndarray]:
-    """Return per row: power of weights and error; with H also RTN's objective, output power."""
+    """Return per row: power of weights and error; with H also RTN's objective, output power.
+
+    Products with H are the device's, if it is not the host.
+    """
     values, found = torch.from_numpy(weight), torch.from_numpy(dequantized)
     power, error = torch.empty((2, len(values)), dtype=torch.float32)
     for rows in row_blocks(len(values)):
@@ -265,12 +275,21 @@ def _diagnose(
         torch.linalg.vector_norm(values[rows] - found[rows], dim=1, out=error[rows])
     out = {"weight_power": power.double().numpy() ** 2, "weight_error": error.double().numpy() ** 2}
     if hessian is not None:
+        measure = _measure(hessian, device)
         if matrix.rtn_objectives is None:
             rounded = rtn_on_grid(weight, matrix)
-            out["objective_rtn"] = objective(np.subtract(weight, rounded, rounded), 0, hessian)
+            out["objective_rtn"] = measure(np.subtract(weight, rounded, rounded))
         else:  # permuted groups, or rounding to nearest itself
             out["objective_rtn"] = matrix.rtn_objectives
         if matrix.row_objectives is None:
-            out["objective"] = objective(weight, dequantized, hessian)
-        out["output_power"] = objective(weight, 0, hessian)
+            out["objective"] = measure(weight - dequantized)
+        out["output_power"] = measure(weight)
     return out
+
+
+def _measure(hessian: Any, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what gives e H e^T of each row e: on the host, or where the model is."""
+    if device.type == "cpu":
+        return partial(objective, W_hat=0, H=hessian)
+    matrix = torch.tensor(hessian.matrix, dtype=torch.float32, device=device)
+    return partial(row_objectives, hessian=matrix)

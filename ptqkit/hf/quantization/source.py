@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ptqkit.hf.checkpoint.stored_model import StoredModel
+from ptqkit.hf.models.experts import expert_modules
+from ptqkit.hf.quantization.stored_experts import StoredExperts
 from ptqkit.nn.linear import is_linear
 
 __all__ = ["BlockSource"]
@@ -33,6 +35,7 @@ class BlockSource:
 
     Attributes
     ----------
+    experts : StoredExperts
     loaded : callable or None
         Called with the name of a block, or of a layer outside of them, after it was read.
     """
@@ -45,6 +48,7 @@ class BlockSource:
     ) -> None:
         self.stored, self.device = stored, stored.device
         self.model = stored.model
+        self.experts = StoredExperts(stored, expert_modules(stored.model))
         self.loaded: Callable[[str], None] | None = None
         self.resident: str | None = None
         names = [n for n, _ in self.model.named_parameters(remove_duplicate=False)]
@@ -66,9 +70,13 @@ class BlockSource:
                 self._kept.append(name)
 
     def block_bytes(self) -> int:
-        """Return the size of the largest block, or layer, that is in memory by turns."""
+        """Return the size of the largest block, or layer, that is in memory by turns.
+
+        With what reading it takes meanwhile, where experts have to be joined.
+        """
         units = [*self._blocks.values(), *self._heads.values()]
-        return max((self._bytes(names) for names in units), default=0)
+        largest = max((self._bytes(names) for names in units), default=0)
+        return largest + self.experts.joining_bytes()
 
     def rest_bytes(self) -> int:
         """Return the size of what is in memory all the time."""
@@ -175,11 +183,14 @@ class BlockSource:
     def _fill(self, names: Sequence[str]) -> None:
         """Read parameters; one that has several names is one object still."""
         made: dict[int, nn.Parameter] = {}
-        plain = [n for n in names if n in self.stored.names]
-        joined = [n for n in names if n not in self.stored.names]
-        for group in [*([n] for n in plain), joined]:
+        experts = [n for n in names if n in self.experts]
+        rest = [n for n in names if n not in self.experts]
+        plain = [n for n in rest if n in self.stored.names]
+        joined = [n for n in rest if n not in self.stored.names]
+        for group in [*([n] for n in plain), joined, experts]:
             missing = [n for n in group if id(self._parameter(n)) not in made]
-            values = self.stored.read(missing, {n: self._parameter(n).dtype for n in missing})
+            dtypes = {n: self._parameter(n).dtype for n in missing}
+            values = (self.experts if group is experts else self.stored).read(missing, dtypes)
             for name in group:
                 key = id(self._parameter(name))
                 if key not in made:

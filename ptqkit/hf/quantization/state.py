@@ -38,6 +38,11 @@ from ptqkit.recipe.options import ActivationQuantization
 __all__ = ["FinishedBlock", "RunState", "check_room", "state_folder"]
 
 _VERSION = 1
+_NO_ROOM = {
+    errno.ENOSPC: "no space left for",
+    errno.EDQUOT: "no space left for",
+    errno.EFBIG: "the limit of this process on files (ulimit -f) is too low for",
+}
 _ABOUT = "run.json"
 _OWN = re.compile(r"run\.json|block-\d{5}\.(json|safetensors)|outputs-\d{5}")
 _TEMPORARY = re.compile(
@@ -116,13 +121,13 @@ class RunState:
         try:
             yield self
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(
-                    error.errno,
-                    f"no space left for {self.root}: {self.finished} blocks are done and kept; "
-                    "make room, and give the same command again",
-                ) from error
-            raise
+            if error.errno not in _NO_ROOM:
+                raise
+            raise OSError(
+                error.errno,
+                f"{_NO_ROOM[error.errno]} {self.root}: {self.finished} blocks are done and kept; "
+                "make room, and give the same command again",
+            ) from error
         finally:
             unlock_folder(self._lock)
             self._lock = None
@@ -237,7 +242,11 @@ class RunState:
     def _check_outputs(self) -> None:
         """Raise ValueError unless the outputs of the last finished block are as they were."""
         folder = self._outputs(self.finished)
-        wanted = self._read_json(self._json(self.finished - 1))["outputs"]
+        entry = self._read_json(self._json(self.finished - 1))
+        wanted = entry.get("outputs") if isinstance(entry, dict) else None
+        if not isinstance(wanted, dict):
+            path = self._json(self.finished - 1)
+            raise ValueError(f"{path} is damaged (it does not name its outputs): {_AGAIN}")
         for name, checksum in wanted.items():
             if not (folder / name).is_file() or file_checksum(folder / name) != checksum:
                 raise ValueError(f"{folder / name} is damaged or missing: {_AGAIN}")

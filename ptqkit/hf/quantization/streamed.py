@@ -18,12 +18,13 @@ from ptqkit._version import __version__
 from ptqkit.errors import PreflightError, Problems, UnsupportedModuleError
 from ptqkit.hf.checkpoint.stored_model import StoredModel
 from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.models.experts import ExpertSwap
 from ptqkit.hf.models.recorded import RecordedBlocks
-from ptqkit.hf.models.structure import Structure, Target
+from ptqkit.hf.models.structure import Structure, Target, find_structure
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import memory_limit
 from ptqkit.hf.quantization.moments import Moments
-from ptqkit.hf.quantization.plan import Plan, estimate_memory
+from ptqkit.hf.quantization.plan import Plan, estimate_memory, experts_at_once, plan_overlap
 from ptqkit.hf.quantization.preflight import check_finite
 from ptqkit.hf.quantization.replay import replay_groups
 from ptqkit.hf.quantization.report import LayerReport
@@ -34,7 +35,7 @@ from ptqkit.hf.quantization.run import (
 )
 from ptqkit.hf.quantization.source import BlockSource
 from ptqkit.hf.quantization.state import FinishedBlock, RunState
-from ptqkit.hf.quantization.work import Steps, Work
+from ptqkit.hf.quantization.work import Step, Steps, Work
 from ptqkit.nn.activations import install_quantizer
 from ptqkit.nn.forward import calibration_mode, device_of
 from ptqkit.recipe.recipe import Recipe
@@ -42,12 +43,13 @@ from ptqkit.recipe.recipe import Recipe
 __all__ = [
     "StreamPlan",
     "StreamedRun",
+    "attached_source",
     "check_stream",
     "describe_run",
     "float_tensors",
+    "float_twin",
     "noting_values",
     "plan_stream",
-    "source_of",
     "state_bytes",
 ]
 
@@ -73,17 +75,11 @@ class StreamPlan(Plan):
 def check_stream(problems: Problems, recipe: Recipe) -> None:
     """Check that a recipe works block by block."""
     memory = "quantize in memory (stream=False; on the command line --no-stream)"
-    propagation = recipe.propagation
     obstacles = [
         (
             recipe.equalization is not None,
             "equalization scales the whole model at once, so it cannot be streamed from its files: "
             f"leave it out, or {memory}",
-        ),
-        (
-            bool(propagation),
-            f"{propagation} runs the float model along, which a model that is streamed from "
-            f"its files has no room for: use {propagation.split('=')[0]}=0, or {memory}",
         ),
     ]
     whole = {
@@ -91,7 +87,6 @@ def check_stream(problems: Problems, recipe: Recipe) -> None:
         f"bits={recipe.bits}": recipe.bits_budget is not None,
         f"row_coupling={recipe.most_row_coupling}": recipe.most_row_coupling > 0,
         "calibrate_on='float'": recipe.calibrate_on == "float",
-        "calibrate_all_experts": recipe.calibrate_all_experts,
     }
     obstacles += [
         (asked, f"{text} needs the whole model in memory: leave it out, or {memory}")
@@ -102,10 +97,34 @@ def check_stream(problems: Problems, recipe: Recipe) -> None:
             problems.add(text, UnsupportedModuleError)
 
 
-def source_of(stored: StoredModel, structure: Structure) -> BlockSource:
-    """Return what fills the blocks, and the layers outside of them that are quantized."""
-    outside = [name for name, target in structure.targets.items() if target.block is None]
-    return BlockSource(stored, structure.blocks, outside)
+@contextlib.contextmanager
+def attached_source(
+    stored: StoredModel, recipe: Recipe, blocks: tuple[str, ...] | None
+) -> Iterator[tuple[BlockSource, Structure]]:
+    """Let a stored model fill itself when it runs; yields what fills it, and its structure.
+
+    Experts that are quantized are linear layers meanwhile.
+    """
+    swap = ExpertSwap(stored.model, lambda name: recipe.for_layer(name) is not None)
+    with swap, swap.calibrating(recipe.calibrate_all_experts):
+        structure = find_structure(stored.model, recipe, blocks)
+        outside = [name for name, target in structure.targets.items() if target.block is None]
+        source = BlockSource(stored, structure.blocks, outside)
+        with source.attached():
+            yield source, structure
+
+
+@contextlib.contextmanager
+def float_twin(
+    stored: StoredModel, recipe: Recipe, blocks: tuple[str, ...] | None
+) -> Iterator[nn.Module | None]:
+    """Yield the float model as one of its own that fills itself, if a recipe needs it."""
+    if not recipe.propagation:
+        yield None
+        return
+    other = stored.again()
+    with attached_source(other, recipe, blocks):
+        yield other.model
 
 
 @contextlib.contextmanager
@@ -126,8 +145,12 @@ def noting_values(source: BlockSource, structure: Structure, problems: Problems)
         source.loaded = None
 
 
-def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None) -> StreamPlan:
+def plan_stream(
+    source: BlockSource, inspection: Inspection, budget: int | None, propagate: bool = False
+) -> StreamPlan:
     """Estimate the memory of a run that streams its model, and choose where outputs are kept.
+
+    With ``propagate`` there is a block of the float model too, and its outputs.
 
     Raises
     ------
@@ -139,7 +162,9 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
     for target in structure.targets.values():
         rows, columns = target.view.shape
         weights[target.block] = weights.get(target.block, 0) + rows * columns
-    block = source.block_bytes() + source.rest_bytes() + max(weights.values(), default=0)
+    models = 2 if propagate else 1
+    block = models * (source.block_bytes() + source.rest_bytes())
+    block += max(weights.values(), default=0)
     limit, whose, free = memory_limit(device_of(source.model), budget)
     if inspection.calibration is None:
         largest = max(t.view.shape[0] * t.view.shape[1] for t in structure.targets.values())
@@ -150,7 +175,10 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
             structure.targets,
             inspection.probe.groups,
             inspection.calibration,
-            positions=inspection.probe.positions,
+            propagate,
+            inspection.probe.positions,
+            bool(inspection.stream.writers),
+            experts=inspection.experts,
         )
         held = block + needed.replay - needed.codes
         spooled = held - needed.outputs
@@ -170,13 +198,23 @@ def plan_stream(source: BlockSource, inspection: Inspection, budget: int | None)
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower batch_size or sequence_length"])
         warnings.append(text)
+    room = limit - (spooled if spool else held)
+    at_once = experts_at_once(inspection, room)
+    overlap = plan_overlap(source.model, inspection, at_once, room)
+    if inspection.experts:
+        estimate["experts_at_once"] = at_once
     schedule = "no calibration" if inspection.calibration is None else "replay"
     reason = "the model is streamed from its files"
     reason += ", outputs of blocks too" if spool and inspection.calibration is not None else ""
-    return StreamPlan(schedule, reason, False, estimate, warnings, spool)
+    return StreamPlan(schedule, reason, False, estimate, warnings, at_once, *overlap, spool)
 
 
-def state_bytes(source: BlockSource, structure: Structure, data: CalibrationSet | None) -> int:
+def state_bytes(
+    source: BlockSource,
+    structure: Structure,
+    data: CalibrationSet | None,
+    propagate: bool = False,
+) -> int:
     """Return the room on the disk that the state of a run takes, at most."""
     shapes = [t.view.shape for t in structure.targets.values()]
     codes = sum(rows * columns for rows, columns in shapes)
@@ -184,7 +222,7 @@ def state_bytes(source: BlockSource, structure: Structure, data: CalibrationSet 
     tokens = 0 if data is None else sum(b[k].numel() for b in data.batches for k in list(b)[:1])
     size = next(source.model.parameters()).element_size()
     # Outputs twice; scales, zero-points and objectives are a fraction of the codes.
-    return codes + codes // 4 + 2 * tokens * wide * size
+    return codes + codes // 4 + (4 if propagate else 2) * tokens * wide * size
 
 
 def describe_run(
@@ -258,9 +296,15 @@ class StreamedRun(QuantizationRun):
 
     plan: StreamPlan
 
-    def attach(self, source: BlockSource, state: RunState, about: Mapping[str, Any]) -> None:
+    def attach(
+        self,
+        source: BlockSource,
+        state: RunState,
+        about: Mapping[str, Any],
+        twin: nn.Module | None = None,
+    ) -> None:
         """Say where blocks come from and where they go; go on with what is there already."""
-        self.source, self.state = source, state
+        self.source, self.state, self.twin = source, state, twin
         self.changed: dict[str, torch.Tensor] = {}
         found = self.inspection
         self.blocks = found.structure.blocks if found.calibration is None else found.probe.blocks
@@ -285,7 +329,18 @@ class StreamedRun(QuantizationRun):
             data = CalibrationSet([], 0, 0, 0, "", "")
         else:
             groups = [part for g in found.probe.groups for part in _by_block(targets, g)]
-        return Work(self.model, targets, groups, self.blocks, data)
+        return Work(
+            self.model,
+            targets,
+            groups,
+            self.blocks,
+            data,
+            self.propagate,
+            found.stream.writers,
+            found.experts,
+            self.plan.experts_at_once,
+            self.plan.ahead,
+        )
 
     def _restore(self, block: FinishedBlock) -> None:
         rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in block.rows]
@@ -327,8 +382,10 @@ class StreamedRun(QuantizationRun):
             if data is not None and state.finished < units:
                 device, finished = device_of(self.model), min(state.finished, len(self.blocks))
                 outputs = state.outputs(len(data.batches), device, not self.plan.spool)
-                recorded = RecordedBlocks(self.model, self.blocks, work.batches, outputs, finished)
-                with calibration_mode(self.model):
+                recorded = RecordedBlocks(
+                    self.model, self.blocks, work.batches, outputs, finished, self.twin
+                )
+                with calibration_mode(self.model), calibration_mode(self.twin or self.model):
                     self._each(replay_groups(work, recorded, self._keep), "replay")
             while state.finished < units:
                 self._keep(state.finished)
@@ -346,7 +403,7 @@ class StreamedRun(QuantizationRun):
                 if position == number:
                     target = work.targets[group[0]]
                     self.source.enter(target.block or target.name)
-                    yield [target], Moments()
+                    yield Step([target], Moments())
             self._keep(number)
         return None
 
@@ -395,12 +452,24 @@ def _by_block(targets: Mapping[str, Target], group: list[str]) -> list[list[str]
 
 def float_tensors(source: BlockSource, changed: Mapping[str, torch.Tensor]) -> Any:
     """Return what reads the float tensors of a checkpoint by their names in memory."""
-    stored = source.stored
+    stored, experts = source.stored, source.experts
     dtypes = {name: tensor.dtype for name, tensor in source.model.state_dict().items()}
+    last: dict[str, dict[str, torch.Tensor]] = {}
+
+    def of_expert(name: str) -> torch.Tensor:
+        if name in experts.names:
+            return stored.tensors.read(experts.names[name])
+        whole, module, index, projection = experts.parts[name]
+        if whole not in last:
+            last.clear()  # those of one parameter follow each other, and it can be large
+            last[whole] = stored.read([whole], dtypes)
+        return module.part(last[whole][whole], index, projection).contiguous()
 
     def fetch(name: str) -> torch.Tensor:
         if name in changed:
             return changed[name]
+        if name in experts:
+            return of_expert(name)
         held = stored.names.get(name)
         mapped = None if held is None else stored.tensors.map(held)
         return stored.read([name], dtypes)[name] if mapped is None else mapped

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, TUNE_STEPS
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import CalibrationError, NotFiniteError
@@ -91,7 +92,7 @@ class TuningOptions:
 
 
 @dataclass(frozen=True)
-class TuningReport:
+class TuningReport(Tabular):
     """What tuning did.
 
     Attributes
@@ -126,6 +127,9 @@ class TuningReport:
     checks: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"step": step, "loss": loss} for step, loss in self.checks]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""

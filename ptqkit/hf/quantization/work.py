@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,11 +15,29 @@ from ptqkit.hf.quantization.processes import Processes, SharedMoments
 from ptqkit.nn.experts import ExpertLinears
 from ptqkit.nn.forward import device_of
 
-__all__ = ["Steps", "Work"]
+__all__ = ["Step", "Steps", "Work"]
 
-#: Groups of layers in order, each with its moments or the error that prevents them. The consumer
-#: quantizes a group before it asks for the next one. Returned at the end: why the rest is left.
-Steps = Generator[tuple[list[Target], Moments | Exception], None, "str | None"]
+
+class Step(NamedTuple):
+    """A group of layers whose turn it is.
+
+    Attributes
+    ----------
+    members : list of Target
+    moments : Moments or Exception
+        Of their inputs, or the error that prevents them.
+    independent : bool
+        The next group's moments do not depend on what is written into these layers.
+    """
+
+    members: list[Target]
+    moments: Moments | Exception
+    independent: bool = False
+
+
+#: Groups of layers in order. The consumer quantizes a group before it asks for the next one, unless
+#: that is independent. Returned at the end: why the rest is left.
+Steps = Generator[Step, None, "str | None"]
 
 
 @dataclass
@@ -44,6 +62,10 @@ class Work:
         The modules that route tokens to layers, by name.
     experts_at_once : int
         Experts whose moments replay accumulates in one forward pass.
+    ahead : bool
+        Yield experts as independent where the next ones' moments are still to be accumulated.
+    unwritten : bool
+        Nothing is written before the end, so all groups are independent.
     done : set of str
         Layers whose turn is over, quantized or failed.
     processes : Processes, optional
@@ -59,6 +81,8 @@ class Work:
     writers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: Mapping[str, ExpertLinears] = field(default_factory=dict)
     experts_at_once: int = 1
+    ahead: bool = False
+    unwritten: bool = False
     done: set[str] = field(default_factory=set)
     processes: Processes | None = None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table, wrap_line
 from ptqkit.errors import check_choice
@@ -93,7 +94,7 @@ class SoftmaxTableRow:
 
 
 @dataclass
-class SoftmaxTable:
+class SoftmaxTable(Tabular):
     """Perplexities of one model with a quantized softmax.
 
     Attributes
@@ -113,6 +114,9 @@ class SoftmaxTable:
     calibration: dict[str, Any]
     rows: list[SoftmaxTableRow] = field(default_factory=list)
     layers: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"name": row.name, **asdict(row)} for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; NaN and infinity stay."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptqkit._files import write_atomically
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table
 
@@ -62,7 +63,7 @@ class SpeedRow:
 
 
 @dataclass(frozen=True)
-class SpeedReport:
+class SpeedReport(Tabular):
     """Rows in the order in which they were measured, and where.
 
     Attributes
@@ -76,6 +77,9 @@ class SpeedReport:
 
     rows: tuple[SpeedRow, ...] = field(default_factory=tuple)
     cpu: str = ""
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""

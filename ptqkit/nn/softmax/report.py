@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptqkit._files import JsonReport
+from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table, wrap_line
 
@@ -59,7 +60,7 @@ class SoftmaxLayerReport:
 
 
 @dataclass
-class SoftmaxReport(JsonReport):
+class SoftmaxReport(Tabular, JsonReport):
     """All attention modules.
 
     Attributes
@@ -98,6 +99,9 @@ class SoftmaxReport(JsonReport):
     def to_dicts(self) -> list[dict[str, Any]]:
         """One dict per layer, for ``pandas.DataFrame(report.to_dicts())``."""
         return [asdict(layer) for layer in self.layers]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.to_dicts()
 
     def table(self) -> str:
         """Plain text table, a line per layer."""

@@ -348,8 +348,7 @@ def mixtral():
 
 def test_fused_experts_of_unknown_form_are_named_and_any_can_be_left_float(monkeypatch):
     with monkeypatch.context() as patched:
-        for room in ("experts", "structure"):
-            patched.setattr(f"ptqkit.hf.models.{room}.expert_shape", lambda module: None)
+        patched.setattr("ptqkit.hf.models.experts.expert_shape", lambda module: None)
         e = refused(UnsupportedModuleError, "fuses several linear layers into 3-D", mixtral())
     assert "model.layers.0.mlp.experts (MixtralExperts)" in str(e.value)
     assert "overrides={'model.layers.*.mlp.experts': 'skip'}" in str(e.value)

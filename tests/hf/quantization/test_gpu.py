@@ -14,6 +14,8 @@ from helpers.driver_models import build, padded_batches, tokens
 
 from ptqkit import AWE, RTN, ActivationQuantization, BiasCorrection
 from ptqkit.hf import perplexity, quantize
+from ptqkit.nn.half_products import multiplies_halves
+from ptqkit.nn.statistics import TorchHessian
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
 
@@ -42,6 +44,19 @@ def test_schedules_agree_on_the_gpu():
     two = quantize(build().cuda(), "quality", padded_batches(), **OPTIONS, schedule="replay")
     for key, matrix in one.matrices.items():
         np.testing.assert_array_equal(matrix.codes, two.matrices[key].codes, err_msg=key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_halves_are_those_of_float32_to_rounding(dtype):
+    device = torch.device("cuda")
+    assert multiplies_halves(device, dtype)
+    x = torch.randn(5000, 96, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    found, wide = TorchHessian(96, device), TorchHessian(96, device)
+    found.update(x)
+    wide.update(x.float())
+    exact = 2 * (x.double().T @ x.double()).cpu().numpy() / len(x)
+    for matrix in (found.finish().matrix, wide.finish().matrix):
+        np.testing.assert_allclose(matrix, exact, rtol=0, atol=2e-6 * exact.max())
 
 
 def test_half_precision_and_perplexity():

@@ -22,7 +22,7 @@ from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleErr
 from ptqkit.hf.models.experts import ExpertSwap
 from ptqkit.hf.models.structure import Structure
 from ptqkit.hf.quantization.inspection import Inspection
-from ptqkit.hf.quantization.plan import _experts_at_once
+from ptqkit.hf.quantization.plan import experts_at_once
 
 OPTIONS = {"bits": 3, "group_size": 8, "symmetric": True}
 SOLVER = {"order": "group-act", "grid": "hessian", "refine_passes": 1}
@@ -159,7 +159,7 @@ def test_schedules_agree(options, counts, monkeypatch):
     data = batches(2, 1, 24)
     one = run(build("mixtral"), data, schedule="one-pass", **options)
     for at_once in counts:
-        monkeypatch.setattr("ptqkit.hf.quantization.plan._experts_at_once", lambda *_, n=at_once: n)
+        monkeypatch.setattr("ptqkit.hf.quantization.plan.experts_at_once", lambda *_, n=at_once: n)
         other = run(build("mixtral"), data, schedule="replay", **options)
         assert other.report.memory["experts_at_once"] == at_once
         assert one.matrices.keys() == other.matrices.keys()
@@ -169,11 +169,11 @@ def test_schedules_agree(options, counts, monkeypatch):
 
 
 def test_replay_takes_as_many_experts_at_once_as_there_is_room_for():
-    assert _experts_at_once(Inspection(Structure({})), 10**9) == 1
+    assert experts_at_once(Inspection(Structure({})), 10**9) == 1
     with ExpertSwap(build("mixtral"), lambda name: True) as swap:
         found = Inspection(Structure({}), experts=swap.modules)
         each = 2 * 4 * 48**2
-        assert [_experts_at_once(found, n * each) for n in (-1, 0, 2, 9)] == [1, 1, 3, 4]
+        assert [experts_at_once(found, n * each) for n in (-1, 0, 2, 9)] == [1, 1, 3, 4]
 
 
 def test_padding_does_not_count():
@@ -350,17 +350,3 @@ def test_a_budget_of_bits_is_spent_on_experts_too():
     result = run(build("qwen3_moe"), bits=3.5)
     bits = {str(m.bits) for n, m in result.matrices.items() if ".experts." in n}
     assert len(bits) > 1
-
-
-def test_experts_are_not_streamed(tmp_path):
-    build("qwen3_moe").save_pretrained(tmp_path / "float")
-    with pytest.raises(PreflightError, match="taken apart in memory alone") as error:
-        ptqkit.quantize(
-            str(tmp_path / "float"),
-            "quality",
-            batches(),
-            **OPTIONS,
-            stream=True,
-            out_dir=tmp_path / "out",
-        )
-    assert "overrides={'model.layers.*.mlp.experts': 'skip'}" in str(error.value)

@@ -128,6 +128,16 @@ def test_best_couples_and_its_model_is_nearer_to_float():
     assert losses[None] < losses[0]
 
 
+def test_a_caller_in_inference_mode_gets_the_same_codes():
+    options = {**OPTIONS, "row_coupling": 1}
+    plain = quantize(build(), "quality", tokens(4), **options)
+    model, ids = build(), tokens(4)
+    with torch.inference_mode():
+        found = quantize(model, "quality", ids, **options)
+    for name, matrix in plain.matrices.items():
+        np.testing.assert_array_equal(matrix.codes, found.matrices[name].codes)
+
+
 def test_where_it_cannot_be_is_told():
     with pytest.raises(ValueError, match="row_coupling=3 needs method 'gptq'"):
         Recipe.preset("rtn", row_coupling=3)

@@ -1,0 +1,62 @@
+"""The comparison of recipes: its grids, the order of its cells, its statistics."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+
+import pytest
+from torch import nn
+
+from benchmarks.accuracy import run, tables
+
+
+def test_a_group_that_does_not_divide_is_the_nearest_divisor():
+    model = nn.ModuleDict({"up": nn.Linear(64, 172), "down": nn.Linear(172, 64)})
+    for size, up, down in ((64, None, 43), (32, None, 43), (128, 64, 86), (8, None, 4)):
+        found = run.grid_options(model, {"bits": 3, "group_size": size})
+        given = {name: change["group_size"] for name, change in found["overrides"].items()}
+        assert given == {n: s for n, s in (("up", up), ("down", down)) if s}
+    assert run.grid_options(model, run.GRIDS["4 channel"]) == {"bits": 4, "group_size": None}
+
+
+def test_cells_come_grid_by_grid_and_what_is_there_is_left_alone(tmp_path):
+    windows = run.Table(tmp_path / "windows.csv", run.WINDOWS)
+    runs = run.Table(tmp_path / "runs.csv", run.RUNS)
+    for table in (windows, runs):
+        table.seen |= {("stories260k", "3 g64", "best", "0"), ("embedded", "", "float", "-1")}
+    args = argparse.Namespace(
+        data=tmp_path, samples=4, windows=4, device="cpu", models=None, draws=2, processes=1,
+        model=["embedded", "stories260k"], grid=["3 g64", "2 g64"],
+        recipe=["rtn", "best", "best, tuned"],
+    )  # fmt: skip
+    found = [(c.model, c.grid, c.draw, c.recipes) for c in run.missing(args, windows, runs)]
+    assert found[:5] == [
+        ("stories260k", "", -1, ()),
+        ("embedded", "3 g64", 0, ("rtn", "best")),
+        ("stories260k", "3 g64", 0, ("rtn",)),
+        ("embedded", "3 g64", 1, ("best",)),
+        ("stories260k", "3 g64", 1, ("best",)),
+    ]
+    assert found[9:] == [
+        (model, grid, draw, ("best, tuned",))
+        for grid in args.grid
+        for draw in range(2)
+        for model in args.model
+    ]
+
+
+def test_points_of_the_picture(tmp_path):
+    rows = [("m", "", "float", -1, 0, 10 * math.log(4), 10)]
+    rows += [("m", "3 g64", "best", d, 0, 10 * math.log(v), 10) for d, v in ((0, 4.5), (1, 4.5))]
+    for name, columns, lines in (
+        ("windows", run.WINDOWS, rows),
+        ("runs", run.RUNS, [("m", "3 g64", "best", d, 1, 1, 1, 3.25) for d in range(2)]),
+    ):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *lines])
+    (bits, excess), = tables.points(tmp_path)["m"]["best"]  # fmt: skip
+    assert (bits, excess) == (3.25, pytest.approx(0.5))
+    tables.draw(tables.points(tmp_path), tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000

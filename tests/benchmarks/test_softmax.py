@@ -1,0 +1,66 @@
+"""What the softmax benchmarks conclude from their rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers.data import ROOT
+
+with pytest.MonkeyPatch.context() as patch:
+    # The scripts import their neighbours by name.
+    patch.syspath_prepend(str(ROOT / "benchmarks"))
+    import softmax_lm
+    import softmax_samples
+
+
+def losses(values):
+    return {"losses": list(values), "calibration_db": 1.0, "held_out_db": 1.0}
+
+
+def test_paired_errors_are_those_of_leaving_out_windows():
+    rng = np.random.default_rng(0)
+    a = rng.normal(2, 0.3, 40)
+    b = a + rng.normal(0.1, 0.02, 40)
+    gap, error = softmax_lm.paired(losses(b), losses(a))
+    assert gap == math.exp(b.mean()) - math.exp(a.mean())
+    left = np.array([np.delete(b, i).mean() for i in range(40)])
+    right = np.array([np.delete(a, i).mean() for i in range(40)])
+    each = np.exp(left) - np.exp(right)
+    jackknife = math.sqrt(39 / 40 * ((each - each.mean()) ** 2).sum())
+    assert error == pytest.approx(jackknife, rel=0.02)
+    assert softmax_lm.paired(losses(a), losses(a)) == (0.0, 0.0)
+
+
+def row(variant, bits, lost, error, given_back=None):
+    found = {"label": "", "bits": bits, "variant": variant, "lost": lost, "lost_error": error}
+    return found if given_back is None else {**found, "given_back": given_back}
+
+
+def test_goals_take_the_better_row_correction_where_something_is_lost():
+    rows = [
+        {"model": "FP32"},
+        row("none", 8, 0.1, 0.04),
+        row("row_sum", 8, 0.01, 0.01, 0.9),
+        row("before/row_sum", 8, 0.0005, 0.01, 0.995),
+        row("none", 4, 0.1, 0.06),
+        row("row_sum", 4, 0.002, 0.01, 0.98),
+        row("before/row_sum", 4, 0.05, 0.01, 0.5),
+        row("none", 3, 9.0, 0.1),
+    ]
+    eight, four = softmax_lm.goals(rows)
+    assert eight["applies"] and eight["best"] == "before/row_sum" and eight["reached"]
+    assert eight["left"] == 0.0005 and eight["left_error"] == 0.01
+    assert not four["applies"] and four["best"] == "row_sum" and not four["reached"]
+
+
+def test_sampled_rows_show_the_largest_keys_and_others():
+    p = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)).tril()
+    first, last = softmax_samples.sampled_rows(p, 2 * p, rows=2, keys=2)
+    assert (first["query"], last["query"]) == (4, 7)
+    key = int(p[7].argmax())
+    assert last["largest"][0] == [key, float(p[7, key]), float(2 * p[7, key])]
+    assert len(last["sampled"]) == 2 and last["row_sum"] == pytest.approx(float(2 * p[7].sum()))
+    assert all(k <= 4 for k, _, _ in first["sampled"])

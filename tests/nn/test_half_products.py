@@ -1,0 +1,93 @@
+"""Sums of products of 16-bit numbers without widening: exact products, and where they are used."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ptqkit.nn import half_products, statistics
+from ptqkit.nn.statistics import TorchHessian
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def values(dtype, tokens=300, channels=16):
+    return torch.randn(tokens, channels, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def hessian(x, mask=None):
+    found = TorchHessian(x.shape[-1], "cpu")
+    found.update(x, mask)
+    return found.finish().matrix
+
+
+def twin(total, part):
+    """What the device does, on the host: exact products, sums in float32."""
+    assert part.dtype in HALVES and total.dtype == torch.float32
+    total.addmm_(part.float().T, part.float())
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """A host that multiplies halves; yields the tokens of each product."""
+    calls = []
+
+    def add(total, part):
+        calls.append(len(part))
+        twin(total, part)
+
+    monkeypatch.setattr(half_products, "_add", add)
+    monkeypatch.setattr(statistics, "multiplies_halves", lambda device, dtype: dtype in HALVES)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_products_are_exact_in_float32(dtype):
+    x = values(dtype)
+    outer = x.float()[:, :, None] * x.float()[:, None, :]
+    exact = x.double()[:, :, None] * x.double()[:, None, :]
+    assert torch.equal(outer.double(), exact)
+    one = hessian(x[:1])
+    np.testing.assert_array_equal(one.astype(np.float64), 2 * exact[0].numpy())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sums_are_those_of_float32_to_rounding(dtype, tensor_cores):
+    x = values(dtype)
+    exact = 2 * (x.double().T @ x.double()).numpy() / len(x)
+    np.testing.assert_allclose(hessian(x), exact, rtol=0, atol=1e-6 * exact.max())
+    assert tensor_cores == [300]
+    mask = torch.arange(300) % 3 > 0
+    found, kept = hessian(x, mask), x[mask].double()
+    np.testing.assert_allclose(
+        found, 2 * (kept.T @ kept).numpy() / len(kept), rtol=0, atol=1e-6 * exact.max()
+    )
+    assert tensor_cores == [300, 200]
+
+
+def test_long_sums_are_made_of_short_ones(tensor_cores):
+    hessian(values(torch.bfloat16, 5000, 2))
+    assert tensor_cores == [2048, 2048, 904]
+
+
+def test_float32_is_multiplied_as_before(request):
+    x = values(torch.float32)
+    before = hessian(x)
+    calls = request.getfixturevalue("tensor_cores")
+    np.testing.assert_array_equal(hessian(x), before)
+    assert not calls
+
+
+def test_a_device_is_asked_whether_it_can(monkeypatch):
+    cpu = torch.device("cpu")
+    ask = half_products.multiplies_halves.__wrapped__
+    assert not ask(cpu, torch.bfloat16) and not ask(cpu, torch.float32)
+    monkeypatch.setattr(half_products, "_add", twin)
+    assert ask(cpu, torch.bfloat16) and ask(cpu, torch.float16)
+
+    def rounding(total, part):
+        total.copy_((total.to(part.dtype) + part.T @ part).float())
+
+    monkeypatch.setattr(half_products, "_add", rounding)
+    assert not ask(cpu, torch.bfloat16)
