@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.equalization import (
     SCALE_LIMITS,
     equalization_scales,
@@ -78,6 +79,8 @@ class Choice:
         Spans of the consumers' inputs and columns (of SmoothQuant: largest magnitudes) that the
         scales come from.
     """
+
+    __repr__ = one_line_repr
 
     fold: Fold
     scales: np.ndarray
