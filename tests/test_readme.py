@@ -66,18 +66,14 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     torch.manual_seed(0)
-    for name, layers, longest in (
-        ("path/to/model", 2, 64),
-        ("models/small", 2, 64),
-        ("model", 1, 256),
-    ):
+    for name in ("path/to/model", "models/small"):
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=256,
-            num_hidden_layers=layers,
+            num_hidden_layers=2,
             num_attention_heads=2,
-            max_position_embeddings=longest,
+            max_position_embeddings=64,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
@@ -283,7 +279,9 @@ def test_sweep_file_is_a_plan(place, optional):
     (place / "other.txt").write_text("other", encoding="utf-8")
     (place / "study.toml").write_text(text, encoding="utf-8")
     plan = read_plan(place / "study.toml")
-    assert [recipe.name for recipe in plan.recipes] == ["AWEQ", "GPTQ INT3"]
+    names = [recipe.name for recipe in plan.recipes]
+    assert names[:2] == ["AWEQ", "GPTQ INT3"] and names[-1] == "SM8"
+    assert sum(name.startswith("grid, ") for name in names) == 8 and len(names) == 11
 
 
 @pytest.mark.parametrize(
