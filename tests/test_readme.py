@@ -90,6 +90,7 @@ def name(page) -> str:
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 STUDY = "from ptqkit import Study"
+QUICK = [page for page in WITH_PYTHON if any(STUDY not in text for text in blocks(page, "python"))]
 already_run: set[str] = set()  # in this process; what a snippet writes stays in its folder
 
 
@@ -104,7 +105,7 @@ def paste(page, texts: list[str]) -> None:
             prompt.push(line)
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+@pytest.mark.parametrize("page", QUICK, ids=name)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # open("test.txt").read()
 def test_python_runs(page, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
