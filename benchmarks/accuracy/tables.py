@@ -140,7 +140,7 @@ def draw(found: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> 
             panel.plot(*zip(*kept, strict=True), "o", alpha=0.8, markersize=4, **style)
         panel.set(yscale="log", title=model, xlabel="bits per quantized weight")
     panels[0][0].set_ylabel("excess perplexity")
-    panels[0][-1].legend(fontsize=7)
+    panels[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -120,8 +120,10 @@ def _memory(found: Mapping[str, Any]) -> str:
 ## Memory: estimates and peaks
 
 `{found["command"]}`, {_machine(found)}. MiB; the growth is of resident memory that belongs to no
-file, at its peak. A run in memory has the parameters in addition; a streamed one has them in
-neither.
+file, at its peak. A run in memory has the parameters in addition; of a streamed one, the block is
+in both. The schedules let up to 32 MiB of free pages be before they give them back, and reports
+and codes are Python objects too: at sizes as small as these that may be why growth exceeds the
+estimate.
 
 """
     columns = ["model", "way", "parameters", "estimate", "growth", "growth / estimate"]

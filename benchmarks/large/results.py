@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def write(path: Path | None, name: str, results: dict[str, Any]) -> None:
     machine = header()
     machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     given = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
-    command = " ".join(["python -m", f"benchmarks.large.{name}", *given])
+    command = f"python -m benchmarks.large.{name} {shlex.join(given)}"
     entry = {"benchmark": name, "command": command, "machine": machine, **results}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,6 @@ RUNS: dict[str, tuple[str, Size, int, str]] = {
     "320": ("check", Size(320, 864, 4, 5, 5, 256), 16, "one-pass"),
     "512": ("fit", Size(512, 1408, 2, 8, 8, 256), 16, "one-pass"),
     "768": ("check", Size(768, 2048, 1, 12, 12, 256), 32, "one-pass"),
-    "1024": ("check", Size(1024, 2752, 1, 16, 16, 256), 16, "one-pass"),
     "320, 16 experts": ("check", Size(320, 192, 2, 5, 5, 256, 16, 4), 32, "one-pass"),
     "384, replay": ("check", Size(384, 1024, 2, 6, 6, 256), 16, "replay"),
     "320, streamed": ("check", Size(320, 864, 4, 5, 5, 256), 16, "streamed"),
