@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ptqkit.hf.equalization.outliers import Outliers, inject_outliers
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
 from ptqkit.hf.quantization.driver import QuantizationResult
 from ptqkit.hf.workbench import Workbench
+from ptqkit.recipe import as_recipe
 from ptqkit.study.cells import FAILED, FLOAT, OK, Cell, CellStore
 from ptqkit.study.digests import calibration_digest, module_digest
 from ptqkit.study.engine import Engine, Quantized, Work
@@ -93,7 +95,7 @@ class Study:
 
     Examples
     --------
-    >>> study = Study("./model", "train.txt", "test.txt")
+    >>> study = Study("path/to/model", "train.txt", "test.txt")
     >>> result = study.run(bits=[2, 3, 4], group_size=[32, 64], draws=3)
     >>> print(result.table())
     >>> result.plot("lines", x="bits").savefig("bits.png")
@@ -210,9 +212,9 @@ class Study:
         diagnostics : bool
             Compute what the report compares with, which costs time.
         """
-        return self.bench.quantize(
-            recipe, diagnostics=diagnostics, calibration=self.calibration(draw), **changes
-        )
+        chosen = replace(as_recipe(recipe), **changes)
+        data = self.calibration(draw) if chosen.needs_calibration() else None
+        return self.bench.quantize(chosen, diagnostics=diagnostics, calibration=data)
 
     def measure(self, model: nn.Module, task: str | None = None) -> Measured:
         """Measure any model on a task of the study, by default the first."""

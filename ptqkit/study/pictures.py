@@ -7,6 +7,7 @@ there are points on a logarithmic axis instead, since a bar has no length there.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -99,20 +100,22 @@ def _title(result: Drawn, task: str, averaged: Sequence[str]) -> str:
     """Model, bits and, where there are several tasks, the task."""
     parts = [result.model]
     found = dict.fromkeys(_bits(c) for c in result.cells if c.recipe != FLOAT)
-    bits = [b for b in found if b]
-    if bits:
-        parts.append(f"{', '.join(bits)} bits")
+    for what in dict.fromkeys(w for w, _ in found):
+        bits = dict.fromkeys(b for w, b in found if w == what and b)
+        if bits:
+            parts.append(f"{what}{', '.join(bits)} bits")
     if len(result.tasks) > 1:
         parts.append(task)
     title = ": ".join([parts[0], ", ".join(parts[1:])]) if len(parts) > 1 else parts[0]
     return f"{title}\nmean over {', '.join(averaged)}" if averaged else title
 
 
-def _bits(cell: Any) -> str:
+def _bits(cell: Cell) -> tuple[str, str]:
+    """Return what has the bits, the softmax if it is not the weights, and the bits."""
     recipe, softmax = cell.inputs.get("recipe"), cell.inputs.get("softmax")
     if recipe is None:
-        return f"softmax {softmax.get('bits', 8)}" if softmax else ""
-    return str(recipe["bits"])
+        return "softmax ", str(softmax.get("bits", 8)) if softmax else ""
+    return "", str(recipe["bits"])
 
 
 def _excess_label(result: Drawn, task: str, found: Sequence[Difference]) -> str:
@@ -158,10 +161,10 @@ def _logarithmic(found: Sequence[Difference]) -> bool:
 
 def _set_log(axes: Any, which: str, found: Sequence[Difference]) -> None:
     """Make an axis logarithmic, with room for the points and plain numbers."""
-    low = min(d.difference for d in found)
+    low = min(max(d.difference - _error_of(d), 0.4 * d.difference) for d in found)
     high = max(d.difference + _error_of(d) for d in found)
     getattr(axes, f"set_{which}scale")("log")
-    getattr(axes, f"set_{which}lim")(low / 1.6, high * 1.8)
+    getattr(axes, f"set_{which}lim")(low / 1.3, high * 2.2)
     axis = getattr(axes, f"{which}axis")
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -170,7 +173,7 @@ def _set_log(axes: Any, which: str, found: Sequence[Difference]) -> None:
 def _clipped(found: Difference, logarithmic: bool) -> list[list[float]]:
     """Return an error bar, which on a logarithmic axis ends above zero."""
     error = _error_of(found)
-    low = min(error, 0.9 * found.difference) if logarithmic else error
+    low = min(error, 0.6 * found.difference) if logarithmic else error
     return [[low], [error]]
 
 
@@ -183,7 +186,7 @@ def _groups(
 
 def _bars(result: Drawn, x: str | None, by: str | None, task: str) -> tuple[Picture, list[str]]:
     """Draw a bar per case, or per label of x (groups) and by (colours)."""
-    names = [n for n in (x, by) if n is not None]
+    names, shared = [n for n in (x, by) if n is not None], ""
     if names:
         found, averaged = _groups(result, names, task)
         labels = {
@@ -192,7 +195,9 @@ def _bars(result: Drawn, x: str | None, by: str | None, task: str) -> tuple[Pict
     else:
         measured = [c for c in result.cases if result.measured(c, task)]
         found, averaged = {(c,): result.excess(c, task) for c in measured}, []
-        labels = {(c,): c for c in measured}
+        start = _shared(measured)
+        labels = {(c,): c[len(start) :] for c in measured}
+        shared = start.removesuffix(", ")
     colours = _colours([key[names.index(by)] if by else "" for key in found])
     values = list(found.values())
     logarithmic = _logarithmic(values)
@@ -219,7 +224,15 @@ def _bars(result: Drawn, x: str | None, by: str | None, task: str) -> tuple[Pict
     axes.set_yticks(range(len(found)), [labels[key] for key in found])
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlabel(_excess_label(result, task, values), **_SMALL)
+    axes.set_title(shared, fontsize=9, loc="right")
     return picture, averaged
+
+
+def _shared(names: Sequence[str]) -> str:
+    """Return the beginning, up to a comma, that all of several names have."""
+    parts = [name.split(", ")[:-1] for name in names] if len(names) > 1 else []
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return "".join(f"{level[0]}, " for level in same)
 
 
 def _colours(labels: Sequence[Any]) -> dict[Any, str]:

@@ -13,7 +13,16 @@ from ptqkit.recipe import Recipe, as_recipe
 from ptqkit.recipe.presets import PRESETS
 from ptqkit.study.cells import FLOAT
 
-__all__ = ["RECIPE", "Axis", "Case", "axes_of", "cases_of", "expand_parts", "label_of"]
+__all__ = [
+    "RECIPE",
+    "Axis",
+    "Case",
+    "axes_of",
+    "cases_of",
+    "expand_parts",
+    "label_of",
+    "named_cases",
+]
 
 RECIPE = "recipe"
 """Name of the axis of several recipes."""
@@ -147,8 +156,16 @@ def cases_of(
     PreflightError
         With all problems: unknown names, values out of range, no case left.
     """
+    return named_cases(_named(recipes), products, where)
+
+
+def named_cases(
+    named: Mapping[str, Any],
+    products: Mapping[str, Any],
+    where: Callable[[Mapping[str, Any]], bool] | None = None,
+) -> list[Case]:
+    """Do the same for recipes by their names, whatever these are; see :func:`cases_of`."""
     problems: list[str] = []
-    named = _named(recipes)
     several = len(named) > 1
     axes = axes_of(products, problems)
     varying = [a.name for a in axes if len(a.values) > 1]

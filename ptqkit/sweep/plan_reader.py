@@ -15,7 +15,7 @@ from ptqkit.demo import DEMO
 from ptqkit.errors import PreflightError, did_you_mean
 from ptqkit.recipe import as_recipe
 from ptqkit.study.cells import FLOAT
-from ptqkit.study.products import Case, cases_of, expand_parts
+from ptqkit.study.products import Case, expand_parts, named_cases
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import (
     Calibration,
@@ -361,7 +361,7 @@ def _plans(
         elif single:
             found = [Case(base, as_recipe(value), axes["softmax"][0], {})]
         else:
-            found = cases_of({base: value}, axes)
+            found = named_cases({base: value}, axes)
     except PreflightError as error:
         for problem in error.problems:
             reader.problem(problem)

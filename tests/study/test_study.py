@@ -186,6 +186,8 @@ def test_what_is_measured_is_never_measured_again(study, result, counted, tmp_pa
 
 
 def test_a_recipe_without_calibration_runs_once_for_all_draws(study, counted):
+    bare = Study(study.float_model(), metric=lambda model: 0.0)
+    assert bare.quantize("rtn", bits=4, group_size=16).recipe.bits == 4
     found = study.run("rtn", bits=4, group_size=16, draws=3, progress=False)
     assert len(counted) == 1 and found.excess("rtn").draws == 3
     assert found.excess("rtn").se_draws == 0
@@ -355,28 +357,3 @@ def test_a_workbench_can_be_copied(folder):
     copied = copy.deepcopy(bench)
     assert copied.float_result == bench.float_result
     assert copied.cached_tokenizer.bos_token_id == bench.cached_tokenizer.bos_token_id
-
-
-def test_the_ablation_of_the_docs_runs(folder, tmp_path, monkeypatch, capsys):
-    """Eight lines, on a model in a folder with two texts, cut to a size for tests."""
-    import re
-    import shutil
-
-    from helpers.data import ROOT
-
-    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.+?)```", page, re.S)[1].strip()
-    assert len([line for line in code.splitlines() if line]) <= 8
-    small = {"samples=32, window=256": "samples=3, sequence_length=24, window=32, device='cpu'"}
-    small |= {"[2, 3, 4]": "[2, 3]", "[32, 64]": "[8, 16]", "draws=3": "draws=2, progress=False"}
-    for old, new in small.items():
-        assert old in code
-        code = code.replace(old, new)
-    shutil.copytree(folder, tmp_path / "model")
-    (tmp_path / "train.txt").write_text(TRAIN[0], encoding="utf-8")
-    (tmp_path / "test.txt").write_text(TEST[0], encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "study.md", "exec"), {})
-    shown = capsys.readouterr().out
-    assert "grid=hessian - grid=minmax" in shown and "mean of 8 pairs" in shown
-    assert (tmp_path / "ablation.png").stat().st_size > 10_000
