@@ -280,7 +280,9 @@ def test_sweep_file_is_a_plan(place, optional):
     (place / "other.txt").write_text("other", encoding="utf-8")
     (place / "study.toml").write_text(text, encoding="utf-8")
     plan = read_plan(place / "study.toml")
-    assert [recipe.name for recipe in plan.recipes] == ["AWEQ", "GPTQ INT3"]
+    names = [recipe.name for recipe in plan.recipes]
+    assert names[:2] == ["AWEQ", "GPTQ INT3"] and names[-1] == "SM8"
+    assert sum(name.startswith("grid, ") for name in names) == 8 and len(names) == 11
 
 
 @pytest.mark.parametrize(
