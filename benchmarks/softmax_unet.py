@@ -169,7 +169,10 @@ def samples_side_by_side(args: argparse.Namespace, experiment: tables.Experiment
         decibels[name] = float(sqnr(experiment.reference, images, per="sample"))
     title = f"{experiment.steps} steps of DDIM; SQNR of {experiment.samples} samples on the right"
     draw_samples(args.out / "samples.png", rows, decibels, title, min(experiment.samples, 10))
-    found = [{"model": n.replace("\n", ", "), "sqnr_db": d} for n, d in decibels.items()]
+    found = [
+        {"model": n.replace(",\n", ", ").replace("\n", ", "), "sqnr_db": d}
+        for n, d in decibels.items()
+    ]
     write(args, experiment, "figure2", {"rows": found})
 
 
