@@ -204,7 +204,7 @@ def granularity_table(
                 "bits": width,
                 "range": span,
                 "correction": variant,
-                "sqnr_db": experiment.final(hooks=hooks) if final else float("nan"),
+                **({"sqnr_db": experiment.final(hooks=hooks)} if final else {}),
                 "calibration_db": float(sqnr(study.outputs, seen, per="sample")),
                 "held_out_db": float(sqnr(plain, unseen, per="sample")),
             }

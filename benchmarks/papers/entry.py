@@ -78,7 +78,7 @@ def load(path: Path) -> dict[str, Any]:
 def read_entry(entry: Entry, path: Path) -> tuple[dict[str, Any], Records, Published | None]:
     """Return a results file, its records (of others' files: read anew) and the paper's figures."""
     content = load(path)
-    records = entry.measure(parse([], [entry])) if entry.source else content["records"]
+    records = content["records"] or entry.measure(parse([], [entry]))
     published = content.get("published")
     return content, records, None if published is None else Published(**published)
 
@@ -123,14 +123,15 @@ def run(paper: str, entry: Entry, args: argparse.Namespace, command: str) -> str
     if not figures:
         print(f"no {paper}.toml: the paper's columns are left out", file=sys.stderr)
     records = entry.measure(args)
+    read = bool(entry.source) and not args.model
     if args.out is not None:
         content = {
             "paper": paper,
             "name": entry.name,
             "command": command,
-            "machine": None if entry.source else machine(),
+            "machine": None if read else machine(),
             "published": None if published is None else asdict(published),
-            "records": [] if entry.source else records,
+            "records": [] if read else records,
         }
         save(args.out / f"{paper}_{entry.name}.json", content)
         if entry.draw is not None:

@@ -41,7 +41,7 @@ LLAMAS = ("stories260k", "babyllama105", "embedded")  # by size
 Losses = dict[str, dict[int, np.ndarray]]  # method: draw: nats per token of each window
 
 
-def read_text(path: Path, characters: int = 1_200_000) -> str:
+def read_text(path: Path, characters: int = 300_000) -> str:
     """Return the head of a text: .txt, or .jsonl of texts, packed or not."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
@@ -67,11 +67,11 @@ def series(args: argparse.Namespace) -> Cases:
         )
 
 
-def llamas(args: argparse.Namespace) -> Cases:
-    """Yield the embedded model and the two of the data."""
+def llamas(args: argparse.Namespace, names: Sequence[str] = LLAMAS) -> Cases:
+    """Yield the two models of the data and the embedded one."""
     if args.data is None:
         raise SystemExit("say which models: --model DIR, or --data DIR")
-    for name in LLAMAS:
+    for name in names:
         folder, texts, _ = MODELS[name]
         path = demo.MODEL_DIR if folder is None else args.data / folder
         yield name, open_case(path, *texts(args.data), LENGTH, args.windows)
@@ -79,7 +79,7 @@ def llamas(args: argparse.Namespace) -> Cases:
 
 def small(args: argparse.Namespace) -> Cases:
     """Yield the two of the data and, if it is there, the size series."""
-    yield from ((name, case) for name, case in llamas(args) if name != "embedded")
+    yield from llamas(args, LLAMAS[:2])
     if args.models is not None:
         yield from series(args)
 

@@ -33,7 +33,10 @@ This page is written by `python -m benchmarks.papers.page` from the files in
 `benchmarks/results/papers`, never by hand. Each part is one command; `python -m
 benchmarks.papers.gptq --list` (`aweq`, `sbc`, `ipqs`) says which there are. Columns that name a
 model beside a colon are what the paper prints, of that much larger model: they show an effect's
-direction, not a value to reach. Perplexities compare within one model and text only."""
+direction, not a value to reach. Perplexities compare within one model and text only. What was
+measured for this page ran on two cores of an AMD EPYC of the first generation (Zen 1), shared with
+other work; what it reads from other files says where that was measured in
+[benchmarks/README.md](../benchmarks/README.md)."""
 
 
 def section(entry: Entry, path: Path) -> str:

@@ -156,16 +156,19 @@ class EqualizationChannels:
                 group.after,
             ),
         )
+        tops = [0.0, 0.0]
         for column, (when, activation, weight, precision) in enumerate(spans):
             for line, (what, values) in enumerate((("inputs", activation), ("weights", weight))):
                 axis = axes[line, column]
                 axis.vlines(np.arange(len(order)), 0, values[order], lw=0.9, color=f"C{line}")
                 axis.axhline(values.max(), color="0.4", lw=0.8, ls="--")
-                axis.set_ylim(bottom=0)
+                tops[line] = max(tops[line], float(values.max()))
                 if column == 0:
                     axis.set_ylabel(f"span of the {what}")
             axes[0, column].set_title(f"{when}: Σ pˣ pʷ = {precision.total:.1f}", fontsize=10)
             axes[1, column].set_xlabel("input channel, the widest first")
+        for line, top in enumerate(tops):
+            axes[line, 0].set_ylim(0, 1.05 * top or 1)  # shared by the two of a row
         names = join_names(list(group.consumers), group.producer)
         bound = group.before.bound
         figure.suptitle(f"{names} behind {group.producer}; at most {bound:.1f}", fontsize=10)
