@@ -359,7 +359,10 @@ def low_tables(records: Records) -> list[Table]:
         for method, draws in losses.items()
     ]
     title = f"Perplexity of {', '.join(found)} at low bits"
-    note = "Bits per weight count scales and zero points. ± is over calibration draws."
+    note = (
+        "Bits per weight count scales and zero points. ± is over calibration draws. A model of the "
+        "size series is hardly trained (table 3) and loses little by rounding."
+    )
     return [Table(title, ["", "bits/weight", "perplexity"], rows, note)]
 
 
