@@ -39,7 +39,7 @@ def test_pandas_is_named_if_it_is_missing(monkeypatch):
         Pair().to_dataframe()
 
 
-@pytest.mark.skipif(bool(missing(HF)), reason="imports all modules")
+@pytest.mark.skipif(bool(missing((*HF, "diffusers"))), reason="imports all modules")
 def test_every_public_result_is_one():
     import ptqkit
     from ptqkit.demo.result import DemoResult

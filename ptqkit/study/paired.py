@@ -1,4 +1,4 @@
-"""What a study says of differences: of samples paired as ``hf.evaluation.paired`` does."""
+"""What a study says of differences: of samples paired in ``ptqkit._paired``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ptqkit._frames import Tabular
+from ptqkit._paired import Sample
 from ptqkit._repr import one_line_repr
-from ptqkit.hf.evaluation.paired import Sample
 
 __all__ = ["Difference", "mean_of"]
 

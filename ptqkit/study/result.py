@@ -11,10 +11,10 @@ import numpy as np
 
 from ptqkit._files import plain
 from ptqkit._frames import Tabular, html_table
+from ptqkit._paired import Sample, standard_errors
 from ptqkit._repr import one_line_repr
 from ptqkit._tables import text_table, wrap_line
 from ptqkit.errors import UsageError, check_choice, did_you_mean
-from ptqkit.hf.evaluation.paired import Sample, standard_errors
 from ptqkit.study.cells import FAILED, FLOAT, OK, Cell
 from ptqkit.study.paired import Difference, mean_of
 

@@ -16,7 +16,7 @@ from ptqkit.errors import (
     PreflightError,
     UsageError,
 )
-from ptqkit.sweep.grid import CellsFailed
+from ptqkit.study.cells import CellsFailed
 
 pytest.importorskip("torch")
 

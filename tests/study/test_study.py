@@ -137,7 +137,7 @@ def test_errors_are_those_computed_by_hand(result):
 
 def test_a_linear_error_is_that_of_the_mean():
     """Of equal windows and a plain mean: the textbook's formula."""
-    from ptqkit.hf.evaluation.paired import Sample, standard_errors
+    from ptqkit._paired import Sample, standard_errors
 
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 9))

@@ -116,7 +116,7 @@ class EqualizationRun:
 
     def execute(self) -> None:
         """Find the folds, measure, choose scales, fold them and compare."""
-        batch = self._batch()
+        batch, plan = self._batch(), self._plan()
         with calibration_mode(self.model):
             before = model_outputs(self.model, batch)
         if not all(bool(torch.isfinite(tensor).all()) for tensor in before):
@@ -124,7 +124,7 @@ class EqualizationRun:
                 "the float model's outputs on the first calibration tokens hold NaN or Inf: what "
                 "folds cannot be recognized in them"
             )
-        choices = self.choose()
+        choices = self._choose(plan)
         self._apply(choices)
         self.report.groups = [choice.row for choice in choices]
         if choices:
@@ -138,10 +138,16 @@ class EqualizationRun:
 
         The model is as it was.
         """
+        return self._choose(self._plan())
+
+    def _plan(self) -> FoldPlan:
         plan = find_folds(self.model, self._batch(), self.blocks)
         plan = _wanted(plan, self.equalization, self.recipe)
         self.report.left_alone = plan.left_alone
         self._lap("folds")
+        return plan
+
+    def _choose(self, plan: FoldPlan) -> list[Choice]:
         readers = {f.consumers[0]: self.model.get_submodule(f.consumers[0]) for f in plan.folds}
         tokens = self.equalization.tokens if self.equalization.alpha == "search" else 0
         self.inputs = measure_inputs(self.model, readers, self.calibration, tokens)
