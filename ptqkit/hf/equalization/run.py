@@ -124,7 +124,7 @@ class EqualizationRun:
                 "the float model's outputs on the first calibration tokens hold NaN or Inf: what "
                 "folds cannot be recognized in them"
             )
-        choices = self._choose(plan)
+        choices = self._choices(plan)
         self._apply(choices)
         self.report.groups = [choice.row for choice in choices]
         if choices:
@@ -138,7 +138,7 @@ class EqualizationRun:
 
         The model is as it was.
         """
-        return self._choose(self._plan())
+        return self._choices(self._plan())
 
     def _plan(self) -> FoldPlan:
         plan = find_folds(self.model, self._batch(), self.blocks)
@@ -147,7 +147,7 @@ class EqualizationRun:
         self._lap("folds")
         return plan
 
-    def _choose(self, plan: FoldPlan) -> list[Choice]:
+    def _choices(self, plan: FoldPlan) -> list[Choice]:
         readers = {f.consumers[0]: self.model.get_submodule(f.consumers[0]) for f in plan.folds}
         tokens = self.equalization.tokens if self.equalization.alpha == "search" else 0
         self.inputs = measure_inputs(self.model, readers, self.calibration, tokens)
