@@ -27,7 +27,7 @@ __all__ = ["build_parser", "main"]
 
 _DESCRIPTION = """\
 Post-training quantization of models: GPTQ, AWEQ and softmax correction, and what they need
-around it. The first thing to try, without a download and in under a minute:
+around it. The first thing to try, without a download and in a minute or two:
 
   ptqkit demo
 """

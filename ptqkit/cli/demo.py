@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "demo",
-        help="quantize the embedded model at 4, 3 and 2 bits and compare, in under a minute",
+        help="quantize the embedded model at 4, 3 and 2 bits and compare, in a minute or two",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
