@@ -46,8 +46,8 @@ from ptqkit import demo
 from ptqkit.hf import SoftmaxCalibration, prepare_calibration
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.attention import attention_hooks
-from ptqkit.hf.softmax.table import VARIANTS
 from ptqkit.nn.softmax.compare import softmax_hooks
+from ptqkit.nn.softmax.variants import LANGUAGE_MODEL_VARIANTS
 
 LABELS = {
     "none": "",
@@ -199,7 +199,7 @@ def softmax_rows(
     plain = None
     chosen = case.args.weights_variants if label else case.args.variants
     for name in dict.fromkeys(["none", *chosen]):
-        choice, ending = VARIANTS[name], LABELS[name]
+        choice, ending = LANGUAGE_MODEL_VARIANTS[name], LABELS[name]
         found = case.measure(model, study.quantizers(*choice))
         row = table_row(f"{label}SM{bits}{ending}", found, plain, base, full)
         row |= {"bits": bits, "variant": name, "label": label}

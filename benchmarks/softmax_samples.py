@@ -25,9 +25,9 @@ from transformers.utils import logging
 from ptqkit import demo
 from ptqkit.hf import SoftmaxCalibration
 from ptqkit.hf.models.attention import attention_hooks
-from ptqkit.hf.softmax.table import VARIANTS
 from ptqkit.nn.attention import AttentionCall, AttentionHook
 from ptqkit.nn.softmax.compare import softmax_hooks
+from ptqkit.nn.softmax.variants import LANGUAGE_MODEL_VARIANTS
 
 
 class HeadErrors(AttentionHook):
@@ -78,7 +78,7 @@ def pairs(p: torch.Tensor, q: torch.Tensor, keys: torch.Tensor) -> list[list[flo
 def inspect(case: Case, bits: int, variant: str, rows: int, keys: int) -> dict[str, Any]:
     """Errors of all heads under one variant, and samples of the worst."""
     study = SoftmaxCalibration(case.model, case.calibration, bits=bits)
-    hooks = softmax_hooks(study.quantizers(*VARIANTS[variant]))
+    hooks = softmax_hooks(study.quantizers(*LANGUAGE_MODEL_VARIANTS[variant]))
     seen = {name: HeadErrors(hook) for name, hook in hooks.items()}
     with attention_hooks(case.model, seen), torch.no_grad():
         case.model(**case.held_out.batches[0], use_cache=False)
@@ -115,7 +115,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", type=Path, metavar="DIR", help="folder of stories260k, babyllama105, tinystories")
     add("--only", default="embedded 512", choices=[*CASES], metavar="CASE", help=", ".join(CASES))
     add("--bits", type=int, nargs="+", default=[8])
-    add("--variants", nargs="+", choices=[*VARIANTS], default=["row_sum", "before/row_sum"])
+    add(
+        "--variants",
+        nargs="+",
+        choices=[*LANGUAGE_MODEL_VARIANTS],
+        default=["row_sum", "before/row_sum"],
+    )
     add("--rows", type=int, default=3, help="of the worst head (3)")
     add("--keys", type=int, default=4, help="largest and sampled, of each row (4)")
     add("--out", type=Path, metavar="FILE", help="write JSON there")

@@ -23,11 +23,11 @@ from ptqkit.diffusion.calibration import CalibrationLatents, draw_calibration, r
 from ptqkit.diffusion.checks import check_positive
 from ptqkit.diffusion.sampling import ClassConditionalUNet, sample
 from ptqkit.diffusion.softmax import SoftmaxCalibration
-from ptqkit.diffusion.table import VARIANTS as TABLE
 from ptqkit.diffusion.weights import quantize_weights
 from ptqkit.nn.attention_quantizer import ATTENTION_KINDS, AttentionQuantizer, AttentionRanges
 from ptqkit.nn.softmax.compare import softmax_hooks
 from ptqkit.nn.softmax.study import refuse_installed
+from ptqkit.nn.softmax.variants import UNET_VARIANTS as TABLE
 
 __all__ = ["Experiment", "granularity_table", "row_sum_figure", "sensitivity_table", "total_table"]
 

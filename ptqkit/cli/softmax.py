@@ -16,21 +16,19 @@ from ptqkit._folders import check_path, resolve
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import add_common, add_model_options, check_text
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
-from ptqkit.cli.softmax_unet import UNET_CORRECTIONS, is_diffusion_model, run_unet
+from ptqkit.cli.softmax_unet import is_diffusion_model, run_unet
 from ptqkit.demo import DEMO
 from ptqkit.errors import NotFiniteError, UsageError
+from ptqkit.nn.softmax.variants import (
+    LANGUAGE_MODEL_VARIANTS,
+    PUBLISHED_VARIANTS,
+    UNET_VARIANTS,
+)
 
 __all__ = ["add_parser", "calibration_of"]
 
 _LONGEST_DEFAULT = 2048
 _DEMO_WINDOW, _DEMO_TOKENS = 512, 8176
-# Of ptqkit.hf.softmax.table.VARIANTS, which needs torch; those of other papers' grids.
-_OTHERS = ("log2", "log2/row_sum", "twin", "twin/row_sum")
-_CORRECTIONS = (
-    *("none", "bias", "bias/head", "row_length", "row_length/head", "row_sum"),
-    *("before", "before/code_sum", "before/row_sum"),
-    *_OTHERS,
-)
 _DEFAULT = ("bias", "bias/head", "row_length/head", "row_sum", "before", "before/row_sum")
 
 _DESCRIPTION = """\
@@ -88,8 +86,9 @@ def add_parser(commands: Any) -> None:
         "--correction",
         nargs="+",
         metavar="NAME",
-        choices=tuple(dict.fromkeys([*_CORRECTIONS, *UNET_CORRECTIONS])),
-        help=f"any of {', '.join(_CORRECTIONS)}; of a UNet also bias/step, bias/step_head",
+        choices=tuple(dict.fromkeys([*LANGUAGE_MODEL_VARIANTS, *UNET_VARIANTS])),
+        help=f"any of {', '.join(LANGUAGE_MODEL_VARIANTS)}; of a UNet also bias/step, "
+        "bias/step_head",
     )
     parser.add_argument(
         "--weights", type=int, metavar="N", help="again with weights of 2 to 8 bits (W8A16: 8)"
@@ -225,7 +224,7 @@ def _check(args: argparse.Namespace) -> None:
     unet = is_diffusion_model(args.model)
     if args.text is None and args.model != DEMO and not unet:
         raise UsageError("--text FILE is needed (only the model 'demo' brings a text of its own)")
-    wrong = [c for c in args.correction or () if c not in _CORRECTIONS]
+    wrong = [c for c in args.correction or () if c not in LANGUAGE_MODEL_VARIANTS]
     if wrong and not unet:
         raise UsageError(
             f"--correction {wrong[0]} is for diffusion models: MODEL has no time steps"
@@ -233,7 +232,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.out is not None:
         if len(args.bits) != 1 or len(args.correction or ()) != 1:
             raise UsageError("--out saves one variant: give one --bits and one --correction")
-        if args.correction[0] in _OTHERS:
+        if args.correction[0] in PUBLISHED_VARIANTS:
             raise UsageError(f"--correction {args.correction[0]} has no place in a file")
         if args.weights is not None:
             raise UsageError(
@@ -338,9 +337,8 @@ def _demo_windows(tokenizer: Any, window: int, max_tokens: int | None) -> Any:
 
 def _save(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any) -> str:
     from ptqkit.hf import SoftmaxCalibration, save_softmax
-    from ptqkit.hf.softmax.table import VARIANTS
 
     study = SoftmaxCalibration(model, data, bits=args.bits[0], grid_range=args.grid_range)
     # What the table measured, without the guard of quantize_softmax.
-    quantizers = study.quantizers(*VARIANTS[args.correction[0]])
+    quantizers = study.quantizers(*LANGUAGE_MODEL_VARIANTS[args.correction[0]])
     return str(save_softmax(model, quantizers, args.out, tokenizer=tokenizer))

@@ -11,15 +11,10 @@ from typing import Any
 from ptqkit.cli.inputs import pick_device
 from ptqkit.cli.output import say, write_json
 from ptqkit.errors import UsageError
+from ptqkit.nn.softmax.variants import UNET_VARIANTS
 
-__all__ = ["UNET_CORRECTIONS", "is_diffusion_model", "run_unet"]
+__all__ = ["is_diffusion_model", "run_unet"]
 
-# Of ptqkit.diffusion.table.VARIANTS, which needs torch.
-UNET_CORRECTIONS = (
-    *("none", "bias", "bias/head", "bias/step", "bias/step_head", "row_sum"),
-    *("before", "before/code_sum", "before/row_sum"),
-    *("log2", "log2/row_sum", "twin", "twin/row_sum"),
-)
 _DEFAULT = ("bias", "bias/head", "bias/step_head", "row_sum", "before", "before/row_sum")
 
 
@@ -32,7 +27,7 @@ def is_diffusion_model(name: str) -> bool:
 def run_unet(args: argparse.Namespace) -> None:
     """Measure and print."""
     corrections = args.correction or list(_DEFAULT)
-    wrong = [c for c in corrections if c not in UNET_CORRECTIONS]
+    wrong = [c for c in corrections if c not in UNET_VARIANTS]
     if wrong:
         raise UsageError(f"--correction {wrong[0]} is for language models, MODEL is a UNet")
     given = [o for o in ("calibration", "window", "max_tokens") if getattr(args, o) is not None]
@@ -116,7 +111,6 @@ def _rounded(unet: Any, bits: int) -> Any:
 
 def _save(args: argparse.Namespace, model: Any, correction: str) -> str:
     from ptqkit.diffusion import SoftmaxCalibration, draw_calibration, save_softmax
-    from ptqkit.diffusion.table import VARIANTS
 
     count = max(8, -(-args.latents // args.steps))
     calibration = draw_calibration(
@@ -134,5 +128,5 @@ def _save(args: argparse.Namespace, model: Any, correction: str) -> str:
     study = SoftmaxCalibration(
         model.unet, calibration, bits=args.bits[0], grid_range=args.grid_range
     )
-    quantizers = study.quantizers(*VARIANTS[correction])
+    quantizers = study.quantizers(*UNET_VARIANTS[correction])
     return str(save_softmax(model.unet, quantizers, calibration.steps, args.out))

@@ -21,25 +21,9 @@ from ptqkit.diffusion.sampling import ClassConditionalUNet, sample
 from ptqkit.diffusion.softmax import SoftmaxCalibration
 from ptqkit.errors import check_choice
 from ptqkit.nn.softmax.compare import softmax_hooks
+from ptqkit.nn.softmax.variants import UNET_VARIANTS, row_name
 
-__all__ = ["VARIANTS", "UNetTable", "UNetTableRow", "softmax_table"]
-
-VARIANTS = {
-    "none": (None, "tensor", "probabilities"),
-    "bias": ("bias", "tensor", "probabilities"),
-    "bias/head": ("bias", "head", "probabilities"),
-    "bias/step": ("bias", "step", "probabilities"),
-    "bias/step_head": ("bias", "step_head", "probabilities"),
-    "row_sum": ("row_sum", "tensor", "probabilities"),
-    "before": (None, "tensor", "exponentials"),
-    "before/code_sum": ("code_sum", "tensor", "exponentials"),
-    "before/row_sum": ("row_sum", "tensor", "exponentials"),
-    "log2": (None, "tensor", "log2"),
-    "log2/row_sum": ("row_sum", "tensor", "log2"),
-    "twin": (None, "tensor", "twin"),
-    "twin/row_sum": ("row_sum", "tensor", "twin"),
-}
-"""Arguments of ``SoftmaxCalibration.quantizers``: correction, granularity and grid."""
+__all__ = ["UNetTable", "UNetTableRow", "softmax_table"]
 
 
 @dataclass
@@ -51,7 +35,7 @@ class UNetTableRow:
     bits : int or None
         None for a float softmax.
     correction : str
-        Of :data:`VARIANTS`.
+        Of :data:`ptqkit.nn.softmax.variants.UNET_VARIANTS`.
     sqnr_db, sqnr_error : float
         Of final samples against those of the float model from the same noise (SBC eq. 1), in dB,
         and its standard error over the samples.
@@ -73,10 +57,7 @@ class UNetTableRow:
     @property
     def name(self) -> str:
         """Name as in the paper's Table 3."""
-        if self.bits is None:
-            return self.weights or "FP32"
-        plus = "" if self.correction == "none" else f" + {self.correction}"
-        return f"{self.weights}{'-' if self.weights else ''}SM{self.bits}{plus}"
+        return row_name(self.bits, self.correction, self.weights, "FP32")
 
 
 @dataclass
@@ -156,7 +137,7 @@ def softmax_table(
         With classes, or with prompts (:func:`ptqkit.diffusion.with_prompts`).
     bits : sequence of int from 2 to 16
     corrections : sequence of str
-        Of :data:`VARIANTS`.
+        Of :data:`ptqkit.nn.softmax.variants.UNET_VARIANTS`.
     grid_range : {"fixed", "calibrated", "search"}
         Of the grids of probabilities.
     images : int
@@ -175,7 +156,7 @@ def softmax_table(
         Called with the name of what comes next.
     """
     for correction in corrections:
-        check_choice("each of corrections", correction, VARIANTS)
+        check_choice("each of corrections", correction, UNET_VARIANTS)
     report_next = progress or (lambda name: None)
     options = {
         "steps": steps,
@@ -218,7 +199,7 @@ def softmax_table(
             study = SoftmaxCalibration(unet, calibration, bits=width, grid_range=grid_range)
             for name in dict.fromkeys(["none", *corrections]):
                 report_next(f"{label} {name}")
-                hooks = softmax_hooks(study.quantizers(*VARIANTS[name]))
+                hooks = softmax_hooks(study.quantizers(*UNET_VARIANTS[name]))
                 seen = run_calibration(unet, calibration, hooks).numpy()
                 row = UNetTableRow(
                     width,

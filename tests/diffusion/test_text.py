@@ -13,8 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ptqkit import diffusion
 from ptqkit.cli import main
-from ptqkit.diffusion.table import VARIANTS, decibel_with_error
+from ptqkit.diffusion.table import decibel_with_error
 from ptqkit.errors import UnsupportedModuleError
+from ptqkit.nn.softmax.variants import UNET_VARIANTS
 
 PROMPTS = ["a cat", "two dogs", "a tree"]
 
@@ -161,7 +162,7 @@ def test_table_of_a_model_with_labels():
     assert set(table.to_dict()) == {"rows", "settings"}
     with pytest.raises(ValueError, match="each of corrections must be one of"):
         diffusion.softmax_table(tiny_model(), corrections=("row_length",))
-    assert all(len(v) == 3 for v in VARIANTS.values())
+    assert all(len(v) == 3 for v in UNET_VARIANTS.values())
 
 
 def test_errors_of_decibels_are_those_of_a_mean():

@@ -20,29 +20,9 @@ from ptqkit.hf.models.attention import attention_hooks
 from ptqkit.hf.softmax.driver import SoftmaxCalibration, describe
 from ptqkit.nn.softmax.compare import softmax_hooks
 from ptqkit.nn.softmax.report import SoftmaxReport
+from ptqkit.nn.softmax.variants import LANGUAGE_MODEL_VARIANTS, row_name
 
-__all__ = ["VARIANTS", "SoftmaxTable", "SoftmaxTableRow", "softmax_table"]
-
-VARIANTS = {
-    "none": (None, "tensor", "probabilities"),
-    "bias": ("bias", "tensor", "probabilities"),
-    "bias/head": ("bias", "head", "probabilities"),
-    "row_length": ("row_length", "tensor", "probabilities"),
-    "row_length/head": ("row_length", "head", "probabilities"),
-    "row_sum": ("row_sum", "tensor", "probabilities"),
-    "before": (None, "tensor", "exponentials"),
-    "before/code_sum": ("code_sum", "tensor", "exponentials"),
-    "before/row_sum": ("row_sum", "tensor", "exponentials"),
-    "log2": (None, "tensor", "log2"),
-    "log2/row_sum": ("row_sum", "tensor", "log2"),
-    "twin": (None, "tensor", "twin"),
-    "twin/row_sum": ("row_sum", "tensor", "twin"),
-}
-"""Arguments of ``SoftmaxCalibration.quantizers``: correction, granularity and grid.
-
-Without "/head" a correction is one per attention module. "before": exponentials are rounded
-before they are normalised.
-"""
+__all__ = ["SoftmaxTable", "SoftmaxTableRow", "softmax_table"]
 
 
 @dataclass
@@ -54,7 +34,7 @@ class SoftmaxTableRow:
     bits : int or None
         None for the float softmax.
     correction : str
-        Of :data:`VARIANTS`.
+        Of :data:`ptqkit.nn.softmax.variants.LANGUAGE_MODEL_VARIANTS`.
     perplexity : float
     excess, excess_error : float
         Above that of the float model, and its standard error over the windows, which are paired.
@@ -86,11 +66,8 @@ class SoftmaxTableRow:
 
     @property
     def name(self) -> str:
-        """Name as in the paper's Table 3: FP32, SM8, SM8 + correction, W8A16-SM8."""
-        if self.bits is None:
-            return self.weights or "float softmax"
-        plus = "" if self.correction == "none" else f" + {self.correction}"
-        return f"{self.weights}{'-' if self.weights else ''}SM{self.bits}{plus}"
+        """Name as in the paper's Table 3."""
+        return row_name(self.bits, self.correction, self.weights, "float softmax")
 
 
 @dataclass
@@ -184,7 +161,7 @@ def softmax_table(
         See :func:`ptqkit.hf.prepare_calibration`.
     bits : sequence of int from 2 to 16
     corrections : sequence of str
-        Of :data:`VARIANTS`.
+        Of :data:`ptqkit.nn.softmax.variants.LANGUAGE_MODEL_VARIANTS`.
     grid_range : {"fixed", "calibrated", "search"}
     guard : bool
         Leave out corrections that lower signal-to-noise ratios, as :func:`quantize_softmax` does;
@@ -203,7 +180,7 @@ def softmax_table(
         warning: the table goes on.
     """
     for correction in corrections:
-        check_choice("each of corrections", correction, VARIANTS)
+        check_choice("each of corrections", correction, LANGUAGE_MODEL_VARIANTS)
     chosen = list(dict.fromkeys(["none", *corrections]))
     report_next = progress or (lambda name: None)
 
@@ -234,7 +211,7 @@ def softmax_table(
             lost = math.nan
             for name in chosen:
                 report_next(f"{label} {name}")
-                quantizers = study.quantizers(*VARIANTS[name])
+                quantizers = study.quantizers(*LANGUAGE_MODEL_VARIANTS[name])
                 report = study.compare(quantizers, guard)
                 with attention_hooks(net, softmax_hooks(quantizers)):
                     found = perplexity(net, tokenizer, text, check=False, **windows)

@@ -17,10 +17,11 @@ from ptqkit.hf.evaluation.paired import perplexity_difference
 from ptqkit.hf.models.attention import attention_hooks, find_attention
 from ptqkit.hf.softmax.driver import SoftmaxCalibration, load_softmax, quantize_softmax
 from ptqkit.hf.softmax.files import save_softmax
-from ptqkit.hf.softmax.table import VARIANTS, softmax_table
+from ptqkit.hf.softmax.table import softmax_table
 from ptqkit.nn.attention import AttentionHook
 from ptqkit.nn.softmax.compare import softmax_hooks
 from ptqkit.nn.softmax.file import SOFTMAX_FILE
+from ptqkit.nn.softmax.variants import LANGUAGE_MODEL_VARIANTS
 
 
 def build(kind="llama"):
@@ -97,7 +98,10 @@ def test_a_value_of_one_for_every_key_stays_one():
     study = SoftmaxCalibration(model, data, bits=3)
     lost = {}
     for name in ("none", "bias/head", "row_sum", "before", "before/row_sum", "before/code_sum"):
-        hooks = {n: Ones(h) for n, h in softmax_hooks(study.quantizers(*VARIANTS[name])).items()}
+        hooks = {
+            n: Ones(h)
+            for n, h in softmax_hooks(study.quantizers(*LANGUAGE_MODEL_VARIANTS[name])).items()
+        }
         with attention_hooks(model, hooks):
             logits(model, tokens(4, seed=7))
         lost[name] = max(h.worst for h in hooks.values())
