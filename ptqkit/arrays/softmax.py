@@ -16,6 +16,7 @@ from ptqkit.errors import check_choice
 __all__ = [
     "CORRECTIONS_OF",
     "GRIDS_OF",
+    "UNFITTED",
     "QuantizedProbabilities",
     "SoftmaxGrid",
     "check_correction",
@@ -25,9 +26,12 @@ __all__ = [
 
 CORRECTIONS = {None: 0, "bias": 1, "row_length": 1, "row_sum": 2, "code_sum": 3}  # ptq_correction
 
+UNFITTED = (None, "row_sum", "code_sum")
+"""Corrections that need no constants, and so no calibration."""
+
 CORRECTIONS_OF: dict[str, tuple[str | None, ...]] = {
     "probabilities": (None, "bias", "row_length", "row_sum"),
-    "exponentials": (None, "row_sum", "code_sum"),
+    "exponentials": UNFITTED,
 }
 """What can be rounded to a grid, and the corrections that exist there."""
 GRIDS_OF = tuple(CORRECTIONS_OF)
@@ -203,7 +207,7 @@ class QuantizedProbabilities:
 
 def _bias_table(correction: str | None, bias: Any, heads: int, k: int) -> np.ndarray:
     """Return the table of the core, float64 (heads or 1, k + 1 or 1)."""
-    if correction in (None, "row_sum", "code_sum"):
+    if correction in UNFITTED:
         if bias is not None:
             raise ValueError(f"correction={correction!r} takes no bias")
         return np.zeros((1, 1))

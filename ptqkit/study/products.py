@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ptqkit._repr import one_line_repr
+from ptqkit.arrays.softmax import UNFITTED
 from ptqkit.errors import PreflightError, did_you_mean
 from ptqkit.recipe import Recipe, as_recipe
 from ptqkit.recipe.presets import PRESETS
@@ -27,8 +28,6 @@ __all__ = [
 RECIPE = "recipe"
 """Name of the axis of several recipes."""
 
-# Corrections of the softmax that need no calibration data.
-_UNFITTED = (None, "row_sum", "code_sum")
 _KNOWN = (*PRESETS, FLOAT)
 _FIELDS = tuple(f.name for f in fields(Recipe))
 
@@ -63,7 +62,7 @@ class Case:
         if self.softmax is None:
             return False
         given = {"correction": "bias", "grid_range": "fixed", **self.softmax}
-        return given["correction"] not in _UNFITTED or given["grid_range"] != "fixed"
+        return given["correction"] not in UNFITTED or given["grid_range"] != "fixed"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ptqkit._defaults import BATCH_SIZE, SEQUENCE_LENGTH
+from ptqkit.arrays.softmax import UNFITTED
 from ptqkit.errors import check_choice
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.models import attention
@@ -220,8 +221,7 @@ def quantize_softmax(
     # Before calibration data is prepared, which may take long.
     modules = choose_modules(attention.find_attention(model), layers)
     refuse_installed(attention.installed_attention(model))
-    free = correction in (None, "row_sum", "code_sum") and grid_range == "fixed"
-    if calibration is None and free:
+    if calibration is None and correction in UNFITTED and grid_range == "fixed":
         plain: dict[str, Quantizer] = {n: SoftmaxQuantizer(grid, correction) for n in modules}
         result = SoftmaxQuantization(model, plain)
     else:

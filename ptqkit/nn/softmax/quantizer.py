@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptqkit.arrays.softmax import SoftmaxGrid, check_correction, softmax_on_grid
+from ptqkit.arrays.softmax import UNFITTED, SoftmaxGrid, check_correction, softmax_on_grid
 
 __all__ = ["CORRECTIONS", "SoftmaxQuantizer", "row_lengths"]
 
@@ -234,7 +234,7 @@ def row_largest(p: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
 
 
 def _check_bias(correction: str | None, bias: Any) -> np.ndarray | None:
-    if correction in (None, "row_sum", "code_sum"):
+    if correction in UNFITTED:
         if bias is not None:
             raise ValueError(f"bias has no place with correction {correction!r}")
         return None
