@@ -283,7 +283,6 @@ class Study:
         by_name = {case.name: case for case in cases}
         store = CellStore(None if path is None else Path(path) / "cells", self._kept)
         reported = make_progress(progress)
-        stage: list[ProgressStage] = []
 
         def make(bench: Workbench, cell: Cell) -> Quantized:
             if cell.recipe == FLOAT:
@@ -302,14 +301,13 @@ class Study:
             ),
             environment=environment(str(next(self.bench.model.parameters()).device)),
             fail_fast=fail_fast,
-            finished=lambda cell, left: stage[0].step(cell.label),
         )
         started = time.perf_counter()
         todo = engine.look_up(rerun=rerun)
-        stage.append(ProgressStage(reported, "measuring", len(todo)))
+        stage = ProgressStage(reported, "measuring", len(todo))
         result = StudyResult(self.name, cells, self._settings(seeds))
         try:
-            engine.execute(todo)
+            engine.execute(todo, lambda cell: stage.step(cell.label))
         except KeyboardInterrupt as error:
             raise StudyInterrupted(result) from error
         finally:

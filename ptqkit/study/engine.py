@@ -79,8 +79,6 @@ class Engine:
         Raise CellsFailed at the first cell that fails.
     log : callable, optional
         Called with each line of progress.
-    finished : callable, optional
-        Called with each cell that was measured or failed, and the cells left.
     """
 
     def __init__(
@@ -92,12 +90,11 @@ class Engine:
         environment: dict[str, Any] | None = None,
         fail_fast: bool = False,
         log: Log | None = None,
-        finished: Callable[[Cell, int], None] | None = None,
     ) -> None:
         self.cells, self.store, self.work = cells, store, work
         self.environment, self.fail_fast = environment or {}, fail_fast
         self.log = log or (lambda line: None)
-        self._report = finished or (lambda cell, left: None)
+        self._finished: Callable[[Cell], None] | None = None
         self._done: dict[str, Cell] = {}
         self._left = 0
         self._started = time.perf_counter()
@@ -127,8 +124,9 @@ class Engine:
                 todo.append(i)
         return todo
 
-    def execute(self, todo: list[int]) -> None:
-        """Measure the cells at these places."""
+    def execute(self, todo: list[int], finished: Callable[[Cell], None] | None = None) -> None:
+        """Measure the cells at these places; ``finished`` gets each, measured or failed."""
+        self._finished = finished
         self._left, self._started = len(todo), time.perf_counter()
         for model, mine in _grouped(todo, lambda i: self.cells[i].model):
             opened = self._attempt(mine, partial(self.work.open, model))
@@ -188,7 +186,8 @@ class Engine:
         shown = _shown(cell) if cell.status == OK else f"FAILED: {cell.message}"
         left = f"; about {spent / done * self._left:.0f} s left" if self._left else ""
         self.log(f"{cell.label}  {shown}{left}")
-        self._report(cell, self._left)
+        if self._finished is not None:
+            self._finished(cell)
 
 
 def _grouped(places: list[int], key: Callable[[int], Any]) -> list[tuple[Any, list[int]]]:

@@ -136,8 +136,8 @@ def _short(value: float) -> str:
 
 
 def _metric(result: Drawn, task: str) -> tuple[str, float]:
-    row = next(r for r in result.rows() if (r["case"], r["task"]) == (FLOAT, task))
-    return row["metric"], row["value"]
+    cell = next(c for c in result.cells if (c.recipe, c.task) == (FLOAT, task))
+    return cell.metric, cell.value
 
 
 def _picture(width: float, height: float) -> tuple[Picture, Any]:

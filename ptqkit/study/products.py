@@ -265,9 +265,7 @@ def expand_parts(parts: Sequence[Any]) -> list[tuple[dict[str, Any], list[Any]]]
 
 
 def _are_recipes(values: Iterable[Any]) -> bool:
-    return all(
-        isinstance(v, Recipe) or (isinstance(v, str) and v in (*PRESETS, FLOAT)) for v in values
-    )
+    return all(isinstance(v, Recipe) or (isinstance(v, str) and v in _KNOWN) for v in values)
 
 
 def _called(recipe: Recipe) -> str:

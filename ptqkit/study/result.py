@@ -146,9 +146,13 @@ class StudyResult(Tabular):
             cells[0].metric == "perplexity",
         )
 
+    def _own(self, case: str, task: str) -> list[Cell]:
+        """Cells of a case, one per draw, measured or not."""
+        return [c for c in self.cells if (c.recipe, c.task) == (case, task)]
+
     def _cells_of(self, case: str, task: str) -> list[Cell]:
-        """Cells of a case, one per draw."""
-        cells = [c for c in self.cells if (c.recipe, c.task) == (case, task)]
+        """Cells of a case, one per draw, all of them measured."""
+        cells = self._own(case, task)
         if not cells:
             hint = did_you_mean(case, [*self.cases, FLOAT]) or ""
             raise UsageError(f"there is no case {case!r}{hint}")
@@ -196,13 +200,10 @@ class StudyResult(Tabular):
         self, first: dict[str, Any] | str, second: dict[str, Any] | str
     ) -> list[tuple[str, str]]:
         """Cases to compare: of labels, those whose other labels are the same."""
-        if isinstance(first, str) and isinstance(second, str):
-            return [(first, second)]
         if isinstance(first, str) or isinstance(second, str):
-            many = second if isinstance(first, str) else first
-            one = first if isinstance(first, str) else str(second)
-            names = self._matching(many) if isinstance(many, dict) else [many]
-            return [(one, n) if isinstance(first, str) else (n, one) for n in names]
+            # A case by its name goes with each of the other's.
+            sides = [[s] if isinstance(s, str) else self._matching(s) for s in (first, second)]
+            return [(a, b) for a in sides[0] for b in sides[1]]
         labels, skipped = self._labels(), {*first, *second}
 
         def rest(case: str) -> tuple[Any, ...]:
@@ -227,7 +228,7 @@ class StudyResult(Tabular):
         return [self._row(case, task) for case in [FLOAT, *self.cases] for task in self.tasks]
 
     def _row(self, case: str, task: str) -> dict[str, Any]:
-        cells = [c for c in self.cells if (c.recipe, c.task) == (case, task)]
+        cells = self._own(case, task)
         labels = {n: cells[0].parameters.get(n, "") for n in self.parameters}
         row: dict[str, Any] = {"case": case, **labels, "task": task}
         done = [c for c in cells if c.status == OK]
@@ -257,7 +258,7 @@ class StudyResult(Tabular):
 
     def measured(self, case: str, task: str) -> bool:
         """Whether all cells of a case on a task are there."""
-        cells = [c for c in self.cells if (c.recipe, c.task) == (case, task)]
+        cells = self._own(case, task)
         return bool(cells) and all(c.status == OK for c in cells)
 
     def _rows(self) -> list[dict[str, Any]]:

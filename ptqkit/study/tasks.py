@@ -15,7 +15,7 @@ from torch import nn
 from ptqkit._repr import one_line_repr
 from ptqkit.demo import DEMO, text
 from ptqkit.errors import CalibrationError, UsageError
-from ptqkit.hf.data.text import open_documents, read_beginning, whole_documents
+from ptqkit.hf.data.text import open_documents, read_beginning, read_documents
 from ptqkit.nn.forward import calibration_mode
 from ptqkit.study.digests import values_digest
 from ptqkit.study.measured import Measured, measure_text
@@ -156,10 +156,10 @@ def _text(source: Any, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
             raise CalibrationError(
                 f"test {str(source)[:80]!r}: there is no such file; give text itself as a list"
             )
-        needed, documents = settings.get("max_tokens"), open_documents(path)
+        needed = settings.get("max_tokens")
         if needed is None:
-            return list(whole_documents(documents))
-        return read_beginning(documents, tokenizer, needed)
+            return list(read_documents(path))
+        return read_beginning(open_documents(path), tokenizer, needed)
     return list(source)
 
 

@@ -220,7 +220,7 @@ def table(result: SweepResult) -> str:
 
     Degradation has the standard error that is known: over the windows of the text and the draws.
     """
-    found = summary(result)
+    found, averages = summary(result), means(result)
     parts = []
     for model in dict.fromkeys(r["model"] for r in found):
         mine = [r for r in found if r["model"] == model]
@@ -229,7 +229,7 @@ def table(result: SweepResult) -> str:
         mine = [r for r in mine if r["task"] in shown]
         if not mine:
             continue
-        parts.append(_model_table(model, mine, means(result)))
+        parts.append(_model_table(model, mine, averages))
     if result.plan.published:
         cells = [
             [
