@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
-from ptqkit.arrays._inputs import as_matrix, check_count, check_threads, label
+from ptqkit.arrays._inputs import as_matrix, check_count, check_number, check_threads, label
 from ptqkit.arrays.factorization import as_hessian
 from ptqkit.arrays.matrix import QuantizedMatrix
 
@@ -79,6 +79,7 @@ def couple_rows(
     """
     threads = check_threads(threads)
     check_count(passes, "passes", 0, 1000)
+    damping = check_number(damping, f"{label(name)}damping")
     if not (np.isfinite(damping) and damping >= 0):
         raise ValueError(f"{label(name)}damping must be a number of at least 0, not {damping!r}")
     W = as_matrix(W, "W", name, threads)

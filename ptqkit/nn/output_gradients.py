@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,14 +77,11 @@ def output_gradients(
     """
 
     def watch(name: str) -> Callable[..., torch.Tensor]:
-        def passed(x: torch.Tensor, gradient: torch.Tensor) -> None:
-            seen(name, x, gradient)
-
         def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             x = args[0] if args else next(iter(kwargs.values()))
-            return _Watch.apply(output, x.detach(), passed)
+            return _Watch.apply(output, x.detach(), partial(seen, name))
 
         return hook
 

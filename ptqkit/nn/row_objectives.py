@@ -26,12 +26,10 @@ def row_objectives(errors: np.ndarray, hessian: torch.Tensor) -> np.ndarray:
     -------
     ndarray of float64, shape (out,)
     """
-    found = torch.empty(len(errors), dtype=torch.float64, device=hessian.device)
-    size, start = max(1, _BLOCK // errors.shape[1]), 0
-    for block in torch.from_numpy(errors).split(size):
+    found = []
+    for block in torch.from_numpy(errors).split(max(1, _BLOCK // errors.shape[1])):
         e = block.to(hessian.device)
         with full_float32(hessian.device):
             product = e @ hessian
-        found[start : start + len(e)] = (product.mul_(e)).sum(1, dtype=torch.float64)
-        start += len(e)
-    return found.cpu().numpy()
+        found.append(product.mul_(e).sum(1, dtype=torch.float64))
+    return torch.cat(found).cpu().numpy()

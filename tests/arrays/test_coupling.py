@@ -114,3 +114,6 @@ def test_wrong_arguments_are_told():
         weight, second = arguments.pop("W"), arguments.pop("B")
         with pytest.raises(ValueError, match=text):
             ptqkit.couple_rows(weight, q, H, second, name="fc1", **arguments)
+    for damping in (True, "0.1", None):
+        with pytest.raises(TypeError, match="fc1: damping must be a number"):
+            ptqkit.couple_rows(W, q, H, B, name="fc1", damping=damping)

@@ -17,7 +17,7 @@ from ptqkit._tables import join_names, text_table
 from ptqkit.arrays.equalization import EqualizationPrecision, equalization_precision
 from ptqkit.errors import UnsupportedModuleError, did_you_mean
 from ptqkit.hf.data.calibration import max_positions, prepare_calibration
-from ptqkit.hf.equalization.driver import check_equalizable
+from ptqkit.hf.equalization.driver import check_equalizable, check_float
 from ptqkit.hf.equalization.run import Choice, EqualizationRun
 from ptqkit.hf.models.wrappers import unwrap_compiled
 from ptqkit.recipe import as_recipe
@@ -216,6 +216,7 @@ def equalization_channels(
     """
     options = Equalization(method, alpha, tokens)
     parsed = None if recipe is None else as_recipe(recipe)
+    check_float(model)
     prepared = prepare_calibration(
         calibration,
         tokenizer,

@@ -26,9 +26,12 @@ __all__ = [
     "EqualizationReport",
     "EqualizedGroup",
     "check_equalizable",
+    "check_float",
     "equalize",
     "equalize_calibrated",
 ]
+
+_QUANTIZED = "the model is quantized already; equalize the float model"
 
 
 class EqualizationInterrupted(KeyboardInterrupt):
@@ -132,8 +135,7 @@ def equalize(
     >>> print(report.table())
     """
     options = Equalization(method, alpha, tokens)
-    if isinstance(model, nn.Module) and _quantized(model):
-        raise UnsupportedModuleError("the model is quantized already; equalize the float model")
+    check_float(model)
     prepared = prepare_calibration(
         calibration,
         tokenizer,
@@ -150,10 +152,13 @@ def equalize(
     )
 
 
-def _quantized(model: nn.Module) -> bool:
-    """Whether some layer, or some expert, is quantized."""
+def check_float(model: nn.Module) -> None:
+    """Refuse a model of which some layer, or some expert, is quantized."""
+    if not isinstance(model, nn.Module):
+        return  # check_equalizable says so
     with ExpertSwap(model, lambda name: True):
-        return any(map(is_quantized, model.modules()))
+        if any(map(is_quantized, model.modules())):
+            raise UnsupportedModuleError(_QUANTIZED)
 
 
 def equalize_calibrated(
@@ -200,7 +205,7 @@ def check_equalizable(
             "model"
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModuleError("the model is quantized already; equalize the float model")
+        raise UnsupportedModuleError(_QUANTIZED)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise UnsupportedModuleError(
             "parameters are on the meta device; load the weights before equalizing"

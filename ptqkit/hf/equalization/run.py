@@ -116,7 +116,8 @@ class EqualizationRun:
 
     def execute(self) -> None:
         """Find the folds, measure, choose scales, fold them and compare."""
-        batch, plan = self._batch(), self._plan()
+        batch = self._batch()
+        plan = self._plan(batch)
         with calibration_mode(self.model):
             before = model_outputs(self.model, batch)
         if not all(bool(torch.isfinite(tensor).all()) for tensor in before):
@@ -138,10 +139,10 @@ class EqualizationRun:
 
         The model is as it was.
         """
-        return self._choices(self._plan())
+        return self._choices(self._plan(self._batch()))
 
-    def _plan(self) -> FoldPlan:
-        plan = find_folds(self.model, self._batch(), self.blocks)
+    def _plan(self, batch: dict[str, torch.Tensor]) -> FoldPlan:
+        plan = find_folds(self.model, batch, self.blocks)
         plan = _wanted(plan, self.equalization, self.recipe)
         self.report.left_alone = plan.left_alone
         self._lap("folds")

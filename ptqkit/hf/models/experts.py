@@ -13,12 +13,14 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ptqkit.nn.experts import ExpertLinears, ExpertShape, expert_shape
 from ptqkit.nn.quantized_mark import marks_of, put_marks
+from ptqkit.recipe.recipe import Recipe
 
 __all__ = [
     "ExpertSwap",
     "expert_modules",
     "replace_experts",
     "saved_expert_names",
+    "wanted_by",
     "wanted_for",
 ]
 
@@ -107,6 +109,11 @@ class ExpertSwap:
         finally:
             for name, module in self.modules.items():
                 self._model.set_submodule(name, module)
+
+
+def wanted_by(recipe: Recipe | None) -> Callable[[str], bool]:
+    """Return whether a recipe quantizes the experts of a module: each needs linear layers then."""
+    return lambda name: recipe is not None and recipe.for_layer(name) is not None
 
 
 def wanted_for(layers: Iterable[str]) -> Callable[[str], bool]:

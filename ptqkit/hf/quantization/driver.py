@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from ptqkit.hf.checkpoint.save import CheckpointInfo, save_checkpoint
 from ptqkit.hf.checkpoint.stored_model import StoredModel
 from ptqkit.hf.equalization.driver import EqualizationReport, equalize_calibrated
 from ptqkit.hf.models.dtypes import as_dtype, dtype_name, dtype_of, slow_arithmetic, stored_as
-from ptqkit.hf.models.experts import ExpertSwap, wanted_for
+from ptqkit.hf.models.experts import ExpertSwap, wanted_by, wanted_for
 from ptqkit.hf.models.wrappers import is_compiled, unwrap_compiled
 from ptqkit.hf.progress import Progress, make_progress
 from ptqkit.hf.quantization.inspection import Inspection, inspect_model
@@ -308,7 +307,7 @@ def quantize(
         return _quantize_stored(
             stored, chosen, calibration, tokenizer, budget, schedule, options, inspection, slow
         )
-    swap = ExpertSwap(model, partial(_unfused, chosen))
+    swap = ExpertSwap(model, wanted_by(chosen))
     every_token = chosen is not None and chosen.calibrate_all_experts
     with swap as experts, swap.calibrating(every_token):
         found = inspect_model(model, chosen, calibration, tokenizer, **inspection)
@@ -528,11 +527,6 @@ def _carrying(result: QuantizationResult) -> Iterator[None]:
                     "is what quantize() returns; error.result.save(another_folder) writes it"
                 )
         raise
-
-
-def _unfused(recipe: Recipe | None, experts: str) -> bool:
-    """Whether the experts of a module are quantized, so that each needs linear layers."""
-    return recipe is not None and recipe.for_layer(experts) is not None
 
 
 def _changed(recipe: Any, changes: Mapping[str, Any], problems: Problems) -> Recipe | None:

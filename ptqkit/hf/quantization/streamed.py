@@ -18,7 +18,7 @@ from ptqkit._version import __version__
 from ptqkit.errors import PreflightError, Problems, UnsupportedModuleError
 from ptqkit.hf.checkpoint.stored_model import StoredModel
 from ptqkit.hf.data.calibration import CalibrationSet
-from ptqkit.hf.models.experts import ExpertSwap
+from ptqkit.hf.models.experts import ExpertSwap, wanted_by
 from ptqkit.hf.models.recorded import RecordedBlocks
 from ptqkit.hf.models.structure import Structure, Target, find_structure
 from ptqkit.hf.quantization.inspection import Inspection
@@ -105,7 +105,7 @@ def attached_source(
 
     Experts that are quantized are linear layers meanwhile.
     """
-    swap = ExpertSwap(stored.model, lambda name: recipe.for_layer(name) is not None)
+    swap = ExpertSwap(stored.model, wanted_by(recipe))
     with swap, swap.calibrating(recipe.calibrate_all_experts):
         structure = find_structure(stored.model, recipe, blocks)
         outside = [name for name, target in structure.targets.items() if target.block is None]

@@ -11,7 +11,7 @@ from helpers.driver_models import tokens
 from helpers.fold_models import make
 
 from ptqkit.errors import UnsupportedModuleError
-from ptqkit.hf import equalization_channels, equalize
+from ptqkit.hf import equalization_channels, equalize, quantize
 from ptqkit.hf.data.calibration import prepare_calibration
 from ptqkit.hf.equalization.inputs import measure_inputs
 
@@ -66,8 +66,12 @@ def test_table_picture_and_names(tmp_path):
         channels[first.consumers[0][:-1]]
 
 
-def test_equalized_models_are_refused():
+def test_equalized_and_quantized_models_are_refused():
     model = make("llama")
     equalize(model, tokens(), progress=False)
     with pytest.raises(UnsupportedModuleError, match="equalized already"):
+        equalization_channels(model, tokens())
+    model = make("llama")
+    quantize(model, "rtn", group_size=None, progress=False)
+    with pytest.raises(UnsupportedModuleError, match="quantized already"):
         equalization_channels(model, tokens())

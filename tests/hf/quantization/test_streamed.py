@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ import pytest
 import torch
 import transformers
 from helpers.driver_models import build, padded_batches, tokens
+from helpers.stored_runs import files, read_rows
 from helpers.stream_calls import in_limited_memory, killed_after, killed_at, quantize_stored
 
 from ptqkit import ActivationQuantization
@@ -49,12 +49,6 @@ def make(folder, name="llama", layers=None, dtype=None, shards=None):
     return folder
 
 
-def files(folder):
-    """Everything but the report, which holds times."""
-    names = sorted(p.name for p in folder.iterdir())
-    return {n: (folder / n).read_bytes() for n in names if n != "ptqkit_report.json"}
-
-
 def stream(folder, out, data=None, recipe="reference", **options):
     data = tokens() if data is None else data
     options = {**OPTIONS, "progress": False, "stream": True, **options}
@@ -66,10 +60,7 @@ def in_memory(folder, out, data=None, recipe="reference", **options):
 
 
 def rows(folder):
-    report = json.loads((folder / "ptqkit_report.json").read_text())
-    keys = ("name", "status", "objective", "objective_rtn", "damping", "tokens", "bits_per_weight")
-    found = [{k: row[k] for k in keys} for row in report["layers"]]
-    return sorted(found, key=lambda row: row["name"])
+    return read_rows(folder, "damping", "tokens", "bits_per_weight")
 
 
 @pytest.mark.parametrize(

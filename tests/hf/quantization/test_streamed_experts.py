@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from helpers.expert_models import batches, build
+from helpers.stored_runs import files, read_rows
 
 from ptqkit.hf import quantize
 from ptqkit.hf.quantization.state import RunState, state_folder
@@ -19,17 +18,8 @@ def run(folder, out, way, data=None, **options):
     return quantize(str(folder), "quality", data or batches(), **given)
 
 
-def files(folder):
-    """Everything but the report, which holds times."""
-    names = sorted(p.name for p in folder.iterdir())
-    return {n: (folder / n).read_bytes() for n in names if n != "ptqkit_report.json"}
-
-
 def rows(folder):
-    report = json.loads((folder / "ptqkit_report.json").read_text())
-    keys = ("name", "status", "objective", "objective_rtn", "damping", "tokens", "rule")
-    found = [{k: row[k] for k in keys} for row in report["layers"]]
-    return sorted(found, key=lambda row: row["name"])
+    return read_rows(folder, "damping", "tokens", "rule")
 
 
 def same(folder, tmp_path, **options):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from helpers import expert_models
 from helpers.driver_models import build, padded_batches
+from helpers.stored_runs import files, read_rows
 
 from ptqkit.hf import quantize
 from ptqkit.hf.quantization.state import RunState
@@ -19,17 +18,8 @@ def run(folder, out, way, recipe="best", data=None, **options):
     return quantize(str(folder), recipe, data or padded_batches(), **given)
 
 
-def files(folder):
-    """Everything but the report, which holds times."""
-    names = sorted(p.name for p in folder.iterdir())
-    return {n: (folder / n).read_bytes() for n in names if n != "ptqkit_report.json"}
-
-
 def rows(folder):
-    report = json.loads((folder / "ptqkit_report.json").read_text())
-    keys = ("name", "status", "objective", "objective_rtn", "target", "tokens")
-    found = [{k: row[k] for k in keys} for row in report["layers"]]
-    return sorted(found, key=lambda row: row["name"])
+    return read_rows(folder, "target", "tokens")
 
 
 def same(folder, tmp_path, **options):
