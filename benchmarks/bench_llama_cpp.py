@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import header, save, show
+from benchmarks.common import save, show
 from ptqkit.hf.speed.run import measure_speed, random_cases
 from ptqkit.hf.speed.shapes import ONE_B, ModelShape
 
 CONTEXT = 16
+PEER = "llama.cpp Q4_0"
+RATES = ("generation_rate", "prompt_rate")
 #: Bytes of a block of 32 weights: a float16 scale and the codes.
 BLOCK = {"Q4_0": 2 + 16, "Q8_0": 2 + 32}
 
@@ -143,50 +145,41 @@ def main() -> None:
     shape = ONE_B
     if args.layers:
         shape = ModelShape(**{**vars(ONE_B), "layers": args.layers})
-    cases = {"float32": ("float32", "packed"), "W4": (None, "packed"), "W4 int8": (None, "int8")}
+    cases = {
+        "float32": random_cases("1.1B", shape, (), floats=("float32",)),
+        "W4": random_cases("1.1B", shape, ("W4",), floats=()),
+        "W4 int8": random_cases("1.1B", shape, ("W4",), floats=(), compute="int8"),
+    }
     rates: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "q4_0.gguf")
         write_gguf(path, shape, "Q4_0")
         for turn in range(args.repeats):
-            rates.setdefault("llama.cpp Q4_0", []).append(_peer(path, args))
-            for name, (dtype, compute) in cases.items():
-                if dtype:
-                    made = random_cases("1.1B", shape, (), floats=(dtype,))
-                else:
-                    made = random_cases("1.1B", shape, ("W4",), floats=(), compute=compute)
+            rates.setdefault(PEER, []).append(_peer(path, args))
+            for name, made in cases.items():
                 report = measure_speed(
                     made, prompt=args.prompt, tokens=args.tokens, repeat=1, threads=args.threads
                 )
                 row = report.rows[0]
-                values = {"prompt_rate": row.prompt_rate, "generation_rate": row.generation_rate}
-                rates.setdefault(name, []).append(values)
+                rates.setdefault(name, []).append({what: getattr(row, what) for what in RATES})
             print(f"turn {turn + 1} of {args.repeats}", file=sys.stderr)
-    info = rates["llama.cpp Q4_0"][0]["info"]
+    info = rates[PEER][0]["info"]
     found = {
-        name: {
-            what: [round(one[what], 3) for one in runs]
-            for what in ("generation_rate", "prompt_rate")
-        }
+        name: {what: [round(one[what], 3) for one in runs] for what in RATES}
         for name, runs in rates.items()
     }
-    base = {
-        what: statistics.median(found["llama.cpp Q4_0"][what])
-        for what in ("generation_rate", "prompt_rate")
-    }
+    base = {what: statistics.median(found[PEER][what]) for what in RATES}
     rows = []
     for name, one in found.items():
         row: list[Any] = [name]
-        for what in ("generation_rate", "prompt_rate"):
+        for what in RATES:
             middle = statistics.median(one[what])
             row += [middle, middle / base[what]]
         rows.append(row)
     columns = ["", "generation/s", "x llama.cpp", "prompt/s", "x llama.cpp"]
     show(f"1.1B, {args.threads} threads, prompt {args.prompt}", columns, rows)
-    print(f"llama.cpp: {info}; here: {header()['cpu']}")
-    settings = {
-        k: v for k, v in vars(args).items() if k in ("prompt", "tokens", "threads", "repeats")
-    }
+    print(f"llama.cpp: {info}")
+    settings = {k: getattr(args, k) for k in ("prompt", "tokens", "threads", "repeats")}
     save(args.json, "llama_cpp", {"settings": settings, "llama_cpp": info, "rates": found})
 
 

@@ -16,7 +16,16 @@ import numpy as np
 
 import ptqkit
 
-__all__ = ["ceilings", "header", "interleave", "parser", "save", "show", "torch_threads"]
+__all__ = [
+    "ceilings",
+    "header",
+    "interleave",
+    "markdown",
+    "parser",
+    "save",
+    "show",
+    "torch_threads",
+]
 
 
 def parser(description: str, repeats: int) -> argparse.ArgumentParser:
@@ -114,6 +123,12 @@ def show(title: str, columns: list[str], rows: list[list[Any]]) -> None:
                 for i, (v, w) in enumerate(zip(row, widths, strict=True))
             )
         )
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown, without a line's end."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def save(path: Path | None, name: str, results: Any) -> None:

@@ -43,6 +43,7 @@ from transformers.utils import logging
 
 import ptqkit
 from ptqkit import demo
+from ptqkit._paired import Sample, standard_errors
 from ptqkit.hf import SoftmaxCalibration, prepare_calibration
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.attention import attention_hooks
@@ -155,13 +156,12 @@ def table_row(name: str, found: dict[str, Any], plain: Any, base: Any, full: Any
 
 def paired(found: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float]:
     """Difference of two perplexities and its standard error over windows of equal length."""
-    values = [math.exp(np.mean(x["losses"])) for x in (found, reference)]
-    moves = [
-        value * (np.array(x["losses"]) - np.mean(x["losses"]))
-        for value, x in zip(values, (found, reference), strict=True)
-    ]
-    gap = moves[0] - moves[1]
-    return values[0] - values[1], float(math.sqrt(np.mean(gap**2) / (len(gap) - 1)))
+
+    def of(losses: list[float]) -> Sample:
+        return Sample.of([math.exp(np.mean(losses))], [losses], np.ones(len(losses)), True)
+
+    gap = of(found["losses"]) - of(reference["losses"])
+    return float(gap.values[0]), standard_errors(gap)[0]
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -302,10 +302,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_one_good_value_of_error_propagation():
-    from ptqkit.cli import build_parser
     from ptqkit.hf import quantize
 
-    commands = build_parser()._subparsers._group_actions[0].choices
+    commands = parser()._subparsers._group_actions[0].choices
     shown = " ".join(commands["quantize"].format_help().split())
     measured = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     (value,) = set(re.findall(r"`error_propagation=([\d.]+)`", measured))

@@ -92,19 +92,25 @@ MODELS: dict[str, tuple[str | None, Callable[[Path], tuple[list[str], str]], int
 
 
 def load_case(
-    name: str, data: Path, windows: int, device: str = "cpu", models: Path | None = None
+    name: str,
+    data: Path,
+    windows: int,
+    device: str = "cpu",
+    models: Path | None = None,
+    length: int | None = None,
 ) -> Case:
     """Load a model and cut its test text into windows at equal distances.
 
-    ``models`` is the folder of the models that were trained here.
+    ``models`` is the folder of the models that were trained here, ``length`` the positions of a
+    window, by default the longest input.
     """
-    folder, texts, length = MODELS[name]
+    folder, texts, longest = MODELS[name]
     if name == TRAINED and models is None:
         raise SystemExit(f"{name}: train it with benchmarks.accuracy.train_opt, and give --models")
     path = (models if name == TRAINED else data) / (folder or ".")
     path = demo.MODEL_DIR if folder is None else path
     calibration, test = texts(data)
-    return open_case(path, calibration, test, length, windows, device)
+    return open_case(path, calibration, test, length or longest, windows, device)
 
 
 def open_case(

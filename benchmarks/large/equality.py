@@ -14,7 +14,6 @@ import argparse
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import show
+from benchmarks.large.measure import launcher
 from benchmarks.large.results import write
 from ptqkit.demo import MODEL_DIR, text
 
@@ -82,10 +82,7 @@ def main() -> None:
 
 def _run(arguments: list[str], processes: int, blocks: int, out: Path) -> int | None:
     """Run the command line; kill it after so many blocks and run it again. Return the blocks."""
-    command = [sys.executable, "-m"]
-    if processes:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command += ["ptqkit", "quantize", *arguments]
+    command = [*launcher(processes), "ptqkit", "quantize", *arguments]
     # Every way has one thread per process, so that two processes on two cores do not wait.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = None

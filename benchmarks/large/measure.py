@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fork", "own_memory", "start"]
+__all__ = ["fork", "launcher", "own_memory", "start"]
 
 _MARK = "measured "
 
@@ -36,11 +36,7 @@ def start(job: dict[str, Any], processes: int = 0, threads: int = 0) -> list[dic
         Of all processes together; by default one per core.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    command = [sys.executable, "-m"]
-    if processes:
-        # A port of our own: two rendezvous on one host must not meet.
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command += ["benchmarks.large.measure", json.dumps(job)]
+    command = [*launcher(processes), "benchmarks.large.measure", json.dumps(job)]
     each = max(1, threads // max(1, processes))
     environment = {**os.environ, "OMP_NUM_THREADS": str(each)}
     if job.get("blocking"):
@@ -50,6 +46,15 @@ def start(job: dict[str, Any], processes: int = 0, threads: int = 0) -> list[dic
     if done.returncode or not lines:
         raise SystemExit(f"a run failed with code {done.returncode}: {json.dumps(job)}")
     return sorted(map(json.loads, lines), key=lambda found: found["rank"])
+
+
+def launcher(processes: int) -> list[str]:
+    """Return what comes before a module on the command line; 0 processes: without torchrun."""
+    command = [sys.executable, "-m"]
+    if processes:
+        # A port of our own: two rendezvous on one host must not meet.
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return command
 
 
 def fork(job: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +189,7 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             **found,
             "schedule": report.schedule,
             "seconds": report.seconds,
-            "memory": {**{k: v for k, v in report.memory.items()}, **memory},
+            "memory": {**report.memory, **memory},
             "objective": sum(row.objective for row in report.quantized),
             "solve_by_inputs": _by_inputs(report),
         }

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import markdown
 from benchmarks.large.cost import PARTS, Cost, bytes_of, count, counts_of, fit, seconds_of
+from benchmarks.large.memory import WAYS
 from benchmarks.large.models import Size
 
 __all__ = ["page"]
@@ -48,8 +50,7 @@ def _read(path: Path) -> Any:
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown(columns, rows) + "\n"
 
 
 def _machine(found: Mapping[str, Any]) -> str:
@@ -107,11 +108,7 @@ def _memory(found: Mapping[str, Any]) -> str:
     rows = []
     for case in found["cases"]:
         memory = case["found"]["memory"]
-        key = next(
-            f"estimate_{k}"
-            for k in ("streamed", "replay", "one_pass")
-            if (f"estimate_{k}" in memory and k == "streamed") or case["way"] == k.replace("_", " ")
-        )
+        key = WAYS[case["way"]][2]
         estimate, growth = memory[key], memory["growth"]
         files = 4 * case["found"]["parameters"]
         cells = [f"{v / 2**20:,.0f}" for v in (files, estimate, growth)]

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 
 import ptqkit  # noqa: E402
 from benchmarks.common import show  # noqa: E402
+from benchmarks.large.cost import PARTS  # noqa: E402
 from benchmarks.large.models import Size, build, draw_tokens  # noqa: E402
 from benchmarks.large.results import write  # noqa: E402
 
@@ -43,7 +44,6 @@ RUNS: dict[str, tuple[str, Size, int, str]] = {
     "320, streamed": ("check", Size(320, 864, 4, 5, 5, 256), 16, "streamed"),
 }
 LENGTH = 128
-PARTS = ("forward", "hessian", "solve", "diagnostics")
 
 
 def _run(size: Size, samples: int, schedule: str) -> dict[str, Any]:

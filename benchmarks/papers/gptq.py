@@ -8,7 +8,6 @@ python -m benchmarks.papers.gptq table3 --model DIR --calibration train.txt --te
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -23,13 +22,13 @@ import numpy as np
 import ptqkit
 from benchmarks.accuracy.models import Case, open_case
 from benchmarks.papers import measure, published
+from benchmarks.papers.elsewhere import RESULTS, read, sweep_rows, sweep_table
 from benchmarks.papers.entry import Entry, Records, main
 from benchmarks.papers.scripts import script
 from benchmarks.papers.table import Published, Table, with_error
 
 __all__ = ["ENTRIES"]
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 CHANNEL = {"group_size": None}
 #: Bits and methods of tables 2 to 4: the paper's, then what this package adds.
 METHODS: dict[str, Any] = {
@@ -72,8 +71,6 @@ def by_size_llama(args: argparse.Namespace) -> Records:
     """Bits and methods on the models given, or what `benchmarks.accuracy` measured."""
     if args.model:
         return by_size(args)
-    from benchmarks.accuracy.tables import read
-
     losses: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for row in read(RESULTS / "accuracy" / "windows.csv"):
         method = ACCURACY.get((row["grid"], row["recipe"]))
@@ -385,8 +382,8 @@ def low_published(figures: dict[str, Any]) -> Published | None:
 
 def latency(args: argparse.Namespace) -> Records:
     """Milliseconds per token, from `ptqkit bench` on a model of 1.1 billion random weights."""
-    with (RESULTS / "bench_1b_zen1.csv").open(newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if r["form"] in ("float32", "W4", "W3", "W2")]
+    forms = ("float32", "W4", "W3", "W2")
+    rows = [r for r in read(RESULTS / "bench_1b_zen1.csv") if r["form"] in forms]
     return [{"form": r["form"], "ms": 1e3 / float(r["generation_rate"]),
              "megabytes": float(r["tensor_bytes"]) / 1e6} for r in rows]  # fmt: skip
 
@@ -442,29 +439,20 @@ def memory_published(figures: dict[str, Any]) -> Published | None:
 # Zero-shot tasks
 
 
+SWEPT = ("float", "RTN INT3", "GPTQ INT3", "RTN INT4", "GPTQ INT4")
+
+
 def tasks(args: argparse.Namespace) -> Records:
     """Accuracies of the sweep over weights."""
-    keep = ("float", "RTN INT3", "GPTQ INT3", "RTN INT4", "GPTQ INT4")
-    with (RESULTS / "aweq_weights.csv").open(newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if r["kind"] == "zero-shot" and r["recipe"] in keep]
-    fields = ("model", "recipe", "task", "value", "chance", "count")
-    return [{k: r[k] for k in fields} for r in rows if r["value"]]
+    return [r for r in sweep_rows("aweq_weights.csv", "zero-shot") if r["recipe"] in SWEPT]
 
 
 def task_tables(records: Records) -> list[Table]:
-    cells: dict[str, dict[str, str]] = {}
-    for r in records:
-        name = f"{r['model']}, {r['task']}"
-        value, count = float(r["value"]), int(r["count"])
-        error = math.sqrt(value * (1 - value) / count)
-        cells.setdefault(r["recipe"], {})[name] = with_error(100 * value, 100 * error)
-    columns = list(dict.fromkeys(c for row in cells.values() for c in row))
-    rows = [[recipe, *(known.get(c) for c in columns)] for recipe, known in cells.items()]
     note = (
         "These models are at or near chance, which is 50 % for COPA, PIQA and WinoGrande: what "
         "moves within ± says nothing. `ptqkit sweep benchmarks/sweeps/aweq_weights.toml`."
     )
-    return [Table("Zero-shot accuracy, percent", ["", *columns], rows, note)]
+    return [sweep_table(records, "Zero-shot accuracy, percent", SWEPT, note)]
 
 
 ENTRIES = (

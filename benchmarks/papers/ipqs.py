@@ -15,28 +15,21 @@ import gzip
 import math
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from benchmarks.papers import published
-from benchmarks.papers.aweq import sweep_rows
+from benchmarks.papers.elsewhere import RESULTS, read, sweep_rows
 from benchmarks.papers.entry import Entry, Records, main
 from benchmarks.papers.table import Published, Table, with_error
 
 __all__ = ["ENTRIES"]
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 PRETRAIN = "`benchmarks/pretrain`; the whole page: benchmarks/results/pretrain/README.md."
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def axes(args: argparse.Namespace) -> Records:
     """The late checkpoints on text, by choice and scheme."""
-    rows = read_csv(RESULTS / "pretrain" / "axes.csv")
+    rows = read(RESULTS / "pretrain" / "axes.csv")
     fields = ("axis", "choice", "scheme", "percent", "percent spread", "loss", "seeds")
     kept = [r for r in rows if r["stage"] == "late" and r["measure"] == "text"]
     return [{k: r[k] for k in fields} for r in kept]
@@ -68,7 +61,7 @@ def axes_published(figures: dict[str, Any]) -> Published | None:
 
 
 def verdicts(args: argparse.Namespace) -> Records:
-    rows = read_csv(RESULTS / "pretrain" / "contrasts.csv")
+    rows = read(RESULTS / "pretrain" / "contrasts.csv")
     kept = [r for r in rows if r["stage"] == "late" and r["measure"] == "text"]
     fields = ("axis", "first", "second", "stated", "scheme", "agreement",
               "agreement at equal loss")  # fmt: skip
@@ -160,7 +153,7 @@ def ratios_published(figures: dict[str, Any]) -> Published | None:
 
 
 def speed(args: argparse.Namespace) -> Records:
-    rows = read_csv(RESULTS / "bench_1b_zen1.csv")
+    rows = read(RESULTS / "bench_1b_zen1.csv")
     keep = [r for r in rows if r["form"] in ("float32", "W8A8")]
     fields = ("form", "prompt_rate", "generation_rate", "tensor_bytes")
     return [{k: r[k] if k == "form" else float(r[k]) for k in fields} for r in keep]

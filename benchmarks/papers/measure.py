@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 import ptqkit
-from benchmarks.accuracy.models import MODELS, Case, open_case
+from benchmarks.accuracy.models import Case, load_case, open_case
 from benchmarks.accuracy.windows import window_losses
-from ptqkit import demo
 
 __all__ = [
     "Losses",
@@ -72,9 +71,7 @@ def llamas(args: argparse.Namespace, names: Sequence[str] = LLAMAS) -> Cases:
     if args.data is None:
         raise SystemExit("say which models: --model DIR, or --data DIR")
     for name in names:
-        folder, texts, _ = MODELS[name]
-        path = demo.MODEL_DIR if folder is None else args.data / folder
-        yield name, open_case(path, *texts(args.data), LENGTH, args.windows)
+        yield name, load_case(name, args.data, args.windows, length=LENGTH)
 
 
 def small(args: argparse.Namespace) -> Cases:

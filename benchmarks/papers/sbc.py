@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.papers import published
+from benchmarks.papers.elsewhere import RESULTS
 from benchmarks.papers.entry import Entry, Records, main
 from benchmarks.papers.table import Published, Table
 
 __all__ = ["ENTRIES"]
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 UNET = (
     "A UNet of 4.7 million parameters (Fashion-MNIST), against the float model's samples: "
     "`python benchmarks/softmax_unet.py --{} --out benchmarks/results/softmax_unet`."

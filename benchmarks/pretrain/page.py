@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.common import markdown
 from benchmarks.pretrain.plan import AXES, SCHEMES, choices_of
 from benchmarks.pretrain.predictors import LOSS, overall
 from benchmarks.pretrain.tables import axis_verdicts
@@ -28,11 +29,6 @@ STATED = {
     "positions": "no difference (at most 0.06 percent)",
     "optimizer and gain": "(later work, of outliers) more with Adam, and with a gain per channel",
 }
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -92,7 +88,7 @@ def verdict_table(judged: pd.DataFrame) -> str:
     """One line per axis: what is stated, and what was found."""
     plain, matched = axis_verdicts(judged), axis_verdicts(judged, " at equal loss")
     rows = [[axis, STATED[axis], plain[axis], matched[axis]] for axis in AXES]
-    return _table(["axis", "stated", "as measured", "at equal loss"], rows)
+    return markdown(["axis", "stated", "as measured", "at equal loss"], rows)
 
 
 def contrast_lines(judged: pd.DataFrame) -> str:
@@ -111,7 +107,7 @@ def contrast_lines(judged: pd.DataFrame) -> str:
             words = [row["agreement"], row["agreement at equal loss"]]
             cells.append(f"{values} ± {_number(row['spread'], 2)}: {'; '.join(words)}")
         rows.append(cells)
-    return _table(["contrast", *SCHEMES], rows)
+    return markdown(["contrast", *SCHEMES], rows)
 
 
 def choice_lines(axes: pd.DataFrame) -> str:
@@ -137,7 +133,7 @@ def choice_lines(axes: pd.DataFrame) -> str:
                     )
                 )
             rows.append(cells)
-    return _table(
+    return markdown(
         ["run", "seeds", "validation loss", *(f"{s}: text, tasks" for s in SCHEMES)], rows
     )
 
@@ -155,7 +151,7 @@ def predictor_lines(ranked: pd.DataFrame, top: int = 6) -> str:
                 known = f" ({low:+.2f} to {high:+.2f})" if low == low else ""
                 cells.append(f"{value:+.2f}{known}" if value == value else "")
             rows.append(cells)
-    return _table(["scheme", "diagnostic", "ρ (95 %)", "ρ given the loss (95 %)"], rows)
+    return markdown(["scheme", "diagnostic", "ρ (95 %)", "ρ given the loss (95 %)"], rows)
 
 
 def stage_lines(stages: pd.DataFrame) -> str:
@@ -170,7 +166,7 @@ def stage_lines(stages: pd.DataFrame) -> str:
         for _, row in stages.iterrows()
     ]  # fmt: skip
     header = ["scheme", "choices", "ρ of early and late", "early, median %", "late, median %"]
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 def page(
