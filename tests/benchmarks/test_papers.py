@@ -108,6 +108,7 @@ def test_the_page_is_what_the_files_make():
 
 
 def test_a_page_leaves_out_what_is_not_measured(models):
+    command(gptq, "table3", models, "--draws", "1")
     text = page.page(models / "out")
     assert "table3: perplexity by size" in text and "Not measured yet: `table1`" in text
     assert "## Softmax bias" not in text
