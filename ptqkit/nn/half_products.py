@@ -56,7 +56,22 @@ def add_difference_products(
 
 
 def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+    if _adds_in_place(right.device, right.dtype):
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+
+
+@cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the sum may be of float32 already; the first versions of torch wanted 16 bits."""
+    values = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.ones(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, values.T, values, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
 
 
 @cache
