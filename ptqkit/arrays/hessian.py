@@ -86,7 +86,7 @@ class Hessian(MatrixSum):
 
     def _make_sum(self) -> None:
         """Make the sum of a mean that was given."""
-        if self._lazy:
+        if self._lazy and self._matrix is not None:
             np.multiply(self._matrix, np.float32(self.tokens / 2.0), out=self._sum)
             self._lazy = False
 
