@@ -188,7 +188,7 @@ def _solve_stack(
             compare_rtn=None if diagnostics else False,
             name=name,
         )
-        matrix = _coupled(weight, matrix, source, stack, outputs, threads)
+        matrix = _coupled(values, matrix, source, stack, outputs, threads)
         dequantized = dequantize_on(device, matrix)
         shift = None
         if options.bias_correction:
@@ -230,7 +230,7 @@ def _read(stack: Sequence[Target]) -> torch.Tensor:
 
 
 def _coupled(
-    weight: np.ndarray,
+    weight: torch.Tensor,
     matrix: QuantizedMatrix,
     source: Any,
     stack: list[Target],
