@@ -188,7 +188,7 @@ def couple_rows(
 ) -> None: ...
 def couple_block(
     S: _F32,  # (runs * columns, rows), B E H
-    B: _F32,  # (runs * rows, rows), a symmetric matrix per run
+    B: _F32 | None,  # (runs * rows, rows), a symmetric matrix per run; None: rows alone
     H: _F32,  # (columns, columns)
     scales: _F32,  # (runs * columns, rows)
     max_code: int,

@@ -139,7 +139,8 @@ static int descend_column(const ptq_couple_block_args *a, const float *B, float 
     int changed = 0;
     memset(t, 0, sizeof(float) * (size_t)rows);
     for (int64_t i = 0; i < rows; i++) {
-        const float curve = B[i * rows + i] * h, gradient = s[i] + h * t[i], scale = scales[i];
+        const float curve = B ? B[i * rows + i] * h : h, gradient = s[i] + h * t[i],
+                    scale = scales[i];
         if (!(curve > 0.0f && scale > 0.0f)) continue;
         const float code = (float)codes[i];
         const float found =
@@ -148,9 +149,11 @@ static int descend_column(const ptq_couple_block_args *a, const float *B, float 
         if (!(d * (2.0f * gradient + d * curve) < 0.0f)) continue;
         codes[i] = (uint8_t)(int)found;
         moved[i] = d;
-        const float *restrict row = B + i * rows;
-        for (int64_t k = 0; k < rows; k++) t[k] += d * row[k];
         changed = 1;
+        if (B) {
+            const float *restrict row = B + i * rows;
+            for (int64_t k = 0; k < rows; k++) t[k] += d * row[k];
+        } else t[i] = d;
     }
     return changed;
 }
@@ -159,7 +162,7 @@ static void block_task(void *ctx, int64_t run, int thread) {
     const block_job *job = ctx;
     const ptq_couple_block_args *a = job->a;
     const int64_t rows = a->rows, size = a->columns * rows;
-    const float *B = a->B + run * rows * rows;
+    const float *B = a->B ? a->B + run * rows * rows : NULL;
     float *t = job->work + thread * (rows + size), *S = t + rows;
     memcpy(S, a->S + run * size, sizeof(float) * (size_t)size);
     memset(a->moved + run * size, 0, sizeof(float) * (size_t)size);

@@ -264,7 +264,7 @@ ptq_status ptq_couple_rows(const ptq_coupled_args *args, int threads);
 
 typedef struct {
     const float *S;      /* (runs, columns, rows) sums B P, P = E H */
-    const float *B;      /* (runs, rows, rows) symmetric */
+    const float *B;      /* (runs, rows, rows) symmetric, or NULL: rows do not see each other */
     const float *H;      /* (columns, columns) */
     const float *scales; /* (runs, columns, rows) */
     int64_t runs, columns, rows;
