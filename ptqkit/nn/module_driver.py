@@ -16,10 +16,11 @@ from ptqkit.arrays.bias import bias_correction
 from ptqkit.arrays.matrix import QuantizedMatrix, stack_rows
 from ptqkit.arrays.solvers import objective
 from ptqkit.errors import LAYER_FAILURES, CalibrationError, UsageError, prefix_error
+from ptqkit.nn.convolution import warn_transposed
 from ptqkit.nn.forward import StopForwardError, calibration_mode, device_of, hooks
 from ptqkit.nn.matrix_solver import quantize_matrix
 from ptqkit.nn.module_inputs import GroupMoments, InputMoments
-from ptqkit.nn.module_layers import ModuleLayer, Order, find_layers, probe_order
+from ptqkit.nn.module_layers import ModuleLayer, Order, find_layers, left_float, probe_order
 from ptqkit.nn.module_result import ModuleResult, ModuleRow
 from ptqkit.nn.on_grid import dequantize, rtn_on_grid
 from ptqkit.nn.quantized_mark import mark_quantized
@@ -62,6 +63,9 @@ def quantize_module(
     ``calibrate_on="float"`` all layers are calibrated on the float model's inputs in a single pass,
     with every H in memory, and weights change at the end. Models of transformers are for
     :func:`ptqkit.quantize`, which needs one pass for either.
+
+    Transposed convolutions stay float, with a warning that names them; they and whatever else holds
+    matrices and is not quantized are in ``left_float`` of the result.
 
     A convolution with groups has one H per group. A module that runs several times in one forward
     pass has one H of all its inputs.
@@ -123,6 +127,8 @@ def quantize_module(
         )
     data = None if batches is None else _read(batches)
     layers = find_layers(model, chosen, data is not None, threads)
+    rest = left_float(model, layers)
+    warn_transposed(model, lambda name: chosen.for_layer(name) is None)
     run = _Run(threads, progress)
     with run.telling(len(layers)):
         if data is None:
@@ -134,7 +140,7 @@ def quantize_module(
     total = time.perf_counter() - start
     solve = run.seconds
     seconds = {"total": total, "solve": solve, "calibration": total - solve}
-    return ModuleResult(model, run.matrices, run.rows, chosen, seconds)
+    return ModuleResult(model, run.matrices, run.rows, chosen, seconds, rest)
 
 
 def _calibrated(
