@@ -16,7 +16,7 @@ from ptqkit._folders import check_path, resolve
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import add_common, add_model_options, check_text
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
-from ptqkit.cli.softmax_unet import is_diffusion_model, run_unet
+from ptqkit.cli.softmax_unet import run_unet
 from ptqkit.demo import DEMO
 from ptqkit.errors import NotFiniteError, UsageError
 from ptqkit.nn.softmax.variants import (
@@ -24,6 +24,7 @@ from ptqkit.nn.softmax.variants import (
     PUBLISHED_VARIANTS,
     UNET_VARIANTS,
 )
+from ptqkit.sweep.diffusion import is_diffusion_model
 
 __all__ = ["add_parser", "calibration_of"]
 

@@ -30,15 +30,6 @@ from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["quantize_module"]
 
-#: Fields of a recipe that only the driver of transformers models knows what to do with.
-_NOT_HERE = (
-    "activations",
-    "equalization",
-    "error_propagation",
-    "residual_propagation",
-    "most_row_coupling",
-)
-
 #: One scale per output: few convolutions have a multiple of 128 inputs.
 _DEFAULT = Recipe(group_size=None)
 
@@ -116,10 +107,10 @@ def quantize_module(
     start = time.perf_counter()
     check_names(changes, "recipe", [f.name for f in fields(Recipe)])
     chosen = replace(as_recipe(recipe), **changes)
-    for name in _NOT_HERE:
-        if getattr(chosen, name):
-            left = name.removeprefix("most_")
-            raise UsageError(f"quantize_module quantizes weights alone: leave {left} out")
+    if chosen.beyond_weights:
+        raise UsageError(
+            f"quantize_module quantizes weights alone: leave {chosen.beyond_weights} out"
+        )
     if chosen.bits_budget is not None:
         raise UsageError(
             f"bits {chosen.bits} is an average, which ptqkit.quantize shares out; give whole bits "
