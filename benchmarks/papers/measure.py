@@ -19,6 +19,7 @@ import torch
 import ptqkit
 from benchmarks.accuracy.models import Case, load_case, open_case
 from benchmarks.accuracy.windows import window_losses
+from ptqkit._paired import Sample, standard_errors
 
 __all__ = [
     "Losses",
@@ -203,18 +204,16 @@ def perplexity(draws: Mapping[int, np.ndarray]) -> tuple[float, float]:
 def paired(first: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> tuple[float, float]:
     """Return the difference of two losses and its standard error, in thousandths of a nat.
 
-    Per window the difference is the mean over the draws that both have (a float model counts for
-    all of them). The error holds the spread over windows and that of the draws' means: the root of
-    the sum of both squares.
+    Over the draws that both have (a float model counts for all of them). The error holds that over
+    windows and that over draws of :mod:`ptqkit._paired`: the root of the sum of both squares.
     """
     draws: Sequence[int] = sorted(first.keys() & other.keys()) or sorted({*first, *other} - {-1})
 
-    def of(losses: Mapping[int, np.ndarray], draw: int) -> np.ndarray:
-        return losses.get(draw, losses.get(-1))
+    def of(losses: Mapping[int, np.ndarray]) -> Sample:
+        chosen = [losses.get(draw, losses.get(-1)) for draw in draws]
+        means = [float(x.mean()) for x in chosen]
+        return Sample.of(means, chosen, np.ones(len(chosen[0])), False)
 
-    each = 1e3 * np.array([of(first, d) - of(other, d) for d in draws])
-    windows = each.mean(axis=0)
-    variance = windows.var(ddof=1) / len(windows)
-    if len(draws) > 1:
-        variance += each.mean(axis=1).var(ddof=1) / len(draws)
-    return float(windows.mean()), math.sqrt(variance)
+    difference = of(first) - of(other)
+    known = [e for e in standard_errors(difference) if not math.isnan(e)]
+    return 1e3 * float(difference.values.mean()), 1e3 * math.hypot(*known)
