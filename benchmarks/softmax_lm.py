@@ -94,12 +94,17 @@ class Case:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.calibration_text, held_out = texts(args, folder)
-        self.held_out = self.draw(held_out, args.tokens, 0)
+        self.held_out = self.draw(held_out, args.tokens or self.whole(held_out), 0)
         self.calibration = self.draw(self.calibration_text, args.calibration, 0)
         self.reference = [
             [logits for _, logits in run(self.model, data)]
             for data in (self.calibration, self.held_out)
         ]
+
+    def whole(self, words: list[str]) -> int:
+        """Return as many tokens as the windows of a whole text hold."""
+        ids = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+        return sum(map(len, ids)) // (self.context - 1) * self.context
 
     def draw(self, words: list[str], tokens: int, seed: int) -> CalibrationSet:
         """Windows from all over a text, each after the start token."""
@@ -312,7 +317,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="folder of stories260k, babyllama105, tinystories")
     add("--bits", type=int, nargs="+", default=[8], help="of the softmax (8)")
-    add("--tokens", type=int, default=16384, help="of held-out windows together (16,384)")
+    add("--tokens", type=int, default=16384, help="of held-out windows (16,384; 0: the text)")
     add("--calibration", type=int, default=6144, help="of calibration windows together (6,144)")
     add("--seeds", type=int, default=1, help="calibration sets for the biases (1)")
     add("--guard", action="store_true", help="also what quantize_softmax would leave out")

@@ -31,6 +31,7 @@ __all__ = [
     "perplexity",
     "read_text",
     "series",
+    "series_folders",
     "small",
     "study",
 ]
@@ -54,12 +55,17 @@ def read_text(path: Path, characters: int = 300_000) -> str:
 Cases = Iterator[tuple[str, Case]]
 
 
+def series_folders(models: Path) -> list[Path]:
+    """Return the folders that `benchmarks.papers.size_series` wrote, the smallest model first."""
+    return sorted(models.glob("opt-*"), key=lambda p: (p / "model.safetensors").stat().st_size)
+
+
 def series(args: argparse.Namespace) -> Cases:
     """Yield the models that `benchmarks.papers.size_series` wrote, the smallest first."""
     if args.models is None or args.data is None:
         raise SystemExit("say which models: --model DIR, or --models DIR and --data DIR")
     books = args.data / "gutenberg"
-    for folder in sorted(p.parent for p in args.models.glob("opt-*/config.json")):
+    for folder in series_folders(args.models):
         yield (
             folder.name,
             case_of(folder, books / "valid.txt.gz", books / "test.txt.gz", args.windows),
