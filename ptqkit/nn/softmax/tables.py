@@ -146,8 +146,11 @@ class TableGridQuantizer:
     def __call__(self, p: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """Return the quantized and corrected probabilities (batch, heads, q, k), dtype as given."""
         # e / sum(e) over the row's largest is e.
-        largest = row_largest(p, allowed) if self.grid.before else torch.ones(())
-        y = self.grid.round(p.float() / largest.to(p.device)) * largest.to(p.device)
+        if self.grid.before:
+            largest = row_largest(p, allowed)
+            y = self.grid.round(p.float() / largest) * largest
+        else:
+            y = self.grid.round(p.float())
         seen = torch.ones_like(y, dtype=torch.bool) if allowed is None else allowed.expand_as(y)
         y = y.masked_fill_(~seen, 0.0)
         if self.correction is not None:
