@@ -46,6 +46,12 @@ static void amx_enter(void) {
 
 static void amx_leave(void) { _tile_release(); }
 
+/* Cache lines to fetch at each of `steps` steps. */
+static inline int64_t lines_of(const ptq_ahead *ahead, int64_t steps) {
+    const int64_t lines = (ahead->end - ahead->start) / WORDS;
+    return steps ? (lines + steps - 1) / steps : 0;
+}
+
 /* ---- int8 ------------------------------------------------------------------------------ */
 
 _Static_assert(SIDE <= PTQ_INT8_MAX_MR, "results of a tile fit what the caller has for them");
@@ -71,10 +77,13 @@ typedef struct {
 static inline __attribute__((always_inline)) void amx_int8_tiles(int halves, int panels,
                                                                  const int8_t *A, const uint32_t *B,
                                                                  int64_t stride, int64_t words,
-                                                                 int32_t *C, int64_t ldc) {
+                                                                 int32_t *C, int64_t ldc,
+                                                                 const ptq_ahead *ahead) {
     const uint32_t *B1 = B + stride;
     const int64_t row = ldc * (int64_t)sizeof *C, whole = words / WORDS;
     int32_t *const lower = C + ROWS * ldc;
+    const uint32_t *next = ahead->start;
+    const int64_t lines = lines_of(ahead, whole);
     amx_rest rest;
     _tile_loadd(0, C, row);
     if (panels > 1) _tile_loadd(1, C + PTQ_LANES, row);
@@ -101,6 +110,7 @@ static inline __attribute__((always_inline)) void amx_int8_tiles(int halves, int
             _tile_dpbsud(2, 5, 6);
             if (panels > 1) _tile_dpbsud(3, 5, 7);
         }
+        for (int64_t i = 0; i < lines; i++, next += WORDS) __builtin_prefetch(next, 0, 2);
     }
     _tile_stored(0, C, row);
     if (panels > 1) _tile_stored(1, C + PTQ_LANES, row);
@@ -109,13 +119,14 @@ static inline __attribute__((always_inline)) void amx_int8_tiles(int halves, int
 }
 
 static void amx_int8_dots(int tokens, int panels, const void *strip, const uint32_t *B,
-                          int64_t stride, int64_t words, int32_t *C, int64_t ldc) {
+                          int64_t stride, int64_t words, int32_t *C, int64_t ldc,
+                          const ptq_ahead *ahead) {
     if (panels > 1) {
-        if (tokens > ROWS) amx_int8_tiles(2, 2, strip, B, stride, words, C, ldc);
-        else amx_int8_tiles(1, 2, strip, B, stride, words, C, ldc);
+        if (tokens > ROWS) amx_int8_tiles(2, 2, strip, B, stride, words, C, ldc, ahead);
+        else amx_int8_tiles(1, 2, strip, B, stride, words, C, ldc, ahead);
     } else {
-        if (tokens > ROWS) amx_int8_tiles(2, 1, strip, B, stride, words, C, ldc);
-        else amx_int8_tiles(1, 1, strip, B, stride, words, C, ldc);
+        if (tokens > ROWS) amx_int8_tiles(2, 1, strip, B, stride, words, C, ldc, ahead);
+        else amx_int8_tiles(1, 1, strip, B, stride, words, C, ldc, ahead);
     }
 }
 
@@ -127,7 +138,7 @@ static void amx_gemm(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *
     (void)sa;
     const int64_t row = SIDE * (int64_t)sizeof *C;
     const uint32_t *next = ahead->start;
-    const ptrdiff_t lines = ((ahead->end - next) * WORDS + K * WORDS - 1) / (K * WORDS);
+    const int64_t lines = lines_of(ahead, K / WORDS);
     WRITTEN();
     _tile_loadd(0, C, row);
     _tile_loadd(1, C + ROWS, row);
@@ -141,7 +152,7 @@ static void amx_gemm(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, A + TILE, ROW);
         _tile_dpbf16ps(2, 5, 6);
-        for (ptrdiff_t i = 0; i < lines; i++, next += WORDS) __builtin_prefetch(next, 0, 2);
+        for (int64_t i = 0; i < lines; i++, next += WORDS) __builtin_prefetch(next, 0, 2);
         _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, C, row);

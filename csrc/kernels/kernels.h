@@ -240,9 +240,9 @@ typedef struct {
     /* Codes of `tokens` rows of n, `stride` apart, into a strip; absent tokens are zero. */
     void (*pack)(const int8_t *codes, int64_t stride, int64_t n, int tokens, void *strip);
     /* C (mr, panels * PTQ_LANES) += products of tokens <= mr rows and panels <= panels whose first
-     * words are `stride` words apart, modulo 2^32. */
+     * words are `stride` words apart, modulo 2^32. Only matrix units heed `ahead`. */
     void (*dots)(int tokens, int panels, const void *strip, const uint32_t *B, int64_t stride,
-                 int64_t words, int32_t *C, int64_t ldc);
+                 int64_t words, int32_t *C, int64_t ldc, const ptq_ahead *ahead);
     /* Around the calls of `dots` of one thread, without ptq_should_stop; NULL: nothing to do. */
     void (*enter)(void);
     void (*leave)(void);
