@@ -292,8 +292,8 @@ static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
     choose_tiles(u, tokens, threads);
     const int64_t rows = ptq_round_up(rows_for(u, chunk_of(u, tokens)), u->depth);
     const int64_t words = u->panels * rows * u->nr;
-    u->packed = ptq_alloc(words, sizeof(float));
-    u->left = u->turned ? ptq_alloc(words, sizeof(float)) : u->packed;
+    u->packed = ptq_alloc_large(words, sizeof(float));
+    u->left = u->turned ? ptq_alloc_large(words, sizeof(float)) : u->packed;
     u->work = ptq_alloc(threads * u->wide * u->tile * u->nr * u->nr, sizeof(float));
     const ptq_status status =
         u->packed && u->left && u->work ? update_chunks(u, tokens, threads) : PTQ_NOMEM;
