@@ -294,7 +294,7 @@ def by_text(args: argparse.Namespace) -> Records:
     """The largest model on three texts."""
     if args.models is None or args.data is None:
         raise SystemExit("texts needs --models DIR and --data DIR")
-    folder = max(args.models.glob("opt-*"), key=lambda p: p.name)
+    *_, folder = measure.series_folders(args.models)
     calibration = [measure.read_text(args.data / "gutenberg" / "valid.txt.gz")]
     found: Records = []
     for text, path in TEXTS.items():
@@ -311,7 +311,7 @@ def by_text(args: argparse.Namespace) -> Records:
 
 def text_tables(records: Records) -> list[Table]:
     name = records[0]["model"]
-    note = "Calibrated on prose. Perplexities are per piece of the model's own 512."
+    note = "Calibrated on prose. Perplexities are per piece of the model's own vocabulary."
     return [
         perplexities(records, f"Perplexity of {name} by text", "text", note),
         gains(records, "RTN", "GPTQ", "text"),
