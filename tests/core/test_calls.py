@@ -229,6 +229,7 @@ OPTIONAL = {  # None is allowed
     ("hessian_update", 3),
     ("cross_update", 5),
     ("target_correction", 2),
+    ("couple_block", 1),
     ("rtn", 3),
     ("activation_range", 2),
     ("activations_quantize", 2),
