@@ -17,6 +17,7 @@ from ptqkit.hf.quantization.float_logits import split_windows
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.nn.device_coupling import couple_rows_on
 from ptqkit.nn.output_moments import OutputMoments, output_moments
+from ptqkit.nn.transfer import computes
 
 __all__ = ["couple_stack", "measure_outputs"]
 
@@ -73,7 +74,7 @@ def couple_stack(
     parts, name = list(moments.parts(names)), ", ".join(names)
     if not parts:
         return matrix
-    if weight.device.type != "cpu":
+    if computes(weight.device):
         return couple_rows_on(
             weight, matrix, source.matrix, parts, passes=passes, threads=threads, name=name
         )
