@@ -230,6 +230,7 @@ OPTIONAL = {  # None is allowed
     ("cross_update", 5),
     ("target_correction", 2),
     ("rtn", 3),
+    ("couple_block", 1),
     ("activation_range", 2),
     ("activations_quantize", 2),
     ("activation_statistics", 2),
