@@ -8,6 +8,7 @@ __all__ = [
     "LONGEST_LINE",
     "SAMPLES",
     "SEQUENCE_LENGTH",
+    "TUNE_CODES",
     "TUNE_STEPS",
 ]
 
@@ -25,6 +26,9 @@ FORWARD_BATCH_SIZE = 8
 
 LONGEST_LINE = 1 << 28
 """Characters of a line of a .jsonl file: a compressed one may expand without end."""
+
+TUNE_CODES = 0.01
+"""How far a code before rounding moves in a step of learning, if codes learn."""
 
 TUNE_STEPS = 150
 """Steps in which scales, gains and biases learn."""

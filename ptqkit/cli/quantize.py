@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH, TUNE_STEPS
+from ptqkit._defaults import SAMPLES, SEQUENCE_LENGTH, TUNE_CODES, TUNE_STEPS
 from ptqkit._places import claim_place
 from ptqkit._units import parse_bytes
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
@@ -215,6 +215,21 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="afterwards let scales, norm gains and biases learn from the float model's logits, so "
         f"many steps ({TUNE_STEPS} if no number follows; default: 0, or the recipe's)",
+    )
+    group.add_argument(
+        "--tune-codes",
+        nargs="?",
+        type=float,
+        const=TUNE_CODES,
+        metavar="RATE",
+        help=f"with --tune: codes learn too, at this rate ({TUNE_CODES} if no number follows); "
+        "give 1000 steps or more, and --tune-own-text",
+    )
+    group.add_argument(
+        "--tune-own-text",
+        type=int,
+        metavar="WINDOWS",
+        help="with --tune: so many windows that the float model writes itself are learned from too",
     )
     group.add_argument(
         "--calibrate-on",
@@ -434,6 +449,8 @@ _PLAIN = (
     "calibrate_all_experts",
     "calibrate_on",
     "tune",
+    "tune_codes",
+    "tune_own_text",
 )
 _OF_GPTQ = (
     "order",

@@ -9,6 +9,7 @@ from .checkpoint.save import save_checkpoint as save_checkpoint
 from .checkpoint.stored_model import StoredModel as StoredModel
 from .data.calibration import CalibrationSet as CalibrationSet
 from .data.calibration import prepare_calibration as prepare_calibration
+from .data.own_text import own_text as own_text
 from .diagnostics.compare import Comparison as Comparison
 from .diagnostics.compare import compare as compare
 from .diagnostics.diagnose import diagnose as diagnose

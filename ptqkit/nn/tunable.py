@@ -1,4 +1,4 @@
-"""Linear layers on fixed codes whose scales have gradients, and the loss that they learn from."""
+"""Linear layers on codes whose scales have gradients, and the loss that they learn from."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from ptqkit.nn.linear import is_conv1d
 
 __all__ = ["TunableMatrix", "divergence", "round_to", "tunable_forwards"]
 
+# How far a latent may be outside of the codes: less than what would round beyond them.
+_BEYOND = 0.49
 # Tokens whose logits are turned into probabilities at once.
 _TOKENS = 256
 
@@ -28,15 +30,24 @@ class TunableMatrix:
     matrix : QuantizedMatrix
     device : torch.device
         On the host the codes are not copied.
+    learn_codes : bool
+        Have ``latents``, and round them in every pass.
 
     Attributes
     ----------
     scales : Tensor of float32, shape (out, groups), or (1, 1) if there is one for the whole matrix
         What is to be learned; a leaf.
+    latents : Tensor of float32, shape (out, in), or None
+        Codes before rounding, a leaf; rounding passes their gradient on as it is (the
+        straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
     """
 
-    def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
+    def __init__(
+        self, matrix: QuantizedMatrix, device: torch.device, learn_codes: bool = False
+    ) -> None:
         self._codes = torch.from_numpy(matrix.codes).to(device)
+        self._top = max(1, matrix.max_code)
+        self.latents = self._codes.float().requires_grad_() if learn_codes else None
         zeros = torch.from_numpy(matrix.zero_points).to(device, torch.float32)
         scales = torch.from_numpy(matrix.scales.copy()).to(device)
         groups, inputs = scales.shape[1], matrix.shape[1]
@@ -52,13 +63,26 @@ class TunableMatrix:
         self._shape = tuple(scales.shape)
         self.scales = (scales[:1, :1] if matrix.per_tensor else scales).requires_grad_()
 
+    def codes(self) -> torch.Tensor:
+        """Return the codes: uint8, or whole numbers in float32 if they learn."""
+        if self.latents is None:
+            return self._codes
+        return self.latents.detach().clamp(0, self._top).round_()
+
+    @torch.no_grad()
+    def limit(self) -> None:
+        """Keep latents where a step of one code changes what they round to."""
+        if self.latents is not None:
+            self.latents.clamp_(-_BEYOND, self._top + _BEYOND)
+
     def steps(self) -> torch.Tensor:
         """Return ``code - zero`` as float32, (out, in)."""
         rows, groups = self._shape
+        codes = self.codes()
         if self._index is not None:
-            return self._codes - self._zeros[:, self._index]
-        parts = self._codes.view(rows, groups, -1) - self._zeros[:, :, None]
-        return parts.view(self._codes.shape)
+            return codes - self._zeros[:, self._index]
+        parts = codes.view(rows, groups, -1) - self._zeros[:, :, None]
+        return parts.view(codes.shape)
 
     def weight(self, scales: torch.Tensor) -> torch.Tensor:
         """Return ``scale * (code - zero)`` as float32, the bits of ``matrix.dequantize()``."""
@@ -79,11 +103,19 @@ class TunableMatrix:
             summed = each.view(rows, groups, -1).sum(-1)
         return summed.sum().view(1, 1) if self.scales.shape != self._shape else summed
 
+    def code_gradient(self, scales: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient for the latents from that for the weight, float32 (out, in)."""
+        rows, groups = self._shape
+        if self._index is not None:
+            return gradient * scales.expand(rows, groups)[:, self._index]
+        parts = gradient.view(rows, groups, -1) * scales.expand(rows, groups)[:, :, None]
+        return parts.view(gradient.shape)
+
     def apply(
         self, scales: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return ``value @ weight.T + bias`` with gradients for all three."""
-        result: torch.Tensor = _Product.apply(value, scales, bias, self)
+        """Return ``value @ weight.T + bias`` with gradients for all of them."""
+        result: torch.Tensor = _Product.apply(value, scales, self.latents, bias, self)
         return result
 
 
@@ -95,6 +127,7 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         value: torch.Tensor,
         scales: torch.Tensor,
+        latents: torch.Tensor | None,
         bias: torch.Tensor | None,
         matrix: TunableMatrix,
     ) -> torch.Tensor:
@@ -107,15 +140,17 @@ class _Product(torch.autograd.Function):
         value, scales = ctx.saved_tensors
         matrix: TunableMatrix = ctx.matrix
         rows = gradient.reshape(-1, gradient.shape[-1])
-        of_value = of_scales = of_bias = None
+        of_value = of_scales = of_codes = of_bias = None
         if ctx.needs_input_grad[0]:
             of_value = gradient @ matrix.weight(scales).to(gradient.dtype)
         if ctx.needs_input_grad[1]:
-            product = rows.T @ value.reshape(-1, value.shape[-1])
-            of_scales = matrix.scale_gradient(product.to(torch.float32))
-        if ctx.needs_input_grad[2]:
+            product = (rows.T @ value.reshape(-1, value.shape[-1])).to(torch.float32)
+            of_scales = matrix.scale_gradient(product)
+            if ctx.needs_input_grad[2]:
+                of_codes = matrix.code_gradient(scales, product)
+        if ctx.needs_input_grad[3]:
             of_bias = rows.sum(0)
-        return of_value, of_scales, of_bias, None
+        return of_value, of_scales, of_codes, of_bias, None
 
 
 @contextlib.contextmanager

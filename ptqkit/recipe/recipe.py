@@ -33,6 +33,16 @@ _CHOICES = {
 PROPAGATIONS = ("error_propagation", "residual_propagation")
 
 
+#: Fields of tuning, which comes after the run.
+_TUNING = ("tune", "tune_codes", "tune_own_text")
+
+
+def _check_share(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
+
+
 def match_pattern(pattern: str, name: str) -> bool:
     r"""Return whether a layer name matches a glob (``*.mlp.*``) or a regex (``re:.*\.q_proj``)."""
     if pattern.startswith("re:"):
@@ -108,6 +118,12 @@ class Recipe:
     tune : int
         Steps of tuning after the run (:func:`ptqkit.hf.tune`; 150 is a good number): scales, norm
         gains and biases learn from the float model's logits. 0: none. It holds for the whole run.
+    tune_codes : float
+        Rate at which codes learn in tuning, in codes per step (0.01 is a good number, with 1000
+        steps and more and ``tune_own_text``). 0: codes stay. It holds for the whole run.
+    tune_own_text : int
+        Windows that the float model writes itself (:func:`ptqkit.hf.own_text`), to be tuned on
+        besides the calibration windows. It holds for the whole run.
     calibrate_on : {"quantized", "float"}
         Whose inputs a layer is calibrated on: those that it gets from the quantized layers before
         it, or those of the float model. It holds for the whole run.
@@ -160,6 +176,8 @@ class Recipe:
     equalization: Equalization | None = None
     bias_correction: bool = False
     tune: int = 0
+    tune_codes: float = 0.0
+    tune_own_text: int = 0
     calibrate_on: str = "quantized"
     calibrate_all_experts: bool = False
     overrides: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
@@ -207,6 +225,11 @@ class Recipe:
             raise ValueError(f"beam_width={self.beam_width} needs feedback=True")
         check_int("block_size", self.block_size, 1)
         check_int("tune", self.tune, 0)
+        check_int("tune_own_text", self.tune_own_text, 0)
+        _check_share("tune_codes", self.tune_codes)
+        for name in ("tune_codes", "tune_own_text"):
+            if getattr(self, name) and not self.tune:
+                raise ValueError(f"{name}={getattr(self, name)} needs steps of tuning; give tune")
         check_int("min_zero_point", self.min_zero_point, 0, 1)
         for name in (
             "symmetric",
@@ -239,10 +262,7 @@ class Recipe:
 
     def _check_propagation(self) -> None:
         for name in PROPAGATIONS:
-            alpha = getattr(self, name)
-            number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-            if not number or not 0 <= alpha <= 1:
-                raise ValueError(f"{name} must be a number from 0 to 1, not {alpha!r}")
+            _check_share(name, getattr(self, name))
         setting = self.propagation
         if not setting:
             return
@@ -314,7 +334,7 @@ class Recipe:
         check_names(change, where, _names())
         if {"overrides", "include"} & set(change):
             raise ValueError(f"{where} cannot hold overrides or include")
-        whole = ("equalization", "calibrate_on", "calibrate_all_experts", "tune")
+        whole = ("equalization", "calibrate_on", "calibrate_all_experts", *_TUNING)
         for name in (*PROPAGATIONS, *whole):
             if name in change:
                 raise ValueError(f"{where} cannot hold {name}: it holds for the whole run")

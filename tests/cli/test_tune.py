@@ -24,6 +24,14 @@ def test_steps():
         _steps("-3")
 
 
+def test_codes_and_own_text():
+    parse = build_parser().parse_args
+    args = ("quantize", "demo", "--out", "q", "--tune", "9", "--tune-codes")
+    assert _recipe(parse([*args])).tune_codes == 0.01
+    recipe = _recipe(parse([*args, "0.03", "--tune-own-text", "64"]))
+    assert (recipe.tune, recipe.tune_codes, recipe.tune_own_text) == (9, 0.03, 64)
+
+
 def test_tunes_and_says_so(folder, tmp_path, capsys):
     file = tmp_path / "q.json"
     options = ("--bits", "2", "--tune", "2", "--json", str(file))

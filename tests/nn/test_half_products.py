@@ -57,18 +57,18 @@ def test_sums_are_those_of_float32_to_rounding(dtype, tensor_cores):
     x = values(dtype)
     exact = 2 * (x.double().T @ x.double()).numpy() / len(x)
     np.testing.assert_allclose(hessian(x), exact, rtol=0, atol=1e-6 * exact.max())
-    assert tensor_cores == [300]
+    assert tensor_cores == [256, 44]
     mask = torch.arange(300) % 3 > 0
     found, kept = hessian(x, mask), x[mask].double()
     np.testing.assert_allclose(
         found, 2 * (kept.T @ kept).numpy() / len(kept), rtol=0, atol=1e-6 * exact.max()
     )
-    assert tensor_cores == [300, 200]
+    assert tensor_cores == [256, 44, 200]
 
 
 def test_long_sums_are_made_of_short_ones(tensor_cores):
-    hessian(values(torch.bfloat16, 5000, 2))
-    assert tensor_cores == [2048, 2048, 904]
+    hessian(values(torch.bfloat16, 600, 2))
+    assert tensor_cores == [256, 256, 88]
 
 
 def test_differences_are_multiplied_in_parts_without_rounding(tensor_cores):
@@ -77,7 +77,7 @@ def test_differences_are_multiplied_in_parts_without_rounding(tensor_cores):
     found.update(a, b)
     exact = 2 * ((a.double() - b.double()).T @ b.double()).numpy() / len(a)
     np.testing.assert_allclose(found.finish().matrix, exact, rtol=0, atol=2e-7 * abs(exact).max())
-    assert tensor_cores == [300, 300, 300]
+    assert tensor_cores == [256] * 3 + [44] * 3
     rest = (a.float() - b.float())[:1]
     for _ in range(3):
         rest = rest - rest.bfloat16()

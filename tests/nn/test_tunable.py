@@ -140,3 +140,32 @@ def test_forwards_are_put_back_also_after_an_error():
         raise RuntimeError("stop")
     assert torch.equal(module(x), before)
     assert "forward" not in module.__dict__ and other.__dict__["forward"] is own
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_codes_that_learn_begin_as_they_are_and_have_the_gradient_of_their_weight(name):
+    made, rng = matrix(**MATRICES[name]), np.random.default_rng(5)
+    tuned = TunableMatrix(made, CPU, learn_codes=True)
+    weight = tuned.weight(tuned.scales.detach()).numpy()
+    assert weight.tobytes() == made.dequantize().tobytes()
+    x = torch.from_numpy(rng.normal(size=(9, 20)).astype(np.float32))
+    up = torch.from_numpy(rng.normal(size=(9, 12)).astype(np.float32))
+    y = tuned.apply(tuned.scales, x, None)
+    (found,) = torch.autograd.grad(y, [tuned.latents], up)
+    scales = made.scales[:, made.g_idx].astype(np.float64)
+    expected = (up.double().T @ x.double()).numpy() * scales
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_codes_that_learn_stay_on_their_grid():
+    made = matrix(group_size=5)
+    tuned = TunableMatrix(made, CPU, learn_codes=True)
+    with torch.no_grad():
+        tuned.latents += torch.linspace(-20, 20, 20)
+    tuned.limit()
+    codes = tuned.codes().numpy()
+    assert codes.min() == 0 and codes.max() == made.max_code == 7
+    # From either end, one step of a code comes back in at once.
+    assert tuned.latents.min() > -0.5 and tuned.latents.max() < 7.5
+    expected = np.clip(np.round(made.codes + np.linspace(-20, 20, 20)), 0, 7)
+    assert (codes == expected).mean() > 0.99  # halves may round either way

@@ -350,7 +350,12 @@ def _quantize_inspected(
     """Quantize a model in which no problem was found; the arguments are those of the driver."""
     tuning = None
     if recipe.tune and found.calibration is not None:
-        tuning = TuningOptions(steps=recipe.tune, batch_size=batch_size)
+        tuning = TuningOptions(
+            steps=recipe.tune,
+            batch_size=batch_size,
+            code_rate=recipe.tune_codes,
+            own_text=recipe.tune_own_text,
+        )
         # Its memory is checked now, and taken from what the schedule finds free.
         layers = found.structure.targets
         learned_from = prepare_tuning(model, layers, found.calibration, tuning, budget)

@@ -209,6 +209,7 @@ class QuantizationRun:
             self.plan.ahead,
             self.recipe.calibrate_on == "float",
             processes=self.options.processes,
+            spare=self.plan.spare,
         )
         reason: str | None = self.plan.reason
         with calibration_mode(self.model):

@@ -22,6 +22,7 @@ from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.row_coupling import couple_stack
+from ptqkit.nn.device_refine import refine_on
 from ptqkit.nn.device_solver import corrected_weights, factorize_on
 from ptqkit.nn.matrix_solver import quantize_matrix
 from ptqkit.nn.on_grid import dequantize_on, nearest, row_blocks
@@ -180,15 +181,9 @@ def _solve_stack(
             values, instead = _target(values, layer, options, source, moments, threads, name)
             start = time.perf_counter()
         weight = values.numpy() if device.type == "cpu" else host_copy(values)
-        matrix = quantize_matrix(
-            weight,
-            source,
-            options,
-            threads=threads,
-            compare_rtn=None if diagnostics else False,
-            name=name,
-        )
-        matrix = _coupled(weight, matrix, source, stack, outputs, threads)
+        rtn = None if diagnostics else False
+        matrix = _quantized(weight, values, source, options, threads, rtn, name)
+        matrix = _coupled(values, matrix, source, stack, outputs, threads)
         dequantized = dequantize_on(device, matrix)
         shift = None
         if options.bias_correction:
@@ -221,6 +216,29 @@ def _solve_stack(
     return results
 
 
+def _quantized(
+    weight: np.ndarray,
+    values: torch.Tensor,
+    source: Any,
+    options: Recipe,
+    threads: int,
+    compare_rtn: bool | None,
+    name: str,
+) -> QuantizedMatrix:
+    """Quantize a weight: on the host, but for the passes after the solve if it is on a device.
+
+    With a beam a search follows these passes, on the host.
+    """
+    passes = {"refine_passes": options.refine_passes, "refit_rounds": options.refit_rounds}
+    there = values.device.type != "cpu" and options.method == "gptq" and any(passes.values())
+    there = there and options.beam_width == 1 and options.feedback
+    first = replace(options, refine_passes=0, refit_rounds=0) if there else options
+    matrix = quantize_matrix(
+        weight, source, first, threads=threads, compare_rtn=compare_rtn, name=name
+    )
+    return refine_on(values, matrix, source, **passes, threads=threads) if there else matrix
+
+
 def _read(stack: Sequence[Target]) -> torch.Tensor:
     """Return the weights of some layers as one, float32 (out, in), where they are."""
     if stack[0].view.weight.device.type == "cpu":
@@ -230,7 +248,7 @@ def _read(stack: Sequence[Target]) -> torch.Tensor:
 
 
 def _coupled(
-    weight: np.ndarray,
+    weight: torch.Tensor,
     matrix: QuantizedMatrix,
     source: Any,
     stack: list[Target],

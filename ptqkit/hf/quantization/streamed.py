@@ -22,7 +22,7 @@ from ptqkit.hf.models.experts import ExpertSwap, wanted_by
 from ptqkit.hf.models.recorded import RecordedBlocks
 from ptqkit.hf.models.structure import Structure, Target, find_structure
 from ptqkit.hf.quantization.inspection import Inspection
-from ptqkit.hf.quantization.memory import memory_limit
+from ptqkit.hf.quantization.memory import memory_limit, spare_memory
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.plan import Plan, estimate_memory, experts_at_once, plan_overlap
 from ptqkit.hf.quantization.preflight import check_finite
@@ -165,7 +165,8 @@ def plan_stream(
     models = 2 if propagate else 1
     block = models * (source.block_bytes() + source.rest_bytes())
     block += max(weights.values(), default=0)
-    limit, whose, free = memory_limit(device_of(source.model), budget)
+    device = device_of(source.model)
+    limit, whose, free = memory_limit(device, budget)
     if inspection.calibration is None:
         largest = max(t.view.shape[0] * t.view.shape[1] for t in structure.targets.values())
         held = spooled = block + 4 * 4 * largest
@@ -182,23 +183,25 @@ def plan_stream(
         )
         held = block + needed.replay - needed.codes
         spooled = held - needed.outputs
-    spool = held > limit
+    spool = held + spare_memory(device, held) > limit
+    spare = spare_memory(device, spooled if spool else held)
+    expected = spare + (spooled if spool else held)
     estimate: dict[str, int | None] = {
-        "estimate_streamed": spooled if spool else held,
+        "estimate_streamed": expected,
         "block": source.block_bytes(),
         "budget": budget,
         "available": free,
     }
     warnings = []
-    if spool and spooled > limit:
+    if spool and expected > limit:
         text = (
-            f"one block at a time, with outputs in files, needs about {show_bytes(spooled)}, the "
+            f"one block at a time, with outputs in files, needs about {show_bytes(expected)}, the "
             f"{whose} is {show_bytes(limit)}"
         )
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower batch_size or sequence_length"])
         warnings.append(text)
-    room = limit - (spooled if spool else held)
+    room = limit - expected
     at_once = experts_at_once(inspection, room)
     overlap = plan_overlap(source.model, inspection, at_once, room)
     if inspection.experts:
@@ -206,7 +209,7 @@ def plan_stream(
     schedule = "no calibration" if inspection.calibration is None else "replay"
     reason = "the model is streamed from its files"
     reason += ", outputs of blocks too" if spool and inspection.calibration is not None else ""
-    return StreamPlan(schedule, reason, False, estimate, warnings, at_once, *overlap, spool)
+    return StreamPlan(schedule, reason, False, estimate, warnings, at_once, *overlap, spare, spool)
 
 
 def state_bytes(
@@ -340,6 +343,7 @@ class StreamedRun(QuantizationRun):
             found.experts,
             self.plan.experts_at_once,
             self.plan.ahead,
+            spare=self.plan.spare,
         )
 
     def _restore(self, block: FinishedBlock) -> None:

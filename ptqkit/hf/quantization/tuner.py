@@ -19,6 +19,7 @@ from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import UnsupportedModuleError, UsageError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
+from ptqkit.hf.data.own_text import own_text
 from ptqkit.hf.models.dtypes import as_dtype, dtype_of
 from ptqkit.hf.models.experts import ExpertSwap, wanted_for
 from ptqkit.hf.progress import Progress, close_progress, make_progress
@@ -68,6 +69,9 @@ class TuningData:
     Attributes
     ----------
     windows : list of dict
+        Calibration windows, then those of the model's own text.
+    own : int
+        How many of them are its own text.
     logits : FloatLogits
     memory : dict of str to int
         See :class:`TuningReport`.
@@ -77,6 +81,7 @@ class TuningData:
     __repr__ = one_line_repr
 
     windows: list[Window]
+    own: int
     logits: FloatLogits
     memory: dict[str, int]
     seconds: float
@@ -100,10 +105,11 @@ def tune(
 ) -> _R:
     """Let scales, norm gains and biases of a quantized model learn from the float model's logits.
 
-    Codes and zero-points stay, so every format that holds the result holds the tuned one: all of
-    them store zero-points as integers, which have no gradient. Adam minimizes KL(float ||
-    quantized) per token; scales, gains and biases are rounded to their storage type in every
-    forward pass. One window in eight is held out: the step with the least loss on those is kept,
+    Zero-points stay, and codes too unless ``code_rate`` lets them learn, so that every format that
+    holds the result holds the tuned one. Adam minimizes KL(float || quantized) per token; scales,
+    gains, biases and codes are rounded to what is stored in every forward pass. Codes are many:
+    calibration text alone is soon learned by heart, and ``own_text`` adds what the float model
+    writes itself. One window in eight is held out: the step with the least loss on those is kept,
     and step 0 is among them, so that their loss never rises. Fewer than 2 windows are an error.
 
     The model changes in place, at the very end: after an error, or Ctrl-C, it is as it was. Neither
@@ -132,8 +138,8 @@ def tune(
     progress : bool or callable, optional
         See :func:`ptqkit.hf.progress.make_progress`.
     **options
-        Of :class:`~ptqkit.hf.quantization.tuning.TuningOptions`: ``windows`` per step, ``rate``,
-        ``scale_rate``, ``held_out``, ``checks``, ``patience``.
+        Of :class:`~ptqkit.hf.quantization.tuning.TuningOptions`: ``code_rate``, ``own_text``,
+        ``windows`` per step, ``rate``, ``scale_rate``, ``held_out``, ``checks``, ``patience``.
 
     Returns
     -------
@@ -156,6 +162,10 @@ def tune(
     >>> result = ptqkit.quantize(model, "best", "train.txt", tokenizer=tokenizer, bits=3)
     >>> ptqkit.hf.tune(result, "train.txt")
     >>> print(result.tuning)
+
+    Codes learn too, for minutes, which takes much further at 2 to 4 bits:
+
+    >>> ptqkit.hf.tune(result, "train.txt", 1000, code_rate=0.01, own_text=2048, windows=16)
     """
     check_int("steps", steps, 0)
     chosen = TuningOptions(steps=steps, batch_size=batch_size, seed=seed, **options)
@@ -179,9 +189,11 @@ def tune(
             _check_inputs(model, result.matrices)
             needed, free = _measure(model, result.matrices, data, chosen, budget)
         start = time.perf_counter()
-        windows = split_windows(data.batches)
-        logits = _float_logits(model, float_model, windows, batch_size)
-        ready = TuningData(windows, logits, _told(needed, free), time.perf_counter() - start)
+        with _as_float(model, float_model) as source:
+            windows, logits = source.learned_from(data, chosen)
+        told = _told(needed, free)
+        seconds = time.perf_counter() - start
+        ready = TuningData(windows, chosen.own_text, logits, told, seconds)
     with _expert_layers(model, result.matrices):
         return tune_prepared(result, ready, chosen, make_progress(progress))
 
@@ -219,10 +231,9 @@ def prepare_tuning(
     start = time.perf_counter()
     with torch.inference_mode(False):
         needed, free = _measure(model, layers, data, options, budget)
-        windows = split_windows(data.batches)
-        size = options.batch_size
-        logits = record_logits(model, windows, batch_size=size, copy_head=copy_head)
-    return TuningData(windows, logits, _told(needed, free), time.perf_counter() - start)
+        windows, logits = _Float(model, stays=not copy_head).learned_from(data, options)
+    told = _told(needed, free)
+    return TuningData(windows, options.own_text, logits, told, time.perf_counter() - start)
 
 
 def tune_prepared(
@@ -241,6 +252,7 @@ def tune_prepared(
                 options,
                 stored,
                 progress,
+                data.own,
             )
             if learned is not None:
                 write_learned(result.model, result.matrices, learned)
@@ -265,9 +277,12 @@ def _measure(
     free = available_memory(device_of(model))
     learned = sum(p.numel() for p in learned_vectors(model).values())
     # A scale per 32 weights is more than most grids have.
-    learned += sum(m.weight.numel() // 32 for m in modules.values())
+    weights = sum(m.weight.numel() for m in modules.values())
+    learned += weights if options.code_rate > 0 else weights // 32
     limit = free if budget is None else budget
-    needed = measure_memory(model, modules, windows, options.batch_size, learned, limit)
+    needed = measure_memory(
+        model, modules, windows, options.batch_size, learned, limit, options.own_text
+    )
     return needed, check_memory(needed, model, budget)
 
 
@@ -289,26 +304,55 @@ def _check_inputs(model: nn.Module, matrices: Mapping[str, QuantizedMatrix]) -> 
             )
 
 
-def _float_logits(
-    model: nn.Module,
-    source: nn.Module | FloatWeights | str | os.PathLike[str] | None,
-    windows: list[Window],
-    batch_size: int,
-) -> FloatLogits:
-    """Return the float model's logits, from wherever it is."""
+@dataclass(frozen=True)
+class _Float:
+    """A float model: the module, values of its parameters if it has others, whether they stay."""
+
+    model: nn.Module
+    parameters: dict[str, torch.Tensor] | None = None
+    stays: bool = False
+
+    def learned_from(
+        self, data: CalibrationSet, options: TuningOptions
+    ) -> tuple[list[Window], FloatLogits]:
+        """Return the windows, the model's own text last, and its logits on them."""
+        windows = split_windows(data.batches)
+        if options.own_text:
+            windows += own_text(
+                self.model,
+                windows,
+                options.own_text,
+                seed=options.seed,
+                parameters=self.parameters,
+            )
+        return windows, record_logits(
+            self.model,
+            windows,
+            self.parameters,
+            batch_size=options.batch_size,
+            copy_head=not self.stays,
+        )
+
+
+@contextlib.contextmanager
+def _as_float(
+    model: nn.Module, source: nn.Module | FloatWeights | str | os.PathLike[str] | None
+) -> Iterator[_Float]:
+    """Yield the float model, wherever it is."""
     if isinstance(source, FloatWeights):
         if source.model is not model:
             raise UsageError("float_model: these FloatWeights are of another model object")
-        return record_logits(model, windows, source.parameters(), batch_size=batch_size)
-    if isinstance(source, nn.Module):
+        yield _Float(model, source.parameters())
+    elif isinstance(source, nn.Module):
         if source is model:
             raise UsageError(
                 "float_model is the quantized model itself; give the float one, or FloatWeights "
                 "made before it was quantized"
             )
-        return record_logits(source, windows, batch_size=batch_size)
-    with contextlib.closing(_Loaded(model, source)) as loaded:
-        return record_logits(loaded.model, windows, batch_size=batch_size, copy_head=False)
+        yield _Float(source)
+    else:
+        with contextlib.closing(_Loaded(model, source)) as loaded:
+            yield _Float(loaded.model, stays=True)
 
 
 class _Loaded:

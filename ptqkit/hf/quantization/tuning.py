@@ -1,4 +1,4 @@
-"""Tune a quantized model: its scales, norm gains and biases learn from the float model's logits."""
+"""Tune a quantized model: scales, gains, biases and codes learn from the float model's logits."""
 
 from __future__ import annotations
 
@@ -60,20 +60,26 @@ class TuningOptions:
     ----------
     steps : int
         Steps of Adam; the rates fall to zero along a cosine.
-    windows : int
-        Calibration windows per step.
+    windows : int, optional
+        Windows per step; by default 8, and 16 if codes learn.
     batch_size : int
         Windows per forward and backward pass; gradients are added up.
     scale_rate : float
         Learning rate of a layer's scales, as a fraction of their mean.
     rate : float
         Learning rate of gains and biases.
+    code_rate : float
+        Learning rate of codes before rounding, in codes; 0: codes stay.
+    own_text : int
+        Windows that the float model writes itself (:func:`ptqkit.hf.own_text`) and that are learned
+        from besides the calibration windows.
     held_out : int
         One of so many windows is not learned from and decides which step is kept.
     checks : int
         How often the held-out loss is measured.
     patience : int
-        Checks in a row without a lower held-out loss after which tuning stops.
+        Checks in a row without a lower held-out loss after which tuning stops; not if codes learn:
+        they may be worse until the rates have fallen.
     seed : int
         Of the order of the windows.
     """
@@ -81,10 +87,12 @@ class TuningOptions:
     __repr__ = one_line_repr
 
     steps: int = TUNE_STEPS
-    windows: int = 8
+    windows: int | None = None
     batch_size: int = BATCH_SIZE
     scale_rate: float = 4e-3
     rate: float = 3e-4
+    code_rate: float = 0.0
+    own_text: int = 0
     held_out: int = 8
     checks: int = 15
     patience: int = 5
@@ -104,9 +112,11 @@ class TuningReport(Tabular):
     loss_before, loss_after : float
         Mean over the tokens of the held-out windows of KL(float || quantized) in nats.
     windows, held_out : int
-        Calibration windows that were learned from, and that decided.
+        Windows that were learned from, those of the model's own text among them, and that decided.
     learned : int
-        Number of scales, gains and biases.
+        Number of scales, gains and biases, and codes if they learn.
+    codes_changed : int
+        Codes that are not what the solver made them.
     checks : list of (int, float)
         Steps at which the held-out loss was measured, and what it was.
     seconds : float
@@ -127,6 +137,7 @@ class TuningReport(Tabular):
     checks: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)
+    codes_changed: int = 0
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"step": step, "loss": loss} for step, loss in self.checks]
@@ -153,12 +164,15 @@ class LearnedValues:
         By layer.
     vectors : dict of str to Tensor
         By parameter, in the parameter's dtype.
+    codes : dict of str to Tensor of uint8, shape (out, in)
+        By layer; empty if codes stay.
     """
 
     __repr__ = one_line_repr
 
     scales: dict[str, torch.Tensor]
     vectors: dict[str, torch.Tensor]
+    codes: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def learned_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -171,10 +185,14 @@ class _Leaves:
     """What learns, and the values that the model runs with: rounded to what files will hold."""
 
     def __init__(
-        self, model: nn.Module, matrices: Mapping[str, QuantizedMatrix], stored: torch.dtype
+        self,
+        model: nn.Module,
+        matrices: Mapping[str, QuantizedMatrix],
+        stored: torch.dtype,
+        learn_codes: bool,
     ) -> None:
         device = device_of(model)
-        self.matrices = {n: TunableMatrix(m, device) for n, m in matrices.items()}
+        self.matrices = {n: TunableMatrix(m, device, learn_codes) for n, m in matrices.items()}
         self._scale_types = {n: as_dtype(m.scale_dtype) for n, m in matrices.items()}
         vectors = learned_vectors(model)
         self._types = {n: (min(stored, p.dtype, key=_width), p.dtype) for n, p in vectors.items()}
@@ -192,7 +210,16 @@ class _Leaves:
     @property
     def all(self) -> list[torch.Tensor]:
         """Every leaf, scales first."""
-        return [*(m.scales for m in self.matrices.values()), *self.vectors.values()]
+        return [
+            *(m.scales for m in self.matrices.values()),
+            *self.vectors.values(),
+            *self.latents.values(),
+        ]
+
+    @property
+    def latents(self) -> dict[str, torch.Tensor]:
+        """Codes before rounding, by layer; empty if codes stay."""
+        return {n: m.latents for n, m in self.matrices.items() if m.latents is not None}
 
     @property
     def count(self) -> int:
@@ -207,6 +234,8 @@ class _Leaves:
         ]
         if self.vectors:
             found.append({"params": list(self.vectors.values()), "lr": options.rate})
+        if self.latents:
+            found.append({"params": list(self.latents.values()), "lr": options.code_rate})
         return [{**group, "base": group["lr"]} for group in found]
 
     def scales(self, name: str) -> torch.Tensor:
@@ -220,8 +249,9 @@ class _Leaves:
 
     @torch.no_grad()
     def limit(self) -> None:
-        """Keep every scale positive."""
+        """Keep every scale positive, and codes within their grid."""
         for name, matrix in self.matrices.items():
+            matrix.limit()
             torch.maximum(matrix.scales, self._floors[name], out=matrix.scales)
 
     @torch.no_grad()
@@ -230,6 +260,7 @@ class _Leaves:
         return LearnedValues(
             {n: self.scales(n).clone() for n in self.matrices},
             {n: round_to(v, *self._types[n]).clone() for n, v in self.vectors.items()},
+            {n: self.matrices[n].codes().to("cpu", torch.uint8) for n in self.latents},
         )
 
 
@@ -283,8 +314,9 @@ def learn(
     options: TuningOptions,
     stored: torch.dtype,
     progress: Progress | None = None,
+    own: int = 0,
 ) -> tuple[LearnedValues | None, TuningReport]:
-    """Learn scales, gains and biases; the model itself stays as it is.
+    """Learn scales, gains, biases and codes; the model itself stays as it is.
 
     Parameters
     ----------
@@ -298,6 +330,8 @@ def learn(
     stored : torch.dtype
         In which gains and biases will be stored.
     progress : callable, optional
+    own : int
+        How many of the windows, the last ones, are the model's own text: none of them is held out.
 
     Returns
     -------
@@ -306,13 +340,18 @@ def learn(
     TuningReport
     """
     start = time.perf_counter()
-    train, held = split_held_out(len(windows), options.held_out)
+    given = len(windows) - own
+    train, held = split_held_out(given, options.held_out)
+    train += range(given, len(windows))
     data = _Data(windows, logits, options.batch_size)
-    leaves = _Leaves(model, matrices, stored)
+    leaves = _Leaves(model, matrices, stored, options.code_rate > 0)
     modules = {name: model.get_submodule(name) for name in matrices}
     stage = ProgressStage(progress, "tuning", options.steps, start=start)
-    optimizer = torch.optim.Adam(leaves.groups(options), foreach=False)
+    # Codes change in jumps: older squares of gradients tell less of them.
+    betas = (0.9, 0.99) if options.code_rate > 0 else (0.9, 0.999)
+    optimizer = torch.optim.Adam(leaves.groups(options), betas=betas, foreach=False)
     order = _endless(train, options.seed)
+    windows_per_step = options.windows or (16 if options.code_rate else 8)
     interval = max(1, round(options.steps / options.checks))
     with (
         calibration_mode(model),
@@ -324,7 +363,7 @@ def learn(
             for group in optimizer.param_groups:
                 turn = math.pi * (step - 1) / options.steps
                 group["lr"] = group["base"] * 0.5 * (1.0 + math.cos(turn))
-            chosen = [next(order) for _ in range(options.windows)]
+            chosen = [next(order) for _ in range(windows_per_step)]
             loss = _gradients(model, leaves, data, chosen, step)
             optimizer.step()
             leaves.limit()
@@ -335,14 +374,20 @@ def learn(
                 if checks[-1][1] < dict(checks)[kept]:
                     best, kept = leaves.values(), step
             stage.step(told, loss)
-            if sum(s > kept for s, _ in checks) >= options.patience:
+            waited = sum(s > kept for s, _ in checks)
+            if waited >= options.patience and not options.code_rate:
                 break
     losses = dict(checks)
     report = TuningReport(
         step, kept, losses[0], losses[kept], len(train), len(held), leaves.count, checks,
-        time.perf_counter() - start,
+        time.perf_counter() - start, codes_changed=_changed(matrices, best),
     )  # fmt: skip
     return best, report
+
+
+def _changed(matrices: Mapping[str, QuantizedMatrix], learned: LearnedValues | None) -> int:
+    codes = {} if learned is None else learned.codes
+    return sum(int((matrices[n].codes != c.numpy()).sum()) for n, c in codes.items())
 
 
 def _endless(indices: Sequence[int], seed: int) -> Iterator[int]:
@@ -397,7 +442,10 @@ def write_learned(
 
     A matrix with new scales has no ``row_objectives``: those were of the scales before.
     """
-    new = {n: _with_scales(matrices[n], scales) for n, scales in learned.scales.items()}
+    new = {
+        n: _learned(matrices[n], scales, learned.codes.get(n))
+        for n, scales in learned.scales.items()
+    }
     old = {n: matrices[n] for n in new}
     vectors = learned_vectors(model)
     before = {n: vectors[n].detach().clone() for n in learned.vectors}
@@ -424,9 +472,12 @@ def _put(
         parameters[name].detach().copy_(value)
 
 
-def _with_scales(matrix: QuantizedMatrix, scales: torch.Tensor) -> QuantizedMatrix:
+def _learned(
+    matrix: QuantizedMatrix, scales: torch.Tensor, codes: torch.Tensor | None
+) -> QuantizedMatrix:
     values = scales.to("cpu").expand(matrix.scales.shape).contiguous().numpy()
-    return replace(matrix, scales=values, row_objectives=None, rtn_objectives=None)
+    kept = matrix.codes if codes is None else codes.numpy()
+    return replace(matrix, scales=values, codes=kept, row_objectives=None, rtn_objectives=None)
 
 
 @contextlib.contextmanager

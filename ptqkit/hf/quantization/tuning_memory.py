@@ -56,6 +56,7 @@ def measure_memory(
     batch_size: int,
     learned: int,
     limit: int,
+    own_text: int = 0,
 ) -> TuningMemory:
     """Run the longest window forward as a training step would, and add up what it keeps.
 
@@ -71,6 +72,8 @@ def measure_memory(
         Number of values that are learned.
     limit : int
         Bytes; one window that keeps more ends the measurement.
+    own_text : int
+        Windows that are going to be written besides.
     """
     window = max(windows, key=_size)
     parameters = {n: p.detach() for n, p in model.named_parameters()}
@@ -110,7 +113,7 @@ def measure_memory(
     shapes = [m.weight.shape for m in modules.values()]
     layer = max((12 * rows * columns for rows, columns in shapes), default=0)
     one = record_logits(model, [window], copy_head=False).bytes
-    fixed = one * len(windows) + 4 * _COPIES * learned
+    fixed = one * (len(windows) + own_text) + 4 * _COPIES * learned
     if device_of(model).type != "cpu":
         fixed += sum(rows * columns for rows, columns in shapes)
     step = int(_SLACK * (size * batch_size + chunk + layer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -95,6 +96,57 @@ def test_learns_on_every_shape_of_model_and_changes_scales_and_vectors_alone(nam
     chosen = [windows[i] for i in held]
     found = mean_divergence(result.model, floats, chosen)
     assert found == pytest.approx(told.loss_after, rel=1e-4)
+
+
+def test_codes_learn_if_they_are_told_to_and_zero_points_do_not(tmp_path):
+    """From 2-bit codes that a solver would not make, which is easy to do better than."""
+    result, floats, data = quantized()
+    rng = np.random.default_rng(0)
+    spoiled = {
+        key: dataclasses.replace(
+            matrix, codes=(matrix.codes ^ (rng.random(matrix.shape) < 0.3)).astype(np.uint8)
+        )
+        for key, matrix in result.matrices.items()
+    }
+    for key, matrix in spoiled.items():
+        result.model.get_submodule(key).weight.data = torch.from_numpy(matrix.dequantize())
+    result.matrices.update(spoiled)
+    options = {**QUICK, "code_rate": 0.1, "own_text": 24}
+    tune(result, data, steps=20, float_model=floats, **options)
+    told = result.tuning
+    assert told.kept > 0 and told.loss_after < 0.8 * told.loss_before
+    assert (told.windows, told.held_out) == (14 + 24, 2)  # none of its own text is held out
+    changed = {k: int((m.codes != spoiled[k].codes).sum()) for k, m in result.matrices.items()}
+    assert told.codes_changed == sum(changed.values()) > 0
+    for key, matrix in result.matrices.items():
+        assert matrix.codes.dtype == np.uint8 and matrix.codes.max() <= matrix.max_code
+        assert matrix.zero_points is spoiled[key].zero_points
+        weight = result.model.get_submodule(key).weight.detach().numpy()
+        np.testing.assert_array_equal(weight, matrix.dequantize())
+    windows = split_windows(prepare_calibration(data, samples=16).batches)
+    held = [windows[i] for i in split_held_out(16, 8)[1]]
+    found = mean_divergence(result.model, floats, held)
+    assert found == pytest.approx(told.loss_after, rel=1e-4)
+    result.save(tmp_path)
+    for key, matrix in read_matrices(tmp_path).items():
+        np.testing.assert_array_equal(matrix.codes, result.matrices[key].codes)
+
+
+def test_a_recipe_tunes_codes_as_the_function_does():
+    model, data = build("llama"), tokens(16)
+    changes = {"tune": 8, "tune_codes": 0.2, "tune_own_text": 8}
+    result = quantize(model, "rtn", data, **{**OPTIONS, **changes})
+    other, floats, _ = quantized()
+    tune(other, data, 8, float_model=floats, code_rate=0.2, own_text=8, progress=False)
+    assert result.tuning.checks == other.tuning.checks
+    assert result.tuning.codes_changed == other.tuning.codes_changed
+    for name, value in (("tune_codes", 0.1), ("tune_own_text", 4)):
+        with pytest.raises(ValueError, match=f"{name}=.* needs steps of tuning; give tune"):
+            Recipe(**{name: value})
+        with pytest.raises(ValueError, match="holds for the whole run"):
+            Recipe(tune=5, overrides={"*": {name: value}})
+    with pytest.raises(ValueError, match="tune_codes must be a number from 0 to 1"):
+        Recipe(tune=5, tune_codes=2)
 
 
 def test_held_out_loss_before_is_that_of_the_model_given():

@@ -1,0 +1,128 @@
+"""Calibration windows that a language model writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ptqkit.errors import CalibrationError, NotFiniteError, UnsupportedModuleError
+from ptqkit.nn.forward import calibration_mode, model_inputs
+
+__all__ = ["own_text"]
+
+Window = dict[str, torch.Tensor]
+
+
+def own_text(
+    model: nn.Module,
+    windows: Sequence[Mapping[str, torch.Tensor]],
+    count: int,
+    *,
+    prefix: int = 8,
+    batch_size: int = 64,
+    seed: int = 0,
+    parameters: Mapping[str, torch.Tensor] | None = None,
+) -> list[Window]:
+    """Let a model go on from the first tokens of calibration windows, token by token.
+
+    Tokens are drawn from the model's predictions as they are (temperature 1), so that the text is
+    what the model takes for likely: as much calibration text as is wanted, without any corpus
+    (LLM-QAT, Liu et al. 2023, arXiv:2305.17888).
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model of transformers, in float. It is as before afterwards.
+    windows : sequence of mapping
+        Calibration windows of one sample each; of those that are longest and have no padding.
+    count : int
+        Windows to write, of that length.
+    prefix : int
+        Tokens that are kept of a window.
+    batch_size : int
+        Windows that are written at once.
+    seed : int
+        Of the windows that are begun from, and of the tokens drawn.
+    parameters : mapping of str to Tensor, optional
+        Values to run the model with instead of its own, by name.
+
+    Returns
+    -------
+    list of dict
+        Windows of one sample, with the keys of the given ones, on the CPU.
+
+    Raises
+    ------
+    CalibrationError
+        If no window is without padding or longer than ``prefix``.
+    UnsupportedModuleError
+        If windows hold more than tokens, or the model keeps no cache of what it has read.
+    """
+    whole = [w for w in windows if _is_whole(w)]
+    length = max((w["input_ids"].shape[1] for w in whole), default=0)
+    if length <= prefix:
+        raise CalibrationError(
+            f"the model's own text begins with {prefix} tokens of calibration windows without "
+            "padding, and none is longer; give longer windows"
+        )
+    starts = torch.cat(
+        [w["input_ids"][:, :prefix].cpu() for w in whole if w["input_ids"].shape[1] == length]
+    )
+    masked = "attention_mask" in whole[0]
+    generator = torch.Generator().manual_seed(seed)
+    written: list[Window] = []
+
+    def run(ids: torch.Tensor, cache: Any) -> Any:
+        inputs = {**model_inputs(model, {"input_ids": ids}), "past_key_values": cache}
+        output: Any = functional_call(
+            model, dict(parameters or {}), (), {**inputs, "use_cache": True}
+        )
+        if getattr(output, "past_key_values", None) is None:
+            raise UnsupportedModuleError(
+                f"{type(model).__name__} keeps no cache of what it has read, so that its own text "
+                "would take too long: tune with own_text=0"
+            )
+        return output
+
+    with calibration_mode(model):
+        while len(written) < count:
+            chosen = torch.randint(
+                len(starts), (min(batch_size, count - len(written)),), generator=generator
+            )
+            for row in _continued(run, starts[chosen], length, generator).split(1):
+                written.append({"input_ids": row})
+                if masked:
+                    written[-1]["attention_mask"] = torch.ones_like(row)
+    return written
+
+
+def _is_whole(window: Mapping[str, torch.Tensor]) -> bool:
+    if set(window) - {"input_ids", "attention_mask"} or "input_ids" not in window:
+        raise UnsupportedModuleError(
+            f"a model writes text of its own from tokens alone, not from {', '.join(window)}: "
+            "tune with own_text=0"
+        )
+    mask = window.get("attention_mask")
+    return mask is None or bool(mask.all())
+
+
+def _continued(
+    run: Callable[[torch.Tensor, Any], Any],
+    ids: torch.Tensor,
+    length: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Return rows of tokens, drawn on the CPU: the same on every device as far as logits are."""
+    rows, cache = [ids], None
+    for _ in range(length - ids.shape[1]):
+        output = run(rows[-1], cache)
+        cache = output.past_key_values
+        likely = output.logits[:, -1].float().softmax(-1).cpu()
+        if not bool(torch.isfinite(likely).all()):
+            raise NotFiniteError("the float model's logits are not finite: it is damaged")
+        rows.append(torch.multinomial(likely, 1, generator=generator))
+    return torch.cat(rows, 1)
