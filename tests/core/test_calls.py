@@ -229,6 +229,7 @@ OPTIONAL = {  # None is allowed
     ("hessian_update", 3),
     ("cross_update", 5),
     ("target_correction", 2),
+    ("couple_block", 1),
     ("rtn", 3),
     ("couple_block", 1),
     ("activation_range", 2),

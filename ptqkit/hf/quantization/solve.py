@@ -328,4 +328,6 @@ def _measure(hessian: Any, device: torch.device) -> Callable[[torch.Tensor], np.
     """Return what gives e H e^T of each row e: on the host, or where the model is."""
     if device.type == "cpu":
         return lambda errors: objective(errors.numpy(), 0, hessian)
-    return partial(row_objectives, hessian=torch.tensor(hessian.matrix, device=device))
+    return partial(
+        row_objectives, hessian=torch.tensor(hessian.matrix, dtype=torch.float32, device=device)
+    )
