@@ -105,6 +105,24 @@ def test_first_layers_are_coupled_as_by_hand(monkeypatch):
     assert "row_coupling" not in plain.report.seconds
 
 
+def test_blocks_run_again_only_if_much_would_be_kept(monkeypatch):
+    own, again = row_coupling.output_moments, []
+
+    def measured(model, groups, blocks, *rest):
+        again.append(len(blocks))
+        return own(model, groups, blocks, *rest)
+
+    monkeypatch.setattr(row_coupling, "output_moments", measured)
+    found = []
+    for kept in (1 << 30, 0):
+        monkeypatch.setattr(row_coupling, "_KEPT", kept)
+        result = quantize(build(), "quality", padded_batches(), row_coupling=2, **OPTIONS)
+        found.append({n: m.codes for n, m in result.matrices.items()})
+    assert again == [0, 2]
+    for name, codes in found[0].items():
+        np.testing.assert_array_equal(codes, found[1][name])
+
+
 def test_an_override_names_the_layers():
     only = {"*.layers.1.mlp.down_proj": {"row_coupling": 3}}
     found = quantize(build(), "quality", tokens(4), overrides=only, **OPTIONS)
