@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ptqkit
 
-__all__ = ["peaks"]
+__all__ = ["peak_loops"]
 
 # Rate: the function of peaks.c, and what the names of the CPU's levels must contain.
 KINDS = {
@@ -36,24 +36,31 @@ def _library(folder: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-def _rate(function: ctypes._CFuncPtr, rounds: int, threads: int) -> float:
-    """Operations per second of all threads together, in units of 1e9."""
-    per_round: list[int] = []
-    workers = [
-        threading.Thread(target=lambda: per_round.append(function(rounds))) for _ in range(threads)
-    ]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(per_round) * rounds / (time.perf_counter() - start) / 1e9
+class _Loop:
+    """Some rounds of one instruction on some threads at once."""
+
+    def __init__(self, function: ctypes._CFuncPtr, rounds: int, threads: int) -> None:
+        self.function, self.rounds, self.threads = function, rounds, threads
+        self.operations = rounds * threads * function(1)
+
+    def __call__(self) -> None:
+        workers = [
+            threading.Thread(target=self.function, args=(self.rounds,))
+            for _ in range(self.threads - 1)
+        ]
+        for worker in workers:
+            worker.start()
+        self.function(self.rounds)
+        for worker in workers:
+            worker.join()
 
 
-def peaks(threads: int = 0, seconds: float = 0.15) -> dict[str, float]:
-    """Best of three runs of each instruction that ptqkit's levels on this CPU use, in GOP/s.
+def peak_loops(threads: int = 0, seconds: float = 0.15) -> dict[str, _Loop]:
+    """Loops of about that long, one for each instruction that ptqkit's levels on this CPU use.
 
-    Empty, with a line that says so, if there is no C compiler.
+    To be timed among other candidates where the clock depends on what runs: each has
+    ``operations``, a product and a sum being two. Empty, with a line that says so, if there is no
+    C compiler.
     """
     config = ptqkit.show_config()
     threads = threads or int(config["threads"])
@@ -64,20 +71,19 @@ def peaks(threads: int = 0, seconds: float = 0.15) -> dict[str, float]:
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"no peaks: {error}")
             return {}
-        found = {}
-        for name, (symbol, needed) in KINDS.items():
-            if needed not in levels or not hasattr(library, symbol):
-                continue
-            function = getattr(library, symbol)
-            function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_int64
-            rounds = 1 << 14
-            while True:  # long enough for the clock and for the frequency to settle
-                start = time.perf_counter()
-                function(rounds)
-                took = time.perf_counter() - start
-                if took > seconds / 4:
-                    break
-                rounds *= 4
-            rounds = max(1, int(rounds * seconds / took))
-            found[name] = max(_rate(function, rounds, threads) for _ in range(3))
+    found = {}
+    for name, (symbol, needed) in KINDS.items():
+        if needed not in levels or not hasattr(library, symbol):
+            continue
+        function = getattr(library, symbol)
+        function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_int64
+        rounds = 1 << 14
+        while True:  # long enough for the clock and for the frequency to settle
+            start = time.perf_counter()
+            function(rounds)
+            took = time.perf_counter() - start
+            if took > seconds / 4:
+                break
+            rounds *= 4
+        found[name] = _Loop(function, max(1, int(rounds * seconds / took)), threads)
     return found

@@ -186,6 +186,17 @@ def couple_rows(
     threads: int,
     /,
 ) -> None: ...
+def couple_block(
+    S: _F32,  # (runs * columns, rows), B E H
+    B: _F32 | None,  # (runs * rows, rows), a symmetric matrix per run; None: rows alone
+    H: _F32,  # (columns, columns)
+    scales: _F32,  # (runs * columns, rows)
+    max_code: int,
+    codes: _U8,  # (runs * columns, rows), read and written
+    moved: _F32,  # (runs * columns, rows), written
+    threads: int,
+    /,
+) -> None: ...
 def obq(
     W: _F64,  # (rows, n)
     inverse: _F64,  # (n, n), of the damped Hessian

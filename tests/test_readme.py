@@ -278,6 +278,12 @@ def test_sweep_file_is_a_plan(place, optional):
     items = b'{"context": "a", "choices": ["b", "c"], "gold": 0}\n'
     (place / "piqa.jsonl.gz").write_bytes(gzip.compress(items))
     (place / "other.txt").write_text("other", encoding="utf-8")
+    # The diffusion model: with prompts a pipeline, else a UNet with labels.
+    (place / "prompts.txt").write_text("a red square\n", encoding="utf-8")
+    unet = place / f"models/{'pipeline' if optional else 'labelled'}"
+    unet.mkdir(parents=True)
+    (unet / ("model_index.json" if optional else "labels.safetensors")).write_text("{}")
+    text = text.replace("models/unet", f"models/{unet.name}")
     (place / "study.toml").write_text(text, encoding="utf-8")
     plan = read_plan(place / "study.toml")
     names = [recipe.name for recipe in plan.recipes]

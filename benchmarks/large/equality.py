@@ -3,9 +3,9 @@
     python -m benchmarks.large.equality --json benchmarks/results/large/equality.json
 
 Each way is the command line's: in memory (one pass, replay), streamed, streamed and killed
-(`kill -9`) after some blocks and resumed, and under torchrun with one and with two processes. In
+(`kill -9`) after some blocks and resumed, and under torchrun with one, two and four processes. In
 memory is what the others are compared with, but for runs of torchrun, which add their sums up
-otherwise: two processes are compared with one. The model is the embedded one by default.
+otherwise: several processes are compared with one. The model is the embedded one by default.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ WAYS: dict[str, tuple[list[str], int, int, str]] = {
     "streamed, killed and resumed": (["--stream"], 0, 3, "in memory, one pass"),
     "torchrun, 1 process": (["--no-stream"], 1, 0, "in memory, one pass"),
     "torchrun, 2 processes": (["--no-stream"], 2, 0, "torchrun, 1 process"),
+    "torchrun, 4 processes": (["--no-stream"], 4, 0, "torchrun, 1 process"),
 }
 
 
@@ -46,6 +47,7 @@ def main() -> None:
     p.add_argument("--samples", type=int, default=8)
     p.add_argument("--length", type=int, default=64)
     p.add_argument("--batch-size", type=int, default=2)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--way", action="append", choices=WAYS, help="all by default")
     p.add_argument("--json", type=Path, help="write the results to this file")
     args = p.parse_args()
@@ -57,7 +59,7 @@ def main() -> None:
         common = [str(args.model), "--calibration", data, "--recipe", args.recipe]
         common += ["--bits", str(args.bits), "--samples", str(args.samples)]
         common += ["--sequence-length", str(args.length), "--batch-size", str(args.batch_size)]
-        common += ["--dtype", "float32", "--device", "cpu", "--quiet"]
+        common += ["--dtype", "float32", "--device", args.device, "--quiet"]
         found: dict[str, dict[str, Any]] = {}
         for number, name in enumerate(args.way or WAYS):
             options, processes, blocks, reference = WAYS[name]

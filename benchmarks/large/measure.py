@@ -23,7 +23,9 @@ __all__ = ["fork", "launcher", "own_memory", "start"]
 _MARK = "measured "
 
 
-def start(job: dict[str, Any], processes: int = 0, threads: int = 0) -> list[dict[str, Any]]:
+def start(
+    job: dict[str, Any], processes: int = 0, threads: int = 0, threads_each: int = 0
+) -> list[dict[str, Any]]:
     """Measure a job in fresh processes; return what each of them found, the first one first.
 
     Parameters
@@ -34,10 +36,12 @@ def start(job: dict[str, Any], processes: int = 0, threads: int = 0) -> list[dic
         Of torchrun; 0 for a single one without it.
     threads : int
         Of all processes together; by default one per core.
+    threads_each : int
+        Of every process, instead.
     """
     threads = threads or len(os.sched_getaffinity(0))
     command = [*launcher(processes), "benchmarks.large.measure", json.dumps(job)]
-    each = max(1, threads // max(1, processes))
+    each = threads_each or max(1, threads // max(1, processes))
     environment = {**os.environ, "OMP_NUM_THREADS": str(each)}
     if job.get("blocking"):
         environment["CUDA_LAUNCH_BLOCKING"] = "1"
@@ -138,12 +142,14 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
 
     Keys of a job: ``size``, ``samples``, ``length``, ``batch_size``, ``dtype``, ``device``,
     ``recipe``, ``options`` (of :func:`ptqkit.quantize`), ``stream``, ``forward`` (whether the float
-    forward is timed too), ``blocking``, ``threads`` (of torch; those of ptqkit by default).
+    forward is timed too), ``blocking``, ``threads`` (of torch; those of ptqkit by default),
+    ``profile`` (a file for what took the time).
     """
     import torch
 
     import ptqkit
     from benchmarks.large.models import Size, build, draw_tokens
+    from ptqkit.hf import open_model
     from ptqkit.hf.quantization.processes import launched, own_device, started
 
     torch.set_num_threads(job.get("threads") or int(ptqkit.show_config()["threads"]))
@@ -169,13 +175,14 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
                 p.stat().st_size for p in (Path(folder) / "model").glob("*.safetensors")
             )
             options |= {"stream": True, "out_dir": Path(folder) / "out"}
-            given = [(Path(folder) / "model", tokens)]
+            stored, _, _ = open_model(Path(folder) / "model", device=device, stream=True)
+            given = [(stored, tokens)]
         del model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        _warm_up(job["dtype"])
-        with _peak() as memory:
+        _warm_up(job["dtype"], device)
+        with _peak() as memory, _profiled(job.get("profile", "")):
             source, data = given.pop()
             result = ptqkit.quantize(
                 source, job["recipe"], data, batch_size=job["batch_size"], **options
@@ -195,13 +202,42 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def _warm_up(dtype: str) -> None:
+@contextmanager
+def _profiled(path: str) -> Iterator[None]:
+    """Write what takes the time to a file: Python functions, and operations of a GPU."""
+    if not path:
+        yield
+        return
+    import cProfile
+    import io
+    import pstats
+
+    from torch.profiler import ProfilerActivity, profile
+
+    python = cProfile.Profile()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as device:
+        python.enable()
+        try:
+            yield
+        finally:
+            python.disable()
+    text = io.StringIO()
+    stats = pstats.Stats(python, stream=text)
+    for order in ("tottime", "cumulative"):
+        stats.sort_stats(order).print_stats(45)
+    averages = device.key_averages()
+    for order in ("self_device_time_total", "self_cpu_time_total"):
+        text.write(averages.table(sort_by=order, row_limit=30, max_name_column_width=60))
+    Path(path).write_text(text.getvalue(), encoding="utf-8")
+
+
+def _warm_up(dtype: str, device: str) -> None:
     """Quantize a tiny model, so that libraries and their buffers are there already."""
     import ptqkit
     from benchmarks.large.models import Size, build, draw_tokens
 
     tiny = Size(64, 128, 1, 2, 2, 64)
-    model = build(tiny, 16, dtype)
+    model = build(tiny, 16, dtype, device)
     ptqkit.quantize(model, "quality", draw_tokens(tiny, 2, 16), group_size=32, progress=False)
 
 

@@ -13,6 +13,7 @@ is that of the waits; `--blocking` makes every operation wait (a slower run, wit
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def main() -> None:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--processes", type=int, action="append", help="under torchrun; 0: without")
     p.add_argument("--threads", type=int, default=0, help="of all processes; all cores by default")
+    p.add_argument("--threads-each", type=int, default=0, help="of every process, instead")
+    p.add_argument("--change", action="append", default=[], help="of the recipe, as refit_rounds=0")
+    p.add_argument("--memory-budget", help="as ptqkit.quantize takes it")
+    p.add_argument("--profile", type=Path, help="write what took the time of a run to this file")
     p.add_argument("--stream", action="store_true", help="read the model block by block")
     p.add_argument("--schedule", choices=("auto", "one-pass", "replay"), default="auto")
     p.add_argument("--no-diagnostics", action="store_true")
@@ -42,6 +47,9 @@ def main() -> None:
     p.add_argument("--json", type=Path, help="write the results to this file")
     args = p.parse_args()
     size, runs = size_of(args), []
+    changes = {
+        name: json.loads(value) for name, _, value in (c.partition("=") for c in args.change)
+    }
     for _ in range(args.repeats):
         for recipe in args.recipe or ["reference"]:
             for processes in args.processes or [0]:
@@ -59,15 +67,18 @@ def main() -> None:
                         "symmetric": True,
                         "schedule": args.schedule,
                         "diagnostics": not args.no_diagnostics,
+                        "memory_budget": args.memory_budget,
+                        **changes,
                     },
                     "stream": args.stream,
                     "forward": processes in (0, 1),
                     "blocking": args.blocking,
+                    "profile": str(args.profile or ""),
                 }
-                found = start(job, processes, args.threads)
+                found = start(job, processes, args.threads, args.threads_each)
                 runs.append({"recipe": recipe, "processes": processes, "job": job, "ranks": found})
                 _tell(runs[-1], runs)
-    write(args.json, "pipeline", {"runs": runs})
+                write(args.json, "pipeline", {"runs": runs})
 
 
 def _tell(run: dict[str, Any], runs: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def sweep_rows(name: str, kind: str) -> Records:
     """Return what `ptqkit sweep` measured."""
     rows = [row for row in read(RESULTS / name) if row["kind"] == kind and row["value"]]
-    fields = ("model", "recipe", "task", "value", "count")
+    fields = ("model", "recipe", "task", "value", "count", "chance")
     return [{**{k: row[k] for k in fields}, "value": float(row["value"])} for row in rows]
 
 

@@ -19,6 +19,7 @@ import torch
 import ptqkit
 from benchmarks.accuracy.models import Case, load_case, open_case
 from benchmarks.accuracy.windows import window_losses
+from ptqkit._paired import Sample, standard_errors
 
 __all__ = [
     "Losses",
@@ -31,6 +32,7 @@ __all__ = [
     "perplexity",
     "read_text",
     "series",
+    "series_folders",
     "small",
     "study",
 ]
@@ -54,12 +56,17 @@ def read_text(path: Path, characters: int = 300_000) -> str:
 Cases = Iterator[tuple[str, Case]]
 
 
+def series_folders(models: Path) -> list[Path]:
+    """Return the folders that `benchmarks.papers.size_series` wrote, the smallest model first."""
+    return sorted(models.glob("opt-*"), key=lambda p: (p / "model.safetensors").stat().st_size)
+
+
 def series(args: argparse.Namespace) -> Cases:
     """Yield the models that `benchmarks.papers.size_series` wrote, the smallest first."""
     if args.models is None or args.data is None:
         raise SystemExit("say which models: --model DIR, or --models DIR and --data DIR")
     books = args.data / "gutenberg"
-    for folder in sorted(p.parent for p in args.models.glob("opt-*/config.json")):
+    for folder in series_folders(args.models):
         yield (
             folder.name,
             case_of(folder, books / "valid.txt.gz", books / "test.txt.gz", args.windows),
@@ -197,18 +204,16 @@ def perplexity(draws: Mapping[int, np.ndarray]) -> tuple[float, float]:
 def paired(first: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> tuple[float, float]:
     """Return the difference of two losses and its standard error, in thousandths of a nat.
 
-    Per window the difference is the mean over the draws that both have (a float model counts for
-    all of them). The error holds the spread over windows and that of the draws' means: the root of
-    the sum of both squares.
+    Over the draws that both have (a float model counts for all of them). The error holds that over
+    windows and that over draws of :mod:`ptqkit._paired`: the root of the sum of both squares.
     """
     draws: Sequence[int] = sorted(first.keys() & other.keys()) or sorted({*first, *other} - {-1})
 
-    def of(losses: Mapping[int, np.ndarray], draw: int) -> np.ndarray:
-        return losses.get(draw, losses.get(-1))
+    def of(losses: Mapping[int, np.ndarray]) -> Sample:
+        chosen = [losses.get(draw, losses.get(-1)) for draw in draws]
+        means = [float(x.mean()) for x in chosen]
+        return Sample.of(means, chosen, np.ones(len(chosen[0])), False)
 
-    each = 1e3 * np.array([of(first, d) - of(other, d) for d in draws])
-    windows = each.mean(axis=0)
-    variance = windows.var(ddof=1) / len(windows)
-    if len(draws) > 1:
-        variance += each.mean(axis=1).var(ddof=1) / len(draws)
-    return float(windows.mean()), math.sqrt(variance)
+    difference = of(first) - of(other)
+    known = [e for e in standard_errors(difference) if not math.isnan(e)]
+    return 1e3 * float(difference.values.mean()), 1e3 * math.hypot(*known)

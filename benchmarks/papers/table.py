@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.common import markdown
+
 __all__ = ["Published", "Table", "number", "with_error"]
 
 
@@ -87,9 +89,7 @@ class Table:
     def markdown(self, published: Published | None = None) -> str:
         """Return the table in Markdown, title and note around it."""
         columns, rows = self.beside(published)
-        lines = [f"**{self.title}**", "", "| " + " | ".join(columns) + " |"]
-        lines.append("|" + "---|" * len(columns))
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines = [f"**{self.title}**", "", markdown(columns, rows)]
         if published is not None:
             lines += ["", f"Columns of {published.model} are the paper's, of another model."]
         if self.note:

@@ -19,6 +19,7 @@
     X(obq)                  \
     X(best_paths)           \
     X(couple_rows)          \
+    X(couple_block)         \
     X(objective)            \
     X(codes_on_grid)        \
     X(channel_ranges)       \

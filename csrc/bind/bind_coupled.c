@@ -1,4 +1,4 @@
-/* bind_coupled.c - couple_rows. */
+/* bind_coupled.c - couple_rows, couple_block. */
 #include "bind.h"
 
 static int pass_options(PyObject *tuple, ptq_coupled_args *a) {
@@ -57,4 +57,43 @@ PTQ_BIND(
     PyMem_Free(perm);
     PyMem_Free(group);
     return result;
+}
+
+PTQ_BIND(
+    couple_block, 8, "S, B, H, scales, max_code, codes, moved, threads",
+    "Descend over a block of columns of the codes of runs of rows.\n\n"
+    "B (runs * rows, rows) float32, a symmetric matrix per run, or None: rows alone; H (columns, "
+    "columns) float32;\n"
+    "S = B E H, scales (runs * columns, rows) float32; codes as large, uint8, from 0 to max_code,\n"
+    "read and written; moved as large, float32, written: the change of E.") {
+    PyArrayObject *S, *B, *H, *scales, *codes, *moved;
+    int threads;
+    if (args_array(&S, args[0], "S", NPY_FLOAT32, 2) ||
+        args_optional(&B, args[1], "B", NPY_FLOAT32, 2) ||
+        args_array(&H, args[2], "H", NPY_FLOAT32, 2) ||
+        args_array(&scales, args[3], "scales", NPY_FLOAT32, 2) ||
+        args_output(&codes, args[5], "codes", NPY_UINT8, 2) ||
+        args_output(&moved, args[6], "moved", NPY_FLOAT32, 2) || args_threads(args[7], &threads))
+        return NULL;
+    const npy_intp all = PyArray_DIM(S, 0), rows = PyArray_DIM(S, 1), columns = PyArray_DIM(H, 0);
+    const npy_intp runs = columns > 0 ? all / columns : 0;
+    const long long max_code = args_int(args[4], "max_code", 1, 255);
+    if (max_code < 0 || args_shape(S, "S", runs * columns, rows) ||
+        (B && args_shape(B, "B", runs * rows, rows)) || args_shape(H, "H", columns, columns) ||
+        args_shape(scales, "scales", all, rows) || args_shape(codes, "codes", all, rows) ||
+        args_shape(moved, "moved", all, rows))
+        return NULL;
+    const ptq_couple_block_args a = {.S = PyArray_DATA(S),
+                                     .B = B ? PyArray_DATA(B) : NULL,
+                                     .H = PyArray_DATA(H),
+                                     .scales = PyArray_DATA(scales),
+                                     .runs = runs,
+                                     .columns = columns,
+                                     .rows = rows,
+                                     .max_code = (int)max_code,
+                                     .codes = PyArray_DATA(codes),
+                                     .moved = PyArray_DATA(moved)};
+    ptq_status status;
+    PTQ_WITHOUT_GIL(status, ptq_couple_block(&a, threads));
+    return args_result(status);
 }

@@ -1,5 +1,6 @@
-/* caches.c - sizes of the caches that blocks are made for. */
+/* caches.c - sizes of the caches that blocks are made for, and the pages that blocks lie on. */
 #include <stdatomic.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -26,4 +27,15 @@ int64_t ptq_second_cache(void) {
     static _Atomic(int64_t) known;
     if (!atomic_load(&known)) atomic_store(&known, cache_size(SECOND, 64 << 10, 512 << 10));
     return atomic_load(&known);
+}
+
+void *ptq_alloc_large(int64_t count, size_t size) {
+    void *p = ptq_alloc(count, size);
+#ifdef MADV_HUGEPAGE
+    enum { PAGE = 2 << 20 };
+    const uintptr_t start = ((uintptr_t)p + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = ((uintptr_t)p + (uintptr_t)count * size) / PAGE * PAGE;
+    if (p && end > start) (void)madvise((void *)start, end - start, MADV_HUGEPAGE);
+#endif
+    return p;
 }

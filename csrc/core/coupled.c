@@ -124,3 +124,68 @@ ptq_status ptq_couple_rows(const ptq_coupled_args *a, int threads) {
     free(work);
     return status;
 }
+
+typedef struct {
+    const ptq_couple_block_args *a;
+    float *work; /* (threads, rows + columns rows) */
+} block_job;
+
+/* One column of one run: the codes row by row. t = B times what has moved so far, so that the
+ * gradient is s + h t; returns if any code has changed. */
+static int descend_column(const ptq_couple_block_args *a, const float *B, float h,
+                          const float *restrict s, const float *scales, uint8_t *codes,
+                          float *restrict moved, float *restrict t) {
+    const int64_t rows = a->rows;
+    int changed = 0;
+    memset(t, 0, sizeof(float) * (size_t)rows);
+    for (int64_t i = 0; i < rows; i++) {
+        const float curve = B ? B[i * rows + i] * h : h, gradient = s[i] + h * t[i],
+                    scale = scales[i];
+        if (!(curve > 0.0f && scale > 0.0f)) continue;
+        const float code = (float)codes[i];
+        const float found =
+            ptq_clamp(ptq_rne(code + gradient / (curve * scale)), 0.0f, (float)a->max_code);
+        const float d = scale * (code - found);
+        if (!(d * (2.0f * gradient + d * curve) < 0.0f)) continue;
+        codes[i] = (uint8_t)(int)found;
+        moved[i] = d;
+        changed = 1;
+        if (B) {
+            const float *restrict row = B + i * rows;
+            for (int64_t k = 0; k < rows; k++) t[k] += d * row[k];
+        } else t[i] = d;
+    }
+    return changed;
+}
+
+static void block_task(void *ctx, int64_t run, int thread) {
+    const block_job *job = ctx;
+    const ptq_couple_block_args *a = job->a;
+    const int64_t rows = a->rows, size = a->columns * rows;
+    const float *B = a->B ? a->B + run * rows * rows : NULL;
+    float *t = job->work + thread * (rows + size), *S = t + rows;
+    memcpy(S, a->S + run * size, sizeof(float) * (size_t)size);
+    memset(a->moved + run * size, 0, sizeof(float) * (size_t)size);
+    for (int64_t j = 0; j < a->columns; j++) {
+        const int64_t at = run * size + j * rows;
+        const float *H = a->H + j * a->columns;
+        if (!descend_column(a, B, H[j], S + j * rows, a->scales + at, a->codes + at, a->moved + at,
+                            t))
+            continue;
+        for (int64_t k = j + 1; k < a->columns; k++) {
+            float *restrict s = S + k * rows;
+            for (int64_t i = 0; i < rows; i++) s[i] += H[k] * t[i];
+        }
+    }
+}
+
+ptq_status ptq_couple_block(const ptq_couple_block_args *a, int threads) {
+    if (a->runs < 1 || a->columns < 1 || a->rows < 1) return PTQ_INVALID;
+    threads = ptq_thread_count(threads);
+    float *work = ptq_alloc((a->columns + 1) * a->rows * threads, sizeof *work);
+    if (!work) return PTQ_NOMEM;
+    block_job job = {.a = a, .work = work};
+    const ptq_status status = ptq_parallel_for(a->runs, threads, block_task, &job);
+    free(work);
+    return status;
+}

@@ -8,10 +8,11 @@
 #include "internal.h"
 
 enum {
-    CHUNK = 1024,        /* tokens packed at a time */
-    MATRIX_CHUNK = 2048, /* if a matrix unit multiplies: it waits for S, else */
-    DEPTH = 512,         /* tokens per register accumulation: two-level summation, and cache size */
-    WIDEST = 288, /* columns of a side of a task: wider ones are slower, with AMX by a fifth */
+    CHUNK = 2048,     /* tokens packed at a time: each time S is read and written */
+    DEPTH = 512,      /* tokens per register accumulation: two-level summation, and cache size */
+    WIDEST = 288,     /* columns of a side of a task: wider ones are slower */
+    PACK_TOKENS = 32, /* packed at a time, so that their rows are read along */
+    PACK_PANELS = 32,
 };
 
 typedef struct {
@@ -26,10 +27,11 @@ typedef struct {
     int64_t first, count; /* tokens of this chunk */
     int pairs;            /* packed as bf16 pairs */
     int turned;           /* left operands are packed apart */
-    void *packed, *left;  /* (panels, panel_depth, nr) 32-bit values */
-    int64_t depth;        /* of a sum, in rows of a panel */
+    void *packed, *left;  /* (slices, panels, depth, nr) 32-bit values */
+    int64_t depth;        /* of a slice and a sum, in rows of a panel */
     int64_t tile;         /* panels per tile side */
-    float *work;          /* (threads, tile * nr, nr) sums of a chunk */
+    int64_t wide;         /* right panels that pass by together */
+    float *work;          /* (threads, wide, tile * nr, nr) sums of a chunk */
     float limit;          /* below it, no sum of squares can overflow */
     atomic_int bad, large;
 } update;
@@ -40,21 +42,37 @@ static int64_t rows_for(const update *u, int64_t count) {
 }
 
 static int64_t chunk_of(const update *u, int64_t tokens) {
-    return ptq_min64(u->turned ? MATRIX_CHUNK : CHUNK, tokens);
+    (void)u;
+    return ptq_min64(ptq_tuned("PTQ_TUNE_CHUNK", CHUNK), tokens);
 }
 
-static int64_t panel_depth(const update *u) { return rows_for(u, u->count); }
+/* Where row k of a panel lies; rows of a slice follow each other. */
+static int64_t place(const update *u, int64_t panel, int64_t k) {
+    return ((k / u->depth * u->panels + panel) * u->depth + k % u->depth) * u->nr;
+}
 
-static void pack_task(void *ctx, int64_t panel, int thread) {
+static int64_t slice_tokens(const update *u) { return u->pairs ? 2 * u->depth : u->depth; }
+static int64_t panel_groups(const update *u) { return ptq_ceil_div(u->panels, PACK_PANELS); }
+
+/* Tokens of a slice, some panels: a few tokens at a time for all of these. */
+static void pack_task(void *ctx, int64_t task, int thread) {
     (void)thread;
     update *u = ctx;
-    const int64_t nr = u->nr, at = panel * panel_depth(u) * nr;
-    if (u->pairs)
-        u->k->pairs.pack(u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
-                         (uint32_t *)u->packed + at, (uint32_t *)u->left + at);
-    else
-        u->k->tokens.pack(u->dtype, u->X, u->ldx, u->rows, u->first, u->count, panel * nr, u->n,
-                          (float *)u->packed + at);
+    const int64_t slice = task / panel_groups(u), p0 = task % panel_groups(u) * PACK_PANELS;
+    const int64_t p1 = ptq_min64(p0 + PACK_PANELS, u->panels), nr = u->nr;
+    const int64_t end = ptq_min64((slice + 1) * slice_tokens(u), u->count);
+    for (int64_t t = slice * slice_tokens(u); t < end; t += PACK_TOKENS) {
+        const int64_t count = ptq_min64(PACK_TOKENS, end - t);
+        for (int64_t p = p0; p < p1; p++) {
+            const int64_t at = place(u, p, u->pairs ? t / 2 : t);
+            if (u->pairs)
+                u->k->pairs.pack(u->X, u->ldx, u->rows, u->first + t, count, p * nr, u->n,
+                                 (uint32_t *)u->packed + at, (uint32_t *)u->left + at);
+            else
+                u->k->tokens.pack(u->dtype, u->X, u->ldx, u->rows, u->first + t, count, p * nr,
+                                  u->n, (float *)u->packed + at);
+        }
+    }
 }
 
 /* Fetch the tile of S that add_tile will change: its rows lie on pages of their own. */
@@ -74,54 +92,80 @@ static void add_tile(const update *u, const float *C, int64_t i, int64_t j) {
                    ptq_min64(u->nr, u->n - j));
 }
 
-/* sum (mr, nr) += products of rows [k0, k0 + depth) of two panels, in registers first: two-level
- * summation. A matrix unit keeps its sums in float32 too, but adds to those of the chunk. */
-static void multiply(const update *u, int64_t a, int64_t b, int64_t depth, float *sum) {
+/* sum (mr, nr) += products of `depth` rows of two panels, in registers first: two-level summation.
+ * A matrix unit keeps its sums in float32 too, but adds to those of the chunk. */
+static void multiply(const update *u, int64_t a, int64_t b, int64_t depth, float *sum,
+                     const ptq_ahead *ahead) {
     float C[PTQ_MAX_TILE];
     const int64_t size = u->mr * u->nr;
     if (u->turned) {
         u->k->pairs.gemm(sum, (const uint32_t *)u->left + a, 0, (const uint32_t *)u->packed + b,
-                         depth);
+                         depth, ahead);
         return;
     }
     memset(C, 0, sizeof(float) * (size_t)size);
     if (u->pairs)
         u->k->pairs.gemm(C, (const uint32_t *)u->packed + a, u->nr, (const uint32_t *)u->packed + b,
-                         depth);
+                         depth, ahead);
     else
         u->k->gemm.f32(C, (const float *)u->packed + a, u->nr, (const float *)u->packed + b, depth);
     u->k->gemm.add(sum, size, C, size, 1, size);
 }
 
-/* The products of panels [i0, i1) with panel j: sums of the chunk in `work`, which stays in the
- * second cache with the panels, and then at once into S. */
-static void multiply_panels(const update *u, int64_t i0, int64_t i1, int64_t j, float *work) {
-    const int64_t nr = u->nr, full = panel_depth(u), last = ptq_min64(i1 * nr, u->n);
-    memset(work, 0, sizeof(float) * (size_t)((i1 - i0) * nr * nr));
+/* What of the next slice is to be fetched during product number `at` of a block: lines of left
+ * panels [i0, i1), then of right ones [j0, j1), in equal shares. */
+static ptq_ahead next_slice(const update *u, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                            int64_t k, int64_t at) {
+    const int64_t panel = u->depth * u->nr, left = (i1 - i0) * panel,
+                  all = left + (j1 - j0) * panel;
+    const int64_t share = ptq_round_up(ptq_ceil_div(all, (i1 - i0) * (j1 - j0)), 16);
+    const int64_t from = at * share;
+    if (k >= rows_for(u, u->count) || from >= all) return (ptq_ahead){NULL, NULL};
+    const uint32_t *start = from < left
+                                ? (const uint32_t *)u->left + place(u, i0, k) + from
+                                : (const uint32_t *)u->packed + place(u, j0, k) + from - left;
+    return (ptq_ahead){start, start + share};
+}
+
+/* The products of panels [i0, i1) with those of [j0, j1) that are not before them: sums of the
+ * chunk in `work`, which stays in the second cache with a slice of the panels, and then at once
+ * into S. */
+static void multiply_panels(const update *u, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                            float *work) {
+    const int64_t nr = u->nr, full = rows_for(u, u->count);
+    memset(work, 0, sizeof(float) * (size_t)((j1 - j0) * u->tile * nr * nr));
     for (int64_t k0 = 0; k0 < full; k0 += u->depth) {
         const int64_t depth = ptq_min64(u->depth, full - k0);
-        for (int64_t i = i0 * nr; i < last; i += u->mr) {
-            float *sum = work + (i - i0 * nr) * nr;
-            const int ends = k0 + depth == full;
-            if (ends) fetch_tile(u, i, j * nr);
-            multiply(u, (i / nr * full + k0) * nr + i % nr, (j * full + k0) * nr, depth, sum);
-            if (ends) add_tile(u, sum, i, j * nr);
+        const int ends = k0 + depth == full;
+        int64_t done = 0;
+        for (int64_t j = j0; j < j1; j++) {
+            const int64_t last = ptq_min64(ptq_min64(i1, j + 1) * nr, u->n);
+            for (int64_t i = i0 * nr; i < last; i += u->mr) {
+                float *sum = work + ((j - j0) * u->tile * nr + i - i0 * nr) * nr;
+                ptq_ahead ahead = {NULL, NULL};
+                if (u->turned) ahead = next_slice(u, i0, i1, j0, j1, k0 + depth, done++);
+                if (ends) fetch_tile(u, i, j * nr);
+                multiply(u, place(u, i / nr, k0) + i % nr, place(u, j, k0), depth, sum, &ahead);
+                if (ends) add_tile(u, sum, i, j * nr);
+            }
         }
     }
 }
 
-/* Task t is the tile (ti, tj), ti <= tj, of the upper triangle. */
+/* Task t is the tile (ti, tj), ti <= tj, of the upper triangle, row after row: panels of a row stay
+ * in the second cache. */
 static void tile_task(void *ctx, int64_t t, int thread) {
     const update *u = ctx;
-    int64_t tj = 0;
-    while ((tj + 1) * (tj + 2) / 2 <= t) tj++;
-    const int64_t i0 = (t - tj * (tj + 1) / 2) * u->tile;
+    const int64_t side = ptq_ceil_div(u->panels, u->tile);
+    int64_t ti = 0;
+    for (; t >= side - ti; ti++) t -= side - ti;
+    const int64_t i0 = ti * u->tile, j0 = (ti + t) * u->tile;
     const int64_t iend = ptq_min64(i0 + u->tile, u->panels);
-    const int64_t jend = ptq_min64((tj + 1) * u->tile, u->panels);
-    float *work = u->work + thread * u->tile * u->nr * u->nr;
+    const int64_t jend = ptq_min64(j0 + u->tile, u->panels);
+    float *work = u->work + thread * u->wide * u->tile * u->nr * u->nr;
     if (u->pairs && u->k->pairs.enter) u->k->pairs.enter();
-    for (int64_t j = tj * u->tile; j < jend; j++)
-        multiply_panels(u, i0, ptq_min64(iend, j + 1), j, work);
+    for (int64_t j = j0; j < jend; j += u->wide)
+        multiply_panels(u, i0, iend, j, ptq_min64(j + u->wide, jend), work);
     if (u->pairs && u->k->pairs.leave) u->k->pairs.leave();
 }
 
@@ -206,20 +250,28 @@ static ptq_status update_blas(const ptq_blas *blas, const update *u) {
     return ptq_parallel_for(side * (side + 1) / 2 * b.chunks, 1, blas_task, &b);
 }
 
-/* Panels of a side: with one more, of the depth of a sum, in about half of the second cache, and
- * fewer if that would leave threads idle. */
+/* Rows of a slice and panels of a side: a side, with one more panel, of the depth of a sum in about
+ * half of the second cache. A matrix unit reads faster than that cache gives: its slices of two
+ * panels and their sums share the first cache, and the sums of all pairs of panels of a task stay
+ * in the second with two slices. Sides are shorter if threads would be left idle. */
 static void choose_tiles(update *u, int64_t tokens, int threads) {
     const int64_t nr = u->nr, full = rows_for(u, chunk_of(u, tokens));
-    u->depth = ptq_tuned("PTQ_TUNE_DEPTH", u->pairs ? DEPTH / 2 : DEPTH);
-    if (u->turned) { /* a matrix unit needs one operand in the first cache */
-        const int64_t fitting = ptq_max64(1, ptq_first_cache() * 3 / 5 / 4 / nr);
-        const int64_t deepest = ptq_tuned("PTQ_TUNE_DEPTH", fitting);
-        u->depth = ptq_round_up(ptq_ceil_div(full, ptq_ceil_div(full, deepest)), u->k->pairs.step);
+    const int64_t word = (int64_t)sizeof(float), second = ptq_second_cache();
+    if (u->turned) {
+        const int64_t depth = ptq_tuned("PTQ_TUNE_DEPTH", ptq_first_cache() / 3 / word / nr);
+        const int64_t step = u->k->pairs.step;
+        u->depth = ptq_min64(ptq_max64(depth / step, 1) * step, full);
+        const int64_t sums = nr * nr * word, slices = 4 * u->depth * nr * word;
+        for (u->tile = 1; (u->tile + 1) * ((u->tile + 1) * sums + slices) < second * 17 / 20;)
+            u->tile++;
+    } else {
+        u->depth = ptq_tuned("PTQ_TUNE_DEPTH", u->pairs ? DEPTH / 2 : DEPTH);
+        u->depth = ptq_min64(u->depth, full);
+        u->tile = ptq_min64(second * 3 / 5 / (u->depth * nr * word) - 1, WIDEST / nr);
     }
-    const int64_t panel = ptq_min64(u->depth, full) * nr * (int64_t)sizeof(float);
-    u->tile = ptq_min64(ptq_second_cache() * 3 / 5 / panel - 1, WIDEST / nr);
     u->tile = ptq_max64(1, ptq_tuned("PTQ_TUNE_SIDE", u->tile * nr) / nr);
     while (u->tile > 1 && ptq_ceil_div(u->panels, u->tile) < 4 * threads) u->tile /= 2;
+    u->wide = u->turned ? u->tile : 1;
 }
 
 static ptq_status update_chunks(update *u, int64_t tokens, int threads) {
@@ -227,7 +279,8 @@ static ptq_status update_chunks(update *u, int64_t tokens, int threads) {
     ptq_status status = PTQ_OK;
     for (u->first = 0; u->first < tokens && !status; u->first += chunk) {
         u->count = ptq_min64(chunk, tokens - u->first);
-        status = ptq_parallel_for(u->panels, threads, pack_task, u);
+        const int64_t slices = ptq_ceil_div(u->count, slice_tokens(u));
+        status = ptq_parallel_for(slices * panel_groups(u), threads, pack_task, u);
         if (!status) status = ptq_parallel_for(side * (side + 1) / 2, threads, tile_task, u);
     }
     return status;
@@ -237,10 +290,11 @@ static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
     if (!tokens) return PTQ_OK;
     u->panels = ptq_ceil_div(u->n, u->nr);
     choose_tiles(u, tokens, threads);
-    const int64_t words = u->panels * rows_for(u, chunk_of(u, tokens)) * u->nr;
-    u->packed = ptq_alloc(words, sizeof(float));
-    u->left = u->turned ? ptq_alloc(words, sizeof(float)) : u->packed;
-    u->work = ptq_alloc(threads * u->tile * u->nr * u->nr, sizeof(float));
+    const int64_t rows = ptq_round_up(rows_for(u, chunk_of(u, tokens)), u->depth);
+    const int64_t words = u->panels * rows * u->nr;
+    u->packed = ptq_alloc_large(words, sizeof(float));
+    u->left = u->turned ? ptq_alloc_large(words, sizeof(float)) : u->packed;
+    u->work = ptq_alloc(threads * u->wide * u->tile * u->nr * u->nr, sizeof(float));
     const ptq_status status =
         u->packed && u->left && u->work ? update_chunks(u, tokens, threads) : PTQ_NOMEM;
     if (u->turned) free(u->left);

@@ -208,6 +208,19 @@ static void add_columns(const ptq_int8_args *a, int64_t t, int64_t o, int64_t wi
     for (int64_t j = 0; j < width; j++) y[j] += F[j];
 }
 
+/* What of the panels behind those at `at` is to be fetched during the product with the tokens from
+ * i on: one panel after the other, in equal shares. Behind the last ones there is nothing, but
+ * fetching harms nobody. */
+static ptq_ahead next_panels(const product *p, const uint32_t *at, int64_t depth, int64_t i,
+                             int64_t height) {
+    const ptq_int8_kernels *k = &p->k->int8;
+    const int64_t strips = ptq_ceil_div(height, k->mr), strip = i / k->mr;
+    const int64_t each = ptq_ceil_div(strips, k->panels), panel = k->panels + strip / each;
+    const int64_t share = ptq_ceil_div(depth, each) * PTQ_ROW_WORDS;
+    const uint32_t *start = at + panel * p->words * PTQ_ROW_WORDS + strip % each * share;
+    return (ptq_ahead){start, start + share};
+}
+
 /* The integer sums of a block, from token t of the chunk and output o. */
 static void sum_block(const product *p, int64_t t, int64_t height, int64_t o, int64_t width,
                       int32_t *C) {
@@ -222,12 +235,15 @@ static void sum_block(const product *p, int64_t t, int64_t height, int64_t o, in
         const int64_t depth = ptq_min64(p->depth, p->words - k0);
         if (ptq_should_stop()) return; /* may run anything, other products too */
         if (k->enter) k->enter();
-        for (int64_t q = 0; q < panels; q += k->panels)
-            for (int64_t i = 0; i < height; i += k->mr)
+        for (int64_t q = 0; q < panels; q += k->panels) {
+            const uint32_t *at = p->panels + (o / PTQ_LANES + q) * stride + k0 * PTQ_ROW_WORDS;
+            for (int64_t i = 0; i < height; i += k->mr) {
+                const ptq_ahead ahead = next_panels(p, at, depth, i, height);
                 k->dots((int)ptq_min64(k->mr, height - i), (int)ptq_min64(k->panels, panels - q),
                         p->strips + (t + i) / k->mr * p->strip_bytes + k0 * k->mr * k->token_bytes,
-                        p->panels + (o / PTQ_LANES + q) * stride + k0 * PTQ_ROW_WORDS, stride,
-                        depth, C + i * ldc + q * PTQ_LANES, ldc);
+                        at, stride, depth, C + i * ldc + q * PTQ_LANES, ldc, &ahead);
+            }
+        }
         if (k->leave) k->leave();
     }
 }
@@ -254,9 +270,9 @@ static void block_task(void *ctx, int64_t task, int thread) {
 static void choose_blocks(product *p, int64_t chunk, int threads) {
     const ptq_int8_kernels *k = &p->k->int8;
     const int64_t tile = k->panels * PTQ_LANES, token = p->strip_bytes / k->mr;
-    /* a matrix unit needs one side of its tile in the first cache */
+    /* a matrix unit needs both sides of its tile in the first cache, and the sums */
     const int64_t deepest =
-        k->step > 1 ? ptq_first_cache() * 2 / 3 / tile / PTQ_QUAD : DEEPEST / PTQ_QUAD;
+        k->step > 1 ? ptq_first_cache() / 3 / tile / PTQ_QUAD : DEEPEST / PTQ_QUAD;
     const int64_t parts =
         ptq_ceil_div(p->words, ptq_max64(k->step, ptq_tuned("PTQ_TUNE_WORDS", deepest)));
     p->depth = ptq_round_up(ptq_ceil_div(p->words, parts), k->step);

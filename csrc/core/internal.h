@@ -17,6 +17,10 @@ static inline void *ptq_alloc(int64_t count, size_t size) {
     return posix_memalign(&p, 64, bytes ? bytes : 64) ? NULL : p;
 }
 
+/* The same for much that is used at once: on large pages where the system has them and lets us,
+ * which are mapped in a fraction of the time (caches.c). */
+void *ptq_alloc_large(int64_t count, size_t size);
+
 static inline int64_t ptq_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t ptq_round_up(int64_t a, int64_t b) { return ptq_ceil_div(a, b) * b; }
 static inline int64_t ptq_min64(int64_t a, int64_t b) { return a < b ? a : b; }

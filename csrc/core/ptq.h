@@ -262,6 +262,22 @@ typedef struct {
  * results do not depend on the threads. */
 ptq_status ptq_couple_rows(const ptq_coupled_args *args, int threads);
 
+typedef struct {
+    const float *S;      /* (runs, columns, rows) sums B P, P = E H */
+    const float *B;      /* (runs, rows, rows) symmetric, or NULL: rows do not see each other */
+    const float *H;      /* (columns, columns) */
+    const float *scales; /* (runs, columns, rows) */
+    int64_t runs, columns, rows;
+    int max_code;
+    uint8_t *codes; /* in and out (runs, columns, rows) */
+    float *moved;   /* out (runs, columns, rows): by how much E = W - Q has changed */
+} ptq_couple_block_args;
+
+/* The same descent over a block of columns of many runs of rows, of which each has its own B:
+ * column by column, and in it row by row. What the block does to P elsewhere is left to the caller,
+ * who has the larger part of the work. */
+ptq_status ptq_couple_block(const ptq_couple_block_args *args, int threads);
+
 /* ---- objective.c ----------------------------------------------------------------------- */
 /* out (rows) = e H e^T of each row of E (rows, n). Where the terms cancel, as they do for a
  * rank-deficient H, in double; what is below 0 by no more than rounding is 0. */

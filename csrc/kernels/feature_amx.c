@@ -46,6 +46,12 @@ static void amx_enter(void) {
 
 static void amx_leave(void) { _tile_release(); }
 
+/* Cache lines to fetch at each of `steps` steps. */
+static inline int64_t lines_of(const ptq_ahead *ahead, int64_t steps) {
+    const int64_t lines = (ahead->end - ahead->start) / WORDS;
+    return steps ? (lines + steps - 1) / steps : 0;
+}
+
 /* ---- int8 ------------------------------------------------------------------------------ */
 
 _Static_assert(SIDE <= PTQ_INT8_MAX_MR, "results of a tile fit what the caller has for them");
@@ -71,10 +77,13 @@ typedef struct {
 static inline __attribute__((always_inline)) void amx_int8_tiles(int halves, int panels,
                                                                  const int8_t *A, const uint32_t *B,
                                                                  int64_t stride, int64_t words,
-                                                                 int32_t *C, int64_t ldc) {
+                                                                 int32_t *C, int64_t ldc,
+                                                                 const ptq_ahead *ahead) {
     const uint32_t *B1 = B + stride;
     const int64_t row = ldc * (int64_t)sizeof *C, whole = words / WORDS;
     int32_t *const lower = C + ROWS * ldc;
+    const uint32_t *next = ahead->start;
+    const int64_t lines = lines_of(ahead, whole);
     amx_rest rest;
     _tile_loadd(0, C, row);
     if (panels > 1) _tile_loadd(1, C + PTQ_LANES, row);
@@ -101,6 +110,7 @@ static inline __attribute__((always_inline)) void amx_int8_tiles(int halves, int
             _tile_dpbsud(2, 5, 6);
             if (panels > 1) _tile_dpbsud(3, 5, 7);
         }
+        for (int64_t i = 0; i < lines; i++, next += WORDS) __builtin_prefetch(next, 0, 2);
     }
     _tile_stored(0, C, row);
     if (panels > 1) _tile_stored(1, C + PTQ_LANES, row);
@@ -109,26 +119,26 @@ static inline __attribute__((always_inline)) void amx_int8_tiles(int halves, int
 }
 
 static void amx_int8_dots(int tokens, int panels, const void *strip, const uint32_t *B,
-                          int64_t stride, int64_t words, int32_t *C, int64_t ldc) {
+                          int64_t stride, int64_t words, int32_t *C, int64_t ldc,
+                          const ptq_ahead *ahead) {
     if (panels > 1) {
-        if (tokens > ROWS) amx_int8_tiles(2, 2, strip, B, stride, words, C, ldc);
-        else amx_int8_tiles(1, 2, strip, B, stride, words, C, ldc);
+        if (tokens > ROWS) amx_int8_tiles(2, 2, strip, B, stride, words, C, ldc, ahead);
+        else amx_int8_tiles(1, 2, strip, B, stride, words, C, ldc, ahead);
     } else {
-        if (tokens > ROWS) amx_int8_tiles(2, 1, strip, B, stride, words, C, ldc);
-        else amx_int8_tiles(1, 1, strip, B, stride, words, C, ldc);
+        if (tokens > ROWS) amx_int8_tiles(2, 1, strip, B, stride, words, C, ldc, ahead);
+        else amx_int8_tiles(1, 1, strip, B, stride, words, C, ldc, ahead);
     }
 }
 
 /* ---- bf16 ------------------------------------------------------------------------------ */
 
-#define MR SIDE
-#define NR SIDE
-#include "pairs.inc"
-
 /* C (32, 32) += the products of 16 pairs at a time: left tiles from A, right ones from B. */
-static void amx_gemm(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *B, ptrdiff_t K) {
+static void amx_gemm(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *B, ptrdiff_t K,
+                     const ptq_ahead *ahead) {
     (void)sa;
     const int64_t row = SIDE * (int64_t)sizeof *C;
+    const uint32_t *next = ahead->start;
+    const int64_t lines = lines_of(ahead, K / WORDS);
     WRITTEN();
     _tile_loadd(0, C, row);
     _tile_loadd(1, C + ROWS, row);
@@ -142,41 +152,76 @@ static void amx_gemm(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, A + TILE, ROW);
         _tile_dpbf16ps(2, 5, 6);
+        for (int64_t i = 0; i < lines; i++, next += WORDS) __builtin_prefetch(next, 0, 2);
         _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, C, row);
     _tile_stored(1, C + ROWS, row);
     _tile_stored(2, C + ROWS * SIDE, row);
     _tile_stored(3, C + ROWS * SIDE + ROWS, row);
+    WRITTEN();
 }
 
-typedef uint32_t four __attribute__((vector_size(16), aligned(4), may_alias));
-
-/* Four rows of four words as columns, from a row of a panel to a row of a tile. */
-static inline void turn_four(const uint32_t *in, uint32_t *out) {
-    const four a = *(const four *)in, b = *(const four *)(in + SIDE);
-    const four c = *(const four *)(in + 2 * SIDE), d = *(const four *)(in + 3 * SIDE);
-    const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-    const four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-    const four AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const four CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    *(four *)out = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-    *(four *)(out + WORDS) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    *(four *)(out + 2 * WORDS) = __builtin_shufflevector(AB, CD, 0, 1, 4, 5);
-    *(four *)(out + 3 * WORDS) = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
+/* The transpose of a tile whose rows are SIDE words apart. */
+static inline void turn(const uint32_t *in, uint32_t *out) {
+    __m512i a[ROWS], b[ROWS];
+    for (int i = 0; i < ROWS; i++) a[i] = _mm512_loadu_si512(in + i * SIDE);
+    for (int i = 0; i < ROWS; i += 2) { /* pairs of rows, words of all four quarters */
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < ROWS; i += 4) { /* four rows: column j of quarter q in quarter q of i + j */
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) { /* then the quarters of four such */
+        b[j] = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88);
+        b[j + 4] = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
+        b[j + 8] = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
+        b[j + 12] = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
+    }
+    for (int j = 0; j < 8; j++) {
+        _mm512_storeu_si512(out + j * WORDS, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+        _mm512_storeu_si512(out + (j + 8) * WORDS, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+    }
 }
 
-/* The right operand as pairs.inc has it; of it, turned, the tiles of the left one. */
+/* Words of 16 columns of a pair of tokens. */
+static inline __m512i pair(__m256i a, __m256i b) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+
+/* 16 columns from `at` of a token; absent ones are zero. */
+static inline __m256i columns_of(const uint16_t *x, int64_t at, int64_t width) {
+    const int64_t left = width - at;
+    const unsigned present = left >= ROWS ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+    return _mm256_maskz_loadu_epi16((__mmask16)present, x + at);
+}
+
+/* The right operand, and of it, turned, the tiles of the left one. */
 static void amx_pairs_pack(const uint16_t *X, int64_t ldx, const int64_t *rows, int64_t first,
                            int64_t count, int64_t c, int64_t columns, uint32_t *out,
                            uint32_t *left) {
-    const int64_t pairs = (count + 1) / 2, whole = (pairs + WORDS - 1) / WORDS * WORDS;
-    pairs_pack(X, ldx, rows, first, count, c, columns, out, NULL);
-    memset(out + pairs * SIDE, 0, sizeof *out * (size_t)((whole - pairs) * SIDE));
-    for (int64_t k = 0; k < whole; k += 4)
-        for (int i = 0; i < SIDE; i += 4)
-            turn_four(out + k * SIDE + i,
-                      left + k / WORDS * 2 * TILE + i / ROWS * TILE + i % ROWS * WORDS + k % WORDS);
+    const int64_t width = columns - c < SIDE ? columns - c : SIDE;
+    for (int64_t t = 0; t < count; t += 2 * ROWS, out += ROWS * SIDE, left += 2 * TILE) {
+        for (int k = 0; k < ROWS; k++)
+            for (int half = 0; half < SIDE; half += ROWS) {
+                __m256i x[2];
+                for (int i = 0; i < 2; i++) {
+                    const int64_t token = first + t + 2 * k + i;
+                    x[i] =
+                        token >= first + count
+                            ? _mm256_setzero_si256()
+                            : columns_of(X + (rows ? rows[token] : token) * ldx + c, half, width);
+                }
+                _mm512_storeu_si512(out + k * SIDE + half, pair(x[0], x[1]));
+            }
+        turn(out, left);
+        turn(out + ROWS, left + TILE);
+    }
 }
 
 void ptq_add_avx512_amx(ptq_kernels *k) {

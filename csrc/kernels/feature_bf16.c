@@ -27,7 +27,8 @@ static inline __m512bh as_bf16(__m512i x) {
 }
 
 static void pairs_gemm(float *restrict C, const uint32_t *restrict A, ptrdiff_t sa,
-                       const uint32_t *restrict B, ptrdiff_t K) {
+                       const uint32_t *restrict B, ptrdiff_t K, const ptq_ahead *ahead) {
+    (void)ahead;
     __m512 acc[MR][NR / VL];
     for (int i = 0; i < MR; i++)
         for (int v = 0; v < NR / VL; v++) acc[i][v] = _mm512_loadu_ps(C + i * NR + v * VL);

@@ -58,14 +58,22 @@ typedef struct {
     void (*add)(float *S, int64_t lds, const float *C, int64_t ldc, int64_t height, int64_t width);
 } ptq_gemm_kernels;
 
+/* Words that will be read next, [start, end): a matrix unit waits for what is not in the second
+ * cache, so its kernel fetches them meanwhile. */
+typedef struct {
+    const uint32_t *start, *end;
+} ptq_ahead;
+
 /* Products of pairs of bf16 tokens packed in 32 bits, low half first; gemm is NULL if unsupported.
  */
 typedef struct {
     int mr, nr;
     int step;   /* the pairs of a panel are filled up to a multiple of it with zeros */
     int turned; /* panels are packed a second time as left operands, at the same places */
-    /* As gemm.f32; both products of a pair are exact in float32. With `turned`, sa is ignored. */
-    void (*gemm)(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *B, ptrdiff_t K);
+    /* As gemm.f32; both products of a pair are exact in float32. With `turned`, sa is ignored;
+     * without, `ahead` is. */
+    void (*gemm)(float *C, const uint32_t *A, ptrdiff_t sa, const uint32_t *B, ptrdiff_t K,
+                 const ptq_ahead *ahead);
     /* Columns [c, c + nr) of `count` tokens into (ceil(count / 2), nr) words, and those of the left
      * operand if `turned`; absent columns and absent last tokens are zero. */
     void (*pack)(const uint16_t *X, int64_t ldx, const int64_t *rows, int64_t first, int64_t count,
@@ -232,9 +240,9 @@ typedef struct {
     /* Codes of `tokens` rows of n, `stride` apart, into a strip; absent tokens are zero. */
     void (*pack)(const int8_t *codes, int64_t stride, int64_t n, int tokens, void *strip);
     /* C (mr, panels * PTQ_LANES) += products of tokens <= mr rows and panels <= panels whose first
-     * words are `stride` words apart, modulo 2^32. */
+     * words are `stride` words apart, modulo 2^32. Only matrix units heed `ahead`. */
     void (*dots)(int tokens, int panels, const void *strip, const uint32_t *B, int64_t stride,
-                 int64_t words, int32_t *C, int64_t ldc);
+                 int64_t words, int32_t *C, int64_t ldc, const ptq_ahead *ahead);
     /* Around the calls of `dots` of one thread, without ptq_should_stop; NULL: nothing to do. */
     void (*enter)(void);
     void (*leave)(void);

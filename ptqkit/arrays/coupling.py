@@ -12,7 +12,7 @@ from ptqkit.arrays._inputs import as_matrix, check_count, check_number, check_th
 from ptqkit.arrays.factorization import as_hessian
 from ptqkit.arrays.matrix import QuantizedMatrix
 
-__all__ = ["couple_rows"]
+__all__ = ["as_coupling", "couple_rows"]
 
 
 def couple_rows(
@@ -86,7 +86,7 @@ def couple_rows(
     if W.shape != matrix.shape:
         raise ValueError(f"{label(name)}W must have the shape {matrix.shape}, not {W.shape}")
     power = as_hessian(H, name, threads, inputs=W.shape[1])
-    coupling = _coupling(B, len(W), damping, name)
+    coupling = as_coupling(B, len(W), damping, name)
     codes, objective = matrix.codes.copy(), np.empty(len(W))
     order = np.argsort(-np.diagonal(power), kind="stable")
     _core.couple_rows(
@@ -107,7 +107,7 @@ def couple_rows(
     return replace(matrix, codes=codes, row_objectives=history)
 
 
-def _coupling(B: Any, rows: int, damping: float, name: str | None) -> np.ndarray:
+def as_coupling(B: Any, rows: int, damping: float, name: str | None) -> np.ndarray:
     """Return B in float64, damped and of mean diagonal 1."""
     checked = np.array(B, np.float64, order="C")
     if checked.shape != (rows, rows):

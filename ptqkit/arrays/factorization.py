@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,10 @@ from ptqkit.errors import NotPositiveDefiniteError, check_choice
 __all__ = ["Factorization", "factorize", "quantization_order"]
 
 ORDERS = ("natural", "act", "group-act")
+
+#: ``factor(H, order, shift, threads)`` returns R of ``(H + diag(shift))[order][:, order]``, or the
+#: input whose pivot is not positive.
+Factor = Callable[[np.ndarray, np.ndarray, np.ndarray, int], "np.ndarray | int"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,14 @@ def _attempts(damping: float, max_damping: float) -> Iterator[float]:
         yield damping
 
 
+def _factor(
+    matrix: np.ndarray, order: np.ndarray, shift: np.ndarray, threads: int
+) -> np.ndarray | int:
+    R = np.empty_like(matrix)
+    failed = _core.factor(matrix, order, shift, R, threads)
+    return R if failed < 0 else failed
+
+
 def factorize(
     H: Any,
     *,
@@ -137,6 +149,7 @@ def factorize(
     max_damping: float = 1.0,
     threads: int = 0,
     name: str | None = None,
+    factor: Factor | None = None,
 ) -> Factorization:
     """Dampen and factorize a Hessian once, for all layers that read the same inputs.
 
@@ -155,6 +168,8 @@ def factorize(
         0 means automatic.
     name : str, optional
         Layer name for error messages.
+    factor : callable, optional
+        What factorizes, if not the core.
 
     Returns
     -------
@@ -183,15 +198,15 @@ def factorize(
     live = np.abs(diagonal[~dead], dtype=np.float64)
     mean = float(live.mean()) if live.size else 0.0
     perm = quantization_order(diagonal, order, group_size)
-    R = np.empty_like(matrix)
     failed, tried = -1, 0.0
     for raised, tried in enumerate(_attempts(float(damping), float(max_damping))):
         shift = np.where(dead, 1.0, tried * mean)
-        failed = _core.factor(matrix, perm, shift, R, threads)
-        if failed < 0:
+        found = (factor or _factor)(matrix, perm, shift, threads)
+        if isinstance(found, np.ndarray):
             return Factorization(
-                matrix, R, perm, order, group_size, tried, tried * mean, raised, dead
+                matrix, found, perm, order, group_size, tried, tried * mean, raised, dead
             )
+        failed = found
     raise NotPositiveDefiniteError(
         f"{label(name)}the Hessian is not positive definite: the pivot of input {failed} failed "
         f"with damping up to {tried:g} of the mean diagonal. Use more calibration tokens or "

@@ -53,6 +53,7 @@ class Hessian(MatrixSum):
         self.threads = check_threads(threads)
         super().__init__(self.in_features, self.in_features)
         self._matrix: np.ndarray | None = None
+        self._lazy = False  # whether the sum has yet to be made of the mean
 
     @classmethod
     def from_matrix(cls, matrix: Any, tokens: int, *, threads: int = 0) -> Hessian:
@@ -70,6 +71,24 @@ class Hessian(MatrixSum):
         if not np.isfinite(result._sum.diagonal()).all():
             raise ValueError(f"matrix * tokens / 2 overflows float32 at {tokens} tokens")
         return result
+
+    @classmethod
+    def of_mean(cls, matrix: np.ndarray, tokens: int) -> Hessian:
+        """As :meth:`from_matrix`, of a symmetric, finite matrix, which it keeps: for accumulators.
+
+        The sum is made if anything asks for it.
+        """
+        result = cls(len(matrix))
+        result.tokens = tokens
+        matrix.flags.writeable = False
+        result._matrix, result._lazy = matrix, True
+        return result
+
+    def _make_sum(self) -> None:
+        """Make the sum of a mean that was given."""
+        if self._lazy and self._matrix is not None:
+            np.multiply(self._matrix, np.float32(self.tokens / 2.0), out=self._sum)
+            self._lazy = False
 
     def update(self, X: Any, mask: Any = None) -> None:
         """Add a batch of inputs.
@@ -95,6 +114,7 @@ class Hessian(MatrixSum):
         X, dtype, rows, tokens = as_batch(X, mask, self.in_features)
 
         def write() -> None:
+            self._make_sum()
             _core.hessian_update(self._sum, X, dtype, rows, self.threads)
             self._matrix = None
 
@@ -110,6 +130,8 @@ class Hessian(MatrixSum):
         with first, second:
             self._check_whole()
             other._check_whole()
+            self._make_sum()
+            other._make_sum()
             with np.errstate(over="ignore"):
                 diagonal = self._sum.diagonal() + other._sum.diagonal()
             if not np.isfinite(diagonal).all():
@@ -124,6 +146,7 @@ class Hessian(MatrixSum):
         """Return an independent copy."""
         result = Hessian(self.in_features, threads=self.threads)
         with self._lock:
+            self._make_sum()
             result._sum[...] = self._sum
             result.tokens = self.tokens
             result._torn = self._torn
@@ -131,6 +154,7 @@ class Hessian(MatrixSum):
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
+            self._make_sum()
             return {**super().__getstate__(), "_matrix": None}
 
     def finish(self) -> Hessian:

@@ -16,14 +16,15 @@ from ptqkit._folders import check_path, resolve
 from ptqkit.cli.inputs import calibration_source, load_model, read_text
 from ptqkit.cli.options import add_common, add_model_options, check_text
 from ptqkit.cli.output import check_json, quiet_transformers, say, write_json
-from ptqkit.cli.softmax_unet import is_diffusion_model, run_unet
+from ptqkit.cli.softmax_unet import run_unet
 from ptqkit.demo import DEMO
 from ptqkit.errors import NotFiniteError, UsageError
 from ptqkit.nn.softmax.variants import (
     LANGUAGE_MODEL_VARIANTS,
-    PUBLISHED_VARIANTS,
+    TABLE_VARIANTS,
     UNET_VARIANTS,
 )
+from ptqkit.sweep.diffusion import is_diffusion_model
 
 __all__ = ["add_parser", "calibration_of"]
 
@@ -52,6 +53,7 @@ row has all codes to itself (beyond the paper), and there are other papers' grid
 
   before          rounded before normalising; before/row_sum with each row's own missing mass;
                   before/code_sum divided by the sum of the rounded ones
+  squares         before normalising as well, with codes of the square root; squares/row_sum
   log2            powers of two (FQ-ViT); log2/row_sum
   twin            two uniform grids, a fine and a coarse one (PTQ4ViT); twin/row_sum
 
@@ -232,7 +234,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.out is not None:
         if len(args.bits) != 1 or len(args.correction or ()) != 1:
             raise UsageError("--out saves one variant: give one --bits and one --correction")
-        if args.correction[0] in PUBLISHED_VARIANTS:
+        if args.correction[0] in TABLE_VARIANTS:
             raise UsageError(f"--correction {args.correction[0]} has no place in a file")
         if args.weights is not None:
             raise UsageError(

@@ -12,16 +12,11 @@ from ptqkit.cli.inputs import pick_device
 from ptqkit.cli.output import say, write_json
 from ptqkit.errors import UsageError
 from ptqkit.nn.softmax.variants import UNET_VARIANTS
+from ptqkit.sweep.diffusion import read_prompts
 
-__all__ = ["is_diffusion_model", "run_unet"]
+__all__ = ["run_unet"]
 
 _DEFAULT = ("bias", "bias/head", "bias/step_head", "row_sum", "before", "before/row_sum")
-
-
-def is_diffusion_model(name: str) -> bool:
-    """Whether a folder holds a pipeline of diffusers, or a UNet with its labels."""
-    folder = Path(name)
-    return (folder / "model_index.json").is_file() or (folder / "labels.safetensors").is_file()
 
 
 def run_unet(args: argparse.Namespace) -> None:
@@ -72,8 +67,7 @@ def _load(args: argparse.Namespace) -> Any:
     device = pick_device(args)
     if args.text is None:
         return load_unet(args.model, device=device, dtype=dtype)
-    lines = Path(args.text).read_text(encoding="utf-8").splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = read_prompts(args.text)
     if not prompts:
         raise UsageError(f"--text {args.text} holds no prompts")
     return load_text_to_image(args.model, prompts, device=device, dtype=dtype)

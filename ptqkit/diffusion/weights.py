@@ -11,6 +11,7 @@ from torch import nn
 
 from ptqkit._repr import one_line_repr
 from ptqkit.arrays.solvers import rtn
+from ptqkit.nn.convolution import warn_transposed
 
 __all__ = ["WeightQuantization", "quantize_weights"]
 
@@ -48,7 +49,8 @@ def quantize_weights(
 
     Every output channel has a min-max grid of its own; a convolution's weight counts as a matrix
     (out, in * height * width). Weights stay in their floating-point type, on the values of the
-    grid; activations are left alone (W8A16: they are what the model computes in).
+    grid; activations are left alone (W8A16: they are what the model computes in). Transposed
+    convolutions stay float, with a warning that names them.
 
     Parameters
     ----------
@@ -75,6 +77,7 @@ def quantize_weights(
         for name, module in unet.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not (keep is not None and keep(name))
     }
+    warn_transposed(unet, keep or (lambda name: False))
     # Before the first weight changes: an error must not leave half of a model quantized.
     for name, weight in chosen.items():
         if not bool(torch.isfinite(weight).all()):

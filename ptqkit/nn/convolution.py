@@ -8,7 +8,8 @@ patches, one per group [OBQ, section on convolutions].
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,18 @@ from torch import nn
 from ptqkit._repr import one_line_repr
 from ptqkit.nn.linear import LinearView
 
-__all__ = ["CONVOLUTIONS", "ConvolutionView", "is_convolution", "pad_inputs", "unfold_inputs"]
+__all__ = [
+    "CONVOLUTIONS",
+    "ConvolutionView",
+    "is_convolution",
+    "pad_inputs",
+    "unfold_inputs",
+    "warn_transposed",
+]
 
 #: Kinds that can be quantized; transposed ones scatter their inputs and are not among them.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # Values of one piece of unfolded inputs: they take prod(kernel) times the memory of the inputs.
 _PIECE = 1 << 24
@@ -31,6 +40,21 @@ _PIECE = 1 << 24
 def is_convolution(module: nn.Module) -> bool:
     """Whether a module is a convolution that can be quantized."""
     return isinstance(module, CONVOLUTIONS)
+
+
+def warn_transposed(model: nn.Module, left_out: Callable[[str], bool]) -> None:
+    """Warn of transposed convolutions, which stay float, but for those that are left out by name.
+
+    The warning points at the caller of the caller.
+    """
+    modules = model.named_modules()
+    names = [n for n, m in modules if isinstance(m, _TRANSPOSED) and not left_out(n)]
+    if names:
+        warnings.warn(
+            f"transposed convolutions are not quantized and stay float: {', '.join(names)}; "
+            "leave them out by name to silence this",
+            stacklevel=3,
+        )
 
 
 def pad_inputs(values: torch.Tensor, module: Any) -> torch.Tensor:

@@ -50,22 +50,30 @@ class LinearView:
         rows, columns = self.module.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The weight as (out, in), where it is: a view, detached."""
+        return self.weight.T if self.transposed else self.weight
+
     def read(self) -> np.ndarray:
         """Return the weight as float32 (out, in); a view of the module's memory if possible."""
-        weight = self.weight.T if self.transposed else self.weight
-        return np.ascontiguousarray(weight.to(device="cpu", dtype=torch.float32).numpy())
+        return np.ascontiguousarray(self.matrix.to(device="cpu", dtype=torch.float32).numpy())
 
-    def write(self, values: np.ndarray) -> None:
+    def write(self, values: np.ndarray | torch.Tensor) -> None:
         """Replace the weight in place by values (out, in), cast to the weight's dtype."""
-        self.weight.copy_(torch.from_numpy(values.T if self.transposed else values))
+        self.matrix.copy_(torch.as_tensor(values))
 
-    def subtract_bias(self, values: np.ndarray) -> None:
-        """Subtract values (out,) from the bias; a layer without one gains it."""
+    def shifted_bias(self, values: np.ndarray) -> torch.Tensor:
+        """Return the bias less values (out,), in the weight's dtype and where it is."""
         weight, bias = self.weight, self.module.bias
         new = torch.from_numpy(-values)
         if bias is not None:
             new = new + bias.detach().to(device="cpu", dtype=torch.float64)
-        new = new.to(device=weight.device, dtype=weight.dtype)
+        return new.to(device=weight.device, dtype=weight.dtype)
+
+    def subtract_bias(self, values: np.ndarray) -> None:
+        """Subtract values (out,) from the bias; a layer without one gains it."""
+        new, bias = self.shifted_bias(values), self.module.bias
         if bias is None:
             gained = nn.Parameter(new, requires_grad=self.module.weight.requires_grad)
             self.module.bias = gained

@@ -16,10 +16,11 @@ from ptqkit.arrays.bias import bias_correction
 from ptqkit.arrays.matrix import QuantizedMatrix, stack_rows
 from ptqkit.arrays.solvers import objective
 from ptqkit.errors import LAYER_FAILURES, CalibrationError, UsageError, prefix_error
+from ptqkit.nn.convolution import warn_transposed
 from ptqkit.nn.forward import StopForwardError, calibration_mode, device_of, hooks
 from ptqkit.nn.matrix_solver import quantize_matrix
 from ptqkit.nn.module_inputs import GroupMoments, InputMoments
-from ptqkit.nn.module_layers import ModuleLayer, Order, find_layers, probe_order
+from ptqkit.nn.module_layers import ModuleLayer, Order, find_layers, left_float, probe_order
 from ptqkit.nn.module_result import ModuleResult, ModuleRow
 from ptqkit.nn.on_grid import dequantize, rtn_on_grid
 from ptqkit.nn.quantized_mark import mark_quantized
@@ -28,15 +29,6 @@ from ptqkit.recipe.options import check_names
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["quantize_module"]
-
-#: Fields of a recipe that only the driver of transformers models knows what to do with.
-_NOT_HERE = (
-    "activations",
-    "equalization",
-    "error_propagation",
-    "residual_propagation",
-    "most_row_coupling",
-)
 
 #: One scale per output: few convolutions have a multiple of 128 inputs.
 _DEFAULT = Recipe(group_size=None)
@@ -62,6 +54,9 @@ def quantize_module(
     ``calibrate_on="float"`` all layers are calibrated on the float model's inputs in a single pass,
     with every H in memory, and weights change at the end. Models of transformers are for
     :func:`ptqkit.quantize`, which needs one pass for either.
+
+    Transposed convolutions stay float, with a warning that names them; they and whatever else holds
+    matrices and is not quantized are in ``left_float`` of the result.
 
     A convolution with groups has one H per group. A module that runs several times in one forward
     pass has one H of all its inputs.
@@ -112,10 +107,10 @@ def quantize_module(
     start = time.perf_counter()
     check_names(changes, "recipe", [f.name for f in fields(Recipe)])
     chosen = replace(as_recipe(recipe), **changes)
-    for name in _NOT_HERE:
-        if getattr(chosen, name):
-            left = name.removeprefix("most_")
-            raise UsageError(f"quantize_module quantizes weights alone: leave {left} out")
+    if chosen.beyond_weights:
+        raise UsageError(
+            f"quantize_module quantizes weights alone: leave {chosen.beyond_weights} out"
+        )
     if chosen.bits_budget is not None:
         raise UsageError(
             f"bits {chosen.bits} is an average, which ptqkit.quantize shares out; give whole bits "
@@ -123,6 +118,8 @@ def quantize_module(
         )
     data = None if batches is None else _read(batches)
     layers = find_layers(model, chosen, data is not None, threads)
+    rest = left_float(model, layers)
+    warn_transposed(model, lambda name: chosen.for_layer(name) is None)
     run = _Run(threads, progress)
     with run.telling(len(layers)):
         if data is None:
@@ -134,7 +131,7 @@ def quantize_module(
     total = time.perf_counter() - start
     solve = run.seconds
     seconds = {"total": total, "solve": solve, "calibration": total - solve}
-    return ModuleResult(model, run.matrices, run.rows, chosen, seconds)
+    return ModuleResult(model, run.matrices, run.rows, chosen, seconds, rest)
 
 
 def _calibrated(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from ptqkit.nn.matrix_solver import obq_problem
 from ptqkit.nn.quantized_mark import is_quantized
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["ModuleLayer", "Order", "find_layers", "probe_order"]
+__all__ = ["ModuleLayer", "Order", "find_layers", "left_float", "probe_order"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Subclasses with a forward of their own may do something else with their weight.
@@ -126,6 +126,15 @@ def find_layers(
         )
     problems.raise_if_any(found)
     return found
+
+
+def left_float(model: nn.Module, layers: Container[str]) -> dict[str, str]:
+    """Return what holds matrices, or kernels, and is none of these layers: names and kinds."""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if name not in layers and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    }
 
 
 def _obstacle(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str:

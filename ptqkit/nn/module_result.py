@@ -93,6 +93,9 @@ class ModuleResult(Tabular):
     recipe : Recipe
     seconds : dict of str to float
         ``total``, ``solve``, and ``calibration``: forward passes and Hessians.
+    left_float : dict of str to str
+        Names and kinds of the other modules that hold matrices or kernels: transposed convolutions,
+        embeddings, attention that multiplies its weights itself, and what the recipe skips.
     """
 
     __repr__ = one_line_repr
@@ -102,6 +105,7 @@ class ModuleResult(Tabular):
     rows: list[ModuleRow]
     recipe: Recipe
     seconds: dict[str, float] = field(default_factory=dict)
+    left_float: dict[str, str] = field(default_factory=dict)
 
     def totals(self) -> dict[str, float]:
         """Return sums over the layers; ``bits_per_weight`` is weighted by size."""
@@ -126,11 +130,12 @@ class ModuleResult(Tabular):
                 "totals": self.totals(),
                 "recipe": self.recipe.to_dict(),
                 "seconds": self.seconds,
+                "left_float": self.left_float,
             }
         )
 
     def table(self) -> str:
-        """Return plain text: a line per layer."""
+        """Return plain text: a line per layer, and one that names what stays float."""
         header = ("layer", "kind", "shape", "bits", "objective", "rtn", "Y dB", "bpw", "notes")
         rows = [
             (
@@ -146,4 +151,6 @@ class ModuleResult(Tabular):
             )
             for row in self.rows
         ]
-        return text_table(header, rows, left=(0, 1, -1))
+        text = text_table(header, rows, left=(0, 1, -1))
+        rest = ", ".join(f"{name} ({kind})" for name, kind in self.left_float.items())
+        return f"{text}\nin float: {rest}" if rest else text

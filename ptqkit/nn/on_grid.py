@@ -1,4 +1,4 @@
-"""Weights from codes, and codes from weights, on a grid that is given: on torch's threads."""
+"""Weights from codes, and codes from weights, on a grid that is given: by torch, on any device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from ptqkit.arrays.matrix import QuantizedMatrix
 
-__all__ = ["dequantize", "row_blocks", "rtn_on_grid"]
+__all__ = ["dequantize", "dequantize_on", "nearest", "row_blocks", "rtn_on_grid"]
 
 # Rows of the weight per step: keeps the temporaries small.
 _ROWS = 256
@@ -15,23 +15,34 @@ _ROWS = 256
 
 def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
     """As ``matrix.dequantize()``, the same bits, on torch's threads."""
-    result = torch.empty(matrix.shape, dtype=torch.float32)
+    return dequantize_on(torch.device("cpu"), matrix).numpy()
+
+
+def dequantize_on(device: torch.device, matrix: QuantizedMatrix) -> torch.Tensor:
+    """As ``matrix.dequantize()``, the same bits, on a device."""
+    result = torch.empty(matrix.shape, dtype=torch.float32, device=device)
+    every = torch.from_numpy(matrix.codes).to(device)
     for rows in row_blocks(len(result)):
-        scales, zeros = _grid(matrix, rows)
-        codes = torch.from_numpy(matrix.codes[rows]).view(zeros.shape[0], zeros.shape[1], -1)
+        scales, zeros = _grid(matrix, rows, device)
+        codes = every[rows].view(zeros.shape[0], zeros.shape[1], -1)
         torch.sub(codes, zeros, out=result[rows].view_as(codes)).mul_(scales)
-    return result.numpy()
+    return result
 
 
 def rtn_on_grid(weight: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
     """Round a weight (out, in) to nearest on a result's own grid; returns the dequantized form."""
-    result = torch.empty(matrix.shape, dtype=torch.float32)
+    return nearest(torch.from_numpy(weight), matrix).numpy()
+
+
+def nearest(weight: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
+    """As :func:`rtn_on_grid`, on the weight's device."""
+    result = torch.empty(matrix.shape, dtype=torch.float32, device=weight.device)
     for rows in row_blocks(len(result)):
-        scales, zeros = _grid(matrix, rows)
-        values = torch.from_numpy(weight[rows]).view(zeros.shape[0], zeros.shape[1], -1)
+        scales, zeros = _grid(matrix, rows, weight.device)
+        values = weight[rows].view(zeros.shape[0], zeros.shape[1], -1)
         codes = torch.div(values, scales, out=result[rows].view_as(values)).round_()
         codes.clamp_(-zeros, matrix.max_code - zeros).mul_(scales)
-    return result.numpy()
+    return result
 
 
 def row_blocks(rows: int) -> list[slice]:
@@ -39,18 +50,20 @@ def row_blocks(rows: int) -> list[slice]:
     return [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
 
 
-def _grid(matrix: QuantizedMatrix, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def _grid(
+    matrix: QuantizedMatrix, rows: slice, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero-points of some rows as float32 that broadcast to (rows, runs, run length).
 
     Groups that are runs of consecutive inputs stay as they are; others get one entry per input.
     """
-    scales = torch.from_numpy(matrix.scales[rows])
-    zeros = torch.from_numpy(matrix.zero_points[rows]).float()
+    scales = torch.from_numpy(matrix.scales[rows]).to(device)
+    zeros = torch.from_numpy(matrix.zero_points[rows]).to(device).float()
     groups, inputs = scales.shape[1], matrix.shape[1]
     runs = inputs % groups == 0 and np.array_equal(
         matrix.g_idx, np.arange(inputs, dtype=np.int32) // (inputs // groups)
     )
     if not runs:
-        index = torch.from_numpy(matrix.g_idx).long()
+        index = torch.from_numpy(matrix.g_idx).to(device).long()
         scales, zeros = scales[:, index], zeros[:, index]
     return scales[:, :, None], zeros[:, :, None]

@@ -267,30 +267,34 @@ class PackedLinear(QLinear):
         return self._product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, self.in_features)
         shape = (*x.shape[:-1], self.out_features)
         if not x.numel():
             return x.new_empty(shape)
         if self.activations is not None and self.integers():
-            y = self._integer_product(flat, self.activations)
+            flat = x.reshape(-1, self.in_features)
+            y = self._integer_product(flat, self.activations).view(shape)
         else:
-            y = self._float_product(flat)
+            y = self._float_product(x, shape)
         bias = self._parameters["bias"]
         if bias is not None:
             y += bias
-        return y.to(x.dtype).view(shape)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
-    def _float_product(self, x: torch.Tensor) -> torch.Tensor:
+    def _float_product(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        # For one token each call of torch costs as much as a small product: NumPy's are cheaper.
         activations = "int8" if self.compute == "int8" else "float"
         if self.activations is not None:
+            x = x.reshape(-1, self.in_features)
             x = quantize_input(x, self.activations, self.input_scale, self.input_zero_point)
             activations = "float"
         x = x.contiguous()
+        if x.requires_grad:  # under no_grad, which is nothing to NumPy
+            x = x.detach()
         dtype = _DTYPES[x.dtype]
-        rows = x.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else x.numpy()
-        y = torch.empty(x.shape[0], self.out_features, dtype=torch.float32)
-        self.matrix().multiply_rows(rows, y.numpy(), dtype, activations)
-        return y
+        values = x.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else x.numpy()
+        y = np.empty((values.size // self.in_features, self.out_features), np.float32)
+        self.matrix().multiply_rows(values.reshape(-1, self.in_features), y, dtype, activations)
+        return torch.from_numpy(y.reshape(shape))
 
     def _integer_product(self, x: torch.Tensor, spec: ActivationQuantization) -> torch.Tensor:
         symmetric, scale, zero = bool(spec.symmetric), self.input_scale, self.input_zero_point

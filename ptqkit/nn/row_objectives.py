@@ -13,12 +13,12 @@ __all__ = ["row_objectives"]
 _BLOCK = 1 << 25
 
 
-def row_objectives(errors: np.ndarray, hessian: torch.Tensor) -> np.ndarray:
+def row_objectives(errors: np.ndarray | torch.Tensor, hessian: torch.Tensor) -> np.ndarray:
     """Return e H e^T for each row e: as :func:`ptqkit.objective`, in float32 but for the last sum.
 
     Parameters
     ----------
-    errors : ndarray of float32, shape (out, in)
+    errors : ndarray or Tensor of float32, shape (out, in)
     hessian : Tensor of float32, shape (in, in)
         On the device that computes.
 
@@ -27,7 +27,7 @@ def row_objectives(errors: np.ndarray, hessian: torch.Tensor) -> np.ndarray:
     ndarray of float64, shape (out,)
     """
     found = []
-    for block in torch.from_numpy(errors).split(max(1, _BLOCK // errors.shape[1])):
+    for block in torch.as_tensor(errors).split(max(1, _BLOCK // errors.shape[1])):
         e = block.to(hessian.device)
         with full_float32(hessian.device):
             product = e @ hessian

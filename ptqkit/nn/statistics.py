@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays.accumulator import Accumulator
 from ptqkit.arrays.drift import Drift
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import CalibrationError
-from ptqkit.nn.half_products import add_products, multiplies_halves
+from ptqkit.nn.half_products import add_difference_products, add_products, multiplies_halves
+from ptqkit.nn.transfer import host_copy
 
 __all__ = [
+    "DeviceMean",
     "TorchDrift",
     "TorchHessian",
     "TorchRanges",
     "accumulator",
     "drift_accumulator",
     "full_float32",
+    "mirror_upper",
     "range_accumulator",
 ]
 
@@ -107,12 +111,18 @@ class _TorchSum(Accumulator):
         return values
 
     def _add(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add left^T right; of inputs of 16 bits with themselves, without widening if possible."""
+        """Add left^T right; what has 16 bits is not widened if possible.
+
+        ``left`` is ``right`` itself, or of float32.
+        """
         with self._lock:
             self._check_whole()
             self._torn = True
-            if left is right and multiplies_halves(right.device, right.dtype):
+            halves = multiplies_halves(right.device, right.dtype)
+            if left is right and halves:
                 add_products(self._sum, right)
+            elif right.dtype == torch.bfloat16 and halves:
+                add_difference_products(self._sum, left, right)
             else:
                 with full_float32(right.device):
                     self._sum.addmm_(left.float().T, right.float())
@@ -123,13 +133,12 @@ class _TorchSum(Accumulator):
             self._updates += 1
             self._torn = False
 
-    def _mean(self, what: str) -> np.ndarray:
-        """Return (2 / N) times the sum on the host, or raise CalibrationError."""
-        with self._lock:
-            self._check_whole()
-            matrix = (self._sum * (2.0 / max(1, self.tokens))).cpu().numpy()
+    def _mean(self, what: str) -> torch.Tensor:
+        """Return (2 / N) times the sum, or raise CalibrationError."""
+        self._check_whole()
+        matrix = self._sum * (2.0 / max(1, self.tokens))
+        if not bool(torch.isfinite(matrix).all()):
             whole = int(self._whole)
-        if not np.isfinite(matrix).all():
             first = f", first in batch {whole + 1} of {self._updates}"
             raise CalibrationError(
                 f"{what} values that are not finite, or whose products overflow float32"
@@ -163,7 +172,21 @@ class TorchHessian(_TorchSum):
         CalibrationError
             If an input was not finite or overflowed; the message names the batch.
         """
-        return Hessian.from_matrix(self._mean("the inputs hold"), self.tokens)
+        found = self.mean()
+        return Hessian.of_mean(host_copy(found.matrix), found.tokens)
+
+    def mean(self) -> DeviceMean:
+        """Return the mean where the activations are; errors as of :meth:`finish`."""
+        with self._lock:
+            mean = self._mean("the inputs hold")
+            mirror_upper(mean)
+            return DeviceMean(mean, self.tokens)
+
+
+def mirror_upper(matrix: torch.Tensor) -> None:
+    """Make a matrix symmetric, whose triangles are equal but for rounding."""
+    upper = matrix.triu(1)
+    matrix.triu_().add_(upper.T)
 
 
 @contextlib.contextmanager
@@ -208,26 +231,53 @@ class TorchDrift(_TorchSum):
         mask: torch.Tensor | None = None,
     ) -> None:
         """Add a (..., features), b (..., features) and x (..., in), by default b, of a batch."""
-        now = self._values(quantized, mask).float()
-        self._add(
-            self._values(floats, mask).float() - now,
-            now if inputs is None else self._values(inputs, mask),
-        )
+        now = self._values(quantized, mask)
+        x = now if inputs is None else self._values(inputs, mask)
+        self._add(self._values(floats, mask).float() - now.float(), x)
 
-    def finish(self) -> Drift:
-        """Return the mean as a host :class:`ptqkit.Drift`.
+    def finish(self) -> DeviceMean:
+        """Return the mean, where the activations are.
 
         Raises
         ------
         CalibrationError
             If a value was not finite or a sum overflowed; the message names the batch.
         """
-        mean = self._mean("the float and the quantized model differ by")
-        return Drift.from_matrix(mean, max(1, self.tokens))
+        with self._lock:
+            mean = self._mean("the float and the quantized model differ by")
+            return DeviceMean(mean, max(1, self.tokens))
+
+
+@dataclass(frozen=True)
+class DeviceMean:
+    """A finished sum, where the activations are.
+
+    Attributes
+    ----------
+    matrix : Tensor of float32, shape (features, in)
+        ``(2/N) sum (a - b) x^T``, or of x x^T.
+    tokens : int
+    """
+
+    __repr__ = one_line_repr
+
+    matrix: torch.Tensor
+    tokens: int
+
+    def rows(self, start: int, stop: int) -> DeviceMean:
+        """Return features ``start:stop``."""
+        return DeviceMean(self.matrix[start:stop], self.tokens)
+
+    def finish(self) -> Drift:
+        """Return a drift on the host."""
+        return Drift.from_matrix(host_copy(self.matrix), self.tokens)
 
 
 def drift_accumulator(features: int, in_features: int, device: torch.device) -> Any:
-    """Return an accumulator of the drift of values on this device."""
+    """Return an accumulator of the drift of values on this device.
+
+    What its ``finish`` returns has ``tokens``, ``rows`` and ``finish``, which gives a host's.
+    """
     if device.type == "cpu":
         return Drift(features, in_features)
     return TorchDrift(features, in_features, device)

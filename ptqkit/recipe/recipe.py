@@ -384,6 +384,14 @@ class Recipe:
         return replace(self, **changes, overrides={}, include=())
 
     @property
+    def beyond_weights(self) -> str:
+        """Option that only models of transformers have, such as ``"activations"``; '' if none."""
+        for name in _BEYOND_WEIGHTS:
+            if getattr(self, name):
+                return name.removeprefix("most_")
+        return ""
+
+    @property
     def most_row_coupling(self) -> int:
         """Most passes of ``row_coupling`` that a layer has, by the recipe or an override."""
         changes = (c for c in self.overrides.values() if isinstance(c, Mapping))
@@ -461,6 +469,16 @@ def _plain(change: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: v.to_dict() if isinstance(v, ActivationQuantization) else v for k, v in change.items()
     }
+
+
+#: Properties of a recipe that are more than rounding the weights of one layer after the other.
+_BEYOND_WEIGHTS = (
+    "activations",
+    "equalization",
+    "error_propagation",
+    "residual_propagation",
+    "most_row_coupling",
+)
 
 
 def _names() -> list[str]:

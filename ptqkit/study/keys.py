@@ -31,12 +31,13 @@ def key_of(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def model_digest(path: str) -> str:
-    """Hash of the files of a model's folder, hidden ones and subfolders left out."""
-    if path == DEMO:
-        path = str(MODEL_DIR)
-    files = sorted(p for p in Path(path).iterdir() if p.is_file() and p.name[0] != ".")
-    return key_of({p.name: file_digest(str(p)) for p in files})
+def model_digest(path: str, subfolders: bool = False) -> str:
+    """Hash of the files of a model's folder, hidden ones and, as a rule, subfolders left out."""
+    folder = MODEL_DIR if path == DEMO else Path(path)
+    found = folder.rglob("*") if subfolders else folder.iterdir()
+    files = {p.relative_to(folder).as_posix(): p for p in found if p.is_file()}
+    kept = sorted(name for name in files if not any(n[0] == "." for n in name.split("/")))
+    return key_of({name: file_digest(str(files[name])) for name in kept})
 
 
 def file_digest(path: str) -> str:

@@ -24,6 +24,12 @@ before anything runs. Paths in it are relative to the file itself::
     # calibration = {text = "other.txt"}                 # changes of [calibration] for this model
     # tasks = ["wiki"]           # by name; without, all
 
+    [[models]]                   # a diffusion model: a UNet with labels, or a pipeline of diffusers
+    name = "unet"
+    path = "models/unet"
+    # prompts = "prompts.txt"    # of a text-to-image pipeline, one on each line
+    # sampling = {steps = 20, guidance = 1.0, latents = 100, batch_size = 8}
+
     [[tasks]]
     name = "wiki"
     kind = "perplexity"
@@ -40,6 +46,11 @@ before anything runs. Paths in it are relative to the file itself::
     # metric = "acc_norm"        # "acc" (default): by the log-likelihood as it is
     # too_long = "skip"          # leave out items longer than the model takes ("error")
     # batch_size = 8
+
+    [[tasks]]
+    name = "samples"
+    kind = "samples"             # of diffusion models: final samples against the float model's
+    # images = 8, seed = 0
 
     [[recipes]]
     name = "AWEQ"                # parts, or preset and options of one recipe, as in the next

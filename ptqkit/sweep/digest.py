@@ -27,16 +27,28 @@ def cell_inputs(
     draw : int
         Of the calibration windows.
     """
+    diffusion = model.sampling is not None
     inputs: dict[str, Any] = {
         "schema": SCHEMA,
         "version": __version__,
         "device": device,
-        "model": model_digest(model.path),
+        "model": model_digest(model.path, subfolders=diffusion),
         "dtype": model.dtype,
         "outliers": dict(model.outliers) if model.outliers is not None else None,
-        "task": {"kind": task.kind, **task.settings, "source": text_digest(task.source)},
+        "task": {"kind": task.kind, **task.settings},
     }
-    if recipe is not None:
+    if model.sampling is not None:
+        prompts = None if model.prompts is None else file_digest(model.prompts)
+        inputs["sampling"] = {**asdict(model.sampling), "prompts": prompts}
+    else:
+        inputs["task"]["source"] = text_digest(task.source)
+    if recipe is not None and diffusion:
+        inputs |= {
+            "recipe": None if recipe.resolved is None else dict(recipe.resolved),
+            "softmax": None if recipe.softmax is None else dict(recipe.softmax),
+            "calibration": {"seed": model.calibration.seed + draw},
+        }
+    elif recipe is not None:
         calibration = asdict(model.calibration)
         del calibration["draws"]
         calibration["seed"] += draw

@@ -158,6 +158,8 @@ def _limits(axes: Any, measured: list[dict[str, Any]]) -> bool:
         return False
     errors = any(not math.isnan(r["excess_se"]) for r in measured)
     label = "perplexity, from the float model's"
+    if measured and measured[0]["kind"] == "samples":
+        label = "noise by signal of final samples"
     axes.set_xlabel(f"{label} (± standard error)" if errors else label, fontsize=7)
     if not values:
         return False

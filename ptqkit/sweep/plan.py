@@ -17,6 +17,7 @@ __all__ = [
     "Plan",
     "Published",
     "RecipePlan",
+    "Sampling",
     "TaskPlan",
     "TextSource",
 ]
@@ -52,15 +53,38 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a diffusion model samples, and how many latents it is calibrated on.
+
+    Attributes
+    ----------
+    steps : int
+        Of DDIM.
+    guidance : float
+        Of classifier-free guidance; 1 is none.
+    latents : int
+        For calibration, uniform over the steps.
+    batch_size : int
+    """
+
+    __repr__ = one_line_repr
+
+    steps: int = 20
+    guidance: float = 1.0
+    latents: int = 100
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
 class TaskPlan:
     """A task: ``settings`` are those of its kind, defaults filled in.
 
     Attributes
     ----------
     name, kind : str
-        Kind is ``"perplexity"`` or ``"zero-shot"``.
+        Kind is ``"perplexity"``, ``"zero-shot"`` or, of diffusion models, ``"samples"``.
     source : TextSource
-        Text, or file of items.
+        Text, or file of items; empty for samples.
     settings : dict
     """
 
@@ -75,12 +99,18 @@ class TaskPlan:
     @property
     def missing(self) -> bool:
         """Whether its file does not exist."""
+        if self.kind == "samples":
+            return False
         return self.source.path != DEMO and not Path(self.source.path).is_file()
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A model, what it is calibrated on, and the names of its tasks."""
+    """A model, what it is calibrated on, and the names of its tasks.
+
+    ``sampling`` is that of a diffusion model, None of a language model; ``prompts`` is the file of
+    them, of a text-to-image pipeline.
+    """
 
     __repr__ = one_line_repr
 
@@ -91,6 +121,8 @@ class ModelPlan:
     dtype: str = "auto"
     optional: bool = False
     outliers: Mapping[str, Any] | None = None
+    sampling: Sampling | None = None
+    prompts: str | None = None
 
     @property
     def missing(self) -> bool:

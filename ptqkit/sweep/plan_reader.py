@@ -16,6 +16,7 @@ from ptqkit.errors import PreflightError, did_you_mean
 from ptqkit.recipe import as_recipe
 from ptqkit.study.cells import FLOAT
 from ptqkit.study.products import Case, expand_parts, named_cases
+from ptqkit.sweep.diffusion import is_diffusion_model, read_prompts
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import (
     Calibration,
@@ -23,6 +24,7 @@ from ptqkit.sweep.plan import (
     Plan,
     Published,
     RecipePlan,
+    Sampling,
     TaskPlan,
     TextSource,
 )
@@ -39,7 +41,8 @@ _SOFTMAX = {
     "grid_range": "fixed",
     "grid_of": "probabilities",
 }
-_KINDS = ("perplexity", "zero-shot")
+_GRANULARITIES = ("head", "tensor", "step", "step_head")
+_KINDS = ("perplexity", "zero-shot", "samples")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -101,14 +104,15 @@ class _PlanReader:
         top = self.top
         name = top.take("name", str, self.path.stem)
         output = top.take("output", str, name, lambda v: None if v else "a folder")
-        base = top.take("calibration", dict)
+        base = top.take("calibration", dict, None)
         tasks = tuple(self._task(r) for r in self._tables("tasks"))
         names = tuple(t.name for t in tasks)
-        models = tuple(self._model(r, base or {}, names) for r in self._tables("models"))
+        models = tuple(self._model(r, base, tasks) for r in self._tables("models"))
         chosen = tuple(m.name for m in models)
         recipes = tuple(p for r in self._tables("recipes") for p in self._recipes(r, chosen))
         published = tuple(self._published(r) for r in self._tables("published", needed=False))
         top.done()
+        self._fit(models, recipes)
         self._names("tasks", names)
         self._names("models", chosen)
         self._names("recipes", tuple(r.name for r in recipes), reserved=FLOAT)
@@ -163,10 +167,24 @@ class _PlanReader:
     def _path(self, name: str) -> Path:
         return (self.path.parent / name).resolve()
 
-    def _calibration(self, values: Mapping[str, Any], where: str) -> Calibration:
+    def _fit(self, models: tuple[ModelPlan, ...], recipes: tuple[RecipePlan, ...]) -> None:
+        """Note recipes that a kind of model does not have."""
+        for recipe in recipes:
+            for model in (m for m in models if m.name in recipe.models):
+                found = _misfit(recipe, model.sampling is not None)
+                if found:
+                    self.problems.append(
+                        f"{self.path.name}: recipe {recipe.name!r}: {found}; leave "
+                        f"{model.name!r} out of its models"
+                    )
+
+    def _calibration(
+        self, values: Mapping[str, Any], where: str, diffusion: bool = False
+    ) -> Calibration:
         reader = Reader(values, where, self.problems)
         result = Calibration(
-            self._source(reader, "text"),
+            # Of a diffusion model the latents are its own samples.
+            TextSource(DEMO) if diffusion else self._source(reader, "text"),
             reader.take("samples", int, Calibration.samples, whole(1)),
             reader.take("sequence_length", int, Calibration.sequence_length, whole(2)),
             reader.take("batch_size", int, Calibration.batch_size, whole(1)),
@@ -174,10 +192,35 @@ class _PlanReader:
             _start_token(reader),
             reader.take("draws", int, Calibration.draws, whole(1)),
         )
-        reader.done()
+        if not diffusion:
+            reader.done()
         return result
 
-    def _model(self, reader: Reader, base: Mapping[str, Any], tasks: tuple[str, ...]) -> ModelPlan:
+    def _sampling(self, model: Reader, path: str) -> tuple[Sampling, str | None]:
+        """Read how a diffusion model samples, and of a pipeline the file of its prompts."""
+        reader = Reader(model.take("sampling", dict, {}), f"{model.where}: sampling", self.problems)
+        found = Sampling(
+            reader.take("steps", int, Sampling.steps, whole(1)),
+            float(reader.take("guidance", float, Sampling.guidance)),
+            reader.take("latents", int, Sampling.latents, whole(1)),
+            reader.take("batch_size", int, Sampling.batch_size, whole(1)),
+        )
+        reader.done()
+        given = model.take("prompts", str, None)
+        if not Path(path, "model_index.json").is_file():
+            if given is not None:
+                model.problem("prompts are for a pipeline; this UNet has labels")
+            return found, None
+        prompts = None if given is None else str(self._path(given))
+        if prompts is None:
+            model.problem("prompts is missing: the file of the prompts, one on each line")
+        elif not Path(prompts).is_file() or not read_prompts(prompts):
+            model.problem(f"prompts {given!r}: there is no such file, or nothing in it ({prompts})")
+        return found, prompts
+
+    def _model(
+        self, reader: Reader, base: Mapping[str, Any] | None, tasks: tuple[TaskPlan, ...]
+    ) -> ModelPlan:
         name = _name(reader)
         given = reader.take("path", str)
         path = given if given in (None, DEMO) else str(self._path(given))
@@ -189,20 +232,32 @@ class _PlanReader:
                 f"path {given!r}: there is no such folder (looked for {path}); optional = true "
                 "skips a model that is not there"
             )
-        elif not missing and path not in (None, DEMO) and not Path(path, "config.json").is_file():
+        diffusion = path not in (None, DEMO) and is_diffusion_model(path)
+        config = path in (None, DEMO) or Path(path, "config.json").is_file()
+        if not missing and not diffusion and not config:
             reader.problem(f"path {given!r}: the folder has no config.json, so it is not a model")
         where = f"{self.path.name}: calibration" + (f" of model {name!r}" if change else "")
-        chosen = _chosen(reader, "tasks", tasks)
+        fitting = tuple(t.name for t in tasks if (t.kind == "samples") == diffusion)
+        if missing:
+            fitting = tuple(t.name for t in tasks)
+        known = set(fitting) == {t.name for t in tasks}
+        chosen = _chosen(
+            reader, "tasks", fitting, "not in the file" if known else "no task of its kind"
+        )
+        if base is None and not change and not diffusion:
+            self.top.problem("key 'calibration' is missing")
+            base = {"text": DEMO}
         # The texts of a model that is skipped may be missing with it.
         kept = len(self.problems)
-        calibration = self._calibration({**base, **change}, where)
+        calibration = self._calibration({**(base or {}), **change}, where, diffusion)
         if missing and optional:
             del self.problems[kept:]
         elif where.endswith("calibration"):
             # The same lines for every model without changes of its own: once is enough.
             new = [p for p in self.problems[kept:] if p not in self.problems[:kept]]
             self.problems[kept:] = new
-        outliers = reader.take("outliers", dict, None)
+        outliers = None if diffusion else reader.take("outliers", dict, None)
+        sampling, prompts = self._sampling(reader, path) if diffusion else (None, None)
         plan = ModelPlan(
             name,
             path or "",
@@ -211,6 +266,8 @@ class _PlanReader:
             reader.take("dtype", str, "auto", choices=_DTYPES),
             optional,
             None if outliers is None else _outliers(outliers, reader),
+            sampling,
+            prompts,
         )
         reader.done()
         return plan
@@ -232,6 +289,12 @@ class _PlanReader:
                 "batch_size": reader.take("batch_size", int, BATCH_SIZE, whole(1)),
             }
             _check_windows(reader, settings)
+        elif kind == "samples":
+            source = TextSource("")
+            settings = {
+                "images": reader.take("images", int, 8, whole(1)),
+                "seed": reader.take("seed", int, 0, whole(0)),
+            }
         else:
             source = self._source(reader, "file", optional)
             settings = {
@@ -331,7 +394,7 @@ def _softmax(reader: Reader, value: Any) -> dict[str, Any] | None:
     found = {
         "bits": options.take("bits", int, 8, whole(2)),
         "correction": None if correction == "none" else correction,
-        "granularity": options.take("granularity", str, "head", choices=("head", "tensor")),
+        "granularity": options.take("granularity", str, "head", choices=_GRANULARITIES),
         "grid_range": options.take("range", str, "fixed", choices=_RANGES),
         "grid_of": options.take("grid_of", str, "probabilities", choices=_GRIDS_OF),
     }
@@ -381,6 +444,18 @@ def _plans(
         )
 
 
+def _misfit(recipe: RecipePlan, diffusion: bool) -> str:
+    """Return what of a recipe is for the other kind of models; empty if nothing."""
+    softmax = recipe.softmax or {}
+    if not diffusion:
+        step = str(softmax.get("granularity", "")).startswith("step")
+        return "corrections per time step are not for language models" if step else ""
+    if softmax.get("correction") == "row_length":
+        return "row_length is for language models"
+    other = "" if recipe.resolved is None else as_recipe(recipe.resolved).beyond_weights
+    return f"{other} is for language models" if other else ""
+
+
 def _check_windows(reader: Reader, settings: Mapping[str, Any]) -> None:
     if settings["windows"] is None:
         return
@@ -406,12 +481,14 @@ def _name(reader: Reader) -> str:
     )
 
 
-def _chosen(reader: Reader, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
+def _chosen(
+    reader: Reader, key: str, names: tuple[str, ...], else_it_is: str = "not in the file"
+) -> tuple[str, ...]:
     chosen = reader.take(key, list, list(names))
     for name in chosen:
         if name not in names:
             hint = did_you_mean(name, names) or f"; there are {', '.join(names) or 'none'}"
-            reader.problem(f"{key} names {name!r}, which is not in the file{hint}")
+            reader.problem(f"{key} names {name!r}, which is {else_it_is}{hint}")
     if not chosen and names:
         reader.problem(f"{key} is empty; leave it out for all of them")
     return tuple(n for n in names if n in chosen)

@@ -12,6 +12,7 @@ from ptqkit._files import plain, write_atomically
 from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
 from ptqkit.study.cells import FAILED, FLOAT, MISSING, OK, Cell, write_json
 from ptqkit.study.result import StudyResult
+from ptqkit.sweep.diffusion import SAMPLES_METRIC
 from ptqkit.sweep.grid import SweepResult
 
 __all__ = [
@@ -325,6 +326,8 @@ def _value(row: dict[str, Any] | None, recipe: str) -> list[str]:
         return ["", ""]
     if row["status"] != OK:
         return [row["status"], ""]
+    if row["metric"] == SAMPLES_METRIC:
+        return [_decibel(row), ""]
     accuracy = row["higher_is_better"]
     shown = f"{100 * row['value']:.1f}" if accuracy else f"{row['value']:.4g}"
     if not accuracy and row["value"] < 1000:
@@ -335,6 +338,15 @@ def _value(row: dict[str, Any] | None, recipe: str) -> list[str]:
     # The float model's own value is as it is: what is uncertain is the excess.
     error = degradation(row["float_value"] + row["excess_se"], row["float_value"])
     return [shown, f"{change:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")]
+
+
+def _decibel(row: dict[str, Any]) -> str:
+    """Signal to noise of samples, with its standard error; of the float model there is no noise."""
+    value, error = row["value"], row["excess_se"]
+    if not value:
+        return "float"
+    shown = f"{-10 * math.log10(value):.2f} dB"
+    return shown if math.isnan(error) else f"{shown} ± {10 / math.log(10) * error / value:.2f}"
 
 
 def _align(lines: list[list[str]]) -> str:

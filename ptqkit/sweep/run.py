@@ -14,7 +14,9 @@ from ptqkit.study.cells import FLOAT, Cell, CellStore
 from ptqkit.study.engine import Engine, Quantized, Work
 from ptqkit.study.environment import environment
 from ptqkit.study.making import float_model
+from ptqkit.study.measured import Measured
 from ptqkit.sweep.bench import open_bench, quantized_copy
+from ptqkit.sweep.diffusion import UNetBench, open_unet
 from ptqkit.sweep.grid import SweepInterrupted, SweepResult, plan_cells
 from ptqkit.sweep.plan import Plan
 from ptqkit.sweep.tasks import measure
@@ -127,17 +129,26 @@ def _work(plan: Plan, device: str, threads: int) -> Work:
     models = {m.name: m for m in plan.models}
     recipes = {r.name: r for r in plan.recipes}
 
-    def make(bench: Workbench, cell: Cell) -> Quantized:
+    def opened(name: str) -> Workbench | UNetBench:
+        if models[name].sampling is not None:
+            return open_unet(models[name], device, threads)
+        return open_bench(models[name], device, threads)
+
+    def make(bench: Workbench | UNetBench, cell: Cell) -> Quantized:
+        if isinstance(bench, UNetBench):
+            return bench.make(recipes.get(cell.recipe), cell.draw)
         if cell.recipe == FLOAT:
             return float_model(bench)
         seed = models[cell.model].calibration.seed + cell.draw
         return quantized_copy(bench, recipes[cell.recipe], seed)
 
-    return Work(
-        lambda name: open_bench(models[name], device, threads),
-        make,
-        lambda bench, made, cell: measure(made.model, bench.cached_tokenizer, plan.task(cell.task)),
-    )
+    def measured(bench: Workbench | UNetBench, made: Quantized, cell: Cell) -> Measured:
+        task = plan.task(cell.task)
+        if isinstance(bench, UNetBench):
+            return bench.measure(made.model, task)
+        return measure(made.model, bench.cached_tokenizer, task)
+
+    return Work(opened, make, measured)
 
 
 def _fits(cell: Cell, only: str) -> bool:

@@ -30,7 +30,7 @@ def models(tmp_path_factory):
     (folder / "wikitext2" / "wiki.test.raw.gz").write_bytes(gzip.compress(text.encode()))
     line = json.dumps({"text": text}).encode()
     (folder / "c4" / "c4_sample_40.jsonl.gz").write_bytes(gzip.compress(line))
-    sizes = {f"opt-{i}M": size_series.Size(32, i, 2, 2, 1e-3, batch=1) for i in (1, 2)}
+    sizes = {f"opt-{i}M": size_series.Size(32, i, 2, 1e-3, steps=2, batch=1) for i in (1, 2)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(size_series, "SIZES", sizes)
         size_series.main(["--data", str(books), "--out", str(folder / "models")])
@@ -56,7 +56,7 @@ def test_perplexity_by_size(models, capsys):
     sizes = {r["model"]: r["weights"] for r in records}
     assert sizes == {"opt-1M": 12 * 32**2, "opt-2M": 24 * 32**2}
     assert (models / "out" / "gptq_table3.png").stat().st_size > 1000
-    assert json.loads((models / "models" / "training.json").read_text())["opt-2M"]["layers"] == 2
+    assert json.loads((models / "models" / "opt-2M" / "training.json").read_text())["layers"] == 2
 
 
 def test_other_grids_and_texts(models):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ptqkit.nn import half_products, statistics
-from ptqkit.nn.statistics import TorchHessian
+from ptqkit.nn.statistics import TorchDrift, TorchHessian
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -22,10 +22,10 @@ def hessian(x, mask=None):
     return found.finish().matrix
 
 
-def twin(total, part):
+def twin(total, left, right):
     """What the device does, on the host: exact products, sums in float32."""
-    assert part.dtype in HALVES and total.dtype == torch.float32
-    total.addmm_(part.float().T, part.float())
+    assert left.dtype == right.dtype and left.dtype in HALVES and total.dtype == torch.float32
+    total.addmm_(left.float().T, right.float())
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def tensor_cores(monkeypatch):
     """A host that multiplies halves; yields the tokens of each product."""
     calls = []
 
-    def add(total, part):
-        calls.append(len(part))
-        twin(total, part)
+    def add(total, left, right):
+        calls.append(len(right))
+        twin(total, left, right)
 
     monkeypatch.setattr(half_products, "_add", add)
     monkeypatch.setattr(statistics, "multiplies_halves", lambda device, dtype: dtype in HALVES)
@@ -57,18 +57,34 @@ def test_sums_are_those_of_float32_to_rounding(dtype, tensor_cores):
     x = values(dtype)
     exact = 2 * (x.double().T @ x.double()).numpy() / len(x)
     np.testing.assert_allclose(hessian(x), exact, rtol=0, atol=1e-6 * exact.max())
-    assert tensor_cores == [300]
+    assert tensor_cores == [256, 44]
     mask = torch.arange(300) % 3 > 0
     found, kept = hessian(x, mask), x[mask].double()
     np.testing.assert_allclose(
         found, 2 * (kept.T @ kept).numpy() / len(kept), rtol=0, atol=1e-6 * exact.max()
     )
-    assert tensor_cores == [300, 200]
+    assert tensor_cores == [256, 44, 200]
 
 
 def test_long_sums_are_made_of_short_ones(tensor_cores):
-    hessian(values(torch.bfloat16, 5000, 2))
-    assert tensor_cores == [2048, 2048, 904]
+    hessian(values(torch.bfloat16, 600, 2))
+    assert tensor_cores == [256, 256, 88]
+
+
+def test_differences_are_multiplied_in_parts_without_rounding(tensor_cores):
+    a, b = values(torch.bfloat16), values(torch.bfloat16).flip(0) * 3e-4
+    found = TorchDrift(16, 16, "cpu")
+    found.update(a, b)
+    exact = 2 * ((a.double() - b.double()).T @ b.double()).numpy() / len(a)
+    np.testing.assert_allclose(found.finish().matrix, exact, rtol=0, atol=2e-7 * abs(exact).max())
+    assert tensor_cores == [256] * 3 + [44] * 3
+    rest = (a.float() - b.float())[:1]
+    for _ in range(3):
+        rest = rest - rest.bfloat16()
+    assert (
+        not rest.any()
+        and (a.float() - b.float()).bfloat16().float().ne(a.float() - b.float()).any()
+    )
 
 
 def test_float32_is_multiplied_as_before(request):
@@ -86,8 +102,8 @@ def test_a_device_is_asked_whether_it_can(monkeypatch):
     monkeypatch.setattr(half_products, "_add", twin)
     assert ask(cpu, torch.bfloat16) and ask(cpu, torch.float16)
 
-    def rounding(total, part):
-        total.copy_((total.to(part.dtype) + part.T @ part).float())
+    def rounding(total, left, right):
+        total.copy_((total.to(right.dtype) + left.T @ right).float())
 
     monkeypatch.setattr(half_products, "_add", rounding)
     assert not ask(cpu, torch.bfloat16)

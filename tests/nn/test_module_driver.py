@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -472,3 +473,34 @@ def test_progress_gets_every_row():
     rows = []
     result = quantize_module(build(), batches(), PUBLISHED, progress=rows.append)
     assert rows == result.rows
+
+
+def test_what_stays_float_is_named():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 4, 2), nn.Flatten(2), nn.MultiheadAttention(81, 1)
+    )
+    data = [torch.randn(4, 2, 10, 10)]
+
+    def call(net, x):
+        x = net[:3](x)
+        net[3](x, x, x)
+
+    options = {"bits": 4, "group_size": None, "call": call, "overrides": {"3.*": "skip"}}
+    with pytest.warns(UserWarning, match="transposed convolutions .* stay float: 1;") as caught:
+        result = quantize_module(copy.deepcopy(model), data, "rtn", **options)
+    assert caught[0].filename == __file__
+    expected = {
+        "1": "ConvTranspose2d",
+        "3": "MultiheadAttention",
+        "3.out_proj": "NonDynamicallyQuantizableLinear",
+    }
+    assert result.left_float == expected == result.to_dict()["left_float"]
+    assert result.table().endswith(
+        "in float: 1 (ConvTranspose2d), 3 (MultiheadAttention), "
+        "3.out_proj (NonDynamicallyQuantizableLinear)"
+    )
+    options["overrides"] |= {"1": "skip"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = quantize_module(model, data, "rtn", **options)
+    assert again.left_float == expected and again.matrices.keys() == {"0"}

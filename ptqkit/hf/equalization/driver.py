@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -71,7 +71,7 @@ def equalize(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     start_token: str | int | None = "auto",
-    blocks: tuple[str, ...] | None = None,
+    blocks: Sequence[str] | None = None,
     threads: int = 0,
     progress: bool | Progress | None = None,
 ) -> EqualizationReport:
@@ -106,7 +106,7 @@ def equalize(
     recipe : optional
         How the model is to be quantized: what the search measures. Layers that it skips count for
         no range, and groups it skips altogether are left alone.
-    blocks : tuple of str, optional
+    blocks : sequence of str, optional
         Paths of the lists of repeated blocks, if structure does not show them.
     threads : int
         0 is automatic. No result depends on it.
@@ -147,8 +147,9 @@ def equalize(
         max_length=max_positions(model),
     )
     parsed = None if recipe is None else as_recipe(recipe)
+    places = None if blocks is None else tuple(blocks)
     return equalize_calibrated(
-        unwrap_compiled(model), prepared, options, parsed, blocks, threads, make_progress(progress)
+        unwrap_compiled(model), prepared, options, parsed, places, threads, make_progress(progress)
     )
 
 

@@ -10,6 +10,7 @@ causal mask.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -72,6 +73,12 @@ def _heads(model: nn.Module, module: nn.Module) -> int:
     return int(getattr(config, "num_attention_heads", 0))
 
 
+def _looks_up(module: nn.Module) -> bool:
+    """Whether a module without the number of a layer, as CLIP's, asks the registry by its code."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
 def find_attention(model: nn.Module) -> dict[str, AttentionModule]:
     """Find the attention modules of a transformers model by name.
 
@@ -92,7 +99,7 @@ def find_attention(model: nn.Module) -> dict[str, AttentionModule]:
         )
     found, other = {}, []
     for name, module in model.named_modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
+        if hasattr(module, "is_causal") and (hasattr(module, "layer_idx") or _looks_up(module)):
             if _eager_function(module) is None:
                 other.append(name)
             else:
@@ -133,6 +140,8 @@ def _attention(
 
     allowed = None if mask is None else allowed_entries(mask[..., : key.shape[-2]])
     rows, steps = slot.facts.rows, slot.facts.steps
+    if rows is not None and rows.shape != (len(query), query.shape[-2]):
+        rows = None  # an image beside a padded text: none of its positions is padding
     return slot.hook(
         AttentionCall(slot.name, module, query, key, value, allowed, rows, steps, attend)
     )

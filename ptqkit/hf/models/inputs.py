@@ -49,7 +49,9 @@ def match_mask(
 ) -> torch.Tensor | None:
     """Find the padding mask that belongs to an input of a layer, by its leading shape.
 
-    Of an expert's input, the rows that were routed to it say which tokens they are.
+    Of an expert's input, the rows that were routed to it say which tokens they are. Where a batch
+    has features beside its tokens, such as pixels, an input that no mask fits is made of them or
+    pooled: none of its rows is padding.
 
     Raises
     ------
@@ -72,6 +74,9 @@ def match_mask(
             return None
         rows = fitting[0].reshape(leading)
         return rows if routed is None else rows.to(routed.rows.device)[routed.rows]
+    beside = any(_is_feature(k, v) for k, v in batch.items() if k not in masks)
+    if not fitting and routed is None and "input_ids" in batch and beside:
+        return None
     raise CalibrationError(
         f"an input of shape {tuple(value.shape)} fits {len(fitting)} attention masks of the batch, "
         "so padding cannot be left out; calibrate without padding, or skip the layer"

@@ -20,10 +20,13 @@ __all__ = [
     "container_memory",
     "memory_limit",
     "peak_memory",
+    "spare_memory",
 ]
 
 SPARE = 32 << 20
-"""Bytes by which the process may grow before free pages are given back."""
+"""Bytes by which the process may grow, at most, before free pages are given back."""
+# So much of what a run needs may it grow by as well.
+_SPARE_SHARE = 8
 
 # Per version of control groups: limits, usage, and the part of the usage in ``memory.stat`` that
 # the kernel drops before a limit is felt (file pages not in active use).
@@ -145,6 +148,14 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def spare_memory(device: torch.device, needed: int) -> int:
+    """Return by how many bytes a run that needs so many may grow before free pages are given back.
+
+    0 for a GPU, where none are.
+    """
+    return min(SPARE, needed // _SPARE_SHARE) if device.type == "cpu" else 0
 
 
 class HeapPages:

@@ -21,7 +21,12 @@ from ptqkit.hf.data.calibration import batch_shape
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.hf.quantization.expert_moments import fill_up, rule_text
 from ptqkit.nn.experts import RoutedRows, routed_rows
-from ptqkit.nn.statistics import accumulator, drift_accumulator, range_accumulator
+from ptqkit.nn.statistics import (
+    DeviceMean,
+    accumulator,
+    drift_accumulator,
+    range_accumulator,
+)
 
 __all__ = ["MomentAccumulator", "Moments", "check_same_tokens"]
 
@@ -34,9 +39,9 @@ class Moments:
     ----------
     hessian : Hessian or None
         H = (2/N) sum x x^T of the inputs; None without calibration.
-    drift : Drift or None
+    drift : Drift, DeviceMean or None
         G - H = (2/N) sum (x - x~) x~^T, if the float model runs along.
-    residuals : dict of str to Drift
+    residuals : dict of str to Drift or DeviceMean
         D = (2/N) sum (r - r~) x~^T of layers that write into a stream r.
     ranges : ChannelRanges or None
         Of the inputs, if a layer's activation grid or bias correction needs them.
@@ -49,8 +54,8 @@ class Moments:
     """
 
     hessian: Any = None
-    drift: Drift | None = None
-    residuals: Mapping[str, Drift] = field(default_factory=dict)
+    drift: Drift | DeviceMean | None = None
+    residuals: Mapping[str, Drift | DeviceMean] = field(default_factory=dict)
     ranges: Any = None
     seconds: float = 0.0
     seconds_drift: float = 0.0
@@ -212,20 +217,28 @@ class MomentAccumulator:
         flat = None if rows is None else rows.reshape(-1)
         self._residual.update(*streams, value.reshape(-1, channels), flat)
 
-    def finish(self) -> Moments | Exception:
-        """Return H (and G, D and ranges) on the host, or the error that prevents it."""
+    def finish(self, on_host: bool = True) -> Moments | Exception:
+        """Return H (and G, D and ranges), or the error that prevents it.
+
+        Parameters
+        ----------
+        on_host : bool
+            False: leave H where the inputs are, on a GPU, as G and D are.
+        """
         if self.error is not None:
             return self.error
         try:
-            return self._moments()
+            return self._moments(on_host)
         except LAYER_FAILURES as error:
             return error
 
-    def _moments(self) -> Moments:
+    def _moments(self, on_host: bool) -> Moments:
         start = time.perf_counter()
         routed, rule = self.routed, ""
         lacking = routed is not None and routed < self._hessian.in_features
-        hessian = None if lacking and not routed else self._hessian.finish()
+        hessian = None
+        if not lacking or routed:
+            hessian = self._hessian.finish() if on_host else self._hessian.mean()
         if lacking and self._pool is not None and self._pool.tokens:
             assert routed is not None
             own = Hessian(self._hessian.in_features) if hessian is None else hessian

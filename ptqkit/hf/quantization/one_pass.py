@@ -63,7 +63,7 @@ def one_pass_groups(work: Work) -> Steps:
     floats = _start(work) if work.propagate else []
     originals = OriginalWeights(work.targets, len(floats))
     waiting = None
-    pages = HeapPages(device_of(work.model))
+    pages = HeapPages(device_of(work.model), work.spare)
     streams = following_streams(work.model, work.writers, lambda: current[0])
     try:
         with hooks(work.modules(), at_layer), streams:

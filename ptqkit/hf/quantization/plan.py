@@ -15,7 +15,7 @@ from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.expert_moments import is_expert, solved_together
 from ptqkit.hf.quantization.inspection import Inspection
-from ptqkit.hf.quantization.memory import available_memory, memory_limit
+from ptqkit.hf.quantization.memory import available_memory, memory_limit, spare_memory
 from ptqkit.nn.forward import device_of
 
 __all__ = [
@@ -41,6 +41,7 @@ class MemoryEstimate:
     Attributes
     ----------
     one_pass, replay : int
+        Without what :func:`~ptqkit.hf.quantization.memory.spare_memory` adds.
     outputs, codes : int
         Of those of replay, what the outputs of the blocks take, and the codes.
     """
@@ -72,6 +73,8 @@ class Plan:
         Groups that threads solve at once, where they are independent; 0: none but by the caller.
     ahead : bool
         Meanwhile the device accumulates moments of experts that are independent of these.
+    spare : int
+        Bytes by which the process may grow before free pages are given back; part of the estimate.
     """
 
     schedule: str = "no calibration"
@@ -82,6 +85,7 @@ class Plan:
     experts_at_once: int = 1
     solved_at_once: int = 0
     ahead: bool = False
+    spare: int = 0
 
 
 def plan_schedule(
@@ -122,40 +126,43 @@ def plan_schedule(
         bool(inspection.stream.writers),
         inspection.experts,
     )
-    limit, whose, free = memory_limit(device_of(model), budget)
+    device = device_of(model)
+    limit, whose, free = memory_limit(device, budget)
+    spares = [spare_memory(device, size) for size in (needed.one_pass, needed.replay)]
+    one_pass, replay = needed.one_pass + spares[0], needed.replay + spares[1]
     estimate: dict[str, int | None] = {
-        "estimate_one_pass": needed.one_pass,
-        "estimate_replay": needed.replay,
+        "estimate_one_pass": one_pass,
+        "estimate_replay": replay,
         "budget": budget,
         "available": free,
     }
     strict = bool(propagation) or schedule == "one-pass"
     reason = _obstacle(inspection, schedule)
-    if not reason and needed.one_pass > limit:
+    if not reason and one_pass > limit:
         twice = " (for two models' activations)" if propagation else ""
-        size = show_bytes(needed.one_pass)
+        size = show_bytes(one_pass)
         reason = f"one pass needs about {size}{twice}, the {whose} is {show_bytes(limit)}"
     if not reason:
         # Should replay have to take over.
-        at_once = experts_at_once(inspection, limit - needed.one_pass)
-        overlap = plan_overlap(model, inspection, at_once, limit - needed.one_pass)
-        return Plan("one-pass", "", strict, estimate, [], at_once, *overlap)
+        at_once = experts_at_once(inspection, limit - one_pass)
+        overlap = plan_overlap(model, inspection, at_once, limit - one_pass)
+        return Plan("one-pass", "", strict, estimate, [], at_once, *overlap, spares[0])
     if propagation:
         problem = Problem(only_one_pass(propagation, reason), UnsupportedModuleError)
         raise PreflightError([problem])
     if schedule == "one-pass":
         raise UnsupportedModuleError(f"schedule='one-pass' is not possible: {reason}")
     warnings = []
-    if needed.replay > limit:
-        text = f"replay needs about {show_bytes(needed.replay)}, there is {show_bytes(limit)}"
+    if replay > limit:
+        text = f"replay needs about {show_bytes(replay)}, there is {show_bytes(limit)}"
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower samples or batch_size"])
         warnings.append(text)
-    at_once = experts_at_once(inspection, limit - needed.replay)
+    at_once = experts_at_once(inspection, limit - replay)
     if inspection.experts:
         estimate["experts_at_once"] = at_once
-    overlap = plan_overlap(model, inspection, at_once, limit - needed.replay)
-    return Plan("replay", reason, strict, estimate, warnings, at_once, *overlap)
+    overlap = plan_overlap(model, inspection, at_once, limit - replay)
+    return Plan("replay", reason, strict, estimate, warnings, at_once, *overlap, spares[1])
 
 
 def experts_at_once(inspection: Inspection, room: int) -> int:

@@ -26,6 +26,8 @@ from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import LAYER_FAILURES, CalibrationError, UsageError
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
+from ptqkit.nn.statistics import DeviceMean, mirror_upper
+from ptqkit.nn.transfer import host_copy
 
 __all__ = ["TIMEOUT", "Processes", "SharedMoments", "launched", "own_device", "started"]
 
@@ -179,12 +181,14 @@ class Processes:
         if count < _FEWEST_ROWS * self.size:
             return own
         lengths = [b - a for a, b in itertools.pairwise(self._bounds(count))]
-        padded = torch.zeros((max(lengths), *own.shape[1:]), dtype=torch.from_numpy(own).dtype)
-        padded[: len(own)] = torch.from_numpy(np.ascontiguousarray(own))
+        values = torch.from_numpy(np.ascontiguousarray(own))
+        shape = (max(lengths), *own.shape[1:])
+        padded = torch.zeros(shape, dtype=values.dtype, device=self._device)
+        padded[: len(own)] = values.to(self._device)
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         with _telling(self._timeout):
             self._dist.all_gather(parts, padded)
-        return np.concatenate([p[:n].numpy() for p, n in zip(parts, lengths, strict=True)])
+        return host_copy(torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)]))
 
     def join_matrix(self, own: QuantizedMatrix, count: int) -> QuantizedMatrix:
         """Put a quantized matrix together from the rows of all processes."""
@@ -226,22 +230,36 @@ class Processes:
         ranges = [r for r in self.gather(own.ranges) if r is not None]
         for other in ranges[1:]:
             ranges[0].merge(other)
+        if not tokens:
+            whole = Hessian(len(hessian))
+        elif self._device.type == "cpu":
+            whole = Hessian.from_matrix(hessian.numpy(), tokens)
+        else:
+            mirror_upper(hessian)
+            whole = Hessian.of_mean(host_copy(hessian), tokens)
         return Moments(
-            Hessian.from_matrix(hessian, tokens) if tokens else Hessian(len(hessian)),
-            None if drift is None else Drift.from_matrix(drift, tokens),
-            {name: Drift.from_matrix(mean, tokens) for name, mean in means.items()},
+            whole,
+            None if drift is None else self._drift(drift, tokens),
+            {name: self._drift(mean, tokens) for name, mean in means.items()},
             ranges[0] if ranges else None,
             own.seconds,
             own.seconds_drift,
         )
 
-    def _mean(self, own: torch.Tensor | None, shape: tuple[int, int], tokens: int) -> np.ndarray:
+    def _drift(self, mean: torch.Tensor, tokens: int) -> Drift | DeviceMean:
+        """Return G - H or D, on the host unless the processes work on GPUs."""
+        if self._device.type == "cpu":
+            return Drift.from_matrix(mean.numpy(), tokens)
+        return DeviceMean(mean, tokens)
+
+    def _mean(self, own: torch.Tensor | None, shape: tuple[int, int], tokens: int) -> torch.Tensor:
         """Return the mean over all tokens in float32, added up in float64."""
-        total = torch.zeros(shape, dtype=torch.float64) if own is None else own
-        total = total.to(self._device)
+        total = own
+        if total is None:
+            total = torch.zeros(shape, dtype=torch.float64, device=self._device)
         with _telling(self._timeout):
             self._dist.all_reduce(total)
-        return (total / max(1, tokens)).float().cpu().numpy()
+        return total.div_(max(1, tokens)).float()
 
 
 class SharedMoments(MomentAccumulator):
@@ -288,7 +306,7 @@ class SharedMoments(MomentAccumulator):
         current, self._current = self._current, None
         if current is None or self.error is not None:
             return
-        found = current.finish()
+        found = current.finish(on_host=self._by_batch)
         if isinstance(found, Exception):
             self.error = found
             return
@@ -305,6 +323,9 @@ class SharedMoments(MomentAccumulator):
             self.ranges.merge(found.ranges)
 
     def _add(self, name: str, part: Any) -> None:
+        if isinstance(part, DeviceMean):
+            self.sums[name] = part.matrix.double().mul_(part.tokens)  # the only part
+            return
         rows = part.in_features if name == _HESSIAN else part.features
         if name not in self.sums:
             self.sums[name] = torch.zeros((rows, part.in_features), dtype=torch.float64)

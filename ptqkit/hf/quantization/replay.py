@@ -44,7 +44,7 @@ def replay_groups(
     if recorded is None:
         recorded = RecordedBlocks(work.model, work.blocks, work.batches)
     positions = work.positions()
-    pages = HeapPages(device_of(work.model))
+    pages = HeapPages(device_of(work.model), work.spare)
     with recorded.patched():
         for position, block in enumerate([*work.blocks, None]):
             groups = [g for g, p in zip(work.groups, positions, strict=True) if p == position]

@@ -15,6 +15,7 @@ from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.data.calibration import padding_mask
 from ptqkit.hf.quantization.float_logits import split_windows
 from ptqkit.hf.quantization.inspection import Inspection
+from ptqkit.nn.device_coupling import couple_rows_on
 from ptqkit.nn.output_moments import OutputMoments, output_moments
 
 __all__ = ["couple_stack", "measure_outputs"]
@@ -59,7 +60,7 @@ def _activations(modules: Sequence[nn.Module], window: Mapping[str, torch.Tensor
 
 
 def couple_stack(
-    weight: np.ndarray,
+    weight: torch.Tensor,
     matrix: QuantizedMatrix,
     source: Any,
     names: Sequence[str],
@@ -72,24 +73,27 @@ def couple_stack(
 
     Parameters
     ----------
-    weight : ndarray of float32, shape (out, in)
+    weight : Tensor of float32, shape (out, in)
     matrix : QuantizedMatrix
-    source : Hessian, Factorization or array
+    source : Hessian or Factorization
     names : sequence of str
         Of the layers, in the order of their rows.
     moments : OutputMoments
     passes, threads
         As :func:`ptqkit.couple_rows` takes them.
     """
-    codes, last, coupled = matrix.codes.copy(), _objectives(matrix), False
-    for rows, B in moments.parts(names):
-        part = matrix.rows(rows.start, rows.stop)
-        found = couple_rows(
-            weight[rows], part, source, B, passes=passes, threads=threads, name=", ".join(names)
-        )
-        codes[rows], last[rows], coupled = found.codes, _objectives(found), True
-    if not coupled:
+    parts, name = list(moments.parts(names)), ", ".join(names)
+    if not parts:
         return matrix
+    if weight.device.type != "cpu":
+        return couple_rows_on(
+            weight, matrix, source.matrix, parts, passes=passes, threads=threads, name=name
+        )
+    codes, last = matrix.codes.copy(), _objectives(matrix)
+    for rows, B in parts:
+        part, own = matrix.rows(rows.start, rows.stop), weight[rows].numpy()
+        found = couple_rows(own, part, source, B, passes=passes, threads=threads, name=name)
+        codes[rows], last[rows] = found.codes, _objectives(found)
     history = np.concatenate([matrix.row_objectives, last[None]])
     return replace(matrix, codes=codes, row_objectives=history)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
+import torch
 from torch import nn
 
 import ptqkit._core as _core
@@ -38,7 +38,7 @@ from ptqkit.hf.quantization.solve import LayerResult, solve_group
 from ptqkit.hf.quantization.work import Step, Steps, Work
 from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
 from ptqkit.nn.forward import calibration_mode, device_of
-from ptqkit.nn.on_grid import dequantize
+from ptqkit.nn.on_grid import dequantize_on
 from ptqkit.nn.output_moments import OutputMoments
 from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.recipe.recipe import Recipe
@@ -209,6 +209,7 @@ class QuantizationRun:
             self.plan.ahead,
             self.recipe.calibrate_on == "float",
             processes=self.options.processes,
+            spare=self.plan.spare,
         )
         reason: str | None = self.plan.reason
         with calibration_mode(self.model):
@@ -335,13 +336,14 @@ class QuantizationRun:
 
     def _hold(self, target: Target, result: LayerResult, moments: Moments) -> None:
         """Keep a layer's result, in codes, until the layers after it have been calibrated too."""
-        codes = replace(result, dequantized=np.empty(0, np.float32))
+        codes = replace(result, dequantized=torch.empty(0, dtype=torch.float32))
         self._held.append((target, codes, Moments(ranges=moments.ranges)))
 
     def _write_held(self) -> None:
         """Write what was kept; nothing before has changed the model."""
         for target, result, moments in self._held:
-            self._write(target, replace(result, dequantized=dequantize(result.matrix)), moments)
+            found = dequantize_on(target.view.weight.device, result.matrix)
+            self._write(target, replace(result, dequantized=found), moments)
         self._held.clear()
 
     def _write(self, target: Target, result: LayerResult, moments: Moments) -> None:

@@ -22,13 +22,17 @@ from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.row_coupling import couple_stack
+from ptqkit.nn.device_refine import refine_on
+from ptqkit.nn.device_solver import corrected_weights, factorize_on
 from ptqkit.nn.matrix_solver import quantize_matrix
-from ptqkit.nn.on_grid import dequantize, row_blocks, rtn_on_grid
+from ptqkit.nn.on_grid import dequantize_on, nearest, row_blocks
 from ptqkit.nn.output_moments import OutputMoments
 from ptqkit.nn.row_objectives import row_objectives
+from ptqkit.nn.statistics import DeviceMean
+from ptqkit.nn.transfer import host_copy
 from ptqkit.recipe.recipe import Recipe
 
-__all__ = ["LayerResult", "rtn_on_grid", "solve_group"]
+__all__ = ["LayerResult", "solve_group"]
 
 
 @dataclass
@@ -38,7 +42,8 @@ class LayerResult:
     Attributes
     ----------
     matrix : QuantizedMatrix
-    dequantized : ndarray of float32, shape (out, in)
+    dequantized : Tensor of float32, shape (out, in)
+        On the layer's device.
     seconds_solve : float
         This layer's share of the time, by rows.
     objective : float
@@ -53,7 +58,7 @@ class LayerResult:
     """
 
     matrix: QuantizedMatrix
-    dequantized: np.ndarray = field(repr=False)
+    dequantized: torch.Tensor = field(repr=False)
     seconds_solve: float = 0.0
     objective: float = float("nan")
     objective_rtn: float = float("nan")
@@ -110,8 +115,10 @@ def solve_group(
         name = ", ".join(t.name for t in stack)
         source = moments.hessian
         shared = len(stacks) > 1 or moments.drift is not None
+        device = stack[0].view.weight.device
+        shared = shared or device.type != "cpu"  # which factorizes faster
         if shared and source is not None and options.method == "gptq":
-            source = _factor(factors, source, options, threads, name)
+            source = _factor(factors, source, options, threads, name, device)
         solved.update(
             _solve_stack(
                 stack, options, name, source, moments, threads, diagnostics, processes, outputs
@@ -121,11 +128,17 @@ def solve_group(
 
 
 def _factor(
-    factors: dict[tuple[Any, ...], Any], hessian: Any, options: Recipe, threads: int, name: str
+    factors: dict[tuple[Any, ...], Any],
+    hessian: Any,
+    options: Recipe,
+    threads: int,
+    name: str,
+    device: torch.device,
 ) -> Any:
     key = (options.order, options.group_size, options.damping, options.max_damping)
     if key not in factors:
-        factors[key] = factorize(
+        make = factorize if device.type == "cpu" else partial(factorize_on, device)
+        factors[key] = make(
             hessian,
             order=options.order,
             group_size=options.group_size,
@@ -150,15 +163,14 @@ def _solve_stack(
 ) -> dict[str, LayerResult]:
     """Quantize layers as one matrix; ``source`` is H or its factor."""
     start = begin = time.perf_counter()
-    parts = [t.view.read() for t in stack]
-    weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    del parts
-    count, instead = len(weight), ""
+    device = stack[0].view.weight.device
     if options.per_tensor or options.row_coupling:
         processes = None  # the rows depend on each other
+    values, instead = _read(stack), ""
+    count = len(values)
     if processes is not None:
         rows = processes.rows(count)
-        weight = weight[rows]
+        values = values[rows]
         residual = moments.residuals.get(stack[0].name)
         if residual is not None:
             part = residual.rows(rows.start, rows.stop)
@@ -166,29 +178,23 @@ def _solve_stack(
     with contextlib.nullcontext() if processes is None else processes.together():
         if moments.drift is not None:
             layer = stack[0].name
-            weight, instead = _target(weight, layer, options, source, moments, threads, name)
+            values, instead = _target(values, layer, options, source, moments, threads, name)
             start = time.perf_counter()
-        matrix = quantize_matrix(
-            weight,
-            source,
-            options,
-            threads=threads,
-            compare_rtn=None if diagnostics else False,
-            name=name,
-        )
-        matrix = _coupled(weight, matrix, source, stack, outputs, threads)
-        dequantized = dequantize(matrix)
+        weight = values.numpy() if device.type == "cpu" else host_copy(values)
+        rtn = None if diagnostics else False
+        matrix = _quantized(weight, values, source, options, threads, rtn, name)
+        matrix = _coupled(values, matrix, source, stack, outputs, threads)
+        dequantized = dequantize_on(device, matrix)
         shift = None
         if options.bias_correction:
-            shift = bias_correction(weight, dequantized, moments.ranges.mean)
+            shift = bias_correction(weight, dequantized.cpu().numpy(), moments.ranges.mean)
         middle = time.perf_counter()
         extra = None
         if diagnostics:
-            device = stack[0].view.weight.device
-            extra = _diagnose(weight, dequantized, matrix, moments.hessian, device)
+            extra = _diagnose(values, dequantized, matrix, moments.hessian)
     if processes is not None:
         matrix = processes.join_matrix(matrix, count)
-        dequantized = dequantize(matrix)
+        dequantized = dequantize_on(device, matrix)
         shift = None if shift is None else processes.join(shift, count)
         extra = extra and {key: processes.join(v, count) for key, v in extra.items()}
     end = time.perf_counter()
@@ -210,8 +216,39 @@ def _solve_stack(
     return results
 
 
-def _coupled(
+def _quantized(
     weight: np.ndarray,
+    values: torch.Tensor,
+    source: Any,
+    options: Recipe,
+    threads: int,
+    compare_rtn: bool | None,
+    name: str,
+) -> QuantizedMatrix:
+    """Quantize a weight: on the host, but for the passes after the solve if it is on a device.
+
+    With a beam a search follows these passes, on the host.
+    """
+    passes = {"refine_passes": options.refine_passes, "refit_rounds": options.refit_rounds}
+    there = values.device.type != "cpu" and options.method == "gptq" and any(passes.values())
+    there = there and options.beam_width == 1 and options.feedback
+    first = replace(options, refine_passes=0, refit_rounds=0) if there else options
+    matrix = quantize_matrix(
+        weight, source, first, threads=threads, compare_rtn=compare_rtn, name=name
+    )
+    return refine_on(values, matrix, source, **passes, threads=threads) if there else matrix
+
+
+def _read(stack: Sequence[Target]) -> torch.Tensor:
+    """Return the weights of some layers as one, float32 (out, in), where they are."""
+    if stack[0].view.weight.device.type == "cpu":
+        parts = [t.view.read() for t in stack]
+        return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    return torch.cat([t.view.matrix for t in stack]).float().contiguous()
+
+
+def _coupled(
+    weight: torch.Tensor,
     matrix: QuantizedMatrix,
     source: Any,
     stack: list[Target],
@@ -227,58 +264,58 @@ def _coupled(
 
 
 def _target(
-    weight: np.ndarray,
+    weight: torch.Tensor,
     layer: str,
     options: Recipe,
     source: Any,
     moments: Moments,
     threads: int,
     name: str,
-) -> tuple[np.ndarray, str]:
+) -> tuple[torch.Tensor, str]:
     """Return the weight corrected for the errors before it, and what that is called."""
-    residual = moments.residuals.get(layer)
+    residual, drift = moments.residuals.get(layer), moments.drift
     alpha = options.error_propagation if residual is None else options.residual_propagation
     if alpha == 0:
         return weight, ""
-    damping = options.target_damping
-    corrected = target_weights(
-        weight,
+    kind = options.target if residual is None else "residual"
+    # By default what the solver's factor took, which may have been raised.
+    damping = source.damping if options.target_damping is None else options.target_damping
+    both: dict[str, Any] = {"alpha": alpha, "damping": damping, "name": name}
+    if isinstance(drift, DeviceMean) and options.target == "least-squares":
+        stream = None if residual is None else residual.matrix
+        corrected = corrected_weights(weight, source, drift.matrix, stream, **both)
+        return corrected, f"{kind} {alpha:g}"
+    moved = None if residual is None else residual.finish()
+    found = target_weights(
+        weight.cpu().numpy(),
         source,
-        moments.drift,
-        residual,
-        alpha=alpha,
-        # By default what the solver's factor took, which may have been raised.
-        damping=source.damping if damping is None else damping,
+        drift.finish() if drift is not None else None,
+        moved,
         method=options.target,
         threads=threads,
-        name=name,
+        **both,
     )
-    kind = options.target if residual is None else "residual"
-    return corrected, f"{kind} {alpha:g}"
+    return torch.from_numpy(found).to(weight.device), f"{kind} {alpha:g}"
 
 
 def _diagnose(
-    weight: np.ndarray,
-    dequantized: np.ndarray,
-    matrix: QuantizedMatrix,
-    hessian: Any,
-    device: torch.device,
+    weight: torch.Tensor, dequantized: torch.Tensor, matrix: QuantizedMatrix, hessian: Any
 ) -> dict[str, np.ndarray]:
     """Return per row: power of weights and error; with H also RTN's objective, output power.
 
-    Products with H are the device's, if it is not the host.
+    Computed where the weights are.
     """
-    values, found = torch.from_numpy(weight), torch.from_numpy(dequantized)
-    power, error = torch.empty((2, len(values)), dtype=torch.float32)
-    for rows in row_blocks(len(values)):
-        torch.linalg.vector_norm(values[rows], dim=1, out=power[rows])
-        torch.linalg.vector_norm(values[rows] - found[rows], dim=1, out=error[rows])
-    out = {"weight_power": power.double().numpy() ** 2, "weight_error": error.double().numpy() ** 2}
+    power, error = torch.empty((2, len(weight)), dtype=torch.float32, device=weight.device)
+    for rows in row_blocks(len(weight)):
+        torch.linalg.vector_norm(weight[rows], dim=1, out=power[rows])
+        torch.linalg.vector_norm(weight[rows] - dequantized[rows], dim=1, out=error[rows])
+    squares = {"weight_power": power, "weight_error": error}
+    out = {key: norms.cpu().double().numpy() ** 2 for key, norms in squares.items()}
     if hessian is not None:
-        measure = _measure(hessian, device)
+        measure = _measure(hessian, weight.device)
         if matrix.rtn_objectives is None:
-            rounded = rtn_on_grid(weight, matrix)
-            out["objective_rtn"] = measure(np.subtract(weight, rounded, rounded))
+            rounded = nearest(weight, matrix)
+            out["objective_rtn"] = measure(torch.sub(weight, rounded, out=rounded))
         else:  # permuted groups, or rounding to nearest itself
             out["objective_rtn"] = matrix.rtn_objectives
         if matrix.row_objectives is None:
@@ -287,9 +324,10 @@ def _diagnose(
     return out
 
 
-def _measure(hessian: Any, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+def _measure(hessian: Any, device: torch.device) -> Callable[[torch.Tensor], np.ndarray]:
     """Return what gives e H e^T of each row e: on the host, or where the model is."""
     if device.type == "cpu":
-        return partial(objective, W_hat=0, H=hessian)
-    matrix = torch.tensor(hessian.matrix, dtype=torch.float32, device=device)
-    return partial(row_objectives, hessian=matrix)
+        return lambda errors: objective(errors.numpy(), 0, hessian)
+    return partial(
+        row_objectives, hessian=torch.tensor(hessian.matrix, dtype=torch.float32, device=device)
+    )

@@ -70,6 +70,8 @@ class Work:
         Layers whose turn is over, quantized or failed.
     processes : Processes, optional
         Others that run other batches.
+    spare : int
+        Bytes by which the process may grow before free pages are given back.
     """
 
     model: nn.Module
@@ -85,6 +87,7 @@ class Work:
     unwritten: bool = False
     done: set[str] = field(default_factory=set)
     processes: Processes | None = None
+    spare: int = 0
 
     def __post_init__(self) -> None:
         self.masks = self.calibration.masks()

@@ -102,7 +102,7 @@ class SoftmaxComparison(AttentionHook):
     ----------
     name : str
         Name of the module, for messages.
-    quantizers : sequence of SoftmaxQuantizer, StepSoftmaxQuantizer or PublishedGridQuantizer
+    quantizers : sequence of SoftmaxQuantizer, StepSoftmaxQuantizer or TableGridQuantizer
 
     Attributes
     ----------

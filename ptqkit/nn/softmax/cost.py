@@ -61,10 +61,13 @@ COSTS: dict[tuple[str, str | None], CorrectionCost] = {
     ("exponentials", None): CorrectionCost(),
     ("exponentials", "row_sum"): CorrectionCost(integer_sums=1, divisions=1, value_sum=True),
     ("exponentials", "code_sum"): CorrectionCost(integer_sums=1),
+    ("squares", None): CorrectionCost(),
+    ("squares", "row_sum"): CorrectionCost(integer_sums=1, divisions=1, value_sum=True),
 }
 """By grid and correction.
 
 The division of "row_sum" is that by the number of keys; the code sum's divides in the place of the
 float sum. Codes of exponentials exist as soon as the maximum is known, so that normalising costs d
-products per row and not n.
+products per row and not n. Codes of squares are squared before the product with V, so its integers
+have twice the bits: 8 for 4.
 """

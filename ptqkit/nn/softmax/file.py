@@ -41,10 +41,10 @@ from typing import Any
 from ptqkit.arrays.softmax import SoftmaxGrid
 from ptqkit.errors import check_choice
 from ptqkit.nn.attention import AttentionModule
-from ptqkit.nn.softmax.published import PublishedGridQuantizer
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.statistics import Quantizer
 from ptqkit.nn.softmax.steps import StepSoftmaxQuantizer, check_steps
+from ptqkit.nn.softmax.tables import TableGridQuantizer
 
 __all__ = ["SOFTMAX_FILE", "SoftmaxValues", "read_values", "to_json"]
 
@@ -93,7 +93,7 @@ def to_json(values: SoftmaxValues) -> str:
 
 
 def _to_dict(quantizer: Quantizer, heads: int, unet: bool) -> dict[str, Any]:
-    if isinstance(quantizer, PublishedGridQuantizer):
+    if isinstance(quantizer, TableGridQuantizer):
         raise ValueError(
             f"a {quantizer.grid.of} grid has no place in {SOFTMAX_FILE}: save one of probabilities "
             "or of exponentials"

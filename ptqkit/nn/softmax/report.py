@@ -25,7 +25,7 @@ class SoftmaxLayerReport:
     scale : float
     zero_point : int
     correction : str or None
-    grid : {"probabilities", "exponentials", "log2", "twin"}
+    grid : {"probabilities", "exponentials", "squares", "log2", "twin"}
         What is rounded, on [0, 1] or a range of its own; or a grid of other papers.
     bias : float
         Mean over heads of beta; NaN unless the correction is "bias".

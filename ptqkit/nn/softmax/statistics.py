@@ -13,13 +13,13 @@ from ptqkit.arrays.softmax_bias import LENGTH_CLASSES, SoftmaxBias, _class_start
 from ptqkit.errors import CalibrationError
 from ptqkit.nn.attention import AttentionCall, AttentionHook
 from ptqkit.nn.attention_quantizer import not_finite
-from ptqkit.nn.softmax.published import PublishedGridQuantizer
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer, row_lengths
 from ptqkit.nn.softmax.steps import StepSoftmaxQuantizer, nearest_steps
+from ptqkit.nn.softmax.tables import TableGridQuantizer
 
 __all__ = ["Quantizer", "SoftmaxStatistics", "as_calibration_error", "length_edges"]
 
-Quantizer = SoftmaxQuantizer | StepSoftmaxQuantizer | PublishedGridQuantizer
+Quantizer = SoftmaxQuantizer | StepSoftmaxQuantizer | TableGridQuantizer
 
 
 @contextlib.contextmanager

@@ -21,11 +21,17 @@ from ptqkit.errors import CalibrationError, UsageError, check_choice
 from ptqkit.nn.attention import AttentionHook, AttentionModule
 from ptqkit.nn.attention_quantizer import AttentionRanges
 from ptqkit.nn.softmax.compare import OutputSQNR, SoftmaxComparison, softmax_hooks
-from ptqkit.nn.softmax.published import TWIN_SHIFTS, Log2Grid, PublishedGridQuantizer, TwinGrid
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
 from ptqkit.nn.softmax.report import SoftmaxLayerReport, SoftmaxReport
 from ptqkit.nn.softmax.search import RangeSearch, SearchEnds
 from ptqkit.nn.softmax.statistics import Quantizer, SoftmaxStatistics
+from ptqkit.nn.softmax.tables import (
+    TWIN_SHIFTS,
+    Log2Grid,
+    SquaresGrid,
+    TableGridQuantizer,
+    TwinGrid,
+)
 from ptqkit.recipe.recipe import match_pattern
 
 __all__ = [
@@ -42,8 +48,8 @@ __all__ = [
 ]
 
 RANGES = ("fixed", "calibrated", "search")
-GRIDS = ("probabilities", "exponentials", "log2", "twin")
-"""Grids to choose from; the last two are other papers' (:mod:`ptqkit.nn.softmax.published`)."""
+GRIDS = ("probabilities", "exponentials", "squares", "log2", "twin")
+"""Grids to choose from; the last two are other papers' (:mod:`ptqkit.nn.softmax.tables`)."""
 
 
 class AttentionAccess(Protocol):
@@ -181,7 +187,7 @@ class SoftmaxStudy:
 
         Parameters
         ----------
-        grid : {"probabilities", "exponentials", "log2", "twin"}
+        grid : {"probabilities", "exponentials", "squares", "log2", "twin"}
             Those other than of probabilities need nothing from the calibration data, but for the
             bound of "twin", which is found in one more pass over it.
         """
@@ -191,9 +197,10 @@ class SoftmaxStudy:
         if grid == "exponentials":
             on = softmax_grid(self.bits, of="exponentials")
             return {name: SoftmaxQuantizer(on, correction) for name in self.modules}
-        if grid == "log2":
-            log2 = PublishedGridQuantizer(Log2Grid(self.bits), correction)
-            return {name: log2 for name in self.modules}
+        if grid in ("squares", "log2"):
+            on_table = SquaresGrid(self.bits) if grid == "squares" else Log2Grid(self.bits)
+            one = TableGridQuantizer(on_table, correction)
+            return {name: one for name in self.modules}
         if grid == "twin":
             return self._twins(correction)
         if self._search is not None:
@@ -202,7 +209,7 @@ class SoftmaxStudy:
 
     def _twins(self, correction: str | None) -> dict[str, Quantizer]:
         """Return the twin grids whose bounds give each module's output the least error."""
-        tried = [PublishedGridQuantizer(TwinGrid(self.bits, m), correction) for m in TWIN_SHIFTS]
+        tried = [TableGridQuantizer(TwinGrid(self.bits, m), correction) for m in TWIN_SHIFTS]
         hooks = {name: SoftmaxComparison(name, tried) for name in self.modules}
         self.backend.run(hooks)
         chosen: dict[str, Quantizer] = {}

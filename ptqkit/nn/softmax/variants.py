@@ -5,7 +5,7 @@ Known without PyTorch, as the command line offers them.
 
 from __future__ import annotations
 
-__all__ = ["LANGUAGE_MODEL_VARIANTS", "PUBLISHED_VARIANTS", "UNET_VARIANTS", "row_name"]
+__all__ = ["LANGUAGE_MODEL_VARIANTS", "TABLE_VARIANTS", "UNET_VARIANTS", "row_name"]
 
 #: Correction, granularity and grid: arguments of ``SoftmaxCalibration.quantizers``.
 Variant = tuple[str | None, str, str]
@@ -21,20 +21,22 @@ _BY_ROW: dict[str, Variant] = {
     "before/code_sum": ("code_sum", "tensor", "exponentials"),
     "before/row_sum": ("row_sum", "tensor", "exponentials"),
 }
-PUBLISHED_VARIANTS: dict[str, Variant] = {
+TABLE_VARIANTS: dict[str, Variant] = {
+    "squares": (None, "tensor", "squares"),
+    "squares/row_sum": ("row_sum", "tensor", "squares"),
     "log2": (None, "tensor", "log2"),
     "log2/row_sum": ("row_sum", "tensor", "log2"),
     "twin": (None, "tensor", "twin"),
     "twin/row_sum": ("row_sum", "tensor", "twin"),
 }
-"""Those on other papers' grids, which have no place in a file."""
+"""Those on grids of :mod:`ptqkit.nn.softmax.tables`, which have no place in a file."""
 
 LANGUAGE_MODEL_VARIANTS: dict[str, Variant] = {
     **_CALIBRATED,
     "row_length": ("row_length", "tensor", "probabilities"),
     "row_length/head": ("row_length", "head", "probabilities"),
     **_BY_ROW,
-    **PUBLISHED_VARIANTS,
+    **TABLE_VARIANTS,
 }
 """Without "/head" a correction is one per attention module. "before": exponentials are rounded
 before they are normalised."""
@@ -44,7 +46,7 @@ UNET_VARIANTS: dict[str, Variant] = {
     "bias/step": ("bias", "step", "probabilities"),
     "bias/step_head": ("bias", "step_head", "probabilities"),
     **_BY_ROW,
-    **PUBLISHED_VARIANTS,
+    **TABLE_VARIANTS,
 }
 """The same, with corrections per time step and without those by the length of a row."""
 

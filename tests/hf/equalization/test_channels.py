@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -75,3 +76,11 @@ def test_equalized_and_quantized_models_are_refused():
     quantize(model, "rtn", group_size=None, progress=False)
     with pytest.raises(UnsupportedModuleError, match="quantized already"):
         equalization_channels(model, tokens())
+
+
+def test_options_are_those_of_equalize():
+    ours, theirs = (
+        {n: (p.kind, p.default, p.annotation) for n, p in inspect.signature(f).parameters.items()}
+        for f in (equalization_channels, equalize)
+    )
+    assert theirs.pop("progress") and ours == theirs

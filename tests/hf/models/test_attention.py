@@ -11,6 +11,7 @@ import transformers
 from helpers.data import SHARED
 from helpers.driver_models import build, padded_batches, tokens
 
+import ptqkit
 from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import prepare_calibration
 from ptqkit.hf.models.attention import (
@@ -134,6 +135,34 @@ def test_sliding_window_is_in_the_mask():
         logits(model)
     counts = hooks["model.layers.0.self_attn"].seen["allowed"].sum(-1)[0, 0]
     assert counts.tolist() == [min(i + 1, 8) for i in range(32)]
+
+
+def test_padded_prompts_of_clip():
+    """Its attention modules have no number of a layer; padding is the mask's, and causal."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = transformers.CLIPTextConfig(
+        **sizes, num_attention_heads=2, vocab_size=20, max_position_embeddings=9, eos_token_id=19
+    )
+    model = transformers.CLIPTextModel(config).eval()
+    ids = torch.tensor([[18, 1, 2, 3, 4, 5, 6, 7, 19], [18, 1, 2, 19, 19, 19, 19, 19, 19]])
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 9, [1] * 4 + [0] * 5])}
+    hooks = recorders(model)
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+        with attention_hooks(model, hooks):
+            got = model(**batch).last_hidden_state
+    torch.testing.assert_close(got, expected)
+    assert len(hooks) == 2
+    for hook in hooks.values():
+        counts = hook.seen["allowed"].sum(-1)[:, 0]
+        assert counts[0].tolist() == [*range(1, 10)]
+        assert counts[1, :4].tolist() == [1, 2, 3, 4] and int(counts[1].max()) == 4
+    report = ptqkit.quantize_softmax(model, [batch], bits=4, correction="row_sum").report
+    assert {row.correction for row in report.layers} <= {"row_sum", None}
+    with torch.no_grad():
+        together = model(**batch).last_hidden_state
+        alone = model(**{k: v[1:, :4] for k, v in batch.items()}).last_hidden_state
+    torch.testing.assert_close(together[1:, :4], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

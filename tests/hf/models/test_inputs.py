@@ -42,6 +42,17 @@ def llava():
     return T.LlavaForConditionalGeneration(config)
 
 
+def clip():
+    text = {**_TEXT, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2}
+    return T.CLIPModel(T.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16))
+
+
+def sound():
+    shape = {"conv_dim": (8,), "conv_kernel": (10,), "conv_stride": (5,), "num_feat_extract_layers": 1}
+    sizes = {**_SIZES, "num_attention_heads": 4, "num_conv_pos_embeddings": 4}
+    return T.Wav2Vec2Model(T.Wav2Vec2Config(**sizes, **shape, mask_time_prob=0.0))
+
+
 def images(count, seed=0):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
@@ -157,17 +168,43 @@ def test_estimates_count_the_positions_of_images():
     assert large - small > 100 * 17 * 2 * 32 * 4
 
 
-def test_padding_that_fits_no_mask_is_found_before_anything_changes():
-    model = llava().eval()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+def test_images_beside_padded_text_count_whole():
     batch = prompt(10)
     batch["attention_mask"][0, 30:] = 0
-    with pytest.raises(CalibrationError, match=r"vision_tower.* fits 0 attention masks .* skip"):
+    report = quantize(llava(), [batch, prompt(0, 1)]).report
+    counted = {row.name: row.tokens for row in report.layers}
+    assert {n for k, n in counted.items() if "language_model.layers" in k} == {30 + 40}
+    assert {n for k, n in counted.items() if "vision_tower" in k} == {2 * (_PATCHES + 1)}
+
+
+def test_padded_pairs_of_text_and_image():
+    """CLIP: no row of an image is padding, and what padding holds moves no code."""
+    found = []
+    for filling in (7, 9):
+        ids = tokens(6, 12).clamp(min=3)
+        ids[:, 8:] = filling
+        mask = (torch.arange(12) < 8).long().expand(6, 12)
+        batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": images(6)}
+        found.append(quantize(clip(), [batch]))
+    first, other = found
+    counted = {r.name: r.tokens for r in first.report.layers if "layers" in r.name}
+    assert len(counted) == 24
+    for name, rows in counted.items():
+        assert rows == 6 * (_PATCHES + 1 if "vision" in name else 8), name
+    for name, matrix in first.matrices.items():
+        assert (matrix.codes == other.matrices[name].codes).all(), name
+
+
+def test_padding_that_fits_no_mask_is_found_before_anything_changes():
+    """Sound is masked by its samples, while layers read frames."""
+    model = sound().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    batch = {"input_values": torch.randn(2, 400), "attention_mask": torch.ones(2, 400)}
+    assert len(quantize(sound(), [batch]).matrices) == 12
+    batch["attention_mask"][0, 300:] = 0
+    with pytest.raises(CalibrationError, match=r"encoder.* fits 0 attention masks .* skip"):
         quantize(model, [batch])
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    result = quantize(model, [batch], overrides={"*vision_tower*": "skip"})
-    layers = [r for r in result.report.layers if "language_model.layers" in r.name]
-    assert {row.tokens for row in layers} == {30}
 
 
 def test_padded_text_is_shortened_as_before():

@@ -29,8 +29,8 @@ from ptqkit.hf.models.inputs import match_mask
 from ptqkit.hf.models.structure import find_blocks
 from ptqkit.hf.progress import ProgressEvent, _RichBar, make_progress
 from ptqkit.hf.quantization.driver import QuantizationInterrupted
-from ptqkit.hf.quantization.solve import rtn_on_grid
 from ptqkit.nn import matrix_solver, on_grid, statistics
+from ptqkit.nn.on_grid import rtn_on_grid
 from ptqkit.nn.statistics import TorchHessian
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from helpers.driver_models import build, padded_batches, tokens
 
-from ptqkit.errors import PreflightError, Problems, UsageError
+from ptqkit.errors import UsageError
 from ptqkit.hf import quantize
 from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.quantization import row_coupling
-from ptqkit.hf.quantization.streamed import check_stream
 from ptqkit.nn.module_driver import quantize_module
 from ptqkit.nn.output_moments import OutputMoments, output_moments
 from ptqkit.recipe.recipe import Recipe
@@ -164,11 +163,3 @@ def test_where_it_cannot_be_is_told():
     layers = torch.nn.Sequential(torch.nn.Linear(32, 32))
     with pytest.raises(UsageError, match="leave row_coupling out"):
         quantize_module(layers, torch.zeros(4, 32), row_coupling=1)
-    for recipe in (
-        Recipe(row_coupling=3),
-        Recipe(overrides={"*.fc1": "skip", "*.fc2": {"row_coupling": 3}}),
-    ):
-        problems = Problems()
-        check_stream(problems, recipe)
-        with pytest.raises(PreflightError, match="row_coupling=3 needs the whole model in memory"):
-            problems.raise_if_any()

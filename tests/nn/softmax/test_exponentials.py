@@ -10,8 +10,8 @@ import ptqkit.reference as reference
 from ptqkit.arrays.softmax import softmax_grid
 from ptqkit.nn.attention import AttentionCall
 from ptqkit.nn.softmax.compare import SoftmaxComparison
-from ptqkit.nn.softmax.published import Log2Grid, PublishedGridQuantizer, TwinGrid
 from ptqkit.nn.softmax.quantizer import SoftmaxQuantizer
+from ptqkit.nn.softmax.tables import Log2Grid, SquaresGrid, TableGridQuantizer, TwinGrid
 
 EPS = float(np.finfo(np.float32).eps)
 CORRECTIONS = (None, "row_sum", "code_sum")
@@ -69,7 +69,7 @@ def test_halves_keep_their_dtype_and_mass(correction):
 def test_uncorrected_keeps_the_grid():
     quantizer = SoftmaxQuantizer(_grid(4), "row_sum").uncorrected
     assert quantizer.grid == _grid(4) and quantizer.correction is None
-    twin = PublishedGridQuantizer(TwinGrid(4, 3), "row_sum").uncorrected
+    twin = TableGridQuantizer(TwinGrid(4, 3), "row_sum").uncorrected
     assert twin.grid == TwinGrid(4, 3) and twin.correction is None
 
 
@@ -80,27 +80,47 @@ def test_published_grids_by_hand(bits):
     exact = p.numpy().astype(np.float64)
     with np.errstate(divide="ignore"):
         codes = np.clip(np.rint(-np.log2(exact)), 0, 2**bits - 1)
-    found = PublishedGridQuantizer(Log2Grid(bits))(p).numpy()
+    found = TableGridQuantizer(Log2Grid(bits))(p).numpy()
     assert np.mean(found == 2.0**-codes) > 0.999  # but next to a tie, which is at 2**(n + 1/2)
     assert len(np.unique(found)) <= 2**bits
     for shift in (1, 3, 6):
         fine, coarse = 2.0 ** (1 - bits - shift), 2.0 ** (1 - bits)
         step = np.where(exact < 2.0**-shift, fine, coarse)
         want = np.minimum(np.rint(exact / step), 2 ** (bits - 1) - 1) * step
-        found = PublishedGridQuantizer(TwinGrid(bits, shift))(p).numpy()
+        found = TableGridQuantizer(TwinGrid(bits, shift))(p).numpy()
         np.testing.assert_array_equal(found, want)
         assert len(np.unique(found)) <= 2**bits
 
 
-@pytest.mark.parametrize("grid", [Log2Grid(3), TwinGrid(4, 2)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_squares_by_hand(bits):
+    """Codes of half the score, with steps that grow with the code; the best grid of a flat row."""
+    x = _scores(1, 2, 30, 300)
+    p, exact = x.softmax(-1), x.double()
+    root = torch.exp((exact - exact.amax(-1, keepdim=True)) / 2).numpy()
+    most = 2**bits - 1
+    codes = np.rint(root * most)
+    want = (codes / most) ** 2 * p.amax(-1, keepdim=True).double().numpy()
+    found = TableGridQuantizer(SquaresGrid(bits))(p).numpy()
+    close = np.abs(found - want) <= 1e-6 * want
+    assert np.mean(close) > 0.999  # but next to a tie
+    largest = p.amax(-1, keepdim=True).numpy()
+    assert all(len(np.unique(np.rint(1e4 * r))) <= 2**bits for r in (found / largest)[0, 0])
+    if bits > 3:
+        plain = SoftmaxQuantizer(_grid(bits), "row_sum")(p).numpy()
+        summed = TableGridQuantizer(SquaresGrid(bits), "row_sum")(p).numpy()
+        assert np.square(summed - p.numpy()).sum() < np.square(plain - p.numpy()).sum() / 2
+
+
+@pytest.mark.parametrize("grid", [SquaresGrid(4), Log2Grid(3), TwinGrid(4, 2)])
 def test_published_grids_correct_allowed_entries_alone(grid):
     p = _scores(2, 3, 13, 40).masked_fill(~_allowed(), -1e9).softmax(-1)
-    found = PublishedGridQuantizer(grid, "row_sum")(p, _allowed())
+    found = TableGridQuantizer(grid, "row_sum")(p, _allowed())
     keys = _allowed().any(-1, keepdim=True).float().expand(2, 3, 13, 1)
     torch.testing.assert_close(found.sum(-1, keepdim=True), keys, atol=1e-5, rtol=0)
     assert not found.masked_fill(_allowed(), 0).any()
     with pytest.raises(ValueError, match="correction of a .* grid must be one of None, 'row_sum'"):
-        PublishedGridQuantizer(grid, "bias")
+        TableGridQuantizer(grid, "bias")
 
 
 def test_a_comparison_counts_rows():

@@ -1,0 +1,124 @@
+"""Better codes and scales for a quantized matrix, with the large products on a GPU.
+
+What ``refine_passes`` and ``refit_rounds`` of :func:`ptqkit.gptq` say, after its solve: the same
+steps in the same order, whose results differ by what float32 rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ptqkit.arrays.factorization import Factorization
+from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.nn.device_descent import Descent
+from ptqkit.nn.on_grid import dequantize_on, row_blocks
+from ptqkit.nn.row_objectives import row_objectives
+from ptqkit.nn.statistics import full_float32
+
+__all__ = ["refine_on"]
+
+# What changes an objective by a smaller share is rounding, and so is a smaller pivot.
+_ROUNDING = 1e-6
+
+
+def refine_on(
+    weight: torch.Tensor,
+    matrix: QuantizedMatrix,
+    factor: Factorization,
+    *,
+    refine_passes: int,
+    refit_rounds: int,
+    threads: int = 0,
+) -> QuantizedMatrix:
+    """Make passes over the codes, and fit the scales to them again.
+
+    Parameters
+    ----------
+    weight : Tensor of float32, shape (out, in)
+        On the device that multiplies.
+    matrix : QuantizedMatrix
+        What :func:`ptqkit.gptq` has made of it, without passes.
+    factor : Factorization
+        Of its Hessian, in the order of the solve.
+    refine_passes, refit_rounds, threads
+        As :func:`ptqkit.gptq` takes them.
+    """
+    assert matrix.row_objectives is not None
+    H = torch.tensor(factor.matrix, dtype=torch.float32, device=weight.device)
+    if factor.dead.any():
+        weight = weight * torch.from_numpy(~factor.dead).to(weight.device)
+    history = [matrix.row_objectives]
+    steps = ["sweep"] * refine_passes + ["refit", "sweep"] * refit_rounds
+    for step in steps:
+        if step == "refit":
+            scales, change = _refitted(weight, matrix, H, history[-1][-1])
+            matrix = replace(matrix, scales=scales)
+            history.append((history[-1][-1] + change)[None])
+            continue
+        descent = Descent(weight, matrix, H, factor.order, row_blocks(len(weight)))
+        descent.go(threads)
+        matrix = replace(matrix, codes=descent.codes(matrix.codes))
+        errors = weight - dequantize_on(weight.device, matrix)
+        history.append(np.maximum(row_objectives(errors, H), 0.0)[None])
+    return replace(matrix, row_objectives=np.concatenate(history))
+
+
+def _refitted(
+    weight: torch.Tensor, matrix: QuantizedMatrix, H: torch.Tensor, objective: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scales fitted to the codes, and how they change the objective of each row.
+
+    With c_g the codes of group g less their zero-points and e the row's error, scales s + d give
+    the objective e H e^T - 2 b d^T + d A d^T, where A_gh = c_g H c_h^T and b_g = e H c_g^T.
+    """
+    device, (rows, inputs) = weight.device, weight.shape
+    groups = matrix.scales.shape[1]
+    # The inputs of a group next to each other.
+    place = torch.from_numpy(np.argsort(matrix.g_idx, kind="stable")).to(device)
+    zeros = torch.from_numpy(matrix.zero_points).to(device).float()
+    scales = torch.from_numpy(matrix.scales).to(device)
+    codes = torch.from_numpy(matrix.codes).to(device)[:, place].view(rows, groups, -1)
+    C = codes - zeros[:, :, None]
+    H = H[place][:, place]
+    errors = weight[:, place] - (C * scales[:, :, None]).view(rows, inputs)
+    A = torch.empty(rows, groups, groups, dtype=torch.float64, device=device)
+    size = inputs // groups
+    with full_float32(device):
+        b = ((errors @ H).view_as(C) * C).sum(2, dtype=torch.float64)
+        del errors
+        for g in range(groups):
+            product = C[:, g] @ H[g * size : (g + 1) * size]
+            A[:, g] = product.view_as(C).mul_(C).sum(2, dtype=torch.float64)
+    wanted = scales.double() + _solved(A, b)
+    largest = 65504.0
+    if matrix.grid.scale_dtype != "float16":
+        largest = float(np.finfo(np.float32).max) / (2.0 * matrix.max_code)
+    fits = (wanted > 0) & (wanted < largest)
+    kind = getattr(torch, matrix.grid.scale_dtype)
+    rounded = wanted.float().to(kind).clamp(min=torch.finfo(kind).tiny).float()
+    found = torch.where(fits, rounded, scales)
+    d = found.double() - scales.double()
+    change = ((A @ d[:, :, None])[:, :, 0] * d - 2 * b * d).sum(1)
+    before = torch.from_numpy(objective).to(device)
+    better = (change < -_ROUNDING * before) & (change < 0)
+    found = torch.where(better[:, None], found, scales)
+    return found.cpu().numpy(), torch.where(better, change, 0.0).cpu().numpy()
+
+
+def _solved(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return b A^-1 of each row; 0 for a group whose pivot is noise, as if its codes are all 0."""
+    count = A.shape[1]
+    L, root, d = torch.zeros_like(A), torch.zeros_like(b), torch.zeros_like(b)
+    for g in range(count):
+        below = A[:, g:, g] - (L[:, g:, :g] @ L[:, g, :g, None])[:, :, 0]
+        fine = below[:, 0] > _ROUNDING * A[:, g, g]
+        root[:, g] = torch.where(fine, below[:, 0].clamp(min=1e-300).rsqrt(), 0.0)
+        L[:, g:, g] = below * root[:, g, None]
+    for g in range(count):
+        d[:, g] = (b[:, g] - (L[:, g, :g] * d[:, :g]).sum(1)) * root[:, g]
+    for g in reversed(range(count)):
+        d[:, g] = (d[:, g] - (L[:, g + 1 :, g] * d[:, g + 1 :]).sum(1)) * root[:, g]
+    return d
