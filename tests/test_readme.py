@@ -264,17 +264,23 @@ def test_figures_of_the_softmax_page(place, monkeypatch, capsys):
     assert f"# {float(zero):.3f}, {float(row_sum):.3f}, one beta" in text
 
 
+def _with_options(text: str) -> str:
+    """Take in the lines with one key that are commented out.
+
+    All but `windows`, which needs another one, and `tasks`, which leaves a task without a model.
+    """
+    one = r"^# (?!windows|tasks)(?=\w+ = (\[.*?\]|\{.*?\}|\S+) *(#.*)?$)"
+    return re.sub(one, "", text, flags=re.M)
+
+
 @pytest.mark.parametrize("optional", [False, True])
 def test_sweep_file_is_a_plan(place, optional):
     from ptqkit.sweep import read_plan
 
-    (text,) = blocks(ROOT / "docs" / "sweep.md", "toml")
+    text = blocks(ROOT / "docs" / "sweep.md", "toml")[0]
     if optional:
-        # The lines with one key that are commented out, but for "windows", which needs another one,
-        # and "tasks", which leaves a task without a model.
-        one = r"^# (?!windows|tasks)(?=\w+ = (\[.*?\]|\{.*?\}|\S+) *(#.*)?$)"
-        text, count = re.subn(one, "", text, flags=re.M)
-        assert count > 10
+        assert _with_options(text).count("\n# ") < text.count("\n# ") - 10
+        text = _with_options(text)
     items = b'{"context": "a", "choices": ["b", "c"], "gold": 0}\n'
     (place / "piqa.jsonl.gz").write_bytes(gzip.compress(items))
     (place / "other.txt").write_text("other", encoding="utf-8")
@@ -283,6 +289,23 @@ def test_sweep_file_is_a_plan(place, optional):
     names = [recipe.name for recipe in plan.recipes]
     assert names[:2] == ["AWEQ", "GPTQ INT3"] and names[-1] == "SM8"
     assert sum(name.startswith("grid, ") for name in names) == 8 and len(names) == 11
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_diffusion_part_of_a_sweep_file_is_a_plan(tmp_path, pipeline):
+    from ptqkit.sweep import read_plan
+
+    text = blocks(ROOT / "docs" / "sweep.md", "toml")[1]
+    unet = tmp_path / "models" / "unet"
+    unet.mkdir(parents=True)
+    (unet / ("model_index.json" if pipeline else "labels.safetensors")).write_text("{}")
+    (tmp_path / "prompts.txt").write_text("a red square\n", encoding="utf-8")
+    file = tmp_path / "study.toml"
+    text = _with_options(text) if pipeline else text
+    file.write_text(f'name = "unet"\noutput = "out"\n{text}', encoding="utf-8")
+    plan = read_plan(file)
+    assert [recipe.name for recipe in plan.recipes] == ["UNet INT4"]
+    assert (plan.models[0].prompts is not None) == pipeline
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "best, rotated": ("best", {}),
     "best, tuned": ("best", {"tune": 150}),
     "quality, tuned": ("quality", {"tune": 150}),
+    "best, codes learned": ("best", {"tune": 2000, "tune_codes": 0.01, "tune_own_text": 8192}),
     "best, rows apart, tuned": ("best", {"row_coupling": 0, "tune": 150}),
     "best, rows apart, alpha 0.75": ("best", {"row_coupling": 0, "error_propagation": 0.75,
                                               "residual_propagation": 0.75}),

@@ -89,7 +89,7 @@ def table(model: str, grid: str, cells: Losses, base: dict[int, float]) -> list[
     lines = []
     for recipe, values in excess.items():
         mean = statistics.fmean(values)
-        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
         against = ""
         if recipe != BASE and BASE in excess:
             d = paired(whole_cells[recipe], whole_cells[BASE])
@@ -100,7 +100,7 @@ def table(model: str, grid: str, cells: Losses, base: dict[int, float]) -> list[
             less, error = change(mean_windows(whole_cells[recipe]), published, base)
             moved = f"{100 * less:+.0f} ± {100 * error:.0f} %"
         lines.append(
-            f"| {model} | {grid} | {recipe} | {len(values)} | {mean:.4g} ± {spread:.2g} | {moved} "
+            f"| {model} | {grid} | {recipe} | {len(values)} | {mean:.4g}{spread} | {moved} "
             f"| {against} |"
         )
     return lines
@@ -136,12 +136,14 @@ def draw(found: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> 
     for panel, (model, recipes) in zip(panels[0], found.items(), strict=True):
         for recipe, pairs in recipes.items():
             kept = sorted(p for p in pairs if p[1] > 0)
-            style = {"color": f"C{names.index(recipe) % 10}", "label": recipe}
-            panel.plot(*zip(*kept, strict=True), "o", alpha=0.8, markersize=4, **style)
+            turn, place = divmod(names.index(recipe), 10)
+            style = {"color": f"C{place}", "marker": "os^"[turn % 3], "label": recipe}
+            panel.plot(*zip(*kept, strict=True), lw=0.6, alpha=0.8, markersize=4, **style)
         panel.set(yscale="log", title=model, xlabel="bits per quantized weight")
     panels[0][0].set_ylabel("excess perplexity")
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    lines = {line.get_label(): line for panel in panels[0] for line in panel.lines}
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.legend(handles=[lines[n] for n in names], fontsize=8, ncols=6, loc="lower center")
     figure.savefig(path, dpi=110)
 
 

@@ -48,7 +48,7 @@ def couple_rows_on(
     """
     before = matrix.row_objectives
     if parts:
-        H = torch.tensor(hessian, device=weight.device)
+        H = torch.tensor(hessian, dtype=torch.float32, device=weight.device)
         order = np.argsort(-np.diagonal(hessian), kind="stable")
         curves = [as_coupling(B, len(B), damping, name) for _, B in parts]
         descent = Descent(weight, matrix, H, order, [rows for rows, _ in parts], curves)

@@ -82,7 +82,9 @@ class Descent:
         self._codes = [host_copy(codes[:, block].contiguous()) for block in self._blocks]
         most = max(block.stop - block.start for block in self._blocks)
         pinned = device.type == "cuda"
-        self._moved = torch.empty(self.runs * most, self.rows, pin_memory=pinned).numpy()
+        self._moved = torch.empty(
+            self.runs * most, self.rows, dtype=torch.float32, pin_memory=pinned
+        ).numpy()
 
     def go(self, threads: int) -> bool:
         """Go over all codes once; return whether any has changed."""

@@ -47,7 +47,7 @@ def refine_on(
         As :func:`ptqkit.gptq` takes them.
     """
     assert matrix.row_objectives is not None
-    H = torch.tensor(factor.matrix, device=weight.device)
+    H = torch.tensor(factor.matrix, dtype=torch.float32, device=weight.device)
     if factor.dead.any():
         weight = weight * torch.from_numpy(~factor.dead).to(weight.device)
     history = [matrix.row_objectives]

@@ -41,7 +41,7 @@ def _factor(
 ) -> np.ndarray | int:
     """Return R, upper triangular, R R^T = (H + shift)[order][:, order], or the input that fails."""
     turned = torch.from_numpy(order[::-1].copy()).to(device)
-    H = torch.tensor(matrix, device=device)[turned][:, turned].double()
+    H = torch.tensor(matrix, dtype=torch.float32, device=device)[turned][:, turned].double()
     H.diagonal().add_(torch.from_numpy(shift).to(device)[turned])
     L, first = _cholesky(H)
     del H
@@ -94,7 +94,7 @@ def corrected_weights(
     if alpha == 0 or not parts:
         return weight
     label = f"{name}: " if name else ""
-    H = torch.tensor(hessian.matrix, device=weight.device).double()
+    H = torch.tensor(hessian.matrix, dtype=torch.float32, device=weight.device).double()
     diagonal = H.diagonal().clone()
     live = diagonal != 0
     mean = diagonal[live].mean() if bool(live.any()) else diagonal.new_zeros(())

@@ -63,13 +63,17 @@ class LinearView:
         """Replace the weight in place by values (out, in), cast to the weight's dtype."""
         self.matrix.copy_(torch.as_tensor(values))
 
-    def subtract_bias(self, values: np.ndarray) -> None:
-        """Subtract values (out,) from the bias; a layer without one gains it."""
+    def shifted_bias(self, values: np.ndarray) -> torch.Tensor:
+        """Return the bias less values (out,), in the weight's dtype and where it is."""
         weight, bias = self.weight, self.module.bias
         new = torch.from_numpy(-values)
         if bias is not None:
             new = new + bias.detach().to(device="cpu", dtype=torch.float64)
-        new = new.to(device=weight.device, dtype=weight.dtype)
+        return new.to(device=weight.device, dtype=weight.dtype)
+
+    def subtract_bias(self, values: np.ndarray) -> None:
+        """Subtract values (out,) from the bias; a layer without one gains it."""
+        new, bias = self.shifted_bias(values), self.module.bias
         if bias is None:
             gained = nn.Parameter(new, requires_grad=self.module.weight.requires_grad)
             self.module.bias = gained

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["host_copy"]
+__all__ = ["computes", "host_copy"]
+
+
+def computes(device: torch.device) -> bool:
+    """Whether the large products of solving are made on a device, and not by the host's core."""
+    return device.type != "cpu"
 
 
 def host_copy(values: torch.Tensor) -> np.ndarray:

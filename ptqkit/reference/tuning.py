@@ -1,10 +1,10 @@
-"""Divergence of logits, and the gradients that scales are tuned by."""
+"""Divergence of logits, and the gradients that scales and codes are tuned by."""
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["divergence", "scale_gradient"]
+__all__ = ["code_gradient", "divergence", "scale_gradient"]
 
 
 def divergence(target, logits):
@@ -44,6 +44,27 @@ def scale_gradient(codes, zero_points, g_idx, gradient):
     index = np.asarray(g_idx)
     each = np.asarray(gradient, np.float64) * (np.asarray(codes, np.float64) - zeros[:, index])
     return np.stack([each[:, index == g].sum(axis=1) for g in range(zeros.shape[1])], axis=1)
+
+
+def code_gradient(scales, g_idx, gradient):
+    """Return the gradient for codes before rounding, as if rounding were not there.
+
+    Parameters
+    ----------
+    scales : array, shape (out, groups)
+    g_idx : array of integers, shape (in,)
+    gradient : array, shape (out, in)
+        For w.
+
+    Returns
+    -------
+    ndarray of float64, shape (out, in)
+
+    References
+    ----------
+    Bengio, Leonard and Courville, 2013, arXiv:1308.3432.
+    """
+    return np.asarray(gradient, np.float64) * np.asarray(scales, np.float64)[:, np.asarray(g_idx)]
 
 
 def _log_softmax(logits):

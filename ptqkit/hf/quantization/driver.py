@@ -373,27 +373,13 @@ def _quantize_inspected(
                 options.threads,
                 options.progress,
             )
-    losses: dict[str, dict[int, float]] = {}
-    start = time.perf_counter()
-    if recipe.bits_budget is not None:
-        mixed = choose_bits(model, recipe, found, options.threads)
-        recipe, found, losses = mixed.recipe, mixed.inspection, mixed.losses
-    bits_seconds, begin = time.perf_counter() - start, time.perf_counter()
-    if any(target.options.row_coupling for target in found.structure.targets.values()):
-        outputs = measure_outputs(model, found)
-        if options.processes is not None:
-            outputs = options.processes.first(outputs)
-        options = replace(options, outputs=outputs)
-    coupling_seconds = time.perf_counter() - begin
+    learned = _learn(model, recipe, found, options)
+    recipe, found, options = learned.recipe, learned.inspection, learned.options
     if options.processes is not None:
         found = _own_share(found, options.processes)
         plan = options.processes.first(plan)
     run = QuantizationRun(model, recipe, found, plan, options, equalized)
-    if losses:
-        run.report.rounding_losses = losses
-        run.seconds["rounding_losses"] = bits_seconds
-    if options.outputs is not None:
-        run.seconds["row_coupling"] = coupling_seconds
+    learned.tell(run)
     run.report.warnings += slow
     run.execute()
     result = QuantizationResult(model, run.matrices, run.report, recipe, run.activations, equalized)
@@ -402,6 +388,55 @@ def _quantize_inspected(
         with _carrying(result):
             tune_prepared(result, learned_from, tuning, options.progress)
     return result
+
+
+@dataclass
+class _Learned:
+    """What the gradients of the float model say before anything is quantized.
+
+    Attributes
+    ----------
+    recipe : Recipe
+        With the bits of each layer, if it names their average alone.
+    inspection : Inspection
+    options : RunOptions
+        With what row coupling needs.
+    losses : dict
+        As :class:`~ptqkit.hf.quantization.mixed_bits.MixedBits` has them.
+    seconds : dict of str to float
+    """
+
+    __repr__ = one_line_repr
+
+    recipe: Recipe
+    inspection: Inspection
+    options: RunOptions
+    losses: dict[str, dict[int, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def tell(self, run: QuantizationRun) -> None:
+        """Put losses and times into a run's report."""
+        run.report.rounding_losses = self.losses
+        run.seconds |= self.seconds
+
+
+def _learn(model: nn.Module, recipe: Recipe, found: Inspection, options: RunOptions) -> _Learned:
+    """Run the float model backward for what the recipe needs of that, if anything."""
+    learned = _Learned(recipe, found, options)
+    if recipe.bits_budget is not None:
+        start = time.perf_counter()
+        mixed = choose_bits(model, recipe, found, options.threads)
+        learned.recipe, learned.inspection = mixed.recipe, mixed.inspection
+        learned.losses = mixed.losses
+        learned.seconds["rounding_losses"] = time.perf_counter() - start
+    if any(t.options.row_coupling for t in learned.inspection.structure.targets.values()):
+        start = time.perf_counter()
+        outputs = measure_outputs(model, learned.inspection)
+        if options.processes is not None:
+            outputs = options.processes.first(outputs)
+        learned.options = replace(options, outputs=outputs)
+        learned.seconds["row_coupling"] = time.perf_counter() - start
+    return learned
 
 
 def _opened(
@@ -495,7 +530,10 @@ def _quantize_stored(
                 diagnostics=options.diagnostics,
                 on_error=options.on_error,
             )
-            run = StreamedRun(stored.model, recipe, found, plan, options)
+            learned = _learn(stored.model, recipe, found, options)
+            recipe, found = learned.recipe, learned.inspection
+            run = StreamedRun(stored.model, recipe, found, plan, learned.options)
+            learned.tell(run)
             run.report.warnings += slow
             run.attach(source, state, about, twin)
             run.execute()

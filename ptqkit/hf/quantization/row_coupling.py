@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,14 @@ from ptqkit.hf.quantization.float_logits import split_windows
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.nn.device_coupling import couple_rows_on
 from ptqkit.nn.output_moments import OutputMoments, output_moments
+from ptqkit.nn.transfer import computes
 
 __all__ = ["couple_stack", "measure_outputs"]
 
 #: Calibration windows that it is measured on.
 WINDOWS = 8
+#: Bytes: blocks run again on the way back if more had to be kept of a window.
+_KEPT = 1 << 26
 
 
 def measure_outputs(model: nn.Module, found: Inspection) -> OutputMoments:
@@ -44,7 +47,19 @@ def measure_outputs(model: nn.Module, found: Inspection) -> OutputMoments:
     windows = split_windows(found.calibration.batches[:WINDOWS])[:WINDOWS]
     masks = [padding_mask(window) for window in windows]
     blocks = [model.get_submodule(block) for block in found.structure.blocks]
+    modules = [targets[n].module for n in targets]
+    # What is kept would keep the weights of blocks that are read by turns.
+    by_turns = any(p.device.type == "meta" for p in model.parameters())
+    if not by_turns and all(_activations(modules, window) <= _KEPT for window in windows):
+        blocks = []  # what is inside of all of them is kept: no block runs again
     return output_moments(model, [g for g in groups if g], blocks, windows, masks)
+
+
+def _activations(modules: Sequence[nn.Module], window: Mapping[str, torch.Tensor]) -> int:
+    """Return about how many bytes the gradients of a window keep of these layers' blocks."""
+    tokens = max((v.shape[0] * v.shape[1] for v in window.values() if v.dim() > 1), default=0)
+    # Inputs and outputs, and about as much again in norms, activations and attention.
+    return 2 * 4 * tokens * sum(sum(m.weight.shape[:2]) for m in modules)
 
 
 def couple_stack(
@@ -73,7 +88,7 @@ def couple_stack(
     parts, name = list(moments.parts(names)), ", ".join(names)
     if not parts:
         return matrix
-    if weight.device.type != "cpu":
+    if computes(weight.device):
         return couple_rows_on(
             weight, matrix, source.matrix, parts, passes=passes, threads=threads, name=name
         )

@@ -336,7 +336,7 @@ class QuantizationRun:
 
     def _hold(self, target: Target, result: LayerResult, moments: Moments) -> None:
         """Keep a layer's result, in codes, until the layers after it have been calibrated too."""
-        codes = replace(result, dequantized=torch.empty(0))
+        codes = replace(result, dequantized=torch.empty(0, dtype=torch.float32))
         self._held.append((target, codes, Moments(ranges=moments.ranges)))
 
     def _write_held(self) -> None:

@@ -29,7 +29,7 @@ from ptqkit.nn.on_grid import dequantize_on, nearest, row_blocks
 from ptqkit.nn.output_moments import OutputMoments
 from ptqkit.nn.row_objectives import row_objectives
 from ptqkit.nn.statistics import DeviceMean
-from ptqkit.nn.transfer import host_copy
+from ptqkit.nn.transfer import computes, host_copy
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["LayerResult", "solve_group"]
@@ -116,7 +116,7 @@ def solve_group(
         source = moments.hessian
         shared = len(stacks) > 1 or moments.drift is not None
         device = stack[0].view.weight.device
-        shared = shared or device.type != "cpu"  # which factorizes faster
+        shared = shared or computes(device)  # which factorizes faster
         if shared and source is not None and options.method == "gptq":
             source = _factor(factors, source, options, threads, name, device)
         solved.update(
@@ -137,7 +137,7 @@ def _factor(
 ) -> Any:
     key = (options.order, options.group_size, options.damping, options.max_damping)
     if key not in factors:
-        make = factorize if device.type == "cpu" else partial(factorize_on, device)
+        make = partial(factorize_on, device) if computes(device) else factorize
         factors[key] = make(
             hessian,
             order=options.order,
@@ -180,7 +180,7 @@ def _solve_stack(
             layer = stack[0].name
             values, instead = _target(values, layer, options, source, moments, threads, name)
             start = time.perf_counter()
-        weight = values.numpy() if device.type == "cpu" else host_copy(values)
+        weight = host_copy(values) if computes(device) else values.numpy()
         rtn = None if diagnostics else False
         matrix = _quantized(weight, values, source, options, threads, rtn, name)
         matrix = _coupled(values, matrix, source, stack, outputs, threads)
@@ -230,7 +230,7 @@ def _quantized(
     With a beam a search follows these passes, on the host.
     """
     passes = {"refine_passes": options.refine_passes, "refit_rounds": options.refit_rounds}
-    there = values.device.type != "cpu" and options.method == "gptq" and any(passes.values())
+    there = computes(values.device) and options.method == "gptq" and any(passes.values())
     there = there and options.beam_width == 1 and options.feedback
     first = replace(options, refine_passes=0, refit_rounds=0) if there else options
     matrix = quantize_matrix(
@@ -241,7 +241,7 @@ def _quantized(
 
 def _read(stack: Sequence[Target]) -> torch.Tensor:
     """Return the weights of some layers as one, float32 (out, in), where they are."""
-    if stack[0].view.weight.device.type == "cpu":
+    if not computes(stack[0].view.weight.device):
         parts = [t.view.read() for t in stack]
         return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
     return torch.cat([t.view.matrix for t in stack]).float().contiguous()
@@ -326,6 +326,8 @@ def _diagnose(
 
 def _measure(hessian: Any, device: torch.device) -> Callable[[torch.Tensor], np.ndarray]:
     """Return what gives e H e^T of each row e: on the host, or where the model is."""
-    if device.type == "cpu":
+    if not computes(device):
         return lambda errors: objective(errors.numpy(), 0, hessian)
-    return partial(row_objectives, hessian=torch.tensor(hessian.matrix, device=device))
+    return partial(
+        row_objectives, hessian=torch.tensor(hessian.matrix, dtype=torch.float32, device=device)
+    )

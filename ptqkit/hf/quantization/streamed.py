@@ -17,7 +17,7 @@ from ptqkit._units import show_bytes
 from ptqkit._version import __version__
 from ptqkit.errors import PreflightError, Problems, UnsupportedModuleError
 from ptqkit.hf.checkpoint.stored_model import StoredModel
-from ptqkit.hf.data.calibration import CalibrationSet
+from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.models.experts import ExpertSwap, wanted_by
 from ptqkit.hf.models.recorded import RecordedBlocks
 from ptqkit.hf.models.structure import Structure, Target, find_structure
@@ -36,8 +36,9 @@ from ptqkit.hf.quantization.run import (
 from ptqkit.hf.quantization.source import BlockSource
 from ptqkit.hf.quantization.state import FinishedBlock, RunState
 from ptqkit.hf.quantization.work import Step, Steps, Work
-from ptqkit.nn.activations import install_quantizer
+from ptqkit.nn.activations import ActivationQuantizer, install_quantizer
 from ptqkit.nn.forward import calibration_mode, device_of
+from ptqkit.nn.output_moments import MOST_ROWS
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = [
@@ -81,16 +82,10 @@ def check_stream(problems: Problems, recipe: Recipe) -> None:
             "equalization scales the whole model at once, so it cannot be streamed from its files: "
             f"leave it out, or {memory}",
         ),
-    ]
-    whole = {
-        f"tune={recipe.tune}": recipe.tune > 0,
-        f"bits={recipe.bits}": recipe.bits_budget is not None,
-        f"row_coupling={recipe.most_row_coupling}": recipe.most_row_coupling > 0,
-        "calibrate_on='float'": recipe.calibrate_on == "float",
-    }
-    obstacles += [
-        (asked, f"{text} needs the whole model in memory: leave it out, or {memory}")
-        for text, asked in whole.items()
+        (
+            recipe.tune > 0,
+            f"tune={recipe.tune} needs the whole model in memory: leave it out, or {memory}",
+        ),
     ]
     for present, text in obstacles:
         if present:
@@ -181,8 +176,10 @@ def plan_stream(
             bool(inspection.stream.writers),
             experts=inspection.experts,
         )
-        held = block + needed.replay - needed.codes
-        spooled = held - needed.outputs
+        learning, learned = _gradient_bytes(source, inspection)
+        held = learned + block + needed.replay - needed.codes
+        spooled = max(held - needed.outputs, learned + block + learning)
+        held = max(held, learned + block + learning)
     spool = held + spare_memory(device, held) > limit
     spare = spare_memory(device, spooled if spool else held)
     expected = spare + (spooled if spool else held)
@@ -210,6 +207,32 @@ def plan_stream(
     reason = "the model is streamed from its files"
     reason += ", outputs of blocks too" if spool and inspection.calibration is not None else ""
     return StreamPlan(schedule, reason, False, estimate, warnings, at_once, *overlap, spare, spool)
+
+
+def _gradient_bytes(source: BlockSource, inspection: Inspection) -> tuple[int, int]:
+    """Return what a backward pass through the float model takes, and what it leaves for the run.
+
+    That pass holds the inputs of all blocks, about what all layers of one block take in and give
+    out twice (with gradients), and the logits with their probabilities and gradients in float32.
+    """
+    targets = inspection.structure.targets.values()
+    coupled = [t.view.shape[0] for t in targets if t.options.row_coupling]
+    shared = any(t.options.bits_budget is not None for t in targets)
+    assert inspection.calibration is not None
+    if not coupled and not shared:
+        return 0, 0
+    shapes = [(rows, max(n, 1)) for rows, n in map(batch_shape, inspection.calibration.batches)]
+    # Row coupling runs one window at a time, average bits a batch.
+    tokens = max(length * (rows if shared else 1) for rows, length in shapes)
+    layers: dict[str | None, int] = {}
+    for target in targets:
+        layers[target.block] = layers.get(target.block, 0) + sum(target.view.shape)
+    wide = min(min(t.view.shape) for t in targets)
+    size = next(source.model.parameters()).element_size()
+    vocabulary = getattr(source.model.config, "vocab_size", 0)
+    inside = len(inspection.structure.blocks) * wide + 2 * max(layers.values())
+    pass_bytes = tokens * (size * inside + 4 * 4 * vocabulary)
+    return pass_bytes, 4 * sum(rows * min(rows, MOST_ROWS) for rows in coupled)
 
 
 def state_bytes(
@@ -309,6 +332,7 @@ class StreamedRun(QuantizationRun):
         """Say where blocks come from and where they go; go on with what is there already."""
         self.source, self.state, self.twin = source, state, twin
         self.changed: dict[str, torch.Tensor] = {}
+        self._on_float = self.recipe.calibrate_on == "float"
         found = self.inspection
         self.blocks = found.structure.blocks if found.calibration is None else found.probe.blocks
         self._kept: set[str] = set()
@@ -353,8 +377,8 @@ class StreamedRun(QuantizationRun):
         self.matrices |= block.matrices
         self.activations |= block.activations
         self._take(block.tensors)
-        for name, quantizer in block.activations.items():
-            install_quantizer(self.inspection.structure.targets[name].module, quantizer)
+        if not self._on_float:
+            self._install(block.activations)
         for row in rows:
             self.stage.skip(self.costs[row.name])
         self._kept |= {row.name for row in rows}
@@ -363,6 +387,14 @@ class StreamedRun(QuantizationRun):
     def _take(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Note parameters that changed; those that the class does not have become part of it."""
         self.changed |= tensors
+        if not self._on_float:
+            self._add(tensors)
+
+    def _install(self, activations: Mapping[str, ActivationQuantizer]) -> None:
+        for name, quantizer in activations.items():
+            install_quantizer(self.inspection.structure.targets[name].module, quantizer)
+
+    def _add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             module, _, key = name.rpartition(".")
             owner = self.model.get_submodule(module)
@@ -413,7 +445,7 @@ class StreamedRun(QuantizationRun):
 
     def _refill(self, name: str) -> None:
         """Give a layer outside of the blocks the weight it has been given already."""
-        if name in self.matrices and name in self._kept:
+        if name in self.matrices and name in self._kept and not self._on_float:
             self.inspection.structure.targets[name].view.write(self.matrices[name].dequantize())
             bias = self.changed.get(f"{name}.bias")
             if bias is not None:
@@ -423,11 +455,11 @@ class StreamedRun(QuantizationRun):
         """Write what has been done since the last block was kept."""
         if number < self.state.finished:
             return
+        tensors = self._note_held()
         names = [n for n in self.matrices if n not in self._kept]
         targets = self.inspection.structure.targets
-        tensors = {}
         for name in names:
-            if targets[name].options.bias_correction:
+            if targets[name].options.bias_correction and f"{name}.bias" not in tensors:
                 tensors[f"{name}.bias"] = targets[name].module.bias.detach().cpu().clone()
         layers, warnings = self._seen
         block = FinishedBlock(
@@ -441,6 +473,33 @@ class StreamedRun(QuantizationRun):
         self.matrices |= self.state.keep(block).matrices
         self._take(tensors)
         self._seen = (len(self.report.layers), len(self.report.warnings))
+
+    def _note_held(self) -> dict[str, torch.Tensor]:
+        """Take what a block fitted to the float model's inputs has; the block stays float.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The biases that have been corrected.
+        """
+        biases = {}
+        for target, result, moments in self._held:
+            self.matrices[target.name] = result.matrix
+            if result.bias_shift is not None:
+                biases[f"{target.name}.bias"] = target.view.shifted_bias(result.bias_shift).cpu()
+            spec = target.options.activations
+            if spec is not None:
+                dtype = target.view.weight.dtype
+                quantizer = ActivationQuantizer.calibrate(spec, moments.ranges, dtype)
+                self.activations[target.name] = quantizer
+        self._held.clear()
+        return biases
+
+    def _write_held(self) -> None:
+        """Put what the float model did not have into it, now that all of it has run."""
+        if self._on_float:
+            self._install(self.activations)
+            self._add(self.changed)
 
 
 def _by_block(targets: Mapping[str, Target], group: list[str]) -> list[list[str]]:

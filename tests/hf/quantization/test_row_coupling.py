@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from helpers.driver_models import build, padded_batches, tokens
 
-from ptqkit.errors import PreflightError, Problems, UsageError
+from ptqkit.errors import UsageError
 from ptqkit.hf import quantize
 from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.quantization import row_coupling
-from ptqkit.hf.quantization.streamed import check_stream
 from ptqkit.nn.module_driver import quantize_module
 from ptqkit.nn.output_moments import OutputMoments, output_moments
 from ptqkit.recipe.recipe import Recipe
@@ -106,6 +105,24 @@ def test_first_layers_are_coupled_as_by_hand(monkeypatch):
     assert "row_coupling" not in plain.report.seconds
 
 
+def test_blocks_run_again_only_if_much_would_be_kept(monkeypatch):
+    own, again = row_coupling.output_moments, []
+
+    def measured(model, groups, blocks, *rest):
+        again.append(len(blocks))
+        return own(model, groups, blocks, *rest)
+
+    monkeypatch.setattr(row_coupling, "output_moments", measured)
+    found = []
+    for kept in (1 << 30, 0):
+        monkeypatch.setattr(row_coupling, "_KEPT", kept)
+        result = quantize(build(), "quality", padded_batches(), row_coupling=2, **OPTIONS)
+        found.append({n: m.codes for n, m in result.matrices.items()})
+    assert again == [0, 2]
+    for name, codes in found[0].items():
+        np.testing.assert_array_equal(codes, found[1][name])
+
+
 def test_an_override_names_the_layers():
     only = {"*.layers.1.mlp.down_proj": {"row_coupling": 3}}
     found = quantize(build(), "quality", tokens(4), overrides=only, **OPTIONS)
@@ -146,11 +163,3 @@ def test_where_it_cannot_be_is_told():
     layers = torch.nn.Sequential(torch.nn.Linear(32, 32))
     with pytest.raises(UsageError, match="leave row_coupling out"):
         quantize_module(layers, torch.zeros(4, 32), row_coupling=1)
-    for recipe in (
-        Recipe(row_coupling=3),
-        Recipe(overrides={"*.fc1": "skip", "*.fc2": {"row_coupling": 3}}),
-    ):
-        problems = Problems()
-        check_stream(problems, recipe)
-        with pytest.raises(PreflightError, match="row_coupling=3 needs the whole model in memory"):
-            problems.raise_if_any()

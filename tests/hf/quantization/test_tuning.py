@@ -442,4 +442,4 @@ def _call_bare(bare):
 
 
 def test_options_are_named():
-    assert TuningOptions().steps == 150 and TuningOptions().windows == 8
+    assert TuningOptions().steps == 150 and TuningOptions().code_rate == 0
