@@ -472,7 +472,8 @@ def task_tables(records: Records) -> list[Table]:
         own = [row for row in records if row["sweep"] == sweep]
         if not own:
             continue
-        tables.append(sweep_table(own, f"Zero-shot accuracy of {models}, percent", SWEPT, note))
+        recipes = [r for r in SWEPT if any(row["recipe"] == r for row in own)]
+        tables.append(sweep_table(own, f"Zero-shot accuracy of {models}, percent", recipes, note))
     return [*tables, chances(records)]
 
 
