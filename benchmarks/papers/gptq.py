@@ -146,9 +146,8 @@ def size_tables(records: Records) -> list[Table]:
     note = (
         "± is the standard deviation over calibration draws. `size_series` has each model read the "
         "same 98 million tokens, seven times the text of 211 books; the test text is other books. "
-        "The paper's smallest model is ten times the largest here. The machine was given back "
-        "before the last model was done: there some runs are missing, and where windows were not "
-        "written, paired differences are."
+        "The paper's smallest model is ten times the largest here. Of the last model some "
+        "runs are missing, and where the losses of windows are, paired differences are too."
     )
     compared = [gains(records, "RTN", "GPTQ"), gains(records, "GPTQ", "quality")]
     return [perplexities(records, title, note=note), *(t for t in compared if t.rows)]
@@ -320,8 +319,8 @@ def by_text(args: argparse.Namespace) -> Records:
 def text_tables(records: Records) -> list[Table]:
     name = records[0]["model"]
     note = (
-        "Calibrated on prose. Perplexities are per piece of the model's own vocabulary. The run "
-        "was cut off before the third text, a sample of C4."
+        "Calibrated on prose. Perplexities are per piece of the model's own vocabulary. The "
+        "third text, a sample of C4, was not measured."
     )
     return [
         perplexities(records, f"Perplexity of {name} by text", "text", note),

@@ -181,7 +181,7 @@ static void block_task(void *ctx, int64_t run, int thread) {
 
 ptq_status ptq_couple_block(const ptq_couple_block_args *a, int threads) {
     if (a->runs < 1 || a->columns < 1 || a->rows < 1) return PTQ_INVALID;
-    threads = ptq_thread_count(threads);
+    threads = (int)ptq_min64(ptq_thread_count(threads), a->runs);
     float *work = ptq_alloc((a->columns + 1) * a->rows * threads, sizeof *work);
     if (!work) return PTQ_NOMEM;
     block_job job = {.a = a, .work = work};

@@ -41,8 +41,7 @@ static int64_t rows_for(const update *u, int64_t count) {
     return u->pairs ? ptq_round_up(ptq_ceil_div(count, 2), u->k->pairs.step) : count;
 }
 
-static int64_t chunk_of(const update *u, int64_t tokens) {
-    (void)u;
+static int64_t chunk_of(int64_t tokens) {
     return ptq_min64(ptq_tuned("PTQ_TUNE_CHUNK", CHUNK), tokens);
 }
 
@@ -255,7 +254,7 @@ static ptq_status update_blas(const ptq_blas *blas, const update *u) {
  * panels and their sums share the first cache, and the sums of all pairs of panels of a task stay
  * in the second with two slices. Sides are shorter if threads would be left idle. */
 static void choose_tiles(update *u, int64_t tokens, int threads) {
-    const int64_t nr = u->nr, full = rows_for(u, chunk_of(u, tokens));
+    const int64_t nr = u->nr, full = rows_for(u, chunk_of(tokens));
     const int64_t word = (int64_t)sizeof(float), second = ptq_second_cache();
     if (u->turned) {
         const int64_t depth = ptq_tuned("PTQ_TUNE_DEPTH", ptq_first_cache() / 3 / word / nr);
@@ -275,7 +274,7 @@ static void choose_tiles(update *u, int64_t tokens, int threads) {
 }
 
 static ptq_status update_chunks(update *u, int64_t tokens, int threads) {
-    const int64_t side = ptq_ceil_div(u->panels, u->tile), chunk = chunk_of(u, tokens);
+    const int64_t side = ptq_ceil_div(u->panels, u->tile), chunk = chunk_of(tokens);
     ptq_status status = PTQ_OK;
     for (u->first = 0; u->first < tokens && !status; u->first += chunk) {
         u->count = ptq_min64(chunk, tokens - u->first);
@@ -290,7 +289,7 @@ static ptq_status update_builtin(update *u, int64_t tokens, int threads) {
     if (!tokens) return PTQ_OK;
     u->panels = ptq_ceil_div(u->n, u->nr);
     choose_tiles(u, tokens, threads);
-    const int64_t rows = ptq_round_up(rows_for(u, chunk_of(u, tokens)), u->depth);
+    const int64_t rows = ptq_round_up(rows_for(u, chunk_of(tokens)), u->depth);
     const int64_t words = u->panels * rows * u->nr;
     u->packed = ptq_alloc_large(words, sizeof(float));
     u->left = u->turned ? ptq_alloc_large(words, sizeof(float)) : u->packed;

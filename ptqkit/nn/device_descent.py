@@ -57,7 +57,8 @@ class Descent:
         self.runs, self.rows = len(runs), max(run.stop - run.start for run in runs)
         place = np.zeros((self.runs, self.rows), np.int64)
         filled = np.zeros((self.runs, self.rows), bool)
-        B = np.zeros((self.runs, self.rows, self.rows), np.float32)
+        coupled = 0 if curves is None else self.runs
+        B = np.zeros((coupled, self.rows, self.rows), np.float32)
         for number, run in enumerate(runs):
             count = run.stop - run.start
             place[number, :count] = np.arange(run.start, run.stop)

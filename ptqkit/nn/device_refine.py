@@ -20,6 +20,8 @@ from ptqkit.nn.statistics import full_float32
 
 __all__ = ["refine_on"]
 
+# Bytes of the systems of rows whose scales are fitted at once.
+_SYSTEMS = 1 << 30
 # What changes an objective by a smaller share is rounding, and so is a smaller pivot.
 _ROUNDING = 1e-6
 
@@ -54,9 +56,17 @@ def refine_on(
     steps = ["sweep"] * refine_passes + ["refit", "sweep"] * refit_rounds
     for step in steps:
         if step == "refit":
-            scales, change = _refitted(weight, matrix, H, history[-1][-1])
+            before = history[-1][-1]
+            count = max(1, _SYSTEMS // (8 * matrix.scales.shape[1] ** 2))
+            found = [
+                _refitted(
+                    weight[k : k + count], matrix.rows(k, k + count), H, before[k : k + count]
+                )
+                for k in range(0, len(weight), count)
+            ]
+            scales, change = (np.concatenate(values) for values in zip(*found, strict=True))
             matrix = replace(matrix, scales=scales)
-            history.append((history[-1][-1] + change)[None])
+            history.append((before + change)[None])
             continue
         descent = Descent(weight, matrix, H, factor.order, row_blocks(len(weight)))
         descent.go(threads)

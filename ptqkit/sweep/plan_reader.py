@@ -182,8 +182,10 @@ class _PlanReader:
         self, values: Mapping[str, Any], where: str, diffusion: bool = False
     ) -> Calibration:
         reader = Reader(values, where, self.problems)
+        if diffusion:  # its latents are its own samples
+            for key in ("text", "documents", "whitespace"):
+                reader.take(key, (str, list), None)
         result = Calibration(
-            # Of a diffusion model the latents are its own samples.
             TextSource(DEMO) if diffusion else self._source(reader, "text"),
             reader.take("samples", int, Calibration.samples, whole(1)),
             reader.take("sequence_length", int, Calibration.sequence_length, whole(2)),
@@ -192,8 +194,7 @@ class _PlanReader:
             _start_token(reader),
             reader.take("draws", int, Calibration.draws, whole(1)),
         )
-        if not diffusion:
-            reader.done()
+        reader.done()
         return result
 
     def _sampling(self, model: Reader, path: str) -> tuple[Sampling, str | None]:
@@ -247,6 +248,12 @@ class _PlanReader:
         if base is None and not change and not diffusion:
             self.top.problem("key 'calibration' is missing")
             base = {"text": DEMO}
+        unused = sorted(set(change) - {"seed", "draws"}) if diffusion else []
+        if unused:
+            reader.problem(
+                f"calibration: a diffusion model is fitted to samples of its own, without "
+                f"{', '.join(unused)}: give seed and draws alone, and latents in sampling"
+            )
         # The texts of a model that is skipped may be missing with it.
         kept = len(self.problems)
         calibration = self._calibration({**(base or {}), **change}, where, diffusion)

@@ -231,7 +231,6 @@ OPTIONAL = {  # None is allowed
     ("target_correction", 2),
     ("couple_block", 1),
     ("rtn", 3),
-    ("couple_block", 1),
     ("activation_range", 2),
     ("activations_quantize", 2),
     ("activation_statistics", 2),

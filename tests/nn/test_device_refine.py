@@ -8,6 +8,7 @@ import torch
 from helpers.core_cases import layer
 
 import ptqkit
+from ptqkit.nn import device_refine
 from ptqkit.nn.device_refine import refine_on
 
 GRIDS = [(None, "act"), (16, "natural"), (16, "act"), (16, "group-act")]
@@ -35,6 +36,28 @@ def test_equals_the_core(kind, size, order, passes, rounds):
     total, other = found.row_objectives.sum(1), expected.row_objectives.sum(1)
     np.testing.assert_allclose(total, other, rtol=5e-3)
     assert (np.diff(total) <= 1e-6 * total[0]).all()
+
+
+def test_rows_are_fitted_in_parts_that_fit_in_memory(monkeypatch):
+    W, H = layer(52, 48)
+    F = ptqkit.factorize(H, group_size=16)
+    start = ptqkit.gptq(W, F, bits=3, group_size=16)
+    own, parts = device_refine._refitted, []
+
+    def refitted(weight, *rest):
+        parts.append(len(weight))
+        return own(weight, *rest)
+
+    monkeypatch.setattr(device_refine, "_refitted", refitted)
+    found = []
+    for memory in (1 << 30, 20 * 8 * 3**2):
+        monkeypatch.setattr(device_refine, "_SYSTEMS", memory)
+        found.append(refine_on(torch.tensor(W), start, F, refine_passes=0, refit_rounds=1))
+    assert parts == [52, 20, 20, 12]
+    one, two = found
+    assert (one.scales != start.scales).any()
+    np.testing.assert_allclose(one.scales, two.scales, rtol=1e-4)
+    np.testing.assert_allclose(one.row_objectives, two.row_objectives, rtol=1e-3)
 
 
 def test_a_group_of_zeros_keeps_its_scale():

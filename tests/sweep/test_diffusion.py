@@ -136,5 +136,10 @@ def test_mistakes(place):
     text = str(error.value)
     assert "unknown key 'step'" in text and "prompts are for a pipeline" in text
     assert "tasks names 'wiki', which is no task of its kind" in text
+    own = UNET.replace("sampling", "calibration = {samples = 4, seed = 1}\nsampling")
+    with pytest.raises(PreflightError, match="samples of its own, without samples: give seed"):
+        read_plan(write(place, own, RECIPES))
+    with pytest.raises(PreflightError, match="unknown key 'sed'"):
+        read_plan(write(place, "[calibration]\nsed = 1\n", UNET, RECIPES))
     with pytest.raises(PreflightError, match="key 'calibration' is missing"):
         read_plan(write(place, HEAD.replace("[calibration]", "[other]"), RECIPES))

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from ptqkit.errors import CalibrationError, NotFiniteError, UnsupportedModuleError
 from ptqkit.nn.forward import calibration_mode, model_inputs
+from ptqkit.recipe.options import check_int
 
 __all__ = ["own_text"]
 
@@ -61,7 +62,15 @@ def own_text(
         If no window is without padding or longer than ``prefix``.
     UnsupportedModuleError
         If windows hold more than tokens, or the model keeps no cache of what it has read.
+    ValueError
+        If ``count`` is negative, or ``prefix`` or ``batch_size`` is less than 1.
     """
+    for name, value, least in (
+        ("count", count, 0),
+        ("prefix", prefix, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        check_int(name, value, least)
     whole = [w for w in windows if _is_whole(w)]
     length = max((w["input_ids"].shape[1] for w in whole), default=0)
     if length <= prefix:

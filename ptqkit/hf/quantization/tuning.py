@@ -31,6 +31,7 @@ from ptqkit.nn.linear import LinearView
 from ptqkit.nn.on_grid import dequantize
 from ptqkit.nn.quantized_mark import mark_quantized
 from ptqkit.nn.tunable import TunableMatrix, divergence, round_to, tunable_forwards
+from ptqkit.recipe.options import check_int
 
 __all__ = [
     "LearnedValues",
@@ -77,9 +78,9 @@ class TuningOptions:
         One of so many windows is not learned from and decides which step is kept.
     checks : int
         How often the held-out loss is measured.
-    patience : int
-        Checks in a row without a lower held-out loss after which tuning stops; not if codes learn:
-        they may be worse until the rates have fallen.
+    patience : int, optional
+        Checks in a row without a lower held-out loss after which tuning stops; by default 5, and
+        without end if codes learn: they may be worse until the rates have fallen.
     seed : int
         Of the order of the windows.
     """
@@ -95,8 +96,16 @@ class TuningOptions:
     own_text: int = 0
     held_out: int = 8
     checks: int = 15
-    patience: int = 5
+    patience: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what would be tuning without windows, checks or an end."""
+        for name, least in (("windows", 1), ("patience", 1)):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), least)
+        for name, least in (("own_text", 0), ("held_out", 2), ("checks", 1)):
+            check_int(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -352,6 +361,7 @@ def learn(
     optimizer = torch.optim.Adam(leaves.groups(options), betas=betas, foreach=False)
     order = _endless(train, options.seed)
     windows_per_step = options.windows or (16 if options.code_rate else 8)
+    patience = options.patience or (math.inf if options.code_rate else 5)
     interval = max(1, round(options.steps / options.checks))
     with (
         calibration_mode(model),
@@ -375,7 +385,7 @@ def learn(
                     best, kept = leaves.values(), step
             stage.step(told, loss)
             waited = sum(s > kept for s, _ in checks)
-            if waited >= options.patience and not options.code_rate:
+            if waited >= patience:
                 break
     losses = dict(checks)
     report = TuningReport(

@@ -54,6 +54,9 @@ def test_what_cannot_be_gone_on_from_is_refused():
         own_text(build("llama"), windows_of(2), 1, prefix=10_000)
     with pytest.raises(UnsupportedModuleError, match="tokens alone, not from pixel_values"):
         own_text(build("llama"), [{"pixel_values": torch.zeros(1, 3)}], 1)
+    for name, value in (("prefix", 0), ("batch_size", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+            own_text(build("llama"), windows_of(2), 1, **{name: value})
     padded = split_windows(padded_batches("llama", 8))
     whole = [w for w in padded if bool(w["attention_mask"].all())]
     for window in own_text(build("llama"), padded, 3, prefix=2):

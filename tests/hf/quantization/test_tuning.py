@@ -441,5 +441,25 @@ def _call_bare(bare):
     return model_call(bare, {"input_ids": torch.zeros(1, 2, dtype=torch.long)}, {})
 
 
+def test_patience_holds_for_codes_too():
+    result, floats, data = quantized()
+    options = {**QUICK, "patience": 1, "code_rate": 1.0, "rate": 30.0, "scale_rate": 30.0}
+    tune(result, data, steps=6, float_model=floats, checks=6, **options)
+    assert result.tuning.steps < 6
+    other, floats, data = quantized()
+    del options["patience"]
+    tune(other, data, steps=6, float_model=floats, checks=6, **options)
+    assert other.tuning.steps == 6
+
+
 def test_options_are_named():
     assert TuningOptions().steps == 150 and TuningOptions().code_rate == 0
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("windows", 0), ("patience", 0), ("own_text", -1), ("held_out", 1), ("checks", 0)],
+)
+def test_options_without_windows_or_checks_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least"):
+        TuningOptions(**{name: value})
