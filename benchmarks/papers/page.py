@@ -44,6 +44,8 @@ def section(entry: Entry, path: Path) -> str:
     content, records, published = read_entry(entry, path)
     first, *others = entry.tables(records)
     parts = [f"### {entry.name}: {entry.title}", f"```sh\n{content['command']}\n```"]
+    if "remark" in content:  # of a file that is not just what the command wrote
+        parts.append(content["remark"])
     if content["machine"] is not None:
         parts.append(f"Measured on {described(content['machine'])}.")
     only_a_file = list(first.columns) == ["file"]
