@@ -24,7 +24,7 @@ from ptqkit.nn.softmax.variants import (
     TABLE_VARIANTS,
     UNET_VARIANTS,
 )
-from ptqkit.sweep.diffusion import is_diffusion_model
+from ptqkit.sweep.diffusion_files import is_diffusion_model
 
 __all__ = ["add_parser", "calibration_of"]
 

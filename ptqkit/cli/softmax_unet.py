@@ -12,7 +12,7 @@ from ptqkit.cli.inputs import pick_device
 from ptqkit.cli.output import say, write_json
 from ptqkit.errors import UsageError
 from ptqkit.nn.softmax.variants import UNET_VARIANTS
-from ptqkit.sweep.diffusion import read_prompts
+from ptqkit.sweep.diffusion_files import read_prompts
 
 __all__ = ["run_unet"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,29 +15,15 @@ from ptqkit.recipe import as_recipe
 from ptqkit.recipe.recipe import Recipe
 from ptqkit.study.engine import Quantized
 from ptqkit.study.measured import Measured
+from ptqkit.sweep.diffusion_files import SAMPLES_METRIC, read_prompts
 from ptqkit.sweep.plan import ModelPlan, RecipePlan, Sampling, TaskPlan
 
-__all__ = ["SAMPLES_METRIC", "UNetBench", "is_diffusion_model", "open_unet", "read_prompts"]
-
-SAMPLES_METRIC = "noise/signal"
-"""What is measured: the mean over the samples of ``||x_q - x||^2 / ||x||^2``."""
+__all__ = ["UNetBench", "open_unet"]
 
 _W, _A = 32.0, 16.0  # what the literature calls activations that stay as they are: W8A16
 
 # Far from the seeds that people give to tasks: other noise.
 _CALIBRATION_SEED = 1 << 20
-
-
-def is_diffusion_model(name: str) -> bool:
-    """Whether a folder holds a pipeline of diffusers, or a UNet with its labels."""
-    folder = Path(name)
-    return (folder / "model_index.json").is_file() or (folder / "labels.safetensors").is_file()
-
-
-def read_prompts(path: str) -> list[str]:
-    """Return the lines of a file that are not empty."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from ptqkit.errors import PreflightError, did_you_mean
 from ptqkit.recipe import as_recipe
 from ptqkit.study.cells import FLOAT
 from ptqkit.study.products import Case, expand_parts, named_cases
-from ptqkit.sweep.diffusion import is_diffusion_model, read_prompts
+from ptqkit.sweep.diffusion_files import is_diffusion_model, read_prompts
 from ptqkit.sweep.items import read_items
 from ptqkit.sweep.plan import (
     Calibration,

@@ -12,7 +12,7 @@ from ptqkit._files import plain, write_atomically
 from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
 from ptqkit.study.cells import FAILED, FLOAT, MISSING, OK, Cell, write_json
 from ptqkit.study.result import StudyResult
-from ptqkit.sweep.diffusion import SAMPLES_METRIC
+from ptqkit.sweep.diffusion_files import SAMPLES_METRIC
 from ptqkit.sweep.grid import SweepResult
 
 __all__ = [

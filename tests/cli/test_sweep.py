@@ -189,5 +189,7 @@ def test_files_that_come_with_it(file):
     from ptqkit.sweep import read_plan
     from ptqkit.sweep.grid import plan_cells
 
-    cells, _ = plan_cells(read_plan(file))
-    assert cells
+    plan = read_plan(file)
+    cells, skipped = plan_cells(plan)
+    # Of a file whose models are all trained here, none need be there.
+    assert cells or len(skipped) >= len(plan.models) > 0
