@@ -229,7 +229,9 @@ class Recipe:
         _check_share("tune_codes", self.tune_codes)
         for name in ("tune_codes", "tune_own_text"):
             if getattr(self, name) and not self.tune:
-                raise ValueError(f"{name}={getattr(self, name)} needs steps of tuning; give tune")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs steps of tuning; give tune (--tune)"
+                )
         check_int("min_zero_point", self.min_zero_point, 0, 1)
         for name in (
             "symmetric",

@@ -23,7 +23,7 @@ __all__ = [
     "stored_dtype",
 ]
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _TOKENIZER_FILES = (
     "tokenizer.json",

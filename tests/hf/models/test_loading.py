@@ -67,6 +67,12 @@ def test_what_is_not_a_model(tmp_path):
         model_folder(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("name", ["./none", "../none", ".none", "-none/model"])
+def test_what_cannot_be_a_name_is_not_looked_for_elsewhere(name):
+    with pytest.raises(UsageError, match="there is no such folder$"):
+        model_folder(name)
+
+
 def test_device():
     assert pick_device("cpu") == "cpu"
     with pytest.raises(UsageError, match="device nowhere cannot be used here"):
