@@ -13,7 +13,7 @@ from ptqkit._files import plain
 from ptqkit._frames import Tabular, html_table
 from ptqkit._paired import Sample, standard_errors
 from ptqkit._repr import one_line_repr
-from ptqkit._tables import text_table, wrap_line
+from ptqkit._tables import WIDTH, table_width, text_table, wrap_line
 from ptqkit.errors import UsageError, check_choice, did_you_mean
 from ptqkit.study.cells import FAILED, FLOAT, OK, Cell
 from ptqkit.study.paired import Difference, mean_of
@@ -290,6 +290,12 @@ class StudyResult(Tabular):
                 line += [_number(row["se_draws"])] if draws else []
                 line.append(_number(row["seconds"], ".1f"))
             lines.append(line)
+        if table_width(list(zip(header, *lines, strict=True))) > WIDTH:
+            # Where names are to be cut, not what tells them apart.
+            first = _shared_parts([line[0] for line in lines if line[0] != FLOAT])
+            header[0] += f": {first.removesuffix(', ')}" if first else ""
+            for line in lines:
+                line[0] = line[0].removeprefix(first)
         text = text_table(header, lines, left=(0, 1) if several else (0,))
         failed = [f"failed: {r['case']}: {r['message']}" for r in rows if r["status"] == FAILED]
         return "\n".join([text, *map(wrap_line, dict.fromkeys(failed))])
@@ -400,6 +406,17 @@ def _number(value: float, form: str = "") -> str:
         if size < 1e5
         else f"{value:.4g}"
     )
+
+
+def _shared_parts(names: Sequence[str]) -> str:
+    """Return the parts, each with the comma after it, that all of several names begin with."""
+    shared = ""
+    if len(set(names)) > 1:
+        for level in zip(*(name.split(", ")[:-1] for name in names), strict=False):
+            if len(set(level)) > 1:
+                break
+            shared += f"{level[0]}, "
+    return shared
 
 
 def _signed(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from ptqkit.errors import CalibrationError, UsageError  # noqa: E402
 from ptqkit.hf import Workbench, load_model, perplexity, prepare_calibration  # noqa: E402
 from ptqkit.study import driver  # noqa: E402
 from ptqkit.study.cells import CellsFailed  # noqa: E402
+from ptqkit.study.result import StudyResult  # noqa: E402
 
 TRAIN, TEST = [words(400)], [words(240, 1)]
 CALIBRATION = {"samples": 3, "sequence_length": 24}
@@ -313,6 +315,18 @@ def test_a_result_is_a_table_in_every_form(result):
     assert "NaN" not in str(result.to_dict()) and result.to_dict()["rows"][1]["draws"] == 2
     one = result.compare("rtn", "reference")
     assert one._repr_html_().count("<tr>") == 2 and len(one.to_dataframe()) == 1
+
+
+def test_long_names_keep_in_tables_what_tells_them_apart(result):
+    long = ", order=group-act, grid=hessian, refine_passes=1"
+    cells = [
+        replace(c, recipe=f"reference, {c.recipe.partition(', ')[2]}{long}")
+        for c in result.cells
+        if c.recipe.startswith("reference")
+    ]
+    lines = StudyResult("tiny", [*(c for c in result.cells if c.recipe == "float"), *cells]).table()
+    assert max(map(len, lines.splitlines())) <= 100
+    assert lines.startswith("tiny: reference ") and lines.count("\nbits=") == 4
 
 
 def test_pictures_name_their_axes_and_bars_begin_at_zero(result):
