@@ -48,7 +48,12 @@ def clip():
 
 
 def sound():
-    shape = {"conv_dim": (8,), "conv_kernel": (10,), "conv_stride": (5,), "num_feat_extract_layers": 1}
+    shape = {
+        "conv_dim": (8,),
+        "conv_kernel": (10,),
+        "conv_stride": (5,),
+        "num_feat_extract_layers": 1,
+    }
     sizes = {**_SIZES, "num_attention_heads": 4, "num_conv_pos_embeddings": 4}
     return T.Wav2Vec2Model(T.Wav2Vec2Config(**sizes, **shape, mask_time_prob=0.0))
 
