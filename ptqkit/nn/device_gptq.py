@@ -336,9 +336,7 @@ class _Solve:
             values = torch.addmm(values, sums[:, part], self._inverses[number])
         own = self._blocks[number] if self._blocks else []
         place = int(self.group[start])
-        scales[:, place], zeros[:, place] = fit_grids(
-            values, own, self.spec, self.steps
-        )
+        scales[:, place], zeros[:, place] = fit_grids(values, own, self.spec, self.steps)
 
     def _fit_all(
         self,
