@@ -40,4 +40,4 @@ def factor_on(device: torch.device, factor: Factorization) -> torch.Tensor:
     """Return R on a device; not to be written to, nor read below its diagonal."""
     if isinstance(factor, DeviceFactorization) and factor.R_there.device == device:
         return factor.R_there
-    return torch.tensor(factor.R, device=device)
+    return torch.tensor(factor.R, dtype=torch.float32, device=device)

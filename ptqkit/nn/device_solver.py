@@ -56,7 +56,12 @@ def _factor(H: torch.Tensor, order: np.ndarray, shift: np.ndarray) -> torch.Tens
     wide.diagonal().add_(torch.from_numpy(shift).to(H.device)[turned])
     L, first = _cholesky(wide)
     del wide
-    return int(order[::-1][first]) if first >= 0 else L.float().flip(0, 1)
+    if first >= 0:
+        return int(order[::-1][first])
+    R = L.float()
+    del L
+    # A GPU's L is stored column by column.
+    return R.flip(0, 1).contiguous()
 
 
 def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:
