@@ -52,7 +52,7 @@ def factorize_on(device: torch.device, hessian: Hessian, **options: Any) -> Fact
 def _factor(H: torch.Tensor, order: np.ndarray, shift: np.ndarray) -> torch.Tensor | int:
     """Return R, upper triangular, R R^T = (H + shift)[order][:, order], or the input that fails."""
     turned = torch.from_numpy(order[::-1].copy()).to(H.device)
-    wide = H[turned][:, turned].double()
+    wide = H[turned[:, None], turned].double()
     wide.diagonal().add_(torch.from_numpy(shift).to(H.device)[turned])
     L, first = _cholesky(wide)
     del wide

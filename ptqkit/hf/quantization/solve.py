@@ -321,7 +321,7 @@ def _diagnose(
     Computed where the weights are.
     """
     power, error = torch.empty((2, len(weight)), dtype=torch.float32, device=weight.device)
-    for rows in row_blocks(len(weight)):
+    for rows in row_blocks(weight):
         torch.linalg.vector_norm(weight[rows], dim=1, out=power[rows])
         torch.linalg.vector_norm(weight[rows] - dequantized[rows], dim=1, out=error[rows])
     squares = {"weight_power": power, "weight_error": error}
