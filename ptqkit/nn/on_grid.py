@@ -18,12 +18,15 @@ def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
     return dequantize_on(torch.device("cpu"), matrix).numpy()
 
 
-def dequantize_on(device: torch.device, matrix: QuantizedMatrix) -> torch.Tensor:
-    """As ``matrix.dequantize()``, the same bits, on a device."""
+def dequantize_on(
+    device: torch.device, matrix: QuantizedMatrix, codes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As ``matrix.dequantize()``, the same bits, on a device, where the codes may be already."""
     result = torch.empty(matrix.shape, dtype=torch.float32, device=device)
-    every = torch.from_numpy(matrix.codes).to(device)
+    every = torch.from_numpy(matrix.codes).to(device) if codes is None else codes.to(device)
+    grids = _Grids(matrix, device)
     for rows in row_blocks(len(result)):
-        scales, zeros = _grid(matrix, rows, device)
+        scales, zeros = grids.of(rows)
         codes = every[rows].view(zeros.shape[0], zeros.shape[1], -1)
         torch.sub(codes, zeros, out=result[rows].view_as(codes)).mul_(scales)
     return result
@@ -37,8 +40,9 @@ def rtn_on_grid(weight: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
 def nearest(weight: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
     """As :func:`rtn_on_grid`, on the weight's device."""
     result = torch.empty(matrix.shape, dtype=torch.float32, device=weight.device)
+    grids = _Grids(matrix, weight.device)
     for rows in row_blocks(len(result)):
-        scales, zeros = _grid(matrix, rows, weight.device)
+        scales, zeros = grids.of(rows)
         values = weight[rows].view(zeros.shape[0], zeros.shape[1], -1)
         codes = torch.div(values, scales, out=result[rows].view_as(values)).round_()
         codes.clamp_(-zeros, matrix.max_code - zeros).mul_(scales)
@@ -50,20 +54,23 @@ def row_blocks(rows: int) -> list[slice]:
     return [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
 
 
-def _grid(
-    matrix: QuantizedMatrix, rows: slice, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero-points of some rows as float32 that broadcast to (rows, runs, run length).
+class _Grids:
+    """Scales and zero-points of rows as float32 that broadcast to (rows, runs, run length).
 
     Groups that are runs of consecutive inputs stay as they are; others get one entry per input.
     """
-    scales = torch.from_numpy(matrix.scales[rows]).to(device)
-    zeros = torch.from_numpy(matrix.zero_points[rows]).to(device).float()
-    groups, inputs = scales.shape[1], matrix.shape[1]
-    runs = inputs % groups == 0 and np.array_equal(
-        matrix.g_idx, np.arange(inputs, dtype=np.int32) // (inputs // groups)
-    )
-    if not runs:
-        index = torch.from_numpy(matrix.g_idx).to(device).long()
-        scales, zeros = scales[:, index], zeros[:, index]
-    return scales[:, :, None], zeros[:, :, None]
+
+    def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
+        self._scales = torch.from_numpy(matrix.scales).to(device)
+        self._zeros = torch.from_numpy(matrix.zero_points).to(device).float()
+        groups, inputs = self._scales.shape[1], matrix.shape[1]
+        runs = inputs % groups == 0 and np.array_equal(
+            matrix.g_idx, np.arange(inputs, dtype=np.int32) // (inputs // groups)
+        )
+        self._index = None if runs else torch.from_numpy(matrix.g_idx).to(device).long()
+
+    def of(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        scales, zeros = self._scales[rows], self._zeros[rows]
+        if self._index is not None:
+            scales, zeros = scales[:, self._index], zeros[:, self._index]
+        return scales[:, :, None], zeros[:, :, None]

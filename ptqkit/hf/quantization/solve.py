@@ -22,6 +22,7 @@ from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.row_coupling import couple_stack
+from ptqkit.hf.quantization.row_shares import RowShare
 from ptqkit.nn.device_refine import refine_on
 from ptqkit.nn.device_solver import corrected_weights, factorize_on
 from ptqkit.nn.matrix_solver import quantize_matrix
@@ -96,7 +97,7 @@ def solve_group(
     processes : Processes, optional
         Others with equal targets and moments, each of which solves some of the rows.
     outputs : OutputMoments, optional
-        What ``row_coupling`` needs: rows that are coupled are not shared out.
+        What ``row_coupling`` needs: one process solves rows that are coupled.
     """
     stacks: list[tuple[Recipe, list[Target]]] = []
     for target in targets:
@@ -164,16 +165,17 @@ def _solve_stack(
     """Quantize layers as one matrix; ``source`` is H or its factor."""
     start = begin = time.perf_counter()
     device = stack[0].view.weight.device
-    if options.per_tensor or options.row_coupling:
-        processes = None  # the rows depend on each other
     values, instead = _read(stack), ""
-    count = len(values)
+    count, share, runs = len(values), None, _coupled_runs(stack, options, outputs)
+    coupled = bool(runs)
+    if options.per_tensor:
+        processes = None  # the rows depend on each other
     if processes is not None:
-        rows = processes.rows(count)
-        values = values[rows]
+        share = RowShare(processes, count, [rows for rows, _ in runs])
+        values, runs = values[share.own], _within(runs, share.own)
         residual = moments.residuals.get(stack[0].name)
         if residual is not None:
-            part = residual.rows(rows.start, rows.stop)
+            part = residual.rows(share.own.start, share.own.stop)
             moments = replace(moments, residuals={stack[0].name: part})
     with contextlib.nullcontext() if processes is None else processes.together():
         if moments.drift is not None:
@@ -183,7 +185,9 @@ def _solve_stack(
         weight = host_copy(values) if computes(device) else values.numpy()
         rtn = None if diagnostics else False
         matrix = _quantized(weight, values, source, options, threads, rtn, name)
-        matrix = _coupled(values, matrix, source, stack, outputs, threads)
+        if coupled:  # in another process, if not here
+            most = options.row_coupling
+            matrix = couple_stack(values, matrix, source, runs, most, threads=threads, name=name)
         dequantized = dequantize_on(device, matrix)
         shift = None
         if options.bias_correction:
@@ -192,11 +196,11 @@ def _solve_stack(
         extra = None
         if diagnostics:
             extra = _diagnose(values, dequantized, matrix, moments.hessian)
-    if processes is not None:
-        matrix = processes.join_matrix(matrix, count)
-        dequantized = dequantize_on(device, matrix)
-        shift = None if shift is None else processes.join(shift, count)
-        extra = extra and {key: processes.join(v, count) for key, v in extra.items()}
+    if share is not None:
+        matrix, codes = share.join_matrix(matrix)
+        dequantized = dequantize_on(device, matrix, codes)
+        shift = None if shift is None else share.join_array(shift)
+        extra = extra and {key: share.join_array(v) for key, v in extra.items()}
     end = time.perf_counter()
     results, row = {}, 0
     for target in stack:
@@ -247,20 +251,25 @@ def _read(stack: Sequence[Target]) -> torch.Tensor:
     return torch.cat([t.view.matrix for t in stack]).float().contiguous()
 
 
-def _coupled(
-    weight: torch.Tensor,
-    matrix: QuantizedMatrix,
-    source: Any,
-    stack: list[Target],
-    outputs: OutputMoments | None,
-    threads: int,
-) -> QuantizedMatrix:
-    """Let rows make up for each other's errors, if their options say so."""
-    passes = stack[0].options.row_coupling
-    if not passes or outputs is None:
-        return matrix
-    names = [target.name for target in stack]
-    return couple_stack(weight, matrix, source, names, outputs, passes, threads=threads)
+def _coupled_runs(
+    stack: Sequence[Target], options: Recipe, outputs: OutputMoments | None
+) -> list[tuple[slice, np.ndarray]]:
+    """Return the runs of rows that make up for each other's errors, with their moments."""
+    if not options.row_coupling or outputs is None:
+        return []
+    return list(outputs.parts([target.name for target in stack]))
+
+
+def _within(
+    runs: Sequence[tuple[slice, np.ndarray]], rows: slice
+) -> list[tuple[slice, np.ndarray]]:
+    """Return the runs that lie among some rows, counted from the first of these."""
+    first = rows.start
+    return [
+        (slice(run.start - first, run.stop - first), B)
+        for run, B in runs
+        if first <= run.start and run.stop <= rows.stop
+    ]
 
 
 def _target(
