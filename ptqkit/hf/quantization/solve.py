@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -166,16 +166,16 @@ def _solve_stack(
     start = begin = time.perf_counter()
     device = stack[0].view.weight.device
     values, instead = _read(stack), ""
-    count, share, runs = len(values), None, _coupled_runs(stack, options, outputs)
+    runs, shared = _coupled_runs(stack, options, outputs), None
     coupled = bool(runs)
     if options.per_tensor:
         processes = None  # the rows depend on each other
     if processes is not None:
-        share = RowShare(processes, count, [rows for rows, _ in runs])
-        values, runs = values[share.own], _within(runs, share.own)
+        shared = RowShare(processes, len(values), [rows for rows, _ in runs])
+        values, runs = values[shared.own], _within(runs, shared.own)
         residual = moments.residuals.get(stack[0].name)
         if residual is not None:
-            part = residual.rows(share.own.start, share.own.stop)
+            part = residual.rows(shared.own.start, shared.own.stop)
             moments = replace(moments, residuals={stack[0].name: part})
     with contextlib.nullcontext() if processes is None else processes.together():
         if moments.drift is not None:
@@ -196,26 +196,37 @@ def _solve_stack(
         extra = None
         if diagnostics:
             extra = _diagnose(values, dequantized, matrix, moments.hessian)
-    if share is not None:
-        matrix, codes = share.join_matrix(matrix)
+    if shared is not None:
+        matrix, codes = shared.join_matrix(matrix)
         dequantized = dequantize_on(device, matrix, codes)
-        shift = None if shift is None else share.join_array(shift)
-        extra = extra and {key: share.join_array(v) for key, v in extra.items()}
-    end = time.perf_counter()
-    results, row = {}, 0
+        shift = None if shift is None else shared.join_array(shift)
+        extra = extra and {key: shared.join_array(v) for key, v in extra.items()}
+    whole = LayerResult(matrix, dequantized, middle - start, bias_shift=shift, target=instead)
+    whole.seconds_propagation = start - begin
+    whole.seconds_diagnostics = time.perf_counter() - middle if diagnostics else 0.0
+    return _by_layer(stack, whole, extra or {})
+
+
+def _by_layer(
+    stack: Sequence[Target], whole: LayerResult, extra: Mapping[str, np.ndarray]
+) -> dict[str, LayerResult]:
+    """Give each layer its rows of what was solved as one, of the diagnostics and of the times."""
+    results, row, shift = {}, 0, whole.bias_shift
     for target in stack:
         rows = slice(row, row + target.view.shape[0])
-        share = target.view.shape[0] / count
-        own = matrix.rows(rows.start, rows.stop)
-        result = LayerResult(own, dequantized[rows], share * (middle - start), own.objective)
-        result.seconds_propagation = share * (start - begin)
-        result.target = instead
-        result.bias_shift = None if shift is None else shift[rows]
-        if extra is not None:
-            for key, values in extra.items():
-                setattr(result, key, float(values[rows].sum()))
-            result.seconds_diagnostics = share * (end - middle)
-        results[target.name] = result
+        share = target.view.shape[0] / len(whole.dequantized)
+        own = whole.matrix.rows(rows.start, rows.stop)
+        sums: dict[str, Any] = {key: float(values[rows].sum()) for key, values in extra.items()}
+        results[target.name] = replace(
+            whole,
+            matrix=own,
+            dequantized=whole.dequantized[rows],
+            seconds_solve=share * whole.seconds_solve,
+            seconds_propagation=share * whole.seconds_propagation,
+            seconds_diagnostics=share * whole.seconds_diagnostics,
+            bias_shift=None if shift is None else shift[rows],
+            **{"objective": own.objective, **sums},
+        )
         row = rows.stop
     return results
 
