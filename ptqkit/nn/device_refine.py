@@ -1,4 +1,4 @@
-"""Better codes and scales for a quantized matrix, with the large products on a GPU.
+"""Better codes and scales for a quantized matrix, on a device.
 
 What ``refine_passes`` and ``refit_rounds`` of :func:`ptqkit.gptq` say, after its solve: the same
 steps in the same order, whose results differ by what float32 rounds.
@@ -13,8 +13,9 @@ import torch
 
 from ptqkit.arrays.factorization import Factorization
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.nn.device_descent import Descent
-from ptqkit.nn.on_grid import dequantize_on, row_blocks
+from ptqkit.nn.device_descent import descend_rows
+from ptqkit.nn.device_factor import hessian_on
+from ptqkit.nn.on_grid import dequantize_on
 from ptqkit.nn.row_objectives import row_objectives
 from ptqkit.nn.statistics import full_float32
 
@@ -33,7 +34,6 @@ def refine_on(
     *,
     refine_passes: int,
     refit_rounds: int,
-    threads: int = 0,
 ) -> QuantizedMatrix:
     """Make passes over the codes, and fit the scales to them again.
 
@@ -45,11 +45,11 @@ def refine_on(
         What :func:`ptqkit.gptq` has made of it, without passes.
     factor : Factorization
         Of its Hessian, in the order of the solve.
-    refine_passes, refit_rounds, threads
+    refine_passes, refit_rounds
         As :func:`ptqkit.gptq` takes them.
     """
     assert matrix.row_objectives is not None
-    H = torch.tensor(factor.matrix, dtype=torch.float32, device=weight.device)
+    H = hessian_on(weight.device, factor)
     if factor.dead.any():
         weight = weight * torch.from_numpy(~factor.dead).to(weight.device)
     history = [matrix.row_objectives]
@@ -68,9 +68,7 @@ def refine_on(
             matrix = replace(matrix, scales=scales)
             history.append((before + change)[None])
             continue
-        descent = Descent(weight, matrix, H, factor.order, row_blocks(len(weight)))
-        descent.go(threads)
-        matrix = replace(matrix, codes=descent.codes(matrix.codes))
+        matrix = replace(matrix, codes=descend_rows(weight, matrix, H, factor.order))
         errors = weight - dequantize_on(weight.device, matrix)
         history.append(np.maximum(row_objectives(errors, H), 0.0)[None])
     return replace(matrix, row_objectives=np.concatenate(history))

@@ -6,7 +6,6 @@ float64, which such devices multiply fast.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from ptqkit.arrays.factorization import Factorization, factorize
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.errors import NotPositiveDefiniteError
+from ptqkit.nn.device_factor import DeviceFactorization, hessian_on
 from ptqkit.nn.transfer import host_copy
 
 __all__ = ["corrected_weights", "factorize_on"]
@@ -33,19 +33,30 @@ def factorize_on(device: torch.device, hessian: Hessian, **options: Any) -> Fact
     **options
         Of :func:`ptqkit.factorize`.
     """
-    return factorize(hessian, factor=partial(_factor, device), **options)
+    kept: list[torch.Tensor] = []
+    there = hessian_on(device, hessian)
+
+    def factor(
+        matrix: np.ndarray, order: np.ndarray, shift: np.ndarray, threads: int
+    ) -> np.ndarray | int:
+        found = _factor(there, order, shift)
+        if isinstance(found, int):
+            return found
+        kept[:] = [found]
+        return host_copy(found)
+
+    found = factorize(hessian, factor=factor, **options)
+    return DeviceFactorization(**vars(found), matrix_there=there, R_there=kept[0])
 
 
-def _factor(
-    device: torch.device, matrix: np.ndarray, order: np.ndarray, shift: np.ndarray, threads: int
-) -> np.ndarray | int:
+def _factor(H: torch.Tensor, order: np.ndarray, shift: np.ndarray) -> torch.Tensor | int:
     """Return R, upper triangular, R R^T = (H + shift)[order][:, order], or the input that fails."""
-    turned = torch.from_numpy(order[::-1].copy()).to(device)
-    H = torch.tensor(matrix, dtype=torch.float32, device=device)[turned][:, turned].double()
-    H.diagonal().add_(torch.from_numpy(shift).to(device)[turned])
-    L, first = _cholesky(H)
-    del H
-    return int(order[::-1][first]) if first >= 0 else host_copy(L.float().flip(0, 1))
+    turned = torch.from_numpy(order[::-1].copy()).to(H.device)
+    wide = H[turned][:, turned].double()
+    wide.diagonal().add_(torch.from_numpy(shift).to(H.device)[turned])
+    L, first = _cholesky(wide)
+    del wide
+    return int(order[::-1][first]) if first >= 0 else L.float().flip(0, 1)
 
 
 def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -94,7 +105,7 @@ def corrected_weights(
     if alpha == 0 or not parts:
         return weight
     label = f"{name}: " if name else ""
-    H = torch.tensor(hessian.matrix, dtype=torch.float32, device=weight.device).double()
+    H = hessian_on(weight.device, hessian).double()
     diagonal = H.diagonal().clone()
     live = diagonal != 0
     mean = diagonal[live].mean() if bool(live.any()) else diagonal.new_zeros(())

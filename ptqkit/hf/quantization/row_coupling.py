@@ -87,7 +87,7 @@ def couple_stack(
     """
     if computes(weight.device):
         return couple_rows_on(
-            weight, matrix, source.matrix, parts, passes=passes, threads=threads, name=name
+            weight, matrix, source, parts, passes=passes, threads=threads, name=name
         )
     codes, last = matrix.codes.copy(), _objectives(matrix)
     for rows, B in parts:

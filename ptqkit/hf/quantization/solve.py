@@ -23,6 +23,8 @@ from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.row_coupling import couple_stack
 from ptqkit.hf.quantization.row_shares import RowShare
+from ptqkit.nn.device_factor import hessian_on
+from ptqkit.nn.device_gptq import gptq_on, why_on_host
 from ptqkit.nn.device_refine import refine_on
 from ptqkit.nn.device_solver import corrected_weights, factorize_on
 from ptqkit.nn.matrix_solver import quantize_matrix
@@ -56,6 +58,9 @@ class LayerResult:
         Mean output error, with bias correction: to be subtracted from the bias.
     target : str
         What was quantized instead of the weight, such as ``"residual 0.5"``; empty if nothing.
+    solved_on : str
+        ``"cpu"`` or the device's type; ``"cpu: why"`` if the layer is on a device, but the host
+        made the solve.
     """
 
     matrix: QuantizedMatrix
@@ -70,6 +75,7 @@ class LayerResult:
     seconds_propagation: float = 0.0
     bias_shift: np.ndarray | None = field(default=None, repr=False)
     target: str = ""
+    solved_on: str = ""
 
 
 def solve_group(
@@ -182,26 +188,28 @@ def _solve_stack(
             layer = stack[0].name
             values, instead = _target(values, layer, options, source, moments, threads, name)
             start = time.perf_counter()
-        weight = host_copy(values) if computes(device) else values.numpy()
         rtn = None if diagnostics else False
-        matrix = _quantized(weight, values, source, options, threads, rtn, name)
+        matrix, solved_on = _quantized(values, source, options, threads, rtn, name)
         if coupled:  # in another process, if not here
             most = options.row_coupling
             matrix = couple_stack(values, matrix, source, runs, most, threads=threads, name=name)
         dequantized = dequantize_on(device, matrix)
         shift = None
         if options.bias_correction:
+            weight = _on_host(values)
             shift = bias_correction(weight, dequantized.cpu().numpy(), moments.ranges.mean)
         middle = time.perf_counter()
         extra = None
         if diagnostics:
-            extra = _diagnose(values, dequantized, matrix, moments.hessian)
+            measured = moments.hessian if moments.hessian is None else source
+            extra = _diagnose(values, dequantized, matrix, measured)
     if shared is not None:
         matrix, codes = shared.join_matrix(matrix)
         dequantized = dequantize_on(device, matrix, codes)
         shift = None if shift is None else shared.join_array(shift)
         extra = extra and {key: shared.join_array(v) for key, v in extra.items()}
     whole = LayerResult(matrix, dequantized, middle - start, bias_shift=shift, target=instead)
+    whole.solved_on = solved_on
     whole.seconds_propagation = start - begin
     whole.seconds_diagnostics = time.perf_counter() - middle if diagnostics else 0.0
     return _by_layer(stack, whole, extra or {})
@@ -232,26 +240,33 @@ def _by_layer(
 
 
 def _quantized(
-    weight: np.ndarray,
     values: torch.Tensor,
     source: Any,
     options: Recipe,
     threads: int,
     compare_rtn: bool | None,
     name: str,
-) -> QuantizedMatrix:
-    """Quantize a weight: on the host, but for the passes after the solve if it is on a device.
+) -> tuple[QuantizedMatrix, str]:
+    """Quantize a weight where it is, or on the host; return where as well."""
+    both: dict[str, Any] = {"compare_rtn": compare_rtn, "name": name}
+    if not computes(values.device):
+        return quantize_matrix(values.numpy(), source, options, threads=threads, **both), "cpu"
+    reason, passes = why_on_host(values.device, options), {}
+    # With a beam a search follows these passes, on the host, which needs them without feedback too.
+    if options.method == "gptq" and options.beam_width == 1 and (options.feedback or not reason):
+        passes = {"refine_passes": options.refine_passes, "refit_rounds": options.refit_rounds}
+    if reason:
+        first = replace(options, **dict.fromkeys(passes, 0))
+        matrix = quantize_matrix(_on_host(values), source, first, threads=threads, **both)
+    else:
+        matrix = gptq_on(values, source, options, **both)
+    if any(passes.values()):
+        matrix = refine_on(values, matrix, source, **passes)
+    return matrix, f"cpu: {reason}" if reason else values.device.type
 
-    With a beam a search follows these passes, on the host.
-    """
-    passes = {"refine_passes": options.refine_passes, "refit_rounds": options.refit_rounds}
-    there = computes(values.device) and options.method == "gptq" and any(passes.values())
-    there = there and options.beam_width == 1 and options.feedback
-    first = replace(options, refine_passes=0, refit_rounds=0) if there else options
-    matrix = quantize_matrix(
-        weight, source, first, threads=threads, compare_rtn=compare_rtn, name=name
-    )
-    return refine_on(values, matrix, source, **passes, threads=threads) if there else matrix
+
+def _on_host(values: torch.Tensor) -> np.ndarray:
+    return host_copy(values) if computes(values.device) else values.numpy()
 
 
 def _read(stack: Sequence[Target]) -> torch.Tensor:
@@ -348,6 +363,4 @@ def _measure(hessian: Any, device: torch.device) -> Callable[[torch.Tensor], np.
     """Return what gives e H e^T of each row e: on the host, or where the model is."""
     if not computes(device):
         return lambda errors: objective(errors.numpy(), 0, hessian)
-    return partial(
-        row_objectives, hessian=torch.tensor(hessian.matrix, dtype=torch.float32, device=device)
-    )
+    return partial(row_objectives, hessian=hessian_on(device, hessian))
