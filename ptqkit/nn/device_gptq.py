@@ -144,7 +144,8 @@ def _solve(
     static = options.static_groups or size == inputs
     follows = factor.order_name == "act" and not static
     group = (np.arange(inputs) if follows else factor.order) // size
-    H, R, shift = hessian_on(device, factor), factor_on(device, factor), far_exponent(factor.matrix)
+    H, R = hessian_on(device, factor), factor_on(device, factor)
+    shift = far_exponent(host_copy(H.diagonal()))
     if shift:
         H, R = H * math.ldexp(1.0, -shift), R * math.ldexp(1.0, -shift // 2)
     return _Solve(
@@ -336,9 +337,7 @@ class _Solve:
             values = torch.addmm(values, sums[:, part], self._inverses[number])
         own = self._blocks[number] if self._blocks else []
         place = int(self.group[start])
-        scales[:, place], zeros[:, place] = fit_grids(
-            values, own, self.spec, self.steps
-        )
+        scales[:, place], zeros[:, place] = fit_grids(values, own, self.spec, self.steps)
 
     def _fit_all(
         self,

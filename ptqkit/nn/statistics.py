@@ -15,6 +15,7 @@ from ptqkit.arrays.drift import Drift
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import CalibrationError
+from ptqkit.nn.device_factor import DeviceHessian
 from ptqkit.nn.half_products import add_difference_products, add_products, multiplies_halves
 from ptqkit.nn.transfer import host_copy
 
@@ -193,15 +194,17 @@ class TorchHessian(_TorchSum):
         CalibrationError
             If an input was not finite or overflowed; the message names the batch.
         """
-        found = self.mean()
-        return Hessian.of_mean(host_copy(found.matrix), found.tokens)
+        return Hessian.of_mean(host_copy(self._symmetric()), self.tokens)
 
-    def mean(self) -> DeviceMean:
+    def finish_there(self) -> DeviceHessian:
         """Return the mean where the activations are; errors as of :meth:`finish`."""
+        return DeviceHessian(self._symmetric(), self.tokens)
+
+    def _symmetric(self) -> torch.Tensor:
         with self._lock:
             mean = self._mean("the inputs hold")
             mirror_upper(mean)
-            return DeviceMean(mean, self.tokens)
+            return mean
 
     def doubled(self) -> DeviceSum:
         """Return N H of a wide sum, which is over; errors as of :meth:`finish`."""

@@ -23,6 +23,7 @@ from ptqkit.hf.quantization.expert_moments import fill_up, rule_text
 from ptqkit.nn.experts import RoutedRows, routed_rows
 from ptqkit.nn.statistics import (
     DeviceMean,
+    TorchHessian,
     accumulator,
     drift_accumulator,
     range_accumulator,
@@ -235,13 +236,19 @@ class MomentAccumulator:
     def _finished(self, sums: Any) -> Any:
         return sums.doubled() if self._wide else sums.finish()
 
+    def _finished_hessian(self) -> Any:
+        """Return H where it is; those of experts, of which there may be many, on the host."""
+        if self._wide or self._routed is not None or not isinstance(self._hessian, TorchHessian):
+            return self._finished(self._hessian)
+        return self._hessian.finish_there()
+
     def _moments(self) -> Moments:
         start = time.perf_counter()
         routed, rule = self.routed, ""
         lacking = routed is not None and routed < self._hessian.in_features
         hessian = None
         if not lacking or routed:
-            hessian = self._finished(self._hessian)
+            hessian = self._finished_hessian()
         if lacking and self._pool is not None and self._pool.tokens:
             assert routed is not None
             own = Hessian(self._hessian.in_features) if hessian is None else hessian

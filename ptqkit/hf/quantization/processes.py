@@ -23,8 +23,9 @@ from ptqkit.arrays.hessian import Hessian
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import LAYER_FAILURES, CalibrationError, UsageError
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
+from ptqkit.nn.device_factor import DeviceHessian
 from ptqkit.nn.statistics import DeviceMean, DeviceSum, mirror_upper
-from ptqkit.nn.transfer import HostCopies, host_copy
+from ptqkit.nn.transfer import HostCopies
 
 __all__ = ["TIMEOUT", "Processes", "SharedMoments", "launched", "own_device", "started"]
 
@@ -211,7 +212,7 @@ class Processes:
             whole = Hessian.from_matrix(hessian.numpy(), tokens)
         else:
             mirror_upper(hessian)
-            whole = Hessian.of_mean(host_copy(hessian), tokens)
+            whole = DeviceHessian(hessian, tokens)
         return Moments(
             whole,
             None if drift is None else self._drift(drift, tokens),
