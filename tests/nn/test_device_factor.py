@@ -11,7 +11,7 @@ import torch
 from ptqkit.arrays.factorization import factorize
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.nn import device_factor
-from ptqkit.nn.device_factor import DeviceHessian, factor_on, hessian_on
+from ptqkit.nn.device_factor import factor_on, hessian_on
 from ptqkit.nn.device_solver import factorize_on
 from ptqkit.nn.statistics import TorchHessian
 
