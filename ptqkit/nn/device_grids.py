@@ -72,7 +72,9 @@ def _grids(
     reach = torch.maximum(-low, high) if spec.symmetric else high - low
     wanted = torch.where(reach > 0, reach / count, 1.0)
     kind = _DTYPES[spec.scale_type]
-    scales = wanted.to(kind).float().clamp_(min=torch.finfo(kind).tiny)
+    limits = torch.finfo(kind)
+    scales = wanted.to(kind).float().clamp_(min=limits.tiny)
+    scales = torch.where(wanted > limits.max, wanted, scales)  # refused later, with its reason
     if spec.symmetric:
         return scales, torch.full_like(scales, (spec.max_code + 1) // 2)
     return scales, round_even(-low / scales).clamp_(float(spec.min_zero), top)

@@ -196,13 +196,13 @@ def _solve_stack(
         dequantized = dequantize_on(device, matrix)
         shift = None
         if options.bias_correction:
-            weight = _on_host(values)
-            shift = bias_correction(weight, dequantized.cpu().numpy(), moments.ranges.mean)
+            shift = bias_correction(
+                _on_host(values), dequantized.cpu().numpy(), moments.ranges.mean
+            )
         middle = time.perf_counter()
         extra = None
         if diagnostics:
-            measured = moments.hessian if moments.hessian is None else source
-            extra = _diagnose(values, dequantized, matrix, measured)
+            extra = _diagnose(values, dequantized, matrix, source)
     if shared is not None:
         matrix, codes = shared.join_matrix(matrix)
         dequantized = dequantize_on(device, matrix, codes)
@@ -251,13 +251,14 @@ def _quantized(
     both: dict[str, Any] = {"compare_rtn": compare_rtn, "name": name}
     if not computes(values.device):
         return quantize_matrix(values.numpy(), source, options, threads=threads, **both), "cpu"
-    reason, passes = why_on_host(values.device, options), {}
+    reason, passes = why_on_host(values.device, options), dict[str, Any]()
     # With a beam a search follows these passes, on the host, which needs them without feedback too.
     if options.method == "gptq" and options.beam_width == 1 and (options.feedback or not reason):
         passes = {"refine_passes": options.refine_passes, "refit_rounds": options.refit_rounds}
     if reason:
-        first = replace(options, **dict.fromkeys(passes, 0))
-        matrix = quantize_matrix(_on_host(values), source, first, threads=threads, **both)
+        none: dict[str, Any] = dict.fromkeys(passes, 0)
+        first, weight = replace(options, **none), _on_host(values)
+        matrix = quantize_matrix(weight, source, first, threads=threads, **both)
     else:
         matrix = gptq_on(values, source, options, **both)
     if any(passes.values()):

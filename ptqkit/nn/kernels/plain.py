@@ -1,7 +1,8 @@
 """Steps over a few columns in plain torch, and the host's core where rows follow each other too.
 
 What the kernels of :mod:`ptqkit.nn.kernels.compiled` are held against, and what runs where there
-are none. The functions of both modules are the same; each writes into tensors that it is given.
+are none. The functions of both modules are the same. Columns lie next to each other in the tensors
+that they take, of which some are written to.
 """
 
 from __future__ import annotations
