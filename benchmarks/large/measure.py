@@ -5,6 +5,7 @@ Started by the other scripts of this folder: ``python -m benchmarks.large.measur
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -196,6 +198,8 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             memory["gpu_allocated"] = torch.cuda.max_memory_allocated()
             memory["gpu_reserved"] = torch.cuda.max_memory_reserved()
         report = result.report
+        if not rank:
+            found["codes"] = _digests(result.matrices)
         return {
             **found,
             "schedule": report.schedule,
@@ -204,6 +208,13 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             "objective": sum(row.objective for row in report.quantized),
             "solve_by_inputs": _by_inputs(report),
         }
+
+
+def _digests(matrices: dict[str, Any]) -> dict[str, str]:
+    """Return a checksum of every layer's codes, by which runs are compared."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = pool.map(lambda m: f"{zlib.crc32(m.codes):08x}", matrices.values())
+        return dict(zip(matrices, found, strict=True))
 
 
 @contextmanager
