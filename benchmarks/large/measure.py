@@ -5,6 +5,7 @@ Started by the other scripts of this folder: ``python -m benchmarks.large.measur
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -122,18 +124,16 @@ def _peak() -> Iterator[dict[str, int]]:
 
 
 def _forward_seconds(model: Any, batches: list[Any]) -> float:
-    """Return how long one float forward of all batches takes, after one batch to warm up."""
+    """Return how long one float forward of batches takes."""
     import torch
 
     device = next(model.parameters()).device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    started = time.perf_counter()
     with torch.no_grad():
-        model(batches[0].to(device), use_cache=False)
-        wait()
-        started = time.perf_counter()
         for batch in batches:
             model(batch.to(device), use_cache=False)
-        wait()
+    wait()
     return time.perf_counter() - started
 
 
@@ -167,8 +167,10 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"rank": rank, "build_seconds": time.perf_counter() - begun}
         found["parameters"] = sum(p.numel() for p in model.parameters())
         given = [(model, tokens)]
+        batches = list(tokens.split(job["batch_size"]))
+        _forward_seconds(model, batches[:1])  # in every process: its first kernels are loaded
         if job["forward"]:
-            found["float_forward"] = _forward_seconds(model, list(tokens.split(job["batch_size"])))
+            found["float_forward"] = _forward_seconds(model, batches)
         if job["stream"]:
             model.save_pretrained(Path(folder) / "model")
             found["file_bytes"] = sum(
@@ -182,6 +184,10 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         _warm_up(job["dtype"], device)
+        if several:  # or the first to be ready would wait for the last by its clock
+            ready = torch.zeros(1, device=device)
+            torch.distributed.all_reduce(ready)
+            ready.item()
         with _peak() as memory, _profiled(job.get("profile", "")):
             source, data = given.pop()
             result = ptqkit.quantize(
@@ -192,6 +198,8 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             memory["gpu_allocated"] = torch.cuda.max_memory_allocated()
             memory["gpu_reserved"] = torch.cuda.max_memory_reserved()
         report = result.report
+        if not rank:
+            found["codes"] = _digests(result.matrices)
         return {
             **found,
             "schedule": report.schedule,
@@ -200,6 +208,13 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             "objective": sum(row.objective for row in report.quantized),
             "solve_by_inputs": _by_inputs(report),
         }
+
+
+def _digests(matrices: dict[str, Any]) -> dict[str, str]:
+    """Return a checksum of every layer's codes, by which runs are compared."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = pool.map(lambda m: f"{zlib.crc32(m.codes):08x}", matrices.values())
+        return dict(zip(matrices, found, strict=True))
 
 
 @contextmanager

@@ -146,6 +146,10 @@ def check_values(q: QuantizedMatrix, name: str | None) -> None:
 
 
 def far_exponent(matrix: np.ndarray) -> int:
-    """Return an even e for which 2^-e H is neither huge nor tiny, 0 if H is neither."""
-    exponent = int(np.frexp(np.abs(np.diagonal(matrix)).max())[1])
+    """Return an even e for which 2^-e H is neither huge nor tiny, 0 if H is neither.
+
+    H, or its diagonal alone.
+    """
+    diagonal = np.diagonal(matrix) if matrix.ndim == 2 else matrix
+    exponent = int(np.frexp(np.abs(diagonal).max())[1])
     return exponent // 2 * 2 if abs(exponent) > 40 else 0

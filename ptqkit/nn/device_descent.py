@@ -53,7 +53,8 @@ def descend_rows(
     natural = np.array_equal(order, np.arange(inputs))
     H = H if natural else H[turned][:, turned]
     group = torch.from_numpy(matrix.g_idx[order]).to(device)
-    steps, count, found = steps_on(device), max(1, _AT_ONCE // inputs), []
+    steps, found = steps_on(device), []
+    count = -(-len(weight) // -(-len(weight) * inputs // _AT_ONCE))
     for start in range(0, len(weight), count):
         part = matrix.rows(start, start + count)
         errors = weight[start : start + count] - dequantize_on(device, part)
@@ -74,8 +75,8 @@ def descend_rows(
             )
             if block.stop < inputs:
                 add_product(sums[:, block.stop :], moved, H[block, block.stop :])
-        found.append(host_copy(codes if natural else codes[:, back]))
-    return found[0] if len(found) == 1 else np.concatenate(found)
+        found.append(codes if natural else codes[:, back])
+    return host_copy(found[0] if len(found) == 1 else torch.cat(found))
 
 
 class Descent:

@@ -95,9 +95,9 @@ def gptq_on(
     """
     solve = _solve(weight, factor, options, name)
     parts = [solve.rows(part) for part in weight.split(solve.at_once(len(weight)))]
-    codes, scales, zeros, objectives = (
-        np.concatenate(values) for values in zip(*parts, strict=True)
-    )
+    codes, scales, zeros, objectives = zip(*parts, strict=True)
+    codes, zeros = (host_copy(torch.cat(values)) for values in (codes, zeros))
+    scales, objectives = (np.concatenate(values) for values in (scales, objectives))
     if not np.isfinite(objectives).all():
         raise NotPositiveDefiniteError(
             f"{label(name)}the solve overflowed: the Hessian is too close to singular at damping "
@@ -143,7 +143,8 @@ def _solve(
     static = options.static_groups or size == inputs
     follows = factor.order_name == "act" and not static
     group = (np.arange(inputs) if follows else factor.order) // size
-    H, R, shift = hessian_on(device, factor), factor_on(device, factor), far_exponent(factor.matrix)
+    H, R = hessian_on(device, factor), factor_on(device, factor)
+    shift = far_exponent(host_copy(H.diagonal()))
     if shift:
         H, R = H * math.ldexp(1.0, -shift), R * math.ldexp(1.0, -shift // 2)
     return _Solve(
@@ -215,7 +216,9 @@ class _Solve:
         parts = -(-rows * len(self.order) // _AT_ONCE)
         return -(-rows // parts)
 
-    def rows(self, weight: torch.Tensor) -> tuple[np.ndarray, ...]:
+    def rows(
+        self, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, np.ndarray]:
         """Return codes, scales, zero-points and objectives of some rows."""
         weight, far = self._moderate(weight)
         if self.dead.any():
@@ -245,7 +248,7 @@ class _Solve:
         if far is not None:
             found = np.ldexp(found, far)
         objectives = self._unscaled(objectives, far)
-        return host_copy(codes), found, host_copy(zeros.to(torch.uint8)), objectives
+        return codes, found, zeros.to(torch.uint8), objectives
 
     def nearest(self, weight: torch.Tensor) -> np.ndarray:
         """Return the objectives of rows that are rounded to nearest, on groups of neighbours."""

@@ -6,12 +6,12 @@ float64, which such devices multiply fast.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
-from ptqkit.arrays.factorization import Factorization, factorize
+from ptqkit.arrays.factorization import Factorization, factor_damped
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.errors import NotPositiveDefiniteError
 from ptqkit.nn.device_factor import DeviceFactorization, hessian_on
@@ -23,30 +23,38 @@ __all__ = ["corrected_weights", "factorize_on"]
 _LEAST_PIVOT = 4 * float(np.finfo(np.float32).eps)
 
 
-def factorize_on(device: torch.device, hessian: Hessian, **options: Any) -> Factorization:
-    """Dampen and factorize a Hessian on a device.
+def factorize_on(
+    device: torch.device,
+    hessian: Hessian,
+    *,
+    order: str = "natural",
+    group_size: int | None = 128,
+    damping: float = 0.01,
+    max_damping: float = 1.0,
+    threads: int = 0,
+    name: str | None = None,
+) -> Factorization:
+    """Dampen and factorize a Hessian on a device, where its matrices stay.
 
     Parameters
     ----------
     device : torch.device
     hessian : Hessian
-    **options
-        Of :func:`ptqkit.factorize`.
+        Symmetric and finite, as accumulators make it.
+    order, group_size, damping, max_damping, threads, name
+        As :func:`ptqkit.factorize` takes them.
     """
-    kept: list[torch.Tensor] = []
     there = hessian_on(device, hessian)
-
-    def factor(
-        matrix: np.ndarray, order: np.ndarray, shift: np.ndarray, threads: int
-    ) -> np.ndarray | int:
-        found = _factor(there, order, shift)
-        if isinstance(found, int):
-            return found
-        kept[:] = [found]
-        return host_copy(found)
-
-    found = factorize(hessian, factor=factor, **options)
-    return DeviceFactorization(**vars(found), matrix_there=there, R_there=kept[0])
+    R, facts = factor_damped(
+        host_copy(there.diagonal()),
+        order=order,
+        group_size=group_size,
+        damping=damping,
+        max_damping=max_damping,
+        factor=partial(_factor, there),
+        name=name,
+    )
+    return DeviceFactorization(there, R, facts)
 
 
 def _factor(H: torch.Tensor, order: np.ndarray, shift: np.ndarray) -> torch.Tensor | int:

@@ -19,14 +19,17 @@ def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
     return dequantize_on(torch.device("cpu"), matrix).numpy()
 
 
-def dequantize_on(device: torch.device, matrix: QuantizedMatrix) -> torch.Tensor:
-    """As ``matrix.dequantize()``, the same bits, on a device."""
+def dequantize_on(
+    device: torch.device, matrix: QuantizedMatrix, codes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As ``matrix.dequantize()``, the same bits, on a device, where the codes may be already."""
     result = torch.empty(matrix.shape, dtype=torch.float32, device=device)
-    every, grid = torch.from_numpy(matrix.codes).to(device), _Grid(matrix, device)
+    every = torch.from_numpy(matrix.codes).to(device) if codes is None else codes.to(device)
+    grid = _Grid(matrix, device)
     for rows in row_blocks(result):
         scales, zeros = grid.rows(rows)
-        codes = every[rows].view(zeros.shape[0], zeros.shape[1], -1)
-        torch.sub(codes, zeros, out=result[rows].view_as(codes)).mul_(scales)
+        own = every[rows].view(zeros.shape[0], zeros.shape[1], -1)
+        torch.sub(own, zeros, out=result[rows].view_as(own)).mul_(scales)
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.row_coupling import couple_stack
+from ptqkit.hf.quantization.row_shares import RowShare
 from ptqkit.nn.device_factor import hessian_on
 from ptqkit.nn.device_gptq import gptq_on, why_on_host
 from ptqkit.nn.device_refine import refine_on
@@ -102,7 +103,7 @@ def solve_group(
     processes : Processes, optional
         Others with equal targets and moments, each of which solves some of the rows.
     outputs : OutputMoments, optional
-        What ``row_coupling`` needs: rows that are coupled are not shared out.
+        What ``row_coupling`` needs: one process solves rows that are coupled.
     """
     stacks: list[tuple[Recipe, list[Target]]] = []
     for target in targets:
@@ -170,16 +171,17 @@ def _solve_stack(
     """Quantize layers as one matrix; ``source`` is H or its factor."""
     start = begin = time.perf_counter()
     device = stack[0].view.weight.device
-    if options.per_tensor or options.row_coupling:
-        processes = None  # the rows depend on each other
     values, instead = _read(stack), ""
-    count = len(values)
+    runs, shared = _coupled_runs(stack, options, outputs), None
+    coupled = bool(runs)
+    if options.per_tensor:
+        processes = None  # the rows depend on each other
     if processes is not None:
-        rows = processes.rows(count)
-        values = values[rows]
+        shared = RowShare(processes, len(values), [rows for rows, _ in runs])
+        values, runs = values[shared.own], _within(runs, shared.own)
         residual = moments.residuals.get(stack[0].name)
         if residual is not None:
-            part = residual.rows(rows.start, rows.stop)
+            part = residual.rows(shared.own.start, shared.own.stop)
             moments = replace(moments, residuals={stack[0].name: part})
     with contextlib.nullcontext() if processes is None else processes.together():
         if moments.drift is not None:
@@ -188,8 +190,12 @@ def _solve_stack(
             start = time.perf_counter()
         rtn = None if diagnostics else False
         matrix, solved_on = _quantized(values, source, options, threads, rtn, name)
-        matrix = _coupled(values, matrix, source, stack, outputs, threads)
+        if coupled:  # in another process, if not here
+            most = options.row_coupling
+            matrix = couple_stack(values, matrix, source, runs, most, threads=threads, name=name)
         dequantized = dequantize_on(device, matrix)
+        if shared is None and computes(device):  # page-locked memory is for the next ones
+            matrix = replace(matrix, codes=matrix.codes.copy())
         shift = None
         if options.bias_correction:
             shift = bias_correction(
@@ -199,26 +205,38 @@ def _solve_stack(
         extra = None
         if diagnostics:
             extra = _diagnose(values, dequantized, matrix, source)
-    if processes is not None:
-        matrix = processes.join_matrix(matrix, count)
-        dequantized = dequantize_on(device, matrix)
-        shift = None if shift is None else processes.join(shift, count)
-        extra = extra and {key: processes.join(v, count) for key, v in extra.items()}
-    end = time.perf_counter()
-    results, row = {}, 0
+    if shared is not None:
+        matrix, codes = shared.join_matrix(matrix)
+        dequantized = dequantize_on(device, matrix, codes)
+        shift = None if shift is None else shared.join_array(shift)
+        extra = extra and {key: shared.join_array(v) for key, v in extra.items()}
+    whole = LayerResult(matrix, dequantized, middle - start, bias_shift=shift, target=instead)
+    whole.solved_on = solved_on
+    whole.seconds_propagation = start - begin
+    whole.seconds_diagnostics = time.perf_counter() - middle if diagnostics else 0.0
+    return _by_layer(stack, whole, extra or {})
+
+
+def _by_layer(
+    stack: Sequence[Target], whole: LayerResult, extra: Mapping[str, np.ndarray]
+) -> dict[str, LayerResult]:
+    """Give each layer its rows of what was solved as one, of the diagnostics and of the times."""
+    results, row, shift = {}, 0, whole.bias_shift
     for target in stack:
         rows = slice(row, row + target.view.shape[0])
-        share = target.view.shape[0] / count
-        own = matrix.rows(rows.start, rows.stop)
-        result = LayerResult(own, dequantized[rows], share * (middle - start), own.objective)
-        result.seconds_propagation = share * (start - begin)
-        result.target, result.solved_on = instead, solved_on
-        result.bias_shift = None if shift is None else shift[rows]
-        if extra is not None:
-            for key, values in extra.items():
-                setattr(result, key, float(values[rows].sum()))
-            result.seconds_diagnostics = share * (end - middle)
-        results[target.name] = result
+        share = target.view.shape[0] / len(whole.dequantized)
+        own = whole.matrix.rows(rows.start, rows.stop)
+        sums: dict[str, Any] = {key: float(values[rows].sum()) for key, values in extra.items()}
+        results[target.name] = replace(
+            whole,
+            matrix=own,
+            dequantized=whole.dequantized[rows],
+            seconds_solve=share * whole.seconds_solve,
+            seconds_propagation=share * whole.seconds_propagation,
+            seconds_diagnostics=share * whole.seconds_diagnostics,
+            bias_shift=None if shift is None else shift[rows],
+            **{"objective": own.objective, **sums},
+        )
         row = rows.stop
     return results
 
@@ -262,20 +280,25 @@ def _read(stack: Sequence[Target]) -> torch.Tensor:
     return torch.cat([t.view.matrix for t in stack]).float().contiguous()
 
 
-def _coupled(
-    weight: torch.Tensor,
-    matrix: QuantizedMatrix,
-    source: Any,
-    stack: list[Target],
-    outputs: OutputMoments | None,
-    threads: int,
-) -> QuantizedMatrix:
-    """Let rows make up for each other's errors, if their options say so."""
-    passes = stack[0].options.row_coupling
-    if not passes or outputs is None:
-        return matrix
-    names = [target.name for target in stack]
-    return couple_stack(weight, matrix, source, names, outputs, passes, threads=threads)
+def _coupled_runs(
+    stack: Sequence[Target], options: Recipe, outputs: OutputMoments | None
+) -> list[tuple[slice, np.ndarray]]:
+    """Return the runs of rows that make up for each other's errors, with their moments."""
+    if not options.row_coupling or outputs is None:
+        return []
+    return list(outputs.parts([target.name for target in stack]))
+
+
+def _within(
+    runs: Sequence[tuple[slice, np.ndarray]], rows: slice
+) -> list[tuple[slice, np.ndarray]]:
+    """Return the runs that lie among some rows, counted from the first of these."""
+    first = rows.start
+    return [
+        (slice(run.start - first, run.stop - first), B)
+        for run, B in runs
+        if first <= run.start and run.stop <= rows.stop
+    ]
 
 
 def _target(
