@@ -7,6 +7,8 @@ depend on the rows around it. To be imported where Triton is known to be there.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -100,27 +102,28 @@ def quantize_columns(
     """As that of :mod:`ptqkit.nn.kernels.plain`."""
     check_layout(weight, sums, factor, scales, zeros, codes)
     rows, width = weight.shape
-    _quantize[(triton.cdiv(rows, _ROWS),)](
-        weight,
-        sums,
-        factor,
-        scales,
-        zeros,
-        group,
-        codes,
-        rows,
-        width,
-        weight.stride(0),
-        sums.stride(0),
-        factor.stride(0),
-        codes.stride(0),
-        scales.stride(0),
-        float(max_code),
-        FEEDBACK=feedback,
-        ROWS=_ROWS,
-        COLUMNS=_padded(width),
-        num_warps=4,
-    )
+    with _current(weight):
+        _quantize[(triton.cdiv(rows, _ROWS),)](
+            weight,
+            sums,
+            factor,
+            scales,
+            zeros,
+            group,
+            codes,
+            rows,
+            width,
+            weight.stride(0),
+            sums.stride(0),
+            factor.stride(0),
+            codes.stride(0),
+            scales.stride(0),
+            float(max_code),
+            FEEDBACK=feedback,
+            ROWS=_ROWS,
+            COLUMNS=_padded(width),
+            num_warps=4,
+        )
 
 
 @triton.jit
@@ -181,24 +184,25 @@ def candidate_errors(
     rows, width = values.shape
     scales, zeros = scales.contiguous(), zeros.contiguous()
     found = torch.empty_like(scales)
-    _errors[(triton.cdiv(rows, _ROWS),)](
-        values,
-        scales,
-        zeros,
-        scales if weight is None else weight.contiguous(),
-        found,
-        rows,
-        width,
-        values.stride(0),
-        scales.shape[1],
-        float(max_code),
-        float(norm),
-        WEIGHTED=weight is not None,
-        SQUARE=norm == 2.0,
-        ROWS=_ROWS,
-        COLUMNS=min(128, _padded(width)),
-        num_warps=4,
-    )
+    with _current(values):
+        _errors[(triton.cdiv(rows, _ROWS),)](
+            values,
+            scales,
+            zeros,
+            scales if weight is None else weight.contiguous(),
+            found,
+            rows,
+            width,
+            values.stride(0),
+            scales.shape[1],
+            float(max_code),
+            float(norm),
+            WEIGHTED=weight is not None,
+            SQUARE=norm == 2.0,
+            ROWS=_ROWS,
+            COLUMNS=min(128, _padded(width)),
+            num_warps=4,
+        )
     return found
 
 
@@ -264,24 +268,25 @@ def descend_columns(
     check_layout(sums, hessian, scales, codes)
     rows, width = sums.shape
     moved = torch.empty(rows, width, dtype=torch.float32, device=sums.device)
-    _descend[(triton.cdiv(rows, _ROWS),)](
-        sums,
-        hessian,
-        scales,
-        group,
-        codes,
-        moved,
-        rows,
-        width,
-        sums.stride(0),
-        hessian.stride(0),
-        codes.stride(0),
-        scales.stride(0),
-        float(max_code),
-        ROWS=_ROWS,
-        COLUMNS=_padded(width),
-        num_warps=4,
-    )
+    with _current(sums):
+        _descend[(triton.cdiv(rows, _ROWS),)](
+            sums,
+            hessian,
+            scales,
+            group,
+            codes,
+            moved,
+            rows,
+            width,
+            sums.stride(0),
+            hessian.stride(0),
+            codes.stride(0),
+            scales.stride(0),
+            float(max_code),
+            ROWS=_ROWS,
+            COLUMNS=_padded(width),
+            num_warps=4,
+        )
     return moved
 
 
@@ -358,22 +363,30 @@ def couple_columns(
         raise ValueError("runs of rows must be contiguous")
     runs, width, rows = sums.shape
     moved = torch.empty(runs, width, rows, dtype=torch.float32, device=sums.device)
-    _couple[(runs,)](
-        sums,
-        curves,
-        hessian,
-        scales,
-        codes,
-        moved,
-        rows,
-        width,
-        hessian.stride(0),
-        float(max_code),
-        ROWS=_padded(rows),
-        COLUMNS=_padded(width),
-        num_warps=8,
-    )
+    with _current(sums):
+        _couple[(runs,)](
+            sums,
+            curves,
+            hessian,
+            scales,
+            codes,
+            moved,
+            rows,
+            width,
+            hessian.stride(0),
+            float(max_code),
+            ROWS=_padded(rows),
+            COLUMNS=_padded(width),
+            num_warps=8,
+        )
     return moved
+
+
+def _current(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Make a tensor's GPU the current one, on which kernels start."""
+    if not tensor.is_cuda:
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _padded(count: int) -> int:
