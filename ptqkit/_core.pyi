@@ -42,7 +42,7 @@ _SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, int, float]
 # group_size, per_tensor, activation_max_code (0: as they are), activation_symmetric,
 # activation_per_tensor
 _EqualizationOptions: TypeAlias = tuple[int, int, int, int, int]
-_SignedGrid: TypeAlias = tuple[int, bool, bool]  # bits, symmetric, narrow
+_SignedGrid: TypeAlias = tuple[int, bool, bool, bool]  # bits, symmetric, narrow, bf16
 _SoftmaxGrid: TypeAlias = tuple[float, int, int]  # scale, zero, max_code
 
 def hessian_update(

@@ -290,10 +290,12 @@ typedef struct {
     int bits;      /* 2 to 16 */
     int symmetric; /* zero-point 0 */
     int narrow; /* symmetric only: without the smallest code, scale = max|x| / (2^(bits-1) - 1) */
+    int bf16; /* every step of the arithmetic is rounded to bfloat16; at most 8 bits, not narrow */
 } ptq_signed_grid;
 
 /* Grid of the range [low, high] and 0, in float32. A range of 0 (or whose scale underflows) gets
- * scale 2^-23 and zero-point 0; the scale is infinite if high - low overflows. */
+ * scale 2^-23 and zero-point 0; the scale is infinite if high - low overflows. In bfloat16, whose
+ * step at 1 is 2^-7, that is the scale instead. */
 ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float high, float *scale,
                                int *zero);
 /* Extremes of 0 and X (tokens, n), of type `dtype`. Columns with a non-zero skip[c] (NULL: none)

@@ -166,6 +166,9 @@ typedef struct {
     /* Codes clamp(round(x / scale + zero), low, high) as integers of 1 or 2 bytes. */
     void (*codes)(const float *x, int64_t n, float scale, float zero, int low, int high,
                   int code_bytes, void *codes);
+    /* int8 codes, every step rounded to bfloat16; scale and zero are of that dtype. */
+    void (*codes_bf16)(const float *x, int64_t n, float scale, float zero, int low, int high,
+                       int8_t *codes);
     /* any[i] |= |x[i]| >= threshold */
     void (*outliers)(const float *x, int64_t n, float threshold, uint8_t *any);
 } ptq_activations_kernels;

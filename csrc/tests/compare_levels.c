@@ -418,8 +418,16 @@ static void run_activations(results *r) {
           "activations");
     record_int8_t(r, "8-bit activations", x, TOKENS * N);
     record_float(r, "  scales", scales, TOKENS);
+    const ptq_signed_grid coarse = {.bits = 8, .bf16 = 1};
+    check(ptq_activations_quantize(in.X, N, PTQ_F32, NULL, TOKENS, &coarse, 1, x, scales, zeros,
+                                   THREADS),
+          "activations");
+    record_int8_t(r, "8-bit activations in bf16", x, TOKENS * N);
     check(ptq_outlier_columns(in.X, N, PTQ_F32, TOKENS, 15.0f, outliers, THREADS), "outliers");
     record_uint8_t(r, "outlier columns", outliers, N);
+    check(ptq_activations_quantize(in.X, N, PTQ_F32, NULL, TOKENS, &grid, 1, x, scales, zeros,
+                                   THREADS),
+          "activations");
     check(ptq_activations_quantize(in.W, N, PTQ_F32, NULL, ROWS, &grid, 1, w, w_scales, w_zeros,
                                    THREADS),
           "weights");

@@ -25,7 +25,11 @@ from ptqkit.reference.activations import int8_linear as int8_linear
 from ptqkit.reference.activations import integer_matmul as integer_matmul
 from ptqkit.reference.activations import outlier_columns as outlier_columns
 from ptqkit.reference.activations import quantize_activations as quantize_activations
+from ptqkit.reference.activations import (
+    quantize_activations_bf16 as quantize_activations_bf16,
+)
 from ptqkit.reference.activations import signed_grid as signed_grid
+from ptqkit.reference.activations import to_bfloat16 as to_bfloat16
 from ptqkit.reference.convolution import im2col as im2col
 from ptqkit.reference.equalization import channel_ranges as channel_ranges
 from ptqkit.reference.equalization import equalization_error as equalization_error
