@@ -228,7 +228,8 @@ LLaMA-7B's shape (4096/11008, 32 layers), random weights, bfloat16, 128 x 2,048 
 symmetric; 16 cores for every process; commit {gpu["commit"]}, one {gpu["machine"]["gpus"][0]} for
 every process, {_machine(gpu)}. {gpu["note"]}
 GPU and host are peaks, of the host what the run added. Work on a GPU is waited for where its result
-is needed, so the parts are those of the waits. "Times as fast" and "other codes" compare with one process under torchrun.
+is needed, so the parts are those of the waits. "Times as fast" and "other codes" compare with one
+process under torchrun.
 
 """
     return text + _table([*columns], rows) + _goals(runs) + _rest(gpu) + _before(results)
