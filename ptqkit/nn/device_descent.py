@@ -14,6 +14,7 @@ import torch
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.nn.kernels.choice import steps_on
 from ptqkit.nn.on_grid import dequantize_on
+from ptqkit.nn.row_products import add_product, row_product
 from ptqkit.nn.statistics import full_float32
 from ptqkit.nn.transfer import host_copy
 
@@ -52,30 +53,30 @@ def descend_rows(
     natural = np.array_equal(order, np.arange(inputs))
     H = H if natural else H[turned][:, turned]
     group = torch.from_numpy(matrix.g_idx[order]).to(device)
-    steps, count, found = steps_on(device), max(1, _AT_ONCE // inputs), []
+    steps, found = steps_on(device), []
+    count = -(-len(weight) // -(-len(weight) * inputs // _AT_ONCE))
     for start in range(0, len(weight), count):
         part = matrix.rows(start, start + count)
         errors = weight[start : start + count] - dequantize_on(device, part)
         codes = torch.from_numpy(part.codes).to(device)
         scales = torch.from_numpy(part.scales).to(device)
-        with full_float32(device):
-            sums = (errors if natural else errors[:, turned]) @ H
-            del errors
-            codes = codes.clone() if natural else codes[:, turned]
-            for first in range(0, inputs, _COLUMNS):
-                block = slice(first, min(first + _COLUMNS, inputs))
-                moved = steps.descend_columns(
-                    sums[:, block],
-                    H[block, block],
-                    scales,
-                    group[block],
-                    codes[:, block],
-                    max(1, matrix.max_code),
-                )
-                if block.stop < inputs:
-                    sums[:, block.stop :].addmm_(moved, H[block, block.stop :])
-        found.append(host_copy(codes if natural else codes[:, back]))
-    return found[0] if len(found) == 1 else np.concatenate(found)
+        sums = row_product(errors if natural else errors[:, turned], H)
+        del errors
+        codes = codes.clone() if natural else codes[:, turned]
+        for first in range(0, inputs, _COLUMNS):
+            block = slice(first, min(first + _COLUMNS, inputs))
+            moved = steps.descend_columns(
+                sums[:, block],
+                H[block, block],
+                scales,
+                group[block],
+                codes[:, block],
+                max(1, matrix.max_code),
+            )
+            if block.stop < inputs:
+                add_product(sums[:, block.stop :], moved, H[block, block.stop :])
+        found.append(codes if natural else codes[:, back])
+    return host_copy(found[0] if len(found) == 1 else torch.cat(found))
 
 
 class Descent:

@@ -110,4 +110,4 @@ def factor_on(device: torch.device, factor: Factorization) -> torch.Tensor:
     there = getattr(factor, "R_there", None)
     if there is not None and there.device == device:
         return there
-    return torch.tensor(factor.R, device=device)
+    return torch.tensor(factor.R, dtype=torch.float32, device=device)

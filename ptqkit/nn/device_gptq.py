@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,11 +32,11 @@ from ptqkit.arrays.factorization import Factorization
 from ptqkit.arrays.matrix import GRID_METHODS, QuantizedMatrix
 from ptqkit.errors import NotPositiveDefiniteError
 from ptqkit.nn.device_factor import factor_on, hessian_on
-from ptqkit.nn.device_grids import GRID_BLOCK, fit_grids
+from ptqkit.nn.device_grids import GRID_BLOCK, GridFit
 from ptqkit.nn.kernels.choice import steps_on, why_no_kernels
 from ptqkit.nn.kernels.plain import round_even
 from ptqkit.nn.row_objectives import row_objectives
-from ptqkit.nn.statistics import full_float32
+from ptqkit.nn.row_products import add_product
 from ptqkit.nn.transfer import host_copy
 from ptqkit.recipe.recipe import Recipe
 
@@ -95,10 +94,10 @@ def gptq_on(
         If a group does not divide, or weights are beyond what scales hold.
     """
     solve = _solve(weight, factor, options, name)
-    parts = [solve.rows(part) for part in weight.split(solve.at_once)]
-    codes, scales, zeros, objectives = (
-        np.concatenate(values) for values in zip(*parts, strict=True)
-    )
+    parts = [solve.rows(part) for part in weight.split(solve.at_once(len(weight)))]
+    codes, scales, zeros, objectives = zip(*parts, strict=True)
+    codes, zeros = (host_copy(torch.cat(values)) for values in (codes, zeros))
+    scales, objectives = (np.concatenate(values) for values in (scales, objectives))
     if not np.isfinite(objectives).all():
         raise NotPositiveDefiniteError(
             f"{label(name)}the solve overflowed: the Hessian is too close to singular at damping "
@@ -123,7 +122,7 @@ def gptq_on(
     check_values(matrix, name)
     if not (solve.follows if compare_rtn is None else compare_rtn):
         return matrix
-    found = [solve.nearest(part) for part in weight.split(solve.at_once)]
+    found = [solve.nearest(part) for part in weight.split(solve.at_once(len(weight)))]
     return replace(matrix, rtn_objectives=np.concatenate(found))
 
 
@@ -161,7 +160,6 @@ def _solve(
         H,
         R,
         shift,
-        steps_on(device),
     )
 
 
@@ -185,7 +183,6 @@ class _Solve:
     H, R : Tensor of float32, shape (in, in)
         H as the inputs are stored, R in the order of the solve; both times ``2**-shift``.
     shift : int
-    steps : module
     """
 
     grid: Any
@@ -200,11 +197,10 @@ class _Solve:
     H: torch.Tensor
     R: torch.Tensor
     shift: int
-    steps: ModuleType
 
     def __post_init__(self) -> None:
         device, inputs = self.R.device, len(self.order)
-        self.at_once = max(1, _AT_ONCE // inputs)
+        self._steps, self._fit = steps_on(device), GridFit(self.spec, device)
         natural = np.array_equal(self.order, np.arange(inputs))
         self._turned = None if natural else torch.from_numpy(self.order).to(device)
         self._back = None if natural else torch.from_numpy(np.argsort(self.order)).to(device)
@@ -215,7 +211,14 @@ class _Solve:
         if self.feedback and not self.static:
             self._inverses = self._inverse_blocks()
 
-    def rows(self, weight: torch.Tensor) -> tuple[np.ndarray, ...]:
+    def at_once(self, rows: int) -> int:
+        """Return how many of some rows are solved at once."""
+        parts = -(-rows * len(self.order) // _AT_ONCE)
+        return -(-rows // parts)
+
+    def rows(
+        self, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, np.ndarray]:
         """Return codes, scales, zero-points and objectives of some rows."""
         weight, far = self._moderate(weight)
         if self.dead.any():
@@ -229,14 +232,13 @@ class _Solve:
         W = weight if self._turned is None else weight[:, self._turned]
         sums = torch.zeros_like(W)
         codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-        with full_float32(W.device):
-            for block, parts in self._cuts(inputs):
-                for part in parts:
-                    if not self.static and part.start % self.size == 0:
-                        self._fit_group(W, sums, part.start, scales, zeros)
-                    self._step(W, sums, part, scales, zeros, codes)
-                    self._spread(sums, part, slice(part.stop, block.stop))
-                self._spread(sums, block, slice(block.stop, inputs))
+        for block, parts in self._cuts(inputs):
+            for part in parts:
+                if not self.static and part.start % self.size == 0:
+                    self._fit_group(W, sums, part.start, scales, zeros)
+                self._step(W, sums, part, scales, zeros, codes)
+                self._spread(sums, part, slice(part.stop, block.stop))
+            self._spread(sums, block, slice(block.stop, inputs))
         del W
         if self._back is not None:
             codes, sums = codes[:, self._back], sums[:, self._back]
@@ -246,7 +248,7 @@ class _Solve:
         if far is not None:
             found = np.ldexp(found, far)
         objectives = self._unscaled(objectives, far)
-        return host_copy(codes), found, host_copy(zeros.to(torch.uint8)), objectives
+        return codes, found, zeros.to(torch.uint8), objectives
 
     def nearest(self, weight: torch.Tensor) -> np.ndarray:
         """Return the objectives of rows that are rounded to nearest, on groups of neighbours."""
@@ -302,7 +304,7 @@ class _Solve:
         zeros: torch.Tensor,
         codes: torch.Tensor,
     ) -> None:
-        self.steps.quantize_columns(
+        self._steps.quantize_columns(
             W[:, part],
             sums[:, part],
             self.R[part, part],
@@ -317,7 +319,7 @@ class _Solve:
     def _spread(self, sums: torch.Tensor, done: slice, later: slice) -> None:
         """Add to the sums of later columns what the errors of some columns give."""
         if self.feedback and later.start < later.stop:
-            sums[:, later].addmm_(sums[:, done], self.R[done, later])
+            add_product(sums[:, later], sums[:, done], self.R[done, later])
 
     def _fit_group(
         self,
@@ -334,10 +336,11 @@ class _Solve:
         part, number = slice(start, start + self.size), start // self.size
         values = W[:, part]
         if self._inverses is not None and start > 0:
-            values = torch.addmm(values, sums[:, part], self._inverses[number])
+            values = values.clone()
+            add_product(values, sums[:, part], self._inverses[number])
         own = self._blocks[number] if self._blocks else []
         place = int(self.group[start])
-        scales[:, place], zeros[:, place] = fit_grids(values, own, self.spec, self.steps)
+        scales[:, place], zeros[:, place] = self._fit(values, own)
 
     def _fit_all(
         self,
@@ -349,7 +352,7 @@ class _Solve:
         for g in range(scales.shape[1]):
             values = weight[:, g * self.size : (g + 1) * self.size]
             own = blocks[g] if blocks else []
-            scales[:, g], zeros[:, g] = fit_grids(values, own, self.spec, self.steps)
+            scales[:, g], zeros[:, g] = self._fit(values, own)
 
     def _diagonal_blocks(self, stored: bool) -> list[list[torch.Tensor]]:
         """Return the blocks of H that searches read, of each group of inputs as stored or in order.

@@ -60,11 +60,16 @@ def factorize_on(
 def _factor(H: torch.Tensor, order: np.ndarray, shift: np.ndarray) -> torch.Tensor | int:
     """Return R, upper triangular, R R^T = (H + shift)[order][:, order], or the input that fails."""
     turned = torch.from_numpy(order[::-1].copy()).to(H.device)
-    wide = H[turned][:, turned].double()
+    wide = H[turned[:, None], turned].double()
     wide.diagonal().add_(torch.from_numpy(shift).to(H.device)[turned])
     L, first = _cholesky(wide)
     del wide
-    return int(order[::-1][first]) if first >= 0 else L.float().flip(0, 1)
+    if first >= 0:
+        return int(order[::-1][first])
+    R = L.float()
+    del L
+    # A GPU's L is stored column by column.
+    return R.flip(0, 1).contiguous()
 
 
 def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:

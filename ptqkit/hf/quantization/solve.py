@@ -194,6 +194,8 @@ def _solve_stack(
             most = options.row_coupling
             matrix = couple_stack(values, matrix, source, runs, most, threads=threads, name=name)
         dequantized = dequantize_on(device, matrix)
+        if shared is None and computes(device):  # page-locked memory is for the next ones
+            matrix = replace(matrix, codes=matrix.codes.copy())
         shift = None
         if options.bias_correction:
             shift = bias_correction(
@@ -342,7 +344,7 @@ def _diagnose(
     Computed where the weights are.
     """
     power, error = torch.empty((2, len(weight)), dtype=torch.float32, device=weight.device)
-    for rows in row_blocks(len(weight)):
+    for rows in row_blocks(weight):
         torch.linalg.vector_norm(weight[rows], dim=1, out=power[rows])
         torch.linalg.vector_norm(weight[rows] - dequantized[rows], dim=1, out=error[rows])
     squares = {"weight_power": power, "weight_error": error}

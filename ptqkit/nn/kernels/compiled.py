@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ptqkit.nn.kernels.plain import check_layout
+
 __all__ = ["candidate_errors", "couple_columns", "descend_columns", "quantize_columns"]
 
 # Rows of a program.
@@ -96,6 +98,7 @@ def quantize_columns(
     feedback: bool = True,
 ) -> None:
     """As that of :mod:`ptqkit.nn.kernels.plain`."""
+    check_layout(weight, sums, factor, scales, zeros, codes)
     rows, width = weight.shape
     _quantize[(triton.cdiv(rows, _ROWS),)](
         weight,
@@ -174,6 +177,7 @@ def candidate_errors(
     norm: float,
 ) -> torch.Tensor:
     """As that of :mod:`ptqkit.nn.kernels.plain`."""
+    check_layout(values)
     rows, width = values.shape
     scales, zeros = scales.contiguous(), zeros.contiguous()
     found = torch.empty_like(scales)
@@ -257,6 +261,7 @@ def descend_columns(
     max_code: int,
 ) -> torch.Tensor:
     """As that of :mod:`ptqkit.nn.kernels.plain`."""
+    check_layout(sums, hessian, scales, codes)
     rows, width = sums.shape
     moved = torch.empty(rows, width, dtype=torch.float32, device=sums.device)
     _descend[(triton.cdiv(rows, _ROWS),)](
@@ -348,6 +353,9 @@ def couple_columns(
     threads: int = 0,
 ) -> torch.Tensor:
     """As that of :mod:`ptqkit.nn.kernels.plain`, but on the device: no threads are used."""
+    check_layout(hessian)
+    if not all(v.is_contiguous() for v in (sums, curves, scales, codes)):
+        raise ValueError("runs of rows must be contiguous")
     runs, width, rows = sums.shape
     moved = torch.empty(runs, width, rows, dtype=torch.float32, device=sums.device)
     _couple[(runs,)](

@@ -14,6 +14,7 @@ from ptqkit.nn.transfer import host_copy
 
 __all__ = [
     "candidate_errors",
+    "check_layout",
     "couple_columns",
     "descend_columns",
     "quantize_columns",
@@ -24,6 +25,13 @@ __all__ = [
 _MAGIC = 12582912.0
 # Below it |d|^norm counts as 0.
 _TINY = 2.0**-120
+
+
+def check_layout(*tensors: torch.Tensor) -> None:
+    """Raise unless the columns of all lie next to each other, as kernels read them."""
+    for tensor in tensors:
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"columns must lie next to each other, not {tensor.stride(-1)} apart")
 
 
 def round_even(values: torch.Tensor) -> torch.Tensor:
@@ -59,6 +67,7 @@ def quantize_columns(
     feedback : bool
         False: no error reaches another column.
     """
+    check_layout(weight, sums, factor, scales, zeros, codes)
     for j, g in enumerate(group.tolist()):
         w, scale, zero = weight[:, j], scales[:, g], zeros[:, g]
         wanted = w + sums[:, j] * (1.0 / factor[j, j]) if feedback else w
@@ -94,6 +103,7 @@ def candidate_errors(
     -------
     Tensor of float32, shape (rows, grids)
     """
+    check_layout(values, scales, zeros)
     inverse, found = 1.0 / scales, torch.empty_like(scales)
     for k in range(scales.shape[1]):
         scale, zero = scales[:, k, None], zeros[:, k, None]
@@ -135,6 +145,7 @@ def descend_columns(
     -------
     Tensor of float32, shape (rows, columns)
     """
+    check_layout(sums, hessian, scales, codes)
     sums, moved = sums.clone(), torch.zeros_like(sums)
     for j, g in enumerate(group.tolist()):
         scale, code, h, t = scales[:, g], codes[:, j].float(), hessian[j, j], sums[:, j]
@@ -184,11 +195,12 @@ def couple_columns(
     Tensor of float32, shape (runs, columns, rows)
         By how much errors change.
     """
+    check_layout(sums, curves, hessian, scales, codes)
     rows = sums.shape[2]
     flat, B, grids, own = (
         host_copy(v.contiguous()).reshape(-1, rows) for v in (sums, curves, scales, codes)
     )
-    within, moved = host_copy(hessian.contiguous()), torch.empty(flat.shape)
+    within, moved = host_copy(hessian.contiguous()), torch.empty(flat.shape, dtype=torch.float32)
     _core.couple_block(flat, B, within, grids, max(1, max_code), own, moved.numpy(), threads)
     codes.copy_(torch.from_numpy(own).view_as(codes))
     return moved.view_as(sums).to(sums.device)
