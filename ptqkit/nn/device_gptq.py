@@ -95,9 +95,8 @@ def gptq_on(
     """
     solve = _solve(weight, factor, options, name)
     parts = [solve.rows(part) for part in weight.split(solve.at_once(len(weight)))]
-    codes, scales, zeros, objectives = zip(*parts, strict=True)
-    codes, zeros = (host_copy(torch.cat(values)) for values in (codes, zeros))
-    scales, objectives = (np.concatenate(values) for values in (scales, objectives))
+    codes, zeros = (host_copy(torch.cat([part[k] for part in parts])) for k in (0, 2))
+    scales, objectives = (np.concatenate([part[k] for part in parts]) for k in (1, 3))
     if not np.isfinite(objectives).all():
         raise NotPositiveDefiniteError(
             f"{label(name)}the solve overflowed: the Hessian is too close to singular at damping "

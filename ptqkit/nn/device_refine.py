@@ -17,12 +17,14 @@ from ptqkit.nn.device_descent import descend_rows
 from ptqkit.nn.device_factor import hessian_on
 from ptqkit.nn.on_grid import dequantize_on
 from ptqkit.nn.row_objectives import row_objectives
-from ptqkit.nn.statistics import full_float32
+from ptqkit.nn.row_products import row_product
 
 __all__ = ["refine_on"]
 
 # Bytes of the systems of rows whose scales are fitted at once.
 _SYSTEMS = 1 << 30
+# Weights of these rows.
+_AT_ONCE = 1 << 26
 # What changes an objective by a smaller share is rounding, and so is a smaller pivot.
 _ROUNDING = 1e-6
 
@@ -58,6 +60,7 @@ def refine_on(
         if step == "refit":
             before = history[-1][-1]
             count = max(1, _SYSTEMS // (8 * matrix.scales.shape[1] ** 2))
+            count = min(count, max(1, _AT_ONCE // weight.shape[1]))
             found = [
                 _refitted(
                     weight[k : k + count], matrix.rows(k, k + count), H, before[k : k + count]
@@ -85,7 +88,10 @@ def _refitted(
     device, (rows, inputs) = weight.device, weight.shape
     groups = matrix.scales.shape[1]
     # The inputs of a group next to each other.
-    place = torch.from_numpy(np.argsort(matrix.g_idx, kind="stable")).to(device)
+    order = np.argsort(matrix.g_idx, kind="stable")
+    place = slice(None)
+    if not np.array_equal(order, np.arange(inputs)):
+        place = torch.from_numpy(order).to(device)
     zeros = torch.from_numpy(matrix.zero_points).to(device).float()
     scales = torch.from_numpy(matrix.scales).to(device)
     codes = torch.from_numpy(matrix.codes).to(device)[:, place].view(rows, groups, -1)
@@ -94,12 +100,13 @@ def _refitted(
     errors = weight[:, place] - (C * scales[:, :, None]).view(rows, inputs)
     A = torch.empty(rows, groups, groups, dtype=torch.float64, device=device)
     size = inputs // groups
-    with full_float32(device):
-        b = ((errors @ H).view_as(C) * C).sum(2, dtype=torch.float64)
-        del errors
-        for g in range(groups):
-            product = C[:, g] @ H[g * size : (g + 1) * size]
-            A[:, g] = product.view_as(C).mul_(C).sum(2, dtype=torch.float64)
+    b = row_product(errors, H).view_as(C).mul_(C).sum(2, dtype=torch.float64)
+    del errors
+    for g in range(groups):  # A is symmetric
+        first = g * size
+        product = row_product(C[:, g], H[first : first + size, first:]).view(rows, -1, size)
+        A[:, g, g:] = product.mul_(C[:, g:]).sum(2, dtype=torch.float64)
+        A[:, g:, g] = A[:, g, g:]
     wanted = scales.double() + _solved(A, b)
     largest = 65504.0
     if matrix.grid.scale_dtype != "float16":
