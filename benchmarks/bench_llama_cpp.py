@@ -35,6 +35,7 @@ from ptqkit.hf.speed.shapes import ONE_B, ModelShape
 CONTEXT = 16
 PEER = "llama.cpp Q4_0"
 FLOATS = ("float32", "bfloat16")
+BYTES = ("peak_bytes", "tensor_bytes")
 RATES = ("generation_rate", "prompt_rate")
 #: Bytes of a block of 32 weights: a float16 scale and the codes.
 BLOCK = {"Q4_0": 2 + 16, "Q8_0": 2 + 32}
@@ -184,7 +185,7 @@ def main() -> None:
     if args.layers:
         shape = ModelShape(**{**vars(ONE_B), "layers": args.layers})
     cases = {name: _case(name, shape, args.dtype) for name in args.forms}
-    rates: dict[str, list[dict[str, float]]] = {}
+    rates: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "q4_0.gguf")
         write_gguf(path, shape, "Q4_0")
@@ -195,25 +196,37 @@ def main() -> None:
                     made, prompt=args.prompt, tokens=args.tokens, repeat=1, threads=args.threads
                 )
                 row = report.rows[0]
-                rates.setdefault(name, []).append({what: getattr(row, what) for what in RATES})
-            print(f"turn {turn + 1} of {args.repeats}", file=sys.stderr)
+                one = {what: getattr(row, what) for what in (*RATES, *BYTES)}
+                rates.setdefault(name, []).append(one)
+            _report(rates, turn + 1, args)
+
+
+def _report(rates: dict[str, list[dict[str, Any]]], turns: int, args: argparse.Namespace) -> None:
+    """Print and save what is known after some turns."""
     info = rates[PEER][0]["info"]
     found = {
-        name: {what: [round(one[what], 3) for one in runs] for what in RATES}
+        name: {
+            what: [round(one[what], 3) for one in runs]
+            for what in (*RATES, *BYTES)
+            if what in runs[0]
+        }
         for name, runs in rates.items()
     }
     base = {what: statistics.median(found[PEER][what]) for what in RATES}
     rows = []
-    for name, one in found.items():
+    for name, values in found.items():
         row: list[Any] = [name]
         for what in RATES:
-            middle = statistics.median(one[what])
+            middle = statistics.median(values[what])
             row += [middle, middle / base[what]]
+        row.append(max(values["peak_bytes"]) / 1e6 if "peak_bytes" in values else "")
         rows.append(row)
-    columns = ["", "generation/s", "x llama.cpp", "prompt/s", "x llama.cpp"]
-    show(f"1.1B, {args.threads} threads, prompt {args.prompt}", columns, rows)
+    columns = ["", "generation/s", "x llama.cpp", "prompt/s", "x llama.cpp", "peak MB"]
+    title = f"1.1B, {args.threads} threads, prompt {args.prompt}"
+    show(f"{title}, after {turns} of {args.repeats} turns", columns, rows)
     print(f"llama.cpp: {info}")
-    settings = {k: getattr(args, k) for k in ("prompt", "tokens", "threads", "repeats", "dtype")}
+    settings = {k: getattr(args, k) for k in ("prompt", "tokens", "threads", "dtype")}
+    settings["turns"] = turns
     save(args.json, "llama_cpp", {"settings": settings, "llama_cpp": info, "rates": found})
 
 
