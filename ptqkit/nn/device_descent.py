@@ -125,8 +125,7 @@ class Descent:
         own, turned = (torch.from_numpy(i).to(device) for i in (self._place, order))
         self._H = H[turned][:, turned]
         errors = (weight - dequantize_on(device, matrix))[own][:, turned]
-        with full_float32(device):
-            self._P = (errors @ self._H).view(self.runs, self.rows, columns)
+        self._P = row_product(errors, self._H).view(self.runs, self.rows, columns)
         del errors
         scales = torch.from_numpy(matrix.scales).to(device)[own].view(self.runs, self.rows, -1)
         self._scales = scales.transpose(1, 2)
@@ -142,18 +141,18 @@ class Descent:
         for block, codes in zip(self._blocks, self._codes, strict=True):
             with full_float32(self._P.device):
                 sums = torch.bmm(self._P[:, :, block].transpose(1, 2), self._curves)
-                moved = self._steps.couple_columns(
-                    sums,
-                    self._curves,
-                    self._H[block, block],
-                    self._scales[:, self._group[block]].contiguous(),
-                    codes,
-                    self.max_code,
-                    threads,
-                )
-                change = moved.transpose(1, 2).reshape(-1, moved.shape[1])
-                changed |= change.any()
-                self._P.view(len(change), -1).addmm_(change, self._H[block])
+            moved = self._steps.couple_columns(
+                sums,
+                self._curves,
+                self._H[block, block],
+                self._scales[:, self._group[block]].contiguous(),
+                codes,
+                self.max_code,
+                threads,
+            )
+            change = moved.transpose(1, 2).reshape(-1, moved.shape[1])
+            changed |= change.any()
+            add_product(self._P.view(len(change), -1), change, self._H[block])
         return bool(changed)
 
     def codes(self, before: np.ndarray) -> np.ndarray:
