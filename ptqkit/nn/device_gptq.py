@@ -159,6 +159,7 @@ def _solve(
         H,
         R,
         shift,
+        name,
     )
 
 
@@ -182,6 +183,8 @@ class _Solve:
     H, R : Tensor of float32, shape (in, in)
         H as the inputs are stored, R in the order of the solve; both times ``2**-shift``.
     shift : int
+    name : str or None
+        For messages.
     """
 
     grid: Any
@@ -196,6 +199,7 @@ class _Solve:
     H: torch.Tensor
     R: torch.Tensor
     shift: int
+    name: str | None
 
     def __post_init__(self) -> None:
         device, inputs = self.R.device, len(self.order)
@@ -268,7 +272,10 @@ class _Solve:
     def _moderate(self, weight: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
         """Return rows that float32 can square, and the exponents (rows, 1) of what was taken."""
         low, high = torch.aminmax(weight, dim=1)
-        far = largest_exponents(host_copy(torch.maximum(high, -low)), self.grid.scale_dtype)
+        largest = host_copy(torch.maximum(high, -low))
+        if not np.isfinite(largest).all():
+            raise ValueError(f"{label(self.name)}W holds NaN or Inf (or values beyond float32)")
+        far = largest_exponents(largest, self.grid.scale_dtype)
         if far is None:
             return weight, None
         return torch.ldexp(weight, torch.from_numpy(-far).to(weight.device)), far

@@ -115,6 +115,11 @@ def test_what_cannot_be_solved_is_told_as_by_the_core():
         solved(W, broken, options, name="layer")
     with pytest.raises(ValueError, match="layer: a scale does not fit float16"):
         solved(W * 1e8, F, replace(options, scale_dtype="float16"), name="layer")
+    for value in (np.nan, np.inf, -np.inf):
+        spoiled = W.copy()
+        spoiled[3, 5] = value
+        with pytest.raises(ValueError, match="layer: W holds NaN or Inf"):
+            solved(spoiled, F, options, name="layer")
     with pytest.raises(ValueError, match="layer: group_size 24 does not divide 64 inputs"):
         solved(W, F, replace(options, group_size=24), name="layer")
 
