@@ -14,12 +14,12 @@ from torch import nn
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.nn.linear import is_conv1d
 
-__all__ = ["TunableMatrix", "divergence", "round_to", "tunable_forwards"]
+__all__ = ["TunableMatrix", "divergence", "round_to", "tokens_at_once", "tunable_forwards"]
 
 # How far a latent may be outside of the codes: less than what would round beyond them.
 _BEYOND = 0.49
-# Tokens whose logits are turned into probabilities at once.
-_TOKENS = 256
+# Tokens whose logits are turned into probabilities at once; on a GPU, logits.
+_TOKENS, _LOGITS = 256, 1 << 22
 
 
 class TunableMatrix:
@@ -199,6 +199,11 @@ def _make_forward(
     return forward_conv1d if is_conv1d(module) else lambda input: forward(input)
 
 
+def tokens_at_once(vocabulary: int, device: torch.device) -> int:
+    """Return of how many tokens the loss makes probabilities at once."""
+    return _TOKENS if device.type == "cpu" else max(_TOKENS, _LOGITS // vocabulary)
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -206,8 +211,9 @@ class _Divergence(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(logits), _TOKENS):
-            rows = slice(start, min(start + _TOKENS, len(logits)))
+        size = tokens_at_once(logits.shape[1], logits.device)
+        for start in range(0, len(logits), size):
+            rows = slice(start, min(start + size, len(logits)))
             log_p = F.log_softmax(target(rows).to(torch.float32), -1)
             log_q = F.log_softmax(logits[rows].to(torch.float32), -1)
             p, q = log_p.exp(), log_q.exp()
