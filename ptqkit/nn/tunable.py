@@ -64,10 +64,10 @@ class TunableMatrix:
         self.scales = (scales[:1, :1] if matrix.per_tensor else scales).requires_grad_()
 
     def codes(self) -> torch.Tensor:
-        """Return the codes: uint8, or whole numbers in float32 if they learn."""
+        """Return the codes: uint8, or whole numbers in float32 if they learn (see `limit`)."""
         if self.latents is None:
             return self._codes
-        return self.latents.detach().clamp(0, self._top).round_()
+        return self.latents.detach().round()
 
     @torch.no_grad()
     def limit(self) -> None:

@@ -28,8 +28,10 @@ from ptqkit.nn.tunable import divergence
 
 __all__ = ["Leaves", "TuningStep", "TuningWindows", "held_out_loss"]
 
-# Gradients are of the loss times this power of two: in float16 small ones would vanish.
+# Gradients are of the loss times this power of two: in float16 small ones would vanish. Adam's
+# steps are the same to the bit if its epsilon is as many times as large.
 _LOSS_SCALE = 1024.0
+_EPSILON = 1e-8 * _LOSS_SCALE
 # Steps that are run before one is recorded: what is made at first use is there then.
 _WARM_UP = 2
 # Weights of a model up to which launching kernels takes longer than they do.
@@ -111,9 +113,10 @@ class TuningStep:
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:  # rates are read from memory, as a recorded step needs it
             groups = [{**g, "lr": torch.tensor(g["lr"], device=device)} for g in groups]
-            self._optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=True)
+            kind: dict[str, Any] = {"fused": True, "capturable": True}
         else:
-            self._optimizer = torch.optim.Adam(groups, betas=betas, foreach=False)
+            kind = {"foreach": False}
+        self._optimizer = torch.optim.Adam(groups, betas=betas, eps=_EPSILON, **kind)
         self._turn = torch.ones((), device=device)
         self._recorded: _Recorded | None = None
 
@@ -172,7 +175,7 @@ class TuningStep:
         batches: Iterable[tuple[Window, torch.Tensor]],
         tokens: int,
     ) -> torch.Tensor:
-        """Set the gradients of the mean divergence, and return it."""
+        """Set the gradients of the mean divergence times the loss scale, and return it."""
         total = torch.zeros((), dtype=torch.float64, device=self._turn.device)
         for leaf in leaves:
             leaf.grad = None
@@ -186,9 +189,6 @@ class TuningStep:
             for leaf, gradient in zip(leaves, found, strict=True):
                 if gradient is not None:
                     leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
-        for leaf in leaves:
-            if leaf.grad is not None:
-                leaf.grad.div_(_LOSS_SCALE)
         return total
 
     def _kept(self) -> Callable[[], None]:
