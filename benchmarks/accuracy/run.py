@@ -61,9 +61,13 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "best": ("best", {}),
     "best, rows apart": ("best", {"row_coupling": 0}),
     "best, rotated": ("best", {}),
+    "best, average bits": ("best", {}),
+    "best, average bits, beam 16": ("best", {"beam_width": 16}),
     "best, tuned": ("best", {"tune": 150}),
     "quality, tuned": ("quality", {"tune": 150}),
     "best, codes learned": ("best", {"tune": 2000, "tune_codes": 0.01, "tune_own_text": 8192}),
+    "best, average bits, codes learned": ("best", {"tune": 2000, "tune_codes": 0.01,
+                                                   "tune_own_text": 8192}),
     "best, rows apart, tuned": ("best", {"row_coupling": 0, "tune": 150}),
     "best, rows apart, alpha 0.75": ("best", {"row_coupling": 0, "error_propagation": 0.75,
                                               "residual_propagation": 0.75}),
@@ -74,6 +78,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 #: Rounding to nearest needs no calibration.
 ONE_DRAW = ("rtn",)
+#: The grid's bits are an average over the layers, some of which have more and some fewer.
+AVERAGE = ("best, average bits", "best, average bits, beam 16", "best, average bits, codes learned")
 #: Of LLaMA shapes: residual stream and values are rotated beforehand, as prototypes do it.
 ROTATED = ("best, rotated",)
 WINDOWS = ("model", "grid", "recipe", "draw", "window", "nll", "tokens")
@@ -82,6 +88,12 @@ TUNED = ("model", "grid", "recipe", "draw", "steps", "kept", "loss_before", "los
          "held_out", "codes_changed", "recorded", "seconds")  # fmt: skip
 #: Windows of own text that are written at once.
 AT_ONCE = {"cpu": 64, "cuda": 4096}
+
+
+def recipe_options(model: nn.Module, recipe: str, grid: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a recipe on a grid."""
+    options = {**grid_options(model, grid), **RECIPES[recipe][1]}
+    return options | ({"bits": float(grid["bits"])} if recipe in AVERAGE else {})
 
 
 def grid_options(model: nn.Module, grid: dict[str, Any]) -> dict[str, Any]:
@@ -278,8 +290,8 @@ def study(cells: Cells) -> list[tuple[tuple[str, ...], list[Any], list[float], l
     batches = case.batches(cells.samples, cells.draw)
     found = []
     for recipe in cells.recipes:
-        preset, changes = RECIPES[recipe]
-        options = {**grid_options(case.model, GRIDS[cells.grid]), **changes}
+        preset = RECIPES[recipe][0]
+        options = recipe_options(case.model, recipe, GRIDS[cells.grid])
         learn = learning(cells, batches, options)
         if recipe in ROTATED:  # which changes the structure, for good
             own = cells.load()
@@ -309,6 +321,7 @@ def missing(args: argparse.Namespace, windows: Table, runs: Table) -> Iterator[C
             for r in part
             if not (r in ONE_DRAW and draw)
             and not (r in ROTATED and name == TRAINED)
+            and not (r in AVERAGE and isinstance(GRIDS[grid]["bits"], str))
             and not all((name, grid, r, str(draw)) in table.seen for table in (windows, runs))
         )
         if args.processes == 1 and recipes:

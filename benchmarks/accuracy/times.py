@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy.models import MODELS, TRAINED, load_case
-from benchmarks.accuracy.run import GRIDS, RECIPES, Table, grid_options, measure
+from benchmarks.accuracy.run import GRIDS, RECIPES, Table, measure, recipe_options
 from ptqkit.hf import FloatWeights
 from ptqkit.hf.quantization.float_logits import split_windows
 
@@ -67,8 +67,8 @@ def main() -> None:
     for turn in range(-1, args.rounds):
         for name, (case, floats, batches) in cases.items():
             for recipe in args.recipe or ["quality", "best"]:
-                preset, changes = RECIPES[recipe]
-                options = {**grid_options(case.model, GRIDS[args.grid]), **changes}
+                preset = RECIPES[recipe][0]
+                options = recipe_options(case.model, recipe, GRIDS[args.grid])
                 (seconds, solve, *_), *_ = measure(case, floats, batches, preset, options)
                 row = (name, args.grid, recipe, turn, len(split_windows(batches)), args.threads)
                 if turn >= 0:

@@ -87,3 +87,12 @@ def test_own_text_is_written_once(tmp_path, monkeypatch):
         (found,) = run.written(case, [], 1, 5, tmp_path / "own" / "m.pt")
         assert found["input_ids"].tolist() == [[1, 2, 3]] and found["attention_mask"].sum() == 3
     assert calls == [{"batch_size": 64, "seed": 5}]
+
+
+def test_average_bits_are_those_of_the_grid():
+    model = nn.ModuleDict({"up": nn.Linear(64, 172)})
+    grid = run.GRIDS["3 g64"]
+    assert run.recipe_options(model, "best", grid)["bits"] == 3
+    found = run.recipe_options(model, "best, average bits", grid)
+    assert isinstance(found["bits"], float) and found["bits"] == 3.0
+    assert all(name in run.RECIPES for name in run.AVERAGE)
