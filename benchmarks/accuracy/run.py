@@ -87,7 +87,7 @@ RUNS = ("model", "grid", "recipe", "draw", "seconds", "seconds_solve", "objectiv
 TUNED = ("model", "grid", "recipe", "draw", "steps", "kept", "loss_before", "loss_after", "windows",
          "held_out", "codes_changed", "recorded", "seconds")  # fmt: skip
 #: Windows of own text that are written at once.
-AT_ONCE = {"cpu": 64, "cuda": 4096}
+AT_ONCE = {"cpu": 64, "cuda": 2048}
 
 
 def recipe_options(model: nn.Module, recipe: str, grid: dict[str, Any]) -> dict[str, Any]:

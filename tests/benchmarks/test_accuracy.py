@@ -64,6 +64,17 @@ def test_points_of_the_picture(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+def test_means_over_models():
+    def cell(*values):
+        return {d: {0: math.log(v), 1: math.log(v)} for d, v in enumerate(values)}
+
+    found = {}
+    for model, best in (("a", (4.5,)), ("b", (3.9, 3.9))):
+        found[model, ""] = {"float": {-1: cell(4.0)[0]}}
+        found[model, "3 g64"] = {"reference": cell(5.0), "best": cell(*best)}
+    assert tables.means(found) == ["| 3 g64 | best | -75 % | a -50 (1), b -100 (2) |"]
+
+
 def test_times_are_compared_within_a_round(tmp_path):
     rows = [
         ("m", "3 g64", recipe, turn, 128, 4, seconds, 1)
