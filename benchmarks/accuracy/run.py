@@ -78,6 +78,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 #: Rounding to nearest needs no calibration.
 ONE_DRAW = ("rtn",)
+#: The embedded model's codes are 28 times those of stories260k: each step and window is dearer.
+LARGE = {"embedded": {"tune": 1500, "tune_own_text": 2048, "tune_options": {"windows": 8}}}
 #: The grid's bits are an average over the layers, some of which have more and some fewer.
 AVERAGE = ("best, average bits", "best, average bits, beam 16", "best, average bits, codes learned")
 #: Of LLaMA shapes: residual stream and values are rotated beforehand, as prototypes do it.
@@ -87,7 +89,7 @@ RUNS = ("model", "grid", "recipe", "draw", "seconds", "seconds_solve", "objectiv
 TUNED = ("model", "grid", "recipe", "draw", "steps", "kept", "loss_before", "loss_after", "windows",
          "held_out", "codes_changed", "recorded", "seconds")  # fmt: skip
 #: Windows of own text that are written at once.
-AT_ONCE = {"cpu": 64, "cuda": 2048}
+AT_ONCE = {"cpu": 64, "cuda": 4096}
 
 
 def recipe_options(model: nn.Module, recipe: str, grid: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +225,7 @@ def written(case: Case, batches: Any, count: int, seed: int, path: Path) -> list
                 case.model, split_windows(batches), count, batch_size=at_once, seed=seed
             )
             torch.save(torch.cat([w["input_ids"] for w in text]), path)
+            torch.cuda.empty_cache()  # for the other processes
     return [
         {"input_ids": row, "attention_mask": torch.ones_like(row)}
         for row in torch.load(path).split(1)
@@ -273,6 +276,7 @@ def learning(cells: Cells, batches: Any, options: dict[str, Any]) -> Learning | 
     if "tune_codes" not in options or cells.own is None:
         return None
     teacher = prepared_teacher(cells.alone)
+    options |= LARGE.get(cells.model, {})
     count = options.pop("tune_own_text")
     path = cells.own / f"{cells.model}-{cells.draw}-{count}.pt"
     text = written(teacher, batches, count, cells.draw, path)

@@ -21,8 +21,9 @@ __all__ = ["TuningMemory", "check_memory", "measure_memory"]
 
 # Allocators keep more than is alive, and gradients pass through temporaries of the model's own.
 _SLACK = 1.3
-# Of each learned value in float32: itself, its gradient twice, two moments, rounded, best, floor.
-_COPIES = 8
+# Of each learned value in float32: itself, its gradient twice, two moments, rounded, best, floor;
+# of a code, what the gradients of a step need of it twice.
+_COPIES = 10
 # Windows of own text that are written at once, if memory allows: a GPU would wait otherwise.
 _TEXTS, _TEXTS_ON_GPU = 64, 1024
 

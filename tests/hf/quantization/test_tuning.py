@@ -449,7 +449,7 @@ def test_memory_is_measured_and_checked_before_anything_runs():
     assert two.window == one.window and two.fixed == one.fixed
     assert two.step - one.step == pytest.approx(4 * 1.3 * one.window, abs=4)
     # The float model's logits: 16 windows of 32 tokens, 32 values of the head's input each.
-    assert one.fixed == 16 * 32 * 32 * 4 + 100 * 32
+    assert one.fixed == 16 * 32 * 32 * 4 + 100 * 40
 
 
 def test_memory_of_own_text_is_what_the_model_keeps_of_it():
