@@ -34,9 +34,26 @@ def test_paired_errors_are_those_of_leaving_out_windows():
     assert softmax_lm.paired(losses(a), losses(a)) == (0.0, 0.0)
 
 
+def test_the_share_given_back_has_the_jackknife_over_windows():
+    rng = np.random.default_rng(1)
+    kept = rng.normal(2, 0.3, 30)
+    lost, left = kept + rng.normal(0.1, 0.02, 30), kept + rng.normal(0.01, 0.02, 30)
+
+    def share(*windows):
+        a, b, c = (math.exp(w.mean()) for w in windows)
+        return (a - b) / (a - c)
+
+    each = np.array([share(*(np.delete(w, i) for w in (lost, left, kept))) for i in range(30)])
+    want = math.sqrt(29 / 30 * ((each - each.mean()) ** 2).sum())
+    found = softmax_lm.share_error(losses(lost), losses(left), losses(kept))
+    assert found == pytest.approx(want, rel=1e-9)
+
+
 def row(variant, bits, lost, error, given_back=None):
     found = {"label": "", "bits": bits, "variant": variant, "lost": lost, "lost_error": error}
-    return found if given_back is None else {**found, "given_back": given_back}
+    if given_back is None:
+        return found
+    return {**found, "given_back": given_back, "given_back_error": 0.02}
 
 
 def test_goals_take_the_better_row_correction_where_something_is_lost():
@@ -53,6 +70,7 @@ def test_goals_take_the_better_row_correction_where_something_is_lost():
     eight, four = softmax_lm.goals(rows)
     assert eight["applies"] and eight["best"] == "before/row_sum" and eight["reached"]
     assert eight["left"] == 0.0005 and eight["left_error"] == 0.01
+    assert eight["given_back_error"] == 0.02
     assert not four["applies"] and four["best"] == "row_sum" and not four["reached"]
 
 
