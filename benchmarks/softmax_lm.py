@@ -263,10 +263,13 @@ def study(args: argparse.Namespace, folder: Path | str, context: int) -> dict[st
     started = time.perf_counter()
     case = Case(args, folder, context)
     full = case.measure(case.model)
-    rounded = copy.deepcopy(case.model)
-    ptqkit.quantize(rounded, "rtn", bits=8, group_size=None, progress=False, diagnostics=False)
+    models = [("FP32", "", case.model)]
+    if args.weights_variants:
+        rounded = copy.deepcopy(case.model)
+        ptqkit.quantize(rounded, "rtn", bits=8, group_size=None, progress=False, diagnostics=False)
+        models.append(("W8A16", "W8A16-", rounded))
     rows = []
-    for name, label, model in (("FP32", "", case.model), ("W8A16", "W8A16-", rounded)):
+    for name, label, model in models:
         base = case.measure(model)
         rows.append(table_row(name, base, None, base, full))
         for bits in args.bits:
@@ -347,7 +350,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--swap", action="store_true", help="measure on the text to calibrate on, and reversed")
     add("--longest", action="store_true", help="each model at its longest context alone")
     add("--variants", nargs="+", default=list(PAPER), help=f"of {', '.join(LABELS)}, or all")
-    add("--weights-variants", nargs="+", default=[*PAPER, "before/row_sum"], help="with W8A16")
+    add("--weights-variants", nargs="*", default=[*PAPER, "before/row_sum"],
+        help="with W8A16; none: float weights alone")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="write JSON there")
     args = parser.parse_args(argv)
     for name in ("variants", "weights_variants"):

@@ -83,7 +83,7 @@ def test_a_scale_per_channel_is_none_or_the_word_of_files():
 
 def test_group_sizes_that_layers_can_have():
     assert group_size_problem("a", 172, 86) == group_size_problem("a", 172, None) == ""
-    assert "its 172 inputs; use 86 or 4, or 'channel'" in group_size_problem("a", 172, 64)
+    assert "its 172 inputs; use 86 or 43, or 'channel'" in group_size_problem("a", 172, 64)
     assert "use 'channel'" in group_size_problem("a", 7, 3)
     assert common_group_size([64, 172], 64) == 4 and common_group_size([64, 192], 64) == 64
     assert common_group_size([128], 128) == 128 and common_group_size([7, 64], 64) is None
