@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import ptqkit
 from benchmarks.accuracy.models import Case, load_case, open_case
 from benchmarks.accuracy.windows import window_losses
 from ptqkit._paired import Sample, standard_errors
+from ptqkit.recipe import as_recipe
 
 __all__ = [
     "Losses",
@@ -201,6 +202,12 @@ class Cell:
         return {"facts": facts, "losses": losses}
 
 
+def calibrated(recipe: Any) -> bool:
+    """Return whether a recipe, or one with its options, depends on calibration windows."""
+    given, options = recipe if isinstance(recipe, tuple) else (recipe, {})
+    return bool(replace(as_recipe(given), **options).needs_calibration())
+
+
 @functools.cache
 def workers(jobs: int) -> ProcessPoolExecutor:
     """Return processes that measure cells, the same for all studies of a command."""
@@ -221,7 +228,8 @@ def study(
 
     `methods` are recipes, or pairs of a recipe and its options, by name. With `divergence` a record
     has that from the float model beside the losses. `texts`, windows by name, are measured in the
-    place of the case's own, and make a record each. `args.jobs` processes share the work.
+    place of the case's own, and make a record each. What needs no calibration is measured once, and
+    is the same for all draws. `args.jobs` processes share the work.
     """
 
     def records(method: str, draw: int, losses: Any, more: Any) -> Iterator[dict[str, Any]]:
@@ -233,11 +241,17 @@ def study(
     tests = {"": case.windows} if texts is None else texts
     floats = {text: losses_on(case.model, case, windows) for text, windows in tests.items()}
     yield from records("float", -1, floats, {})
-    places = [(draw, method) for draw in range(args.draws) for method in methods]
+    places = [
+        (draw, method)
+        for draw in range(args.draws)
+        for method, recipe in methods.items()
+        if draw == 0 or calibrated(recipe)
+    ]
     cells = [Cell(case, methods[m], d, args.samples, tests, divergence) for d, m in places]
     each = map if args.jobs == 1 else workers(args.jobs).map
     for (draw, method), found in zip(places, each(Cell.measure, cells), strict=True):
-        yield from records(method, draw, found["losses"], found["facts"])
+        for same in (draw,) if calibrated(methods[method]) else range(args.draws):
+            yield from records(method, same, found["losses"], found["facts"])
         means = [f"{math.exp(np.mean(x)):.4g}" for x in found["losses"].values()]
         print(f"{name} {method} {draw}: {', '.join(means)}", flush=True)
 

@@ -295,8 +295,10 @@ def checkpoint_bytes(
     return total
 
 
-def check_probe(problems: Problems, structure: Structure, found: Probe) -> set[str]:
-    """Check what the short forward pass showed.
+def check_probe(
+    problems: Problems, structure: Structure, found: Probe, padded: bool = False
+) -> set[str]:
+    """Check what the short forward pass showed; ``padded`` says if any batch holds padding.
 
     Returns
     -------
@@ -309,6 +311,13 @@ def check_probe(problems: Problems, structure: Structure, found: Probe) -> set[s
             f"{name} runs {count} times in one forward pass: a reused layer cannot be quantized; "
             "add an override 'skip'",
             UnsupportedModuleError,
+        )
+    if found.expands and padded:
+        problems.add(
+            "no layer reads a row for each of input_ids: the model puts the places of images "
+            "between the tokens itself, so padding cannot be left out; calibrate without padding "
+            "(a sample a batch, or samples of one length)",
+            CalibrationError,
         )
     unprobed = set()
     for name in found.uncalled:
