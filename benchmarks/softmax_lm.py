@@ -374,8 +374,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         if folder != demo.MODEL_DIR and args.data is None:
             continue
-        results[name] = study(args, folder, context)
-        print_case(name, results[name])
+        label = f"{name}, swapped" if args.swap else name
+        results[label] = study(args, folder, context)
+        print_case(label, results[label])
         write(args, results)
     return 0
 

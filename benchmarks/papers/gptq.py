@@ -405,7 +405,8 @@ def latency(args: argparse.Namespace) -> Records:
     forms = ("float32", "W4", "W3", "W2")
     rows = [r for r in read(RESULTS / "bench_1b_zen1.csv") if r["form"] in forms]
     return [{"form": r["form"], "ms": 1e3 / float(r["generation_rate"]),
-             "megabytes": float(r["tensor_bytes"]) / 1e6} for r in rows]  # fmt: skip
+             "megabytes": float(r["tensor_bytes"]) / 1e6, "model": r["model"],
+             "threads": int(r["threads"])} for r in rows]  # fmt: skip
 
 
 def latency_tables(records: Records) -> list[Table]:
@@ -417,7 +418,7 @@ def latency_tables(records: Records) -> list[Table]:
     ]
     return [
         Table(
-            "Latency of one token, two cores of an AMD Zen 1, 1.1 billion random weights",
+            f"Latency of one token, {floats['model']} weights, {floats['threads']} cores of Zen 1",
             ["", "float32, ms", "packed, ms", "ratio"],
             rows,
             "`ptqkit bench --random-1b`; anew: `python benchmarks/paper_speed.py gptq`.",
