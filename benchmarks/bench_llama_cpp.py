@@ -7,6 +7,12 @@ the file it reads is written by its own writer of GGUF::
 
     pip install xllamacpp gguf
     python -m benchmarks.bench_llama_cpp --json benchmarks/results/llama_cpp_zen1.json
+
+The package's library knows AVX2 and no more. On a processor with more, build llama.cpp's own
+program for it, which then takes the package's place (gguf is still needed)::
+
+    cmake -B build -DGGML_NATIVE=ON && cmake --build build --target llama-bench
+    python -m benchmarks.bench_llama_cpp --llama-bench build/bin/llama-bench --threads 8
 """
 
 from __future__ import annotations
@@ -23,11 +29,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import save, show
-from ptqkit.hf.speed.run import measure_speed, random_cases
+from ptqkit.hf.speed.run import SpeedCase, measure_speed, random_cases
 from ptqkit.hf.speed.shapes import ONE_B, ModelShape
 
 CONTEXT = 16
 PEER = "llama.cpp Q4_0"
+FLOATS = ("float32", "bfloat16")
 RATES = ("generation_rate", "prompt_rate")
 #: Bytes of a block of 32 weights: a float16 scale and the codes.
 BLOCK = {"Q4_0": 2 + 16, "Q8_0": 2 + 32}
@@ -121,7 +128,29 @@ def run_llama_cpp(path: str, prompt: int, tokens: int, threads: int) -> dict[str
     }
 
 
-def _peer(path: Path, args: argparse.Namespace) -> dict[str, float]:
+def run_llama_bench(
+    program: str, path: Path, prompt: int, tokens: int, threads: int
+) -> dict[str, Any]:
+    """Tokens per second of a prompt and of steps, as llama.cpp's own benchmark tells them."""
+    command = [program, "-m", str(path), "-t", str(threads), "-r", "1", "-ngl", "0", "-o", "json"]
+    command += ["-p", str(prompt), "-n", str(tokens)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout)
+    rates = {"generation_rate" if case["n_gen"] else "prompt_rate": case for case in found}
+    result: dict[str, Any] = {what: case["avg_ts"] for what, case in rates.items()}
+    return {**result, "info": f"llama-bench, build {found[0]['build_commit']}, built here"}
+
+
+def _case(form: str, shape: ModelShape, dtype: str) -> list[SpeedCase]:
+    if form in FLOATS:
+        return random_cases("1.1B", shape, (), floats=(form,))
+    variant, _, compute = form.partition(" ")
+    return random_cases("1.1B", shape, (variant,), dtype, (), compute or "packed")
+
+
+def _peer(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    if args.llama_bench:
+        return run_llama_bench(args.llama_bench, path, args.prompt, args.tokens, args.threads)
     command = [sys.executable, "-m", "benchmarks.bench_llama_cpp", "--peer", str(path)]
     for name in ("prompt", "tokens", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
@@ -137,6 +166,15 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=3, help="turns")
     p.add_argument("--json", type=Path, help="write the results to this file")
     p.add_argument("--layers", type=int, help="fewer layers, for a trial")
+    p.add_argument("--llama-bench", metavar="PROGRAM", help="llama.cpp's own, for the peer")
+    p.add_argument("--dtype", default="float32", choices=FLOATS, help="inputs of packed weights")
+    p.add_argument(
+        "--forms",
+        nargs="+",
+        default=["float32", "W4", "W4 int8"],
+        choices=(*FLOATS, "W8A8", "W4", "W4 int8", "W3", "W2", "W2 int8"),
+        help="ptqkit's (float32, W4, W4 int8)",
+    )
     p.add_argument("--peer", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.peer:
@@ -145,11 +183,7 @@ def main() -> None:
     shape = ONE_B
     if args.layers:
         shape = ModelShape(**{**vars(ONE_B), "layers": args.layers})
-    cases = {
-        "float32": random_cases("1.1B", shape, (), floats=("float32",)),
-        "W4": random_cases("1.1B", shape, ("W4",), floats=()),
-        "W4 int8": random_cases("1.1B", shape, ("W4",), floats=(), compute="int8"),
-    }
+    cases = {name: _case(name, shape, args.dtype) for name in args.forms}
     rates: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "q4_0.gguf")
@@ -179,7 +213,7 @@ def main() -> None:
     columns = ["", "generation/s", "x llama.cpp", "prompt/s", "x llama.cpp"]
     show(f"1.1B, {args.threads} threads, prompt {args.prompt}", columns, rows)
     print(f"llama.cpp: {info}")
-    settings = {k: getattr(args, k) for k in ("prompt", "tokens", "threads", "repeats")}
+    settings = {k: getattr(args, k) for k in ("prompt", "tokens", "threads", "repeats", "dtype")}
     save(args.json, "llama_cpp", {"settings": settings, "llama_cpp": info, "rates": found})
 
 

@@ -23,6 +23,9 @@ flags="-std=gnu11 -O3 -ffp-contract=off -fno-trapping-math -fno-math-errno
 openmp=-fopenmp
 echo 'int main(void) { return 0; }' > "$work/probe.c"
 $cc -fopenmp "$work/probe.c" -o "$work/probe" 2> "$work/probe.log" || openmp=
-$cc $flags $openmp -pthread "$csrc"/core/*.c "$csrc"/kernels/*.c \
-    "$csrc/tests/compare_levels.c" -lm -o "$work/compare_levels"
+# One compiler for each processor; the longest files first.
+for source in "$csrc"/kernels/*.c "$csrc/tests/compare_levels.c" "$csrc"/core/*.c; do
+    printf '%s\0-o\0%s\0' "$source" "$work/$(basename "$source" .c).o"
+done | xargs -0 -n 3 -P "$(nproc)" $cc $flags $openmp -pthread -c
+$cc $openmp -pthread "$work"/*.o -lm -o "$work/compare_levels"
 "${emulator[@]}" "$work/compare_levels"
