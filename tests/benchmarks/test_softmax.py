@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers.data import ROOT
 
+from benchmarks.papers import sbc
+
 with pytest.MonkeyPatch.context() as patch:
     # The scripts import their neighbours by name.
     patch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -82,3 +84,27 @@ def test_sampled_rows_show_the_largest_keys_and_others():
     assert last["largest"][0] == [key, float(p[7, key]), float(2 * p[7, key])]
     assert len(last["sampled"]) == 2 and last["row_sum"] == pytest.approx(float(2 * p[7].sum()))
     assert all(k <= 4 for k, _, _ in first["sampled"])
+
+
+def test_the_page_says_where_the_goal_is_reached():
+    def case(bits, *shares, lost=0.5, error=0.1):
+        rows = [row("none", bits, lost, error)]
+        for variant, share in zip(sbc.ROW_SUMS, shares, strict=True):
+            rows.append(row(variant, bits, lost * (1 - share), error, share))
+        return [{"of": "m", **r} for r in rows]
+
+    records = [
+        *case(8, 0.5, 0.995, 0.999),
+        *case(6, 0.5, 0.98, 0.992),
+        *case(4, -1.0, 0.9, 0.97),
+        *case(5, 0.1, 0.1, 0.1, lost=0.15),  # not more than two errors
+    ]
+    shares, left = sbc.before_tables(records)
+    assert (
+        [r[0] for r in shares.rows]
+        == [f"m, float, {b} bits" for b in (8, 6, 4)]
+        == [r[0] for r in left.rows]
+    )
+    assert shares.rows[1][-1] == "99.2 ± 2.0" and left.rows[2][2].startswith("0.05")
+    assert "Of 3 cases" in shares.note and "99 % are reached in 2" in shares.note
+    assert "row sum 0, before + row sum 1, squares + row sum 2" in shares.note
