@@ -398,8 +398,15 @@ typedef enum {
     PTQ_CORRECT_NONE = 0,
     PTQ_CORRECT_TABLE,
     PTQ_CORRECT_ROW_SUM,
-    PTQ_CORRECT_CODE_SUM, /* with exponentials only */
+    PTQ_CORRECT_CODE_SUM, /* not of probabilities */
 } ptq_correction;
+
+/* What is rounded to a grid. */
+typedef enum {
+    PTQ_OF_PROBABILITIES = 0,
+    PTQ_OF_EXPONENTIALS,
+    PTQ_OF_SQUARES, /* exponentials, by their roots */
+} ptq_grid_of;
 
 /* What the loop over rows met; a row without an allowed key is empty. */
 typedef struct {
@@ -415,10 +422,12 @@ typedef struct {
  * grid's zero at keys that are not allowed. corrections (rows) or NULL: what was, or is to be,
  * added. PTQ_NONFINITE: NaN or Inf at an allowed key of some row. PTQ_ROW_REFUSED: codes cannot say
  * which keys a -Inf among the scores leaves out of the correction. info->bad is the first such row.
- * With `exponentials` the grid is not that of p = e / sum(e), but of e = exp(x - the row's largest
- * x) in (0, 1]: values are scale / sum(e) * code, plus the correction. Code sum: code / sum(codes)
- * instead. Such a grid has zero = 0 and scale <= 1, so that the largest e has a code above 0.
- * scales (rows) or NULL: by what a row's codes are, or are to be, multiplied. */
+ * A grid of exponentials is not that of p = e / sum(e), but of e = exp(x - the row's largest x) in
+ * (0, 1]: values are scale / sum(e) * code, plus the correction. Code sum: code / sum(codes)
+ * instead. A grid of squares is that of sqrt(e): values are scale^2 / sum(e) * code^2, plus the
+ * correction, or code^2 / sum(code^2). Both have zero = 0 and scale <= 1, so that the largest e has
+ * a code above 0.
+ * scales (rows) or NULL: by what a row's codes, or their squares, are or are to be multiplied. */
 typedef struct {
     ptq_attention attention;
     ptq_softmax_grid grid;
@@ -429,7 +438,7 @@ typedef struct {
     int codes;
     void *out;
     float *corrections, *scales;
-    int exponentials;
+    int of; /* ptq_grid_of */
 } ptq_softmax_args;
 ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *info, int threads);
 

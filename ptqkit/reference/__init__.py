@@ -63,6 +63,7 @@ from ptqkit.reference.softmax import softmax_codes as softmax_codes
 from ptqkit.reference.softmax import softmax_grid as softmax_grid
 from ptqkit.reference.softmax import softmax_on_grid as softmax_on_grid
 from ptqkit.reference.softmax import softmax_statistics as softmax_statistics
+from ptqkit.reference.softmax import squares_on_grid as squares_on_grid
 from ptqkit.reference.solvers import best_paths as best_paths
 from ptqkit.reference.solvers import brute_force as brute_force
 from ptqkit.reference.solvers import couple_rows as couple_rows
