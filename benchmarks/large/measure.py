@@ -15,8 +15,9 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,8 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         _warm_up(job["dtype"], device)
-        if several:  # or the first to be ready would wait for the last by its clock
-            ready = torch.zeros(1, device=device)
-            torch.distributed.all_reduce(ready)
-            ready.item()
+        if several:
+            _meet(device)
         with _peak() as memory, _profiled(job.get("profile", "")):
             source, data = given.pop()
             result = ptqkit.quantize(
@@ -200,6 +199,8 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
         report = result.report
         if not rank:
             found["codes"] = _digests(result.matrices)
+        if job["forward"] and device != "cpu" and not size.experts:
+            found["pieces"] = _pieces(job, device)
         return {
             **found,
             "schedule": report.schedule,
@@ -208,6 +209,39 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             "objective": sum(row.objective for row in report.quantized),
             "solve_by_inputs": _by_inputs(report),
         }
+
+
+def _pieces(job: dict[str, Any], device: str) -> dict[str, float]:
+    """Return what the products of H and the factors of a whole run take on a GPU, by themselves."""
+    import torch
+
+    from benchmarks.large.cost import groups_of
+    from benchmarks.large.models import Size
+    from ptqkit.nn.device_solver import factorize_on
+    from ptqkit.nn.statistics import TorchHessian
+
+    def timed(call: Callable[[], Any], repeats: int = 3) -> float:
+        call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / repeats
+
+    size, where = Size(**job["size"]), torch.device(device)
+    tokens = job["batch_size"] * job["length"]
+    found = {"products of H": 0.0, "factors": 0.0}
+    for inputs in sorted({group.inputs for group in groups_of(size)}):
+        times = size.layers * sum(group.inputs == inputs for group in groups_of(size))
+        X = torch.randn(tokens, inputs, dtype=getattr(torch, job["dtype"]), device=device)
+        sums = TorchHessian(inputs, device)
+        batches = job["samples"] / job["batch_size"]
+        found["products of H"] += times * batches * timed(partial(sums.update, X))
+        H = sums.finish_there()
+        found["factors"] += times * timed(partial(factorize_on, where, H, damping=0.01))
+        del X, sums, H
+    return found
 
 
 def _digests(matrices: dict[str, Any]) -> dict[str, str]:
@@ -244,6 +278,15 @@ def _profiled(path: str) -> Iterator[None]:
     for order in ("self_device_time_total", "self_cpu_time_total"):
         text.write(averages.table(sort_by=order, row_limit=30, max_name_column_width=60))
     Path(path).write_text(text.getvalue(), encoding="utf-8")
+
+
+def _meet(device: str) -> None:
+    """Wait for all processes: the first to be ready would wait for the last by its clock."""
+    import torch
+
+    ready = torch.zeros(1, device=device)
+    torch.distributed.all_reduce(ready)
+    ready.item()
 
 
 def _warm_up(dtype: str, device: str) -> None:

@@ -14,7 +14,7 @@ from helpers.forked_groups import in_processes
 
 from ptqkit.errors import CalibrationError, UsageError
 from ptqkit.hf import quantize
-from ptqkit.hf.quantization import moments, work
+from ptqkit.hf.quantization import moments, row_coupling, solve, work
 from ptqkit.hf.quantization.processes import Processes, SharedMoments
 from ptqkit.hf.quantization.row_shares import RowShare
 from ptqkit.nn import output_moments, transfer
@@ -83,19 +83,21 @@ def test_codes_do_not_depend_on_the_number_of_processes():
         assert all(np.array_equal(a, b) for n in one for a, b in zip(one[n], other[n], strict=True))
 
 
-def test_sums_that_stay_on_a_device_do_not_depend_on_it_either(monkeypatch):
-    """The way of a GPU, by torch on the host: float64 there, of every batch's sums."""
+def test_what_a_device_makes_does_not_depend_on_it_either(monkeypatch):
+    """The way of a GPU, by torch on the host: sums of every batch in float64, rows solved there."""
 
     class Wide(SharedMoments):
         def __init__(self, name, needs_ranges, writer, on_host):
             super().__init__(name, needs_ranges, writer, False)
 
+    for module in (solve, row_coupling):
+        monkeypatch.setattr(module, "computes", lambda device: True)
     monkeypatch.setattr(work, "SharedMoments", Wide)
     monkeypatch.setattr(moments, "accumulator", TorchHessian)
     monkeypatch.setattr(moments, "drift_accumulator", TorchDrift)
 
     def call(rank):
-        result = run(recipe="best", row_coupling=0, distributed=True)
+        result = run(tokens(6), "best", row_coupling=0, refit_rounds=0, distributed=True)
         return {n: (m.codes, m.scales) for n, m in result.matrices.items()}
 
     (one,), two = (in_processes(call, size) for size in (1, 2))
