@@ -6,7 +6,8 @@ Excess is perplexity above the float model's, of the mean loss over draws and wi
 deviation is over draws. Its change relative to published GPTQ has a standard error by the
 jackknife: one test window is left out at a time, of all recipes and of the float model. The paired
 standard error is of the difference in loss to `quality`, window by window, each window's mean over
-the draws. The picture shows the excess against the bits that are stored per quantized weight.
+the draws. A second table has the mean of the changes over the models. The picture shows the excess
+against the bits that are stored per quantized weight.
 """
 
 from __future__ import annotations
@@ -106,6 +107,27 @@ def table(model: str, grid: str, cells: Losses, base: dict[int, float]) -> list[
     return lines
 
 
+def means(found: dict[tuple[str, str], Losses]) -> list[str]:
+    """Return the lines of the mean over the models of the change to published GPTQ, grid by grid.
+
+    Below zero excess counts as -100 %: no recipe is better than the float model.
+    """
+    changes: dict[tuple[str, str], dict[str, tuple[float, int]]] = defaultdict(dict)
+    for (model, grid), cells in found.items():
+        base = found[model, ""]["float"][-1]
+        kept = {recipe: whole(draws, len(base)) for recipe, draws in cells.items()}
+        for recipe, draws in kept.items():
+            if grid and draws and kept.get("reference") and recipe != "reference":
+                value, _ = change(mean_windows(draws), mean_windows(kept["reference"]), base)
+                changes[grid, recipe][model] = max(-1.0, value), len(draws)
+    lines = []
+    for (grid, recipe), models in changes.items():
+        each = ", ".join(f"{model} {100 * v:+.0f} ({n})" for model, (v, n) in models.items())
+        mean = statistics.fmean(v for v, _ in models.values())
+        lines.append(f"| {grid} | {recipe} | {100 * mean:+.0f} % | {each} |")
+    return lines
+
+
 def points(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Return (bits per weight, excess perplexity, mean over draws) by model and recipe."""
     stored = {
@@ -155,6 +177,9 @@ def main(folder: Path) -> None:
         if grid:
             base = found[model, ""]["float"][-1]
             print(*table(model, grid, cells, base), sep="\n")
+    print()
+    print("| grid | recipe | mean | models, percent (draws) |\n|---|---|---|---|")
+    print(*means(found), sep="\n")
     print()
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in read(folder / "runs.csv"):

@@ -14,12 +14,12 @@ from torch import nn
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.nn.linear import is_conv1d
 
-__all__ = ["TunableMatrix", "divergence", "round_to", "tunable_forwards"]
+__all__ = ["TunableMatrix", "divergence", "round_to", "tokens_at_once", "tunable_forwards"]
 
 # How far a latent may be outside of the codes: less than what would round beyond them.
 _BEYOND = 0.49
-# Tokens whose logits are turned into probabilities at once.
-_TOKENS = 256
+# Tokens whose logits are turned into probabilities at once; on a GPU, logits.
+_TOKENS, _LOGITS = 256, 1 << 22
 
 
 class TunableMatrix:
@@ -64,10 +64,10 @@ class TunableMatrix:
         self.scales = (scales[:1, :1] if matrix.per_tensor else scales).requires_grad_()
 
     def codes(self) -> torch.Tensor:
-        """Return the codes: uint8, or whole numbers in float32 if they learn."""
+        """Return the codes: uint8, or whole numbers in float32 if they learn (see `limit`)."""
         if self.latents is None:
             return self._codes
-        return self.latents.detach().clamp(0, self._top).round_()
+        return self.latents.detach().round()
 
     @torch.no_grad()
     def limit(self) -> None:
@@ -84,19 +84,19 @@ class TunableMatrix:
         parts = codes.view(rows, groups, -1) - self._zeros[:, :, None]
         return parts.view(codes.shape)
 
-    def weight(self, scales: torch.Tensor) -> torch.Tensor:
-        """Return ``scale * (code - zero)`` as float32, the bits of ``matrix.dequantize()``."""
-        steps = self.steps()
-        rows, groups = self._shape
-        if self._index is not None:
-            return steps.mul_(scales.expand(rows, groups)[:, self._index])
-        steps.view(rows, groups, -1).mul_(scales.expand(rows, groups)[:, :, None])
-        return steps
+    def weight(self, scales: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
+        """Return ``scale * (code - zero)`` as float32, the bits of ``matrix.dequantize()``.
 
-    def scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        ``steps``, if they are at hand, are what :meth:`steps` returns.
+        """
+        return self._times(self.steps() if steps is None else steps, scales)
+
+    def scale_gradient(
+        self, gradient: torch.Tensor, steps: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the gradient for the scales from that for the weight, float32 (out, in)."""
         rows, groups = self._shape
-        each = self.steps().mul_(gradient)
+        each = (self.steps() if steps is None else steps) * gradient
         if self._onto is not None:
             summed = each @ self._onto
         else:
@@ -105,11 +105,14 @@ class TunableMatrix:
 
     def code_gradient(self, scales: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient for the latents from that for the weight, float32 (out, in)."""
+        return self._times(gradient, scales)
+
+    def _times(self, value: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         rows, groups = self._shape
         if self._index is not None:
-            return gradient * scales.expand(rows, groups)[:, self._index]
-        parts = gradient.view(rows, groups, -1) * scales.expand(rows, groups)[:, :, None]
-        return parts.view(gradient.shape)
+            return value * scales.expand(rows, groups)[:, self._index]
+        parts = value.view(rows, groups, -1) * scales.expand(rows, groups)[:, :, None]
+        return parts.view(value.shape)
 
     def apply(
         self, scales: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
@@ -120,7 +123,10 @@ class TunableMatrix:
 
 
 class _Product(torch.autograd.Function):
-    """The product with a weight that is made anew for the gradients, not kept for them."""
+    """The product with a weight that is made anew for the gradients, unless codes learn.
+
+    Those have so much memory of their own that keeping the weight is little, and saves time.
+    """
 
     @staticmethod
     def forward(
@@ -131,21 +137,26 @@ class _Product(torch.autograd.Function):
         bias: torch.Tensor | None,
         matrix: TunableMatrix,
     ) -> torch.Tensor:
-        ctx.save_for_backward(value, scales)
+        steps = matrix.steps()
+        weight = matrix.weight(scales, steps).to(value.dtype)
+        kept = () if latents is None else (weight, steps)
+        ctx.save_for_backward(value, scales, *kept)
         ctx.matrix = matrix
-        return F.linear(value, matrix.weight(scales).to(value.dtype), bias)
+        return F.linear(value, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        value, scales = ctx.saved_tensors
+        value, scales, *kept = ctx.saved_tensors
         matrix: TunableMatrix = ctx.matrix
+        weight, steps = kept or (None, None)
         rows = gradient.reshape(-1, gradient.shape[-1])
         of_value = of_scales = of_codes = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_value = gradient @ matrix.weight(scales).to(gradient.dtype)
+            whole = matrix.weight(scales).to(gradient.dtype) if weight is None else weight
+            of_value = gradient @ whole
         if ctx.needs_input_grad[1]:
             product = (rows.T @ value.reshape(-1, value.shape[-1])).to(torch.float32)
-            of_scales = matrix.scale_gradient(product)
+            of_scales = matrix.scale_gradient(product, steps)
             if ctx.needs_input_grad[2]:
                 of_codes = matrix.code_gradient(scales, product)
         if ctx.needs_input_grad[3]:
@@ -199,6 +210,11 @@ def _make_forward(
     return forward_conv1d if is_conv1d(module) else lambda input: forward(input)
 
 
+def tokens_at_once(vocabulary: int, device: torch.device) -> int:
+    """Return of how many tokens the loss makes probabilities at once."""
+    return _TOKENS if device.type == "cpu" else max(_TOKENS, _LOGITS // vocabulary)
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -206,8 +222,9 @@ class _Divergence(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(logits), _TOKENS):
-            rows = slice(start, min(start + _TOKENS, len(logits)))
+        size = tokens_at_once(logits.shape[1], logits.device)
+        for start in range(0, len(logits), size):
+            rows = slice(start, min(start + size, len(logits)))
             log_p = F.log_softmax(target(rows).to(torch.float32), -1)
             log_q = F.log_softmax(logits[rows].to(torch.float32), -1)
             p, q = log_p.exp(), log_q.exp()

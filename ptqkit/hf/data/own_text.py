@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ptqkit.errors import CalibrationError, NotFiniteError, UnsupportedModuleError
-from ptqkit.nn.forward import calibration_mode, model_inputs
+from ptqkit.nn.forward import calibration_mode, device_of, model_inputs
 from ptqkit.recipe.options import check_int
 
 __all__ = ["own_text"]
@@ -83,7 +83,9 @@ def own_text(
     )
     masked = "attention_mask" in whole[0]
     generator = torch.Generator().manual_seed(seed)
-    written: list[Window] = []
+    # Drawn beforehand on the CPU: the same on every device and for every size of a batch.
+    chosen = starts[torch.randint(len(starts), (count,), generator=generator)]
+    draws = torch.rand((count, length - prefix), generator=generator)
 
     def run(ids: torch.Tensor, cache: Any) -> Any:
         inputs = {**model_inputs(model, {"input_ids": ids}), "past_key_values": cache}
@@ -97,12 +99,11 @@ def own_text(
             )
         return output
 
+    written: list[Window] = []
+    device = device_of(model)
     with calibration_mode(model):
-        while len(written) < count:
-            chosen = torch.randint(
-                len(starts), (min(batch_size, count - len(written)),), generator=generator
-            )
-            for row in _continued(run, starts[chosen], length, generator).split(1):
+        for ids, values in zip(chosen.split(batch_size), draws.split(batch_size), strict=True):
+            for row in _continued(run, ids.to(device), values.to(device)).cpu().split(1):
                 written.append({"input_ids": row})
                 if masked:
                     written[-1]["attention_mask"] = torch.ones_like(row)
@@ -120,18 +121,19 @@ def _is_whole(window: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _continued(
-    run: Callable[[torch.Tensor, Any], Any],
-    ids: torch.Tensor,
-    length: int,
-    generator: torch.Generator,
+    run: Callable[[torch.Tensor, Any], Any], ids: torch.Tensor, draws: torch.Tensor
 ) -> torch.Tensor:
-    """Return rows of tokens, drawn on the CPU: the same on every device as far as logits are."""
+    """Return rows of tokens that go on by one for each draw, which is a number from 0 to 1."""
     rows, cache = [ids], None
-    for _ in range(length - ids.shape[1]):
+    finite = torch.ones((), dtype=torch.bool, device=ids.device)
+    for draw in draws.split(1, dim=1):
         output = run(rows[-1], cache)
         cache = output.past_key_values
-        likely = output.logits[:, -1].float().softmax(-1).cpu()
-        if not bool(torch.isfinite(likely).all()):
-            raise NotFiniteError("the float model's logits are not finite: it is damaged")
-        rows.append(torch.multinomial(likely, 1, generator=generator))
+        # Of 32,768 tokens the sums in float32 would miss some.
+        sums = output.logits[:, -1].double().softmax(-1).cumsum(-1)
+        finite &= sums.isfinite().all()
+        found = torch.searchsorted(sums, draw * sums[:, -1:], right=True)
+        rows.append(found.clamp_(max=sums.shape[1] - 1))
+    if not bool(finite):
+        raise NotFiniteError("the float model's logits are not finite: it is damaged")
     return torch.cat(rows, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from ptqkit._units import parse_bytes
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.errors import UnsupportedModuleError, UsageError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
-from ptqkit.hf.data.own_text import own_text
+from ptqkit.hf.data.own_text import own_text as write_text
 from ptqkit.hf.models.dtypes import as_dtype, dtype_of
 from ptqkit.hf.models.experts import ExpertSwap, wanted_for
 from ptqkit.hf.progress import Progress, close_progress, make_progress
@@ -93,6 +93,7 @@ def tune(
     steps: int = TUNE_STEPS,
     *,
     float_model: nn.Module | FloatWeights | str | os.PathLike[str] | None = None,
+    own_text: int | Sequence[Window] = 0,
     tokenizer: Any = None,
     samples: int = SAMPLES,
     sequence_length: int = SEQUENCE_LENGTH,
@@ -129,6 +130,9 @@ def tune(
         Where the logits come from: another model object in float, the weights that
         :class:`ptqkit.hf.FloatWeights` kept of this one, or a folder to load. By default the folder
         that the model was loaded from. ``quantize(..., tune=150)`` needs none of them.
+    own_text : int or list of dict
+        How many windows the float model writes itself, or windows that :func:`ptqkit.hf.own_text`
+        wrote before, to tune several results on the same.
     tokenizer : optional
         The result's by default.
     samples, sequence_length, batch_size, seed, start_token
@@ -138,8 +142,8 @@ def tune(
     progress : bool or callable, optional
         See :func:`ptqkit.hf.progress.make_progress`.
     **options
-        Of :class:`~ptqkit.hf.quantization.tuning.TuningOptions`: ``code_rate``, ``own_text``,
-        ``windows`` per step, ``rate``, ``scale_rate``, ``held_out``, ``checks``, ``patience``.
+        Of :class:`~ptqkit.hf.quantization.tuning.TuningOptions`: ``code_rate``, ``windows`` per
+        step, ``rate``, ``scale_rate``, ``held_out``, ``checks``, ``patience``.
 
     Returns
     -------
@@ -168,7 +172,9 @@ def tune(
     >>> ptqkit.hf.tune(result, "train.txt", 1000, code_rate=0.01, own_text=2048, windows=16)
     """
     check_int("steps", steps, 0)
-    chosen = TuningOptions(steps=steps, batch_size=batch_size, seed=seed, **options)
+    written = None if isinstance(own_text, int) else list(own_text)
+    count = own_text if isinstance(own_text, int) else len(own_text)
+    chosen = TuningOptions(steps=steps, batch_size=batch_size, seed=seed, own_text=count, **options)
     budget = parse_bytes(memory_budget)
     if steps == 0:
         return result
@@ -187,10 +193,12 @@ def tune(
         # Its memory is that of the quantized model; its logits those of the float one.
         with _expert_layers(model, result.matrices):
             _check_inputs(model, result.matrices)
-            needed, free = _measure(model, result.matrices, data, chosen, budget)
+            needed, free = _measure(
+                model, result.matrices, data, chosen, budget, written is not None
+            )
         start = time.perf_counter()
         with _as_float(model, float_model) as source:
-            windows, logits = source.learned_from(data, chosen)
+            windows, logits = source.learned_from(data, chosen, needed.texts, written)
         told = _told(needed, free)
         seconds = time.perf_counter() - start
         ready = TuningData(windows, chosen.own_text, logits, told, seconds)
@@ -231,7 +239,8 @@ def prepare_tuning(
     start = time.perf_counter()
     with torch.inference_mode(False):
         needed, free = _measure(model, layers, data, options, budget)
-        windows, logits = _Float(model, stays=not copy_head).learned_from(data, options)
+        source = _Float(model, stays=not copy_head)
+        windows, logits = source.learned_from(data, options, needed.texts)
     told = _told(needed, free)
     return TuningData(windows, options.own_text, logits, told, time.perf_counter() - start)
 
@@ -270,6 +279,7 @@ def _measure(
     data: CalibrationSet,
     options: TuningOptions,
     budget: int | None,
+    written: bool = False,
 ) -> tuple[TuningMemory, int]:
     """Return what tuning needs and the free memory; raises if the first is more."""
     modules = {name: model.get_submodule(name) for name in layers}
@@ -281,7 +291,7 @@ def _measure(
     learned += weights if options.code_rate > 0 else weights // 32
     limit = free if budget is None else budget
     needed = measure_memory(
-        model, modules, windows, options.batch_size, learned, limit, options.own_text
+        model, modules, windows, options.batch_size, learned, limit, options.own_text, written
     )
     return needed, check_memory(needed, model, budget)
 
@@ -291,6 +301,7 @@ def _told(needed: TuningMemory, free: int) -> dict[str, int]:
         "estimate": needed.total,
         "step": needed.step,
         "window": needed.window,
+        "text": needed.text,
         "available": free,
     }
 
@@ -313,15 +324,25 @@ class _Float:
     stays: bool = False
 
     def learned_from(
-        self, data: CalibrationSet, options: TuningOptions
+        self,
+        data: CalibrationSet,
+        options: TuningOptions,
+        texts: int,
+        written: list[Window] | None = None,
     ) -> tuple[list[Window], FloatLogits]:
-        """Return the windows, the model's own text last, and its logits on them."""
+        """Return the windows, the model's own text last, and its logits on them.
+
+        ``texts`` windows of it are written at once, if they are not there.
+        """
         windows = split_windows(data.batches)
-        if options.own_text:
-            windows += own_text(
+        if written is not None:
+            windows += written
+        elif options.own_text:
+            windows += write_text(
                 self.model,
                 windows,
                 options.own_text,
+                batch_size=texts,
                 seed=options.seed,
                 parameters=self.parameters,
             )

@@ -16,21 +16,16 @@ from ptqkit._defaults import BATCH_SIZE, TUNE_STEPS
 from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.errors import CalibrationError, NotFiniteError
+from ptqkit.errors import CalibrationError
 from ptqkit.hf.models.dtypes import as_dtype
 from ptqkit.hf.progress import Progress, ProgressStage
-from ptqkit.hf.quantization.float_logits import (
-    FloatLogits,
-    Window,
-    counted_logits,
-    joined_windows,
-    model_call,
-)
+from ptqkit.hf.quantization.float_logits import FloatLogits, Window
+from ptqkit.hf.quantization.tuning_step import TuningStep, TuningWindows, held_out_loss
 from ptqkit.nn.forward import calibration_mode, device_of
 from ptqkit.nn.linear import LinearView
 from ptqkit.nn.on_grid import dequantize
 from ptqkit.nn.quantized_mark import mark_quantized
-from ptqkit.nn.tunable import TunableMatrix, divergence, round_to, tunable_forwards
+from ptqkit.nn.tunable import TunableMatrix, round_to, tunable_forwards
 from ptqkit.recipe.options import check_int
 
 __all__ = [
@@ -43,8 +38,6 @@ __all__ = [
     "write_learned",
 ]
 
-# Gradients are of the loss times this power of two: in float16 small ones would vanish.
-_LOSS_SCALE = 1024.0
 # No scale is tuned below this share of what the solver gave it.
 _SMALLEST_SCALE = 1 / 8
 
@@ -126,12 +119,14 @@ class TuningReport(Tabular):
         Number of scales, gains and biases, and codes if they learn.
     codes_changed : int
         Codes that are not what the solver made them.
+    recorded : bool
+        Steps were replays of one that a GPU recorded.
     checks : list of (int, float)
         Steps at which the held-out loss was measured, and what it was.
     seconds : float
         With the float model's logits.
     memory : dict of str to int
-        In bytes: ``estimate``, ``step`` and ``window`` of it, and what was ``available``.
+        In bytes: ``estimate``, ``step``, ``window`` and ``text`` of it, and what was ``available``.
     """
 
     __repr__ = one_line_repr
@@ -147,6 +142,7 @@ class TuningReport(Tabular):
     seconds: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)
     codes_changed: int = 0
+    recorded: bool = False
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"step": step, "loss": loss} for step, loss in self.checks]
@@ -245,7 +241,7 @@ class _Leaves:
             found.append({"params": list(self.vectors.values()), "lr": options.rate})
         if self.latents:
             found.append({"params": list(self.latents.values()), "lr": options.code_rate})
-        return [{**group, "base": group["lr"]} for group in found]
+        return found
 
     def scales(self, name: str) -> torch.Tensor:
         """Return a layer's scales as they are stored."""
@@ -275,27 +271,6 @@ class _Leaves:
 
 def _width(dtype: torch.dtype) -> int:
     return dtype.itemsize
-
-
-class _Data:
-    """Windows in batches, with the float model's logits."""
-
-    def __init__(self, windows: Sequence[Window], logits: FloatLogits, batch_size: int) -> None:
-        self.windows, self.logits, self.batch_size = windows, logits, batch_size
-
-    def tokens(self, indices: Sequence[int]) -> int:
-        """Return the number of positions that count."""
-        return sum(len(self.logits.held[i]) for i in indices)
-
-    def batches(self, indices: Sequence[int]) -> Iterator[tuple[Window, list[int]]]:
-        """Return the windows in batches, each with its indices."""
-        return joined_windows(self.windows, indices, self.batch_size)
-
-    def divergence(self, logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
-        """Return the summed divergence of a batch's logits."""
-        held = torch.cat([self.logits.held[i] for i in indices])
-        joined = FloatLogits([held], self.logits.head)
-        return divergence(logits, lambda rows: joined.rows(0, rows))
 
 
 def split_held_out(count: int, share: int) -> tuple[list[int], list[int]]:
@@ -352,13 +327,13 @@ def learn(
     given = len(windows) - own
     train, held = split_held_out(given, options.held_out)
     train += range(given, len(windows))
-    data = _Data(windows, logits, options.batch_size)
+    data = TuningWindows(windows, logits, options.batch_size)
     leaves = _Leaves(model, matrices, stored, options.code_rate > 0)
     modules = {name: model.get_submodule(name) for name in matrices}
     stage = ProgressStage(progress, "tuning", options.steps, start=start)
     # Codes change in jumps: older squares of gradients tell less of them.
     betas = (0.9, 0.99) if options.code_rate > 0 else (0.9, 0.999)
-    optimizer = torch.optim.Adam(leaves.groups(options), betas=betas, foreach=False)
+    take_step = TuningStep(model, leaves, data, leaves.groups(options), betas)
     order = _endless(train, options.seed)
     windows_per_step = options.windows or (16 if options.code_rate else 8)
     patience = options.patience or (math.inf if options.code_rate else 5)
@@ -367,19 +342,16 @@ def learn(
         calibration_mode(model),
         tunable_forwards(modules, leaves.matrices, leaves.scales),
     ):
-        checks = [(0, _held_out_loss(model, leaves, data, held))]
+        checks = [(0, held_out_loss(model, leaves, data, held))]
+        recorded = take_step.record(train, windows_per_step)
         best, kept, step = None, 0, 0
         for step in range(1, options.steps + 1):
-            for group in optimizer.param_groups:
-                turn = math.pi * (step - 1) / options.steps
-                group["lr"] = group["base"] * 0.5 * (1.0 + math.cos(turn))
+            turn = 0.5 * (1.0 + math.cos(math.pi * (step - 1) / options.steps))
             chosen = [next(order) for _ in range(windows_per_step)]
-            loss = _gradients(model, leaves, data, chosen, step)
-            optimizer.step()
-            leaves.limit()
+            loss = take_step(chosen, turn, step)
             told = f"step {step}"
             if step % interval == 0 or step == options.steps:
-                checks.append((step, _held_out_loss(model, leaves, data, held)))
+                checks.append((step, held_out_loss(model, leaves, data, held)))
                 told += f", held out {checks[-1][1]:.4g}"
                 if checks[-1][1] < dict(checks)[kept]:
                     best, kept = leaves.values(), step
@@ -391,6 +363,7 @@ def learn(
     report = TuningReport(
         step, kept, losses[0], losses[kept], len(train), len(held), leaves.count, checks,
         time.perf_counter() - start, codes_changed=_changed(matrices, best),
+        recorded=recorded,
     )  # fmt: skip
     return best, report
 
@@ -406,43 +379,6 @@ def _endless(indices: Sequence[int], seed: int) -> Iterator[int]:
     while True:
         for place in torch.randperm(len(indices), generator=generator).tolist():
             yield indices[place]
-
-
-def _gradients(
-    model: nn.Module, leaves: _Leaves, data: _Data, chosen: Sequence[int], step: int
-) -> float:
-    """Set the gradients of the mean divergence on some windows; returns it."""
-    tokens, total, everything = data.tokens(chosen), 0.0, leaves.all
-    for leaf in everything:
-        leaf.grad = None
-    for window, indices in data.batches(chosen):
-        with torch.enable_grad():
-            logits = counted_logits(model_call(model, window, leaves.parameters()), window)
-            loss = data.divergence(logits, indices) * (_LOSS_SCALE / tokens)
-            found = torch.autograd.grad(loss, everything, allow_unused=True)
-        total += float(loss.detach()) / _LOSS_SCALE
-        for leaf, gradient in zip(everything, found, strict=True):
-            if gradient is not None:
-                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
-    for leaf in everything:
-        if leaf.grad is not None:
-            leaf.grad.div_(_LOSS_SCALE)
-            if not bool(torch.isfinite(leaf.grad).all()):
-                raise NotFiniteError(
-                    f"tuning: a gradient of step {step} is not finite; the model is as it was. "
-                    "Compute in float32 or bfloat16"
-                )
-    return total
-
-
-@torch.no_grad()
-def _held_out_loss(model: nn.Module, leaves: _Leaves, data: _Data, held: Sequence[int]) -> float:
-    """Return the mean divergence over the tokens of the held-out windows, in nats."""
-    total, parameters = 0.0, leaves.parameters()
-    for window, indices in data.batches(held):
-        logits = counted_logits(model_call(model, window, parameters), window)
-        total += float(data.divergence(logits, indices))
-    return total / data.tokens(held)
 
 
 def write_learned(

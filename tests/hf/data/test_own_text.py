@@ -33,6 +33,7 @@ def test_windows_begin_like_those_given_and_are_as_long(name):
         assert tuple(ids[0, :3].tolist()) in starts
     again = own_text(model, windows, 10, prefix=3, batch_size=4, seed=1)
     assert same(written, again)
+    assert same(written, own_text(model, windows, 10, prefix=3, batch_size=10, seed=1))
     assert not same(written, own_text(model, windows, 10, prefix=3, batch_size=4, seed=2))
 
 

@@ -16,12 +16,13 @@ from ptqkit.errors import CalibrationError, PreflightError, UnsupportedModuleErr
 from ptqkit.hf import (
     FloatWeights,
     TuningInterrupted,
+    own_text,
     prepare_calibration,
     quantize,
     read_matrices,
     tune,
 )
-from ptqkit.hf.quantization import tuning
+from ptqkit.hf.quantization import tuning, tuning_step
 from ptqkit.hf.quantization.float_logits import (
     counted_logits,
     joined_windows,
@@ -130,6 +131,56 @@ def test_codes_learn_if_they_are_told_to_and_zero_points_do_not(tmp_path):
     result.save(tmp_path)
     for key, matrix in read_matrices(tmp_path).items():
         np.testing.assert_array_equal(matrix.codes, result.matrices[key].codes)
+
+
+def test_text_that_was_written_before_is_learned_from():
+    data, options = tokens(16), {**QUICK, "code_rate": 0.1, "batch_size": 4}
+    text = own_text(build(), split_windows(prepare_calibration(data, samples=16).batches), 12)
+    results = []
+    for given in (12, text, text[:6] + text[:6]):
+        result, floats, _ = quantized()
+        tune(result, data, steps=2, float_model=floats, own_text=given, **options)
+        results.append(result.tuning)
+    assert results[0].windows == results[2].windows == 14 + 12
+    assert results[0].checks == results[1].checks != results[2].checks
+    assert results[0].memory["text"] > 0 == results[1].memory["text"]
+
+
+def replayed(run, put_back, device):
+    """Record as a GPU does, without one: what runs again, and where its result lies."""
+    run()
+    put_back()
+    told = torch.zeros(2, dtype=torch.float64)
+    return lambda: told.copy_(run()), told
+
+
+def refused(run, put_back, device):
+    run()
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_recorded_step_is_the_step(monkeypatch):
+    """Two batches of four windows; where recording fails, steps are run on their own."""
+    options = {**QUICK, "code_rate": 0.2, "windows": 8, "checks": 3, "batch_size": 4}
+    found = []
+    for record in (None, replayed, refused):
+        monkeypatch.setattr(tuning_step, "can_record", lambda device: record is not None)  # noqa: B023
+        monkeypatch.setattr(tuning_step, "record_graph", record)
+        result, floats, data = quantized()
+        tune(result, data, steps=6, float_model=floats, **options)
+        assert result.tuning.recorded == (record is replayed)
+        assert result.tuning.kept
+        found.append((result.tuning.checks, bits(result.model)))
+    for checks, state in found[1:]:
+        assert checks == found[0][0] and not differing(state, found[0][1])
+
+
+def test_windows_that_differ_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(tuning_step, "can_record", lambda device: True)
+    data = padded_batches(rows=16)
+    result, floats, _ = quantized(data=data)
+    tune(result, data, steps=1, float_model=floats, **QUICK)
+    assert not result.tuning.recorded
 
 
 def test_a_recipe_tunes_codes_as_the_function_does():
@@ -398,7 +449,26 @@ def test_memory_is_measured_and_checked_before_anything_runs():
     assert two.window == one.window and two.fixed == one.fixed
     assert two.step - one.step == pytest.approx(4 * 1.3 * one.window, abs=4)
     # The float model's logits: 16 windows of 32 tokens, 32 values of the head's input each.
-    assert one.fixed == 16 * 32 * 32 * 4 + 100 * 32
+    assert one.fixed == 16 * 32 * 32 * 4 + 100 * 40
+
+
+def test_memory_of_own_text_is_what_the_model_keeps_of_it():
+    model, data = build(), tokens(16)
+    windows = split_windows([{"input_ids": data}])
+    none, some, few, there = (
+        measure_memory(model, {}, windows, 4, 100, limit, count, written)
+        for limit, count, written in (
+            (1 << 40, 0, False), (1 << 40, 100, False), (1 << 20, 100, False), (1 << 40, 100, True)
+        )
+    )  # fmt: skip
+    assert none.text == there.text == 0
+    assert there.fixed == some.fixed == none.fixed + 100 * 32 * 32 * 4
+    config = model.config
+    heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    kept = 2 * config.num_hidden_layers * heads * data.shape[1] * 4
+    assert some.texts == 64 and some.text == 64 * (2 * kept + 32 * config.vocab_size)
+    assert some.total == max(some.step, some.text) + some.fixed
+    assert 1 <= few.texts < 64 and few.text + few.fixed <= 1 << 20
 
 
 def test_memory_of_a_window_is_what_autograd_keeps():
