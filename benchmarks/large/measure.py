@@ -229,7 +229,7 @@ def _pieces(job: dict[str, Any], device: str) -> dict[str, float]:
         torch.cuda.synchronize()
         return (time.perf_counter() - started) / repeats
 
-    size, where = Size(**job["size"]), torch.device(device)
+    size = Size(**job["size"])
     tokens = job["batch_size"] * job["length"]
     found = {"products of H": 0.0, "factors": 0.0}
     for inputs in sorted({group.inputs for group in groups_of(size)}):
@@ -239,7 +239,7 @@ def _pieces(job: dict[str, Any], device: str) -> dict[str, float]:
         batches = job["samples"] / job["batch_size"]
         found["products of H"] += times * batches * timed(partial(sums.update, X))
         H = sums.finish_there()
-        found["factors"] += times * timed(partial(factorize_on, where, H, damping=0.01))
+        found["factors"] += times * timed(partial(factorize_on, X.device, H, damping=0.01))
         del X, sums, H
     return found
 

@@ -327,7 +327,7 @@ hosts together; the parts are added up as if none overlapped another.
         keys = ("model", "block", "outputs", "moments", "solver", "reduced")
         memory.append([name, *(_size(found[k]) for k in keys)])
     heads = ["model", "parameters", "largest block", "outputs of a block, twice", "largest H"]
-    heads += ["solver (host)", "sums, all layers"]
+    heads += ["copies for the solve", "sums, all layers"]
     return (
         text
         + _table(columns, rows)
