@@ -10,15 +10,18 @@ text, in windows drawn from all over it.
     python benchmarks/softmax_lm.py --data DIR               # and the trained models in that folder
     python benchmarks/softmax_lm.py --bits 8 6 4 --only 512 --guard --seeds 3
     python benchmarks/softmax_lm.py --data DIR --longest --bits 8 6 4 3 2 --variants all --out FILE
+    python benchmarks/softmax_lm.py --data DIR --longest --bits 8 6 4 --tokens 0 --swap
 
 Perplexity is per token, in float32. "excess" is that above the float model, with the standard error
 of the paired difference over windows. "given back" is the share of what the plain grid on [0, 1]
-loses. "gain" is what a correction lowers the loss of a token by, against the same model without it:
-mean over the windows and its standard error, in thousandths of a nat. dB are of the logits, against
-those of the float model.
+loses, its error that of the jackknife over windows. "gain" is what a correction lowers the loss of
+a token by, against the same model without it: mean over the windows and its standard error, in
+thousandths of a nat. dB are of the logits, against those of the float model.
 
 "goal" in the file: whether, at 4 bits and more, the best of the row corrections measured gives
-back 99 % wherever the plain grid loses more than two standard errors.
+back 99 % wherever the plain grid loses more than two standard errors. --swap measures on the text
+to calibrate on and calibrates on the other: the grid of squares was picked among sixteen
+(`softmax_grids.py`) by its loss on the held-out text, and the row corrections need no calibration.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ LABELS = {
     "before/code_sum": " before + code sum",
     "before/row_sum": " before + row sum",
     "squares": " squares",
+    "squares/code_sum": " squares + code sum",
     "squares/row_sum": " squares + row sum",
     "log2": " log2",
     "log2/row_sum": " log2 + row sum",
@@ -95,7 +99,8 @@ class Case:
         self.args, self.context = args, context
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        self.calibration_text, held_out = texts(args, folder)
+        both = texts(args, folder)
+        self.calibration_text, held_out = reversed(both) if args.swap else both
         self.held_out = self.draw(held_out, args.tokens or self.whole(held_out), 0)
         self.calibration = self.draw(self.calibration_text, args.calibration, 0)
         self.reference = [
@@ -158,7 +163,17 @@ def table_row(name: str, found: dict[str, Any], plain: Any, base: Any, full: Any
         row["gain_error"] = 1e3 * float(gain.std(ddof=1)) / math.sqrt(len(gain))
         lost, kept = (math.exp(np.mean(x["losses"])) for x in (plain, base))
         row["given_back"] = (lost - perplexity) / (lost - kept)
+        row["given_back_error"] = share_error(plain, found, base)
     return row
+
+
+def share_error(plain: dict[str, Any], found: dict[str, Any], base: dict[str, Any]) -> float:
+    """Standard error of the share given back: jackknife over the windows, which all three share."""
+    losses = np.array([x["losses"] for x in (plain, found, base)])
+    n = losses.shape[1]
+    lost, left, kept = np.exp((losses.sum(1, keepdims=True) - losses) / (n - 1))
+    shares = (lost - left) / (lost - kept)
+    return float(np.sqrt((n - 1) / n * np.square(shares - shares.mean()).sum()))
 
 
 def paired(found: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float]:
@@ -189,7 +204,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "lost_error": error,
         }
         goal |= {"applies": loss > 2 * error, "best": best}
-        goal |= {"given_back": these[best]["given_back"]}
+        goal |= {name: these[best][name] for name in ("given_back", "given_back_error")}
         goal |= {"left": these[best]["lost"], "left_error": these[best]["lost_error"]}
         found.append(goal | {"reached": goal["given_back"] >= 0.99})
     return found
@@ -248,10 +263,13 @@ def study(args: argparse.Namespace, folder: Path | str, context: int) -> dict[st
     started = time.perf_counter()
     case = Case(args, folder, context)
     full = case.measure(case.model)
-    rounded = copy.deepcopy(case.model)
-    ptqkit.quantize(rounded, "rtn", bits=8, group_size=None, progress=False, diagnostics=False)
+    models = [("FP32", "", case.model)]
+    if args.weights_variants:
+        rounded = copy.deepcopy(case.model)
+        ptqkit.quantize(rounded, "rtn", bits=8, group_size=None, progress=False, diagnostics=False)
+        models.append(("W8A16", "W8A16-", rounded))
     rows = []
-    for name, label, model in (("FP32", "", case.model), ("W8A16", "W8A16-", rounded)):
+    for name, label, model in models:
         base = case.measure(model)
         rows.append(table_row(name, base, None, base, full))
         for bits in args.bits:
@@ -265,6 +283,7 @@ def study(args: argparse.Namespace, folder: Path | str, context: int) -> dict[st
         "held_out": {"windows": windows, "tokens": windows * (context - 1)},
         "calibration": {"windows": case.calibration.samples, "tokens": case.calibration.tokens},
         "start_token": case.calibration.start_token,
+        "swapped": args.swap,
         "rows": rows,
         "goal": goals(rows),
         "seconds": time.perf_counter() - started,
@@ -282,7 +301,9 @@ def print_case(name: str, found: dict[str, Any]) -> None:
                 row["model"],
                 f"{row['perplexity']:.4f}",
                 f"{row['excess']:+.4f} ± {row['excess_error']:.4f}",
-                f"{100 * row['given_back']:.0f}%" if corrected else "",
+                f"{100 * row['given_back']:.1f} ± {100 * row['given_back_error']:.1f} %"
+                if corrected
+                else "",
                 f"{row['gain']:+.2f} ± {row['gain_error']:.2f}" if corrected else "",
                 f"{100 * row['zero_fraction']:.1f}%" if quantized else "",
                 f"{row['mean_row_sum']:.4f}" if quantized else "",
@@ -298,7 +319,8 @@ def print_case(name: str, found: dict[str, Any]) -> None:
         if goal["applies"]:
             print(
                 f"{goal['weights']} weights, {goal['bits']} bits: {goal['best']} gives back "
-                f"{100 * goal['given_back']:.1f} % of {goal['lost']:.4f} ± {goal['lost_error']:.4f}"
+                f"{100 * goal['given_back']:.1f} ± {100 * goal['given_back_error']:.1f} % of "
+                f"{goal['lost']:.4f} ± {goal['lost_error']:.4f}"
             )
     show(f"{name}: {tokens[0]:,} held-out tokens, {tokens[1]:,} to calibrate on", columns, cells)
 
@@ -325,9 +347,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, default=1, help="calibration sets for the biases (1)")
     add("--guard", action="store_true", help="also what quantize_softmax would leave out")
     add("--only", default="", metavar="TEXT", help=f"of {', '.join(CASES)}: those with this text")
+    add("--swap", action="store_true", help="measure on the text to calibrate on, and reversed")
     add("--longest", action="store_true", help="each model at its longest context alone")
     add("--variants", nargs="+", default=list(PAPER), help=f"of {', '.join(LABELS)}, or all")
-    add("--weights-variants", nargs="+", default=[*PAPER, "before/row_sum"], help="with W8A16")
+    add("--weights-variants", nargs="*", default=[*PAPER, "before/row_sum"],
+        help="with W8A16; none: float weights alone")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="write JSON there")
     args = parser.parse_args(argv)
     for name in ("variants", "weights_variants"):
@@ -350,8 +374,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         if folder != demo.MODEL_DIR and args.data is None:
             continue
-        results[name] = study(args, folder, context)
-        print_case(name, results[name])
+        label = f"{name}, swapped" if args.swap else name
+        results[label] = study(args, folder, context)
+        print_case(label, results[label])
         write(args, results)
     return 0
 

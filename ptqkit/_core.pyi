@@ -42,7 +42,7 @@ _SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, int, float]
 # group_size, per_tensor, activation_max_code (0: as they are), activation_symmetric,
 # activation_per_tensor
 _EqualizationOptions: TypeAlias = tuple[int, int, int, int, int]
-_SignedGrid: TypeAlias = tuple[int, bool, bool]  # bits, symmetric, narrow
+_SignedGrid: TypeAlias = tuple[int, bool, bool, bool]  # bits, symmetric, narrow, bf16
 _SoftmaxGrid: TypeAlias = tuple[float, int, int]  # scale, zero, max_code
 
 def hessian_update(
@@ -354,12 +354,12 @@ def softmax_quantize(
     allowed: _Bool | None,  # (batch or 1, heads or 1, q or 1, k)
     causal: int,
     grid: _SoftmaxGrid,
-    correction: int,  # 0 none, 1 table, 2 row sum, 3 code sum (with exponentials)
+    correction: int,  # 0 none, 1 table, 2 row sum, 3 code sum (not with of 0)
     table: _F64,  # (heads or 1, k + 1 or 1), by head and number of allowed keys
     out: _F32 | _U8 | _U16,  # as scores, written: values (may be scores), or codes
     corrections: _F32 | None,  # (batch * heads * q,), written
     scales: _F32 | None,  # (batch * heads * q,), written: of a row's codes
-    exponentials: int,  # 1: the grid is that of exp(x - the row's largest x)
+    of: int,  # the grid's: 0 probabilities, 1 e = exp(x - the row's largest x), 2 sqrt(e)
     threads: int,
     /,
 ) -> tuple[int, int]: ...  # first row that was refused or -1, number of empty rows

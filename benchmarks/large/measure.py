@@ -5,6 +5,7 @@ Started by the other scripts of this folder: ``python -m benchmarks.large.measur
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import json
 import os
@@ -13,8 +14,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +125,16 @@ def _peak() -> Iterator[dict[str, int]]:
 
 
 def _forward_seconds(model: Any, batches: list[Any]) -> float:
-    """Return how long one float forward of all batches takes, after one batch to warm up."""
+    """Return how long one float forward of batches takes."""
     import torch
 
     device = next(model.parameters()).device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    started = time.perf_counter()
     with torch.no_grad():
-        model(batches[0].to(device), use_cache=False)
-        wait()
-        started = time.perf_counter()
         for batch in batches:
             model(batch.to(device), use_cache=False)
-        wait()
+    wait()
     return time.perf_counter() - started
 
 
@@ -167,8 +168,10 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"rank": rank, "build_seconds": time.perf_counter() - begun}
         found["parameters"] = sum(p.numel() for p in model.parameters())
         given = [(model, tokens)]
+        batches = list(tokens.split(job["batch_size"]))
+        _forward_seconds(model, batches[:1])  # in every process: its first kernels are loaded
         if job["forward"]:
-            found["float_forward"] = _forward_seconds(model, list(tokens.split(job["batch_size"])))
+            found["float_forward"] = _forward_seconds(model, batches)
         if job["stream"]:
             model.save_pretrained(Path(folder) / "model")
             found["file_bytes"] = sum(
@@ -182,6 +185,8 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         _warm_up(job["dtype"], device)
+        if several:
+            _meet(device)
         with _peak() as memory, _profiled(job.get("profile", "")):
             source, data = given.pop()
             result = ptqkit.quantize(
@@ -192,6 +197,10 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             memory["gpu_allocated"] = torch.cuda.max_memory_allocated()
             memory["gpu_reserved"] = torch.cuda.max_memory_reserved()
         report = result.report
+        if not rank:
+            found["codes"] = _digests(result.matrices)
+        if job["forward"] and device != "cpu" and not size.experts:
+            found["pieces"] = _pieces(job, device)
         return {
             **found,
             "schedule": report.schedule,
@@ -200,6 +209,46 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
             "objective": sum(row.objective for row in report.quantized),
             "solve_by_inputs": _by_inputs(report),
         }
+
+
+def _pieces(job: dict[str, Any], device: str) -> dict[str, float]:
+    """Return what the products of H and the factors of a whole run take on a GPU, by themselves."""
+    import torch
+
+    from benchmarks.large.cost import groups_of
+    from benchmarks.large.models import Size
+    from ptqkit.nn.device_solver import factorize_on
+    from ptqkit.nn.statistics import TorchHessian
+
+    def timed(call: Callable[[], Any], repeats: int = 3) -> float:
+        call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / repeats
+
+    size, where = Size(**job["size"]), torch.device(device)
+    tokens = job["batch_size"] * job["length"]
+    found = {"products of H": 0.0, "factors": 0.0}
+    for inputs in sorted({group.inputs for group in groups_of(size)}):
+        times = size.layers * sum(group.inputs == inputs for group in groups_of(size))
+        X = torch.randn(tokens, inputs, dtype=getattr(torch, job["dtype"]), device=device)
+        sums = TorchHessian(inputs, device)
+        batches = job["samples"] / job["batch_size"]
+        found["products of H"] += times * batches * timed(partial(sums.update, X))
+        H = sums.finish_there()
+        found["factors"] += times * timed(partial(factorize_on, where, H, damping=0.01))
+        del X, sums, H
+    return found
+
+
+def _digests(matrices: dict[str, Any]) -> dict[str, str]:
+    """Return a checksum of every layer's codes, by which runs are compared."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = pool.map(lambda m: f"{zlib.crc32(m.codes):08x}", matrices.values())
+        return dict(zip(matrices, found, strict=True))
 
 
 @contextmanager
@@ -229,6 +278,15 @@ def _profiled(path: str) -> Iterator[None]:
     for order in ("self_device_time_total", "self_cpu_time_total"):
         text.write(averages.table(sort_by=order, row_limit=30, max_name_column_width=60))
     Path(path).write_text(text.getvalue(), encoding="utf-8")
+
+
+def _meet(device: str) -> None:
+    """Wait for all processes: the first to be ready would wait for the last by its clock."""
+    import torch
+
+    ready = torch.zeros(1, device=device)
+    torch.distributed.all_reduce(ready)
+    ready.item()
 
 
 def _warm_up(dtype: str, device: str) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import markdown
+from benchmarks.large.collect import one_process_of
 from benchmarks.large.cost import PARTS, Cost, bytes_of, count, counts_of, fit, seconds_of
 from benchmarks.large.memory import WAYS
 from benchmarks.large.models import Size
@@ -37,11 +38,11 @@ def page(results: Path) -> str:
     sizes = _read(results / "sizes.json")
     runs = sizes["runs"]
     cost = fit([run for run in runs if run["for"] == "fit"])
-    before, gpu = _read(results / "h200_host.json"), _read(results / "pipeline_7b.json")
+    gpu = _read(results / "pipeline_7b.json")
     parts = [_intro(), _check(sizes, cost)]
     if (results / "memory.json").exists():
         parts.append(_memory(_read(results / "memory.json")))
-    parts += [_equality(_read(results / "equality.json")), _gpu(before, gpu), _extrapolated(gpu)]
+    parts += [_equality(results), _gpu(results, gpu), _extrapolated(gpu)]
     return "\n".join(parts)
 
 
@@ -126,47 +127,58 @@ in the estimate.
     return text + _table(columns, rows)
 
 
-def _equality(found: Mapping[str, Any]) -> str:
-    rows = []
-    for name, way in found["ways"].items():
-        if "compared_with" not in way:
-            continue
-        share = f"{100 * way['codes']:.2f} %" if way["codes"] else "none"
-        rows.append([name, way["compared_with"], "yes" if way["equal_bytes"] else "no", share])
-    setting = found["setting"]
-    text = f"""
+def _equality(results: Path) -> str:
+    text = """
 ## Equal codes by every way
 
-`{found["command"]}`, {_machine(found)}; the embedded model, `{setting["recipe"]}`,
-{setting["bits"]} bits, {setting["samples"]} x {setting["length"]} tokens. Under torchrun the
-batches are added up in float64, so last bits of H are others than without; why that changes codes
-of a deep model is in [large.md](large.md).
+Under torchrun every batch has sums of its own, added up in float64, so last bits of H are others
+than without; why that changes codes of a deep model is in [large.md](large.md).
+"""
+    names = ("equality.json", "equality_gpu.json", "equality_gpu_0.97M.json")
+    return text + "".join(_ways(_read(results / n)) for n in names if (results / n).exists())
+
+
+def _ways(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, way in found["ways"].items():
+        if "error" in way:
+            rows.append([name, "-", way["error"], "-", "-"])
+        if "compared_with" not in way:
+            continue
+        share = "none"
+        if way["different"]:
+            share = f"{way['different']:,} of {way['weights']:,}"
+        same = "yes" if way["equal_bytes"] else "no"
+        rows.append([name, way["compared_with"], same, share, way["first"] or "-"])
+    setting, gpus = found["setting"], sorted(set(found["machine"]["gpus"]))
+    where = f" and {len(found['machine']['gpus'])} {gpus[0]}" if gpus else ""
+    model = "the embedded model" if setting["model"] == "model" else setting["model"]
+    text = f"""
+`{found["command"]}`, {_machine(found)}{where}; {model}, `{setting["recipe"]}`,
+{setting["bits"]} bits, {setting["samples"]} x {setting["length"]} tokens.
 
 """
-    return text + _table(["way", "compared with", "same bytes", "other codes"], rows)
-
-
-def _run(gpu: Mapping[str, Any], name: str) -> Any:
-    return next(run for run in gpu["runs"] if run["name"] == name)
+    columns = ["way", "compared with", "same bytes", "other codes", "first in"]
+    return text + _table(columns, rows)
 
 
 def _gpu_cost(gpu: Mapping[str, Any]) -> Cost:
-    """Return seconds per count of the GPU host, from its run in one pass.
+    """Return seconds per count of the GPU host, from a run of all layers in one pass.
 
-    What the float forward does not take of the time until H is there are products of H and factors,
-    which a profile tells apart; the solver and the diagnostics have times of their own.
+    What the products of H and the factors take by themselves was measured after it; the rest of the
+    time until H and its factor are there is the forward's.
     """
-    run = _run(gpu, "reference, all layers")
+    run = next(r for r in gpu["runs"] if "pieces" in r["ranks"][0])
     size, tokens, found = _measured(run)
     seconds, counts = found["seconds"], count(size, tokens, run["job"]["length"])
-    rest = seconds["forward"] + seconds["hessian"] - found["float_forward"]
-    profile, few = gpu["profile"]["gpu_seconds"], _run(gpu, gpu["profile"]["of"])
-    products = profile["products of H"] * size.layers / few["job"]["size"]["layers"]
+    pieces = run["ranks"][0]["pieces"]
+    rest = seconds["forward"] + seconds["hessian"]
+    forward = rest - pieces["products of H"] - pieces["factors"]
     return {
-        "forward": {"products": found["float_forward"] / counts["products"]},
-        "hessian": {"sums": products / counts["sums"]},
+        "forward": {"products": forward / counts["products"]},
+        "hessian": {"sums": pieces["products of H"] / counts["sums"]},
         "solve": {
-            "factors": (rest - products) / counts["factors"],
+            "factors": pieces["factors"] / counts["factors"],
             "rows": seconds["solve"] / counts["rows"],
         },
         "diagnostics": {"rows": seconds["diagnostics"] / counts["rows"]},
@@ -175,19 +187,22 @@ def _gpu_cost(gpu: Mapping[str, Any]) -> Cost:
 
 def _measured(run: Mapping[str, Any]) -> tuple[Size, int, Any]:
     """Return size, tokens, and what the slowest process measured."""
-    job, ranks = run["job"], run["ranks"]
-    slowest = max(ranks, key=lambda rank: rank["seconds"]["total"])
-    first = next((r["float_forward"] for r in ranks if "float_forward" in r), None)
-    return (
-        Size(**job["size"]),
-        job["samples"] * job["length"],
-        {**slowest, "float_forward": first},
-    )
+    job = run["job"]
+    slowest = max(run["ranks"], key=lambda rank: rank["seconds"]["total"])
+    return Size(**job["size"]), job["samples"] * job["length"], slowest
 
 
-def _gpu(before: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
-    cost, rows = _gpu_cost(gpu), []
-    for run in gpu["runs"]:
+def _total(run: Mapping[str, Any]) -> float:
+    return float(_measured(run)[2]["seconds"]["total"])
+
+
+def _gib(run: Mapping[str, Any], key: str) -> float:
+    return float(max(r["memory"].get(key, 0) for r in run["ranks"])) / 2**30
+
+
+def _gpu(results: Path, gpu: Mapping[str, Any]) -> str:
+    cost, rows, runs = _gpu_cost(gpu), [], gpu["runs"]
+    for run in runs:
         size, tokens, found = _measured(run)
         seconds = found["seconds"]
         told = "-"
@@ -197,45 +212,92 @@ def _gpu(before: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
             told = f"{sum(seconds_of(counts, cost, max(1, run['processes'])).values()):.1f}"
         waits = seconds["forward"] + seconds["hessian"] + seconds.get("propagation", 0.0)
         cells = [seconds["total"], waits, seconds["solve"], seconds["diagnostics"]]
-        gib = (found["memory"]["gpu_allocated"] / 2**30, found["memory"]["growth"] / 2**30)
-        rows.append([run["name"], *(f"{c:.1f}" for c in cells), told, *(f"{g:.1f}" for g in gib)])
-    unfinished = "".join(
-        f"- {r['name']} (commit {r['commit']}): more than {r['seconds']} s\n"
-        for r in gpu["not_finished"]
-    )
-    profile = gpu["profile"]["gpu_seconds"]
+        base = one_process_of(run, runs)
+        faster = "-" if base is None or base is run else f"{_total(base) / _total(run):.2f}"
+        other = run.get("layers_with_other_codes")
+        shown = "-" if other is None else f"{other} of {run['layers']}"
+        gib = [f"{_gib(run, key):.1f}" for key in ("gpu_allocated", "growth")]
+        rows.append([run["name"], *(f"{c:.1f}" for c in cells), told, faster, shown, *gib])
     columns = ["run", "seconds", "until H and its factor", "solve", "diagnostics"]
-    columns += ["told by the model", "GPU GiB", "host GiB"]
+    columns += ["told by the model", "times as fast", "layers with other codes"]
+    columns += ["GPU GiB", "host GiB"]
     text = f"""
 ## On a GPU host
 
-{gpu["what"]}; commit {gpu["commit"]}, one {gpu["machine"]["gpus"][0]} for every process,
-{_machine(gpu)}. {gpu["note"]} At commit {before["commit"]}, on another host of this kind, a
-layer took {before["seconds"]["layer"]} s, so all {32 * before["seconds"]["layer"]:.0f} s. GPU and
-host are peaks, of the host what the run added.
+LLaMA-7B's shape (4096/11008, 32 layers), random weights, bfloat16, 128 x 2,048 tokens, W4 g128
+symmetric; 16 cores for every process; commit {gpu["commit"]}, one {gpu["machine"]["gpus"][0]} for
+every process, {_machine(gpu)}. {gpu["note"]}
+GPU and host are peaks, of the host what the run added. Work on a GPU is waited for where its result
+is needed, so the parts are those of the waits. "Times as fast" and "other codes" compare with one
+process under torchrun.
 
 """
+    return text + _table([*columns], rows) + _goals(runs) + _rest(gpu) + _before(results)
+
+
+#: Seconds of all layers on one GPU, and how many times as fast several are to be.
+GOALS, FASTER = {"reference": 100.0, "quality": 150.0, "best": 250.0}, {2: 1.8, 4: 3.2}
+
+
+def _goals(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Compare what was measured with what it was to be."""
+    rows, whole = [], [r for r in runs if r["job"]["size"]["layers"] == Size().layers]
+    for recipe, limit in GOALS.items():
+        own = [r for r in whole if r["recipe"] == recipe and r["processes"] == 0]
+        if own:
+            best = min(own, key=_total)
+            rows.append(_goal(f"`{recipe}`, one GPU, seconds", limit, _total(best), best["name"]))
+            least = min(own, key=lambda r: _gib(r, "gpu_allocated"))
+            found = _gib(least, "gpu_allocated")
+            rows.append(_goal(f"`{recipe}`, GiB of the GPU", 24.0, found, least["name"]))
+    for run in runs:
+        base, limit = one_process_of(run, runs), FASTER.get(run["processes"])
+        if limit is not None and base is not None:
+            found = _total(base) / _total(run)
+            what = f"times as fast with {run['processes']} GPUs"
+            rows.append(_goal(what, limit, found, run["name"], least=True))
+    text = "\nWhat was asked for, and the best that was measured:\n\n"
+    return text + _table(["goal", "limit", "measured", "in", "met"], rows)
+
+
+def _goal(what: str, limit: float, found: float, name: str, least: bool = False) -> list[str]:
+    met = found >= limit if least else found <= limit
+    return [what, f"{limit:g}", f"{found:.2f}", name, "yes" if met else "**no**"]
+
+
+def _rest(gpu: Mapping[str, Any]) -> str:
+    """Say what runs were stopped, and how far the model is off."""
+    text = ""
+    if gpu.get("not_finished"):
+        lines = (
+            f"- {r['name']} (commit {r['commit']}): more than {r['seconds']} s\n"
+            for r in gpu["not_finished"]
+        )
+        text += "\nStopped before they were over, at a limit of the time there was:\n\n"
+        text += "".join(lines)
+    run = next(r for r in gpu["runs"] if "pieces" in r["ranks"][0])
+    pieces = run["ranks"][0]["pieces"]
     return (
         text
-        + _table(columns, rows)
         + f"""
-Stopped before they were over, at a limit of the time there was:
-
-{unfinished}
-The whole of the run of 2 layers kept the GPU busy for {profile["all"]:.1f} s
-({profile["products of H"]:.2f} of them products of H, {profile["Cholesky factors"]:.2f} factors):
-the host's solver is what takes the time. So since commit 7ec18e2 the products of the passes after
-the solve, of the fits of scales and of row coupling are the GPU's too, which **was not timed**: the
-figures of `quality` and `best` are of before. `quality` missed its goal of 150 s, and `best` its
-250 s in both forms. Several processes missed theirs (1.8 and 3.2 times as fast with two and four):
-the rows of a matrix are shared out, but {Size().hidden:,} rows are too few panels for the threads
-of four processes, each of which reads the whole factor, and every process makes all factors.
-
-The model's seconds per count are those of the first run, so the others check it; several processes
-are slower than told for the reason above, and a streamed run writes its state to the disk, which
-the model does not count.
+The model's seconds per count are those of the run `{run["name"]}`, whose products of H take
+{pieces["products of H"]:.1f} s and whose factors take {pieces["factors"]:.1f} s by themselves; so
+the other runs check it. It does not count what every process does for itself but factors (the whole
+matrices are put together and written, and processes tell each other what they met), nor the disk,
+to which a streamed run writes its state.
 """
     )
+
+
+def _before(results: Path) -> str:
+    first, path = _read(results / "h200_host.json"), results / "pipeline_7b_before.json"
+    layer = first["seconds"]["layer"]
+    text = f"At commit {first['commit']} a layer took {layer} s, so all {32 * layer:.0f} s."
+    if path.exists():
+        before = _read(path)
+        shown = "; ".join(f"{r['name']}: {_total(r):.1f} s" for r in before["runs"])
+        text += f" At commit {before['commit']}: {shown}."
+    return f"\nBefore, on hosts of this kind: {text}\n"
 
 
 def _extrapolated(gpu: Mapping[str, Any]) -> str:
@@ -274,17 +336,30 @@ hosts together; the parts are added up as if none overlapped another.
         + """
 What the figures say:
 
-- 7 B: the host's solver is the bottleneck on up to eight GPUs (its products of whole blocks of
-  columns could be the GPU's, as those of the passes after it are); with more of them the factors,
-  which every process computes for itself.
-- 70 B: the same, and the parameters do not fit one GPU: they need the streamed form, which is for
-  one process today.
-- 1 T: the solver again, and on 64 GPUs the adding up of H. Experts are independent, so processes
-  should share out whole experts instead of the rows of each: then factors are divided too, as in
-  the rows "shared out", and sums of an expert's H would go to one process alone (half of what is
-  told). Mixtures with calibration are for one process today.
+"""
+        + _bottlenecks(cost)
+        + """
+The parameters of 70 B and 1 T do not fit one GPU: they need the streamed form, which is for one
+process today. Experts are independent, so processes should share out whole experts instead of the
+rows of each: then factors are divided too, as in the rows "shared out", and sums of an expert's H
+would go to one process alone (half of what is told). Mixtures with calibration are for one process
+today.
 """
     )
+
+
+def _bottlenecks(cost: Cost) -> str:
+    """Name what takes longest of each model, by numbers of processes."""
+    lines = []
+    for name, size in SHAPES.items():
+        found = []
+        for processes in (1, 8, 64):
+            seconds = _seconds(size, TOKENS[name], processes, cost)
+            part = max(seconds, key=lambda key: seconds[key])
+            share = 100 * seconds[part] / sum(seconds.values())
+            found.append(f"{part} on {processes} ({share:.0f} %)")
+        lines.append(f"- {name}: {', '.join(found)}\n")
+    return "".join(lines)
 
 
 def _row(

@@ -6,8 +6,9 @@
 LLaMA-7B's shape, random weights, 128 x 2,048 tokens, W4 in groups of 128 by default. With
 `--processes 1 --processes 2` each run is repeated under torchrun with so many (NCCL on GPUs, gloo
 on the host), and the speed-up over the first is told. Every run has fresh processes, which share
-the threads of the machine. On a GPU work is queued and waited for later, so the split of the time
-is that of the waits; `--blocking` makes every operation wait (a slower run, with its own split).
+the threads of the machine; checksums tell in how many layers codes differ from the first run's. On
+a GPU work is queued and waited for later, so the split of the time is that of the waits;
+`--blocking` makes every operation wait (a slower run, with its own split).
 """
 
 from __future__ import annotations
@@ -92,7 +93,13 @@ def _tell(run: dict[str, Any], runs: list[dict[str, Any]]) -> None:
     forward = run["ranks"][0].get("float_forward", float("nan"))
     row += [forward, memory["growth"] / 2**20, memory.get("gpu_allocated", 0) / 2**20]
     columns = ["recipe", "processes", "seconds", "speed-up", *PARTS, "one forward"]
-    show(f"{slowest['schedule']}", [*columns, "host MiB", "GPU MiB"], [row])
+    own, others = run["ranks"][0].get("codes", {}), first["ranks"][0].get("codes", {})
+    row.append(f"{sum(own[n] != others.get(n) for n in own)} of {len(own)}")
+    show(
+        f"{slowest['schedule']}",
+        [*columns, "host MiB", "GPU MiB", "layers with other codes"],
+        [row],
+    )
 
 
 if __name__ == "__main__":

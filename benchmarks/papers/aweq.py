@@ -85,9 +85,7 @@ def studied(
     cases: Any, methods: dict[str, Parts], args: argparse.Namespace, **facts: Any
 ) -> Records:
     return [
-        row
-        for name, case in cases
-        for row in measure.study(name, case, methods, args.draws, args.samples, **facts)
+        row for name, case in cases for row in measure.study(name, case, methods, args, **facts)
     ]
 
 

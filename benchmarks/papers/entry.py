@@ -100,6 +100,7 @@ def parse(argv: list[str], entries: Sequence[Entry], description: str = "") -> a
     add("--draws", type=int, default=3, help="calibration draws (3)")
     add("--samples", type=int, default=32, help="calibration windows (32)")
     add("--windows", type=int, default=24, help="test windows (24)")
+    add("--jobs", type=int, default=1, help="processes (1)")
     add("--quick", action="store_true", help="as small as it gets, to see that it runs")
     args = p.parse_args(argv)
     if args.published is None and args.data is not None:

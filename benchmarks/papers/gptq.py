@@ -99,7 +99,8 @@ def sized(cases: Any, args: argparse.Namespace) -> Records:
     for name, case in cases:
         layers = case.model.get_decoder().modules()
         weights = sum(m.weight.numel() for m in layers if hasattr(m, "in_features"))
-        found += measure.study(name, case, METHODS, args.draws, args.samples, weights=weights)
+        facts = {"weights": weights, **measure.training_of(name, args)}
+        found += measure.study(name, case, METHODS, args, **facts)
     return found
 
 
@@ -141,14 +142,20 @@ def _windows(draws: measure.Losses | Any) -> int:
     return min(len(losses) for losses in draws.values())
 
 
+def draws_of(records: Records) -> str:
+    """Return how many draws and windows there are, as a sentence."""
+    draws = len({row["draw"] for row in records} - {-1})
+    windows = max(len(row["losses"]) for row in records)
+    return f"± is the standard deviation over {draws} calibration draws; {windows} test windows."
+
+
 def size_tables(records: Records) -> list[Table]:
     title = "Perplexity by size, one asymmetric grid per output channel"
-    note = (
-        "± is the standard deviation over calibration draws. `size_series` has each model read the "
-        "same 98 million tokens, seven times the text of 211 books; the test text is other books. "
-        "The paper's smallest model is ten times the largest here. Of the last model some "
-        "runs are missing, and where the losses of windows are, paired differences are too."
-    )
+    read = sorted({row["tokens"] for row in records if "tokens" in row})
+    note = draws_of(records)
+    if read:
+        tokens = " to ".join(f"{1e-6 * n:.3g}" for n in dict.fromkeys((read[0], read[-1])))
+        note += f" Each model has read {tokens} million tokens of books; the test text is others."
     compared = [gains(records, "RTN", "GPTQ"), gains(records, "GPTQ", "quality")]
     return [perplexities(records, title, note=note), *(t for t in compared if t.rows)]
 
@@ -303,24 +310,27 @@ def by_text(args: argparse.Namespace) -> Records:
         raise SystemExit("texts needs --models DIR and --data DIR")
     *_, folder = measure.series_folders(args.models)
     calibration = [measure.read_text(args.data / "gutenberg" / "valid.txt.gz")]
-    found: Records = []
-    for text, path in TEXTS.items():
-        test = measure.read_text(args.data / path)
-        length = measure.length_of(folder)
-        case = open_case(folder, calibration, test, length, args.windows)
-        groups = dividing(case, (64, 32))
-        methods = {m: METHODS[m] for m in ("RTN 4", "GPTQ 4", "RTN 3", "GPTQ 3")}
-        methods |= grid_methods(3, groups, "reference", "GPTQ 3")
-        methods |= grid_methods(3, groups[-1:], "quality", "quality 3")
-        found += measure.study(folder.name, case, methods, args.draws, args.samples, text=text)
-    return found
+    length = measure.length_of(folder)
+    cases = {
+        name: open_case(
+            folder, calibration, measure.read_text(args.data / path), length, args.windows
+        )
+        for name, path in TEXTS.items()
+    }
+    case = next(iter(cases.values()))
+    groups = dividing(case, (64, 32))
+    methods = {m: METHODS[m] for m in ("RTN 4", "GPTQ 4", "RTN 3", "GPTQ 3")}
+    methods |= grid_methods(3, groups, "reference", "GPTQ 3")
+    methods |= grid_methods(3, groups[-1:], "quality", "quality 3")
+    texts = {name: of.windows for name, of in cases.items()}
+    return list(measure.study(folder.name, case, methods, args, texts=texts))
 
 
 def text_tables(records: Records) -> list[Table]:
     name = records[0]["model"]
     note = (
-        "Calibrated on prose. Perplexities are per piece of the model's own vocabulary. The "
-        "third text, a sample of C4, was not measured."
+        f"{draws_of(records)} Calibrated on prose. Perplexities are per piece of the model's own "
+        "vocabulary."
     )
     return [
         perplexities(records, f"Perplexity of {name} by text", "text", note),
@@ -354,7 +364,7 @@ def low_bits(args: argparse.Namespace) -> Records:
         "GPTQ ternary g8": ("reference", ternary),
         "quality ternary g8": ("quality", ternary),
     }
-    return list(measure.study(name, case, methods, args.draws, args.samples))
+    return list(measure.study(name, case, methods, args))
 
 
 def low_tables(records: Records) -> list[Table]:
@@ -367,8 +377,8 @@ def low_tables(records: Records) -> list[Table]:
     ]
     title = f"Perplexity of {', '.join(found)} at low bits"
     note = (
-        "Bits per weight count scales and zero points. ± is over calibration draws. The model is "
-        "the largest of table 3."
+        f"Bits per weight count scales and zero points. {draws_of(records)} The model is the "
+        "largest of table 3."
     )
     return [Table(title, ["", "bits/weight", "perplexity"], rows, note)]
 
@@ -395,7 +405,8 @@ def latency(args: argparse.Namespace) -> Records:
     forms = ("float32", "W4", "W3", "W2")
     rows = [r for r in read(RESULTS / "bench_1b_zen1.csv") if r["form"] in forms]
     return [{"form": r["form"], "ms": 1e3 / float(r["generation_rate"]),
-             "megabytes": float(r["tensor_bytes"]) / 1e6} for r in rows]  # fmt: skip
+             "megabytes": float(r["tensor_bytes"]) / 1e6, "model": r["model"],
+             "threads": int(r["threads"])} for r in rows]  # fmt: skip
 
 
 def latency_tables(records: Records) -> list[Table]:
@@ -407,7 +418,7 @@ def latency_tables(records: Records) -> list[Table]:
     ]
     return [
         Table(
-            "Latency of one token, two cores of an AMD Zen 1, 1.1 billion random weights",
+            f"Latency of one token, {floats['model']} weights, {floats['threads']} cores of Zen 1",
             ["", "float32, ms", "packed, ms", "ratio"],
             rows,
             "`ptqkit bench --random-1b`; anew: `python benchmarks/paper_speed.py gptq`.",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gzip
 import json
 import math
+import multiprocessing
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ import ptqkit
 from benchmarks.accuracy.models import Case, load_case, open_case
 from benchmarks.accuracy.windows import window_losses
 from ptqkit._paired import Sample, standard_errors
+from ptqkit.recipe import as_recipe
 
 __all__ = [
     "Losses",
@@ -35,6 +40,7 @@ __all__ = [
     "series_folders",
     "small",
     "study",
+    "training_of",
 ]
 
 LENGTH = 256  # positions of a window, at most
@@ -59,6 +65,14 @@ Cases = Iterator[tuple[str, Case]]
 def series_folders(models: Path) -> list[Path]:
     """Return the folders that `benchmarks.papers.size_series` wrote, the smallest model first."""
     return sorted(models.glob("opt-*"), key=lambda p: (p / "model.safetensors").stat().st_size)
+
+
+def training_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the tokens that a model of the series has read; nothing of other models."""
+    path = (args.models or Path()) / name / "training.json"
+    if args.model or not path.is_file():
+        return {}
+    return {"tokens": json.loads(path.read_text(encoding="utf-8"))["tokens"]}
 
 
 def series(args: argparse.Namespace) -> Cases:
@@ -132,56 +146,114 @@ def divergences(model: Any, case: Case) -> np.ndarray:
     return np.array([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs])
 
 
-def measured(case: Case, recipe: Any, batches: Any, **options: Any) -> tuple[Any, Any]:
-    """Quantize a copy; return the result with it, and the nats per token of each window."""
-    model = copy.deepcopy(case.model)
-    result = ptqkit.quantize(
-        model,
-        recipe,
-        batches,
-        tokenizer=case.tokenizer,
-        progress=False,
-        diagnostics=False,
-        stored_dtype=case.stored_dtype,
-        **options,
-    )
-    return result, np.array(window_losses(model, case.windows)) / case.scored
+def losses_on(model: Any, case: Case, windows: torch.Tensor) -> list[float]:
+    """Return the nats per token of each window, to four digits."""
+    return [round(float(x) / case.scored, 4) for x in window_losses(model, windows)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recipe on a model and a draw of calibration windows: what one process measures at a time.
+
+    Attributes
+    ----------
+    case : Case
+    recipe : Any
+        A recipe, or a pair of a recipe and its options.
+    draw, samples : int
+        Of the calibration windows.
+    tests : dict of str to Tensor
+        Windows of text to measure on, by name.
+    divergence : bool
+        Whether that from the float model is measured too.
+    """
+
+    case: Case
+    recipe: Any
+    draw: int
+    samples: int
+    tests: Mapping[str, torch.Tensor]
+    divergence: bool
+
+    def measure(self) -> dict[str, Any]:
+        """Return bits, seconds to quantize and measure, losses by text, and the divergence."""
+        case = self.case
+        recipe, options = self.recipe if isinstance(self.recipe, tuple) else (self.recipe, {})
+        batches = case.batches(self.samples, self.draw)
+        start = time.perf_counter()
+        model = copy.deepcopy(case.model)
+        result = ptqkit.quantize(
+            model,
+            recipe,
+            batches,
+            tokenizer=case.tokenizer,
+            progress=False,
+            diagnostics=False,
+            stored_dtype=case.stored_dtype,
+            **options,
+        )
+        losses = {name: losses_on(model, case, text) for name, text in self.tests.items()}
+        facts = {
+            "bits": round(float(result.report.totals()["bits_per_weight"]), 3),
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+        if self.divergence:
+            facts["kl"] = [round(float(x), 5) for x in divergences(model, case)]
+        return {"facts": facts, "losses": losses}
+
+
+def calibrated(recipe: Any) -> bool:
+    """Return whether a recipe, or one with its options, depends on calibration windows."""
+    given, options = recipe if isinstance(recipe, tuple) else (recipe, {})
+    return bool(replace(as_recipe(given), **options).needs_calibration())
+
+
+@functools.cache
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Return processes that measure cells, the same for all studies of a command."""
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
 def study(
     name: str,
     case: Case,
     methods: Mapping[str, Any],
-    draws: int,
-    samples: int,
+    args: argparse.Namespace,
     *,
     divergence: bool = False,
+    texts: Mapping[str, torch.Tensor] | None = None,
     **facts: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yield a record per method and draw, the float model (method "float") first.
 
     `methods` are recipes, or pairs of a recipe and its options, by name. With `divergence` a record
-    has that from the float model beside the losses.
+    has that from the float model beside the losses. `texts`, windows by name, are measured in the
+    place of the case's own, and make a record each. What needs no calibration is measured once, and
+    is the same for all draws. `args.jobs` processes share the work.
     """
 
-    def record(method: str, draw: int, losses: Iterable[float], **more: Any) -> dict[str, Any]:
-        rounded = [round(float(x), 4) for x in losses]
-        return {"model": name, **facts, "method": method, "draw": draw, **more, "losses": rounded}
+    def records(method: str, draw: int, losses: Any, more: Any) -> Iterator[dict[str, Any]]:
+        for text, values in losses.items():
+            own = {**facts, "text": text} if texts is not None else facts
+            row = {"model": name, **own, "method": method, "draw": draw, **more}
+            yield {**row, "losses": values}
 
-    yield record("float", -1, np.array(window_losses(case.model, case.windows)) / case.scored)
-    for draw in range(draws):
-        batches = case.batches(samples, draw)
-        for method, recipe in methods.items():
-            recipe, options = recipe if isinstance(recipe, tuple) else (recipe, {})
-            start = time.perf_counter()
-            result, losses = measured(case, recipe, batches, **options)
-            seconds = round(time.perf_counter() - start, 2)
-            bits = round(float(result.report.totals()["bits_per_weight"]), 3)
-            facts_of = {"bits": bits, "seconds": seconds}
-            if divergence:
-                facts_of["kl"] = [round(float(x), 5) for x in divergences(result.model, case)]
-            yield record(method, draw, losses, **facts_of)
-            print(f"{name} {method} {draw}: {math.exp(losses.mean()):.4g}", flush=True)
+    tests = {"": case.windows} if texts is None else texts
+    floats = {text: losses_on(case.model, case, windows) for text, windows in tests.items()}
+    yield from records("float", -1, floats, {})
+    places = [
+        (draw, method)
+        for draw in range(args.draws)
+        for method, recipe in methods.items()
+        if draw == 0 or calibrated(recipe)
+    ]
+    cells = [Cell(case, methods[m], d, args.samples, tests, divergence) for d, m in places]
+    each = map if args.jobs == 1 else workers(args.jobs).map
+    for (draw, method), found in zip(places, each(Cell.measure, cells), strict=True):
+        for same in (draw,) if calibrated(methods[method]) else range(args.draws):
+            yield from records(method, same, found["losses"], found["facts"])
+        means = [f"{math.exp(np.mean(x)):.4g}" for x in found["losses"].values()]
+        print(f"{name} {method} {draw}: {', '.join(means)}", flush=True)
 
 
 def losses_of(

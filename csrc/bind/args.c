@@ -304,12 +304,17 @@ int args_grid(PyObject *tuple, ptq_grid *grid) {
 
 int args_signed_grid(PyObject *tuple, ptq_signed_grid *grid) {
     static const args_field fields[] = {
-        {"bits", 0, 2, 16}, {"symmetric", 0, 0, 1}, {"narrow", 0, 0, 1}};
-    double v[3];
-    if (args_fields(tuple, "grid", fields, 3, v)) return -1;
-    *grid = (ptq_signed_grid){(int)v[0], (int)v[1], (int)v[2]};
-    if (grid->symmetric || !grid->narrow) return 0;
-    PyErr_SetString(PyExc_ValueError, "grid.narrow must be 0 if grid.symmetric is 0");
+        {"bits", 0, 2, 16}, {"symmetric", 0, 0, 1}, {"narrow", 0, 0, 1}, {"bf16", 0, 0, 1}};
+    double v[4];
+    if (args_fields(tuple, "grid", fields, 4, v)) return -1;
+    *grid = (ptq_signed_grid){(int)v[0], (int)v[1], (int)v[2], (int)v[3]};
+    const char *wrong = !grid->symmetric && grid->narrow
+                            ? "grid.narrow must be 0 if grid.symmetric is 0"
+                        : grid->bf16 && (grid->narrow || grid->bits > 8)
+                            ? "grid.bf16 must be 0 if grid.narrow is 1 or grid.bits is above 8"
+                            : NULL;
+    if (!wrong) return 0;
+    PyErr_SetString(PyExc_ValueError, wrong);
     return -1;
 }
 

@@ -20,7 +20,7 @@ static int skip_array(const uint8_t **skip, PyObject *o, npy_intp n) {
 
 PTQ_BIND(signed_grid, 3, "low, high, grid",
          "Return (scale, zero) of the grid that covers 0 and the range from low to high.\n\n"
-         "grid is (bits, symmetric, narrow), bits from 2 to 16; x = scale * (code - zero).") {
+         "grid is (bits, symmetric, narrow, bf16), bits from 2 to 16; x = scale * (code - zero).") {
     ptq_signed_grid grid;
     double low, high;
     if (args_real(&low, args[0], "low") || args_real(&high, args[1], "high") ||

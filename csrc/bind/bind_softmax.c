@@ -85,24 +85,24 @@ static int row_values(PyArrayObject **out, PyObject *o, const char *name, const 
                     args_dim(*out, name, 0, a->batch * a->heads * a->q));
 }
 
-/* What the grid is of; every correction but the code sum exists for both. */
+/* What the grid is of; every correction but the code sum exists for all. */
 static int placement(PyObject *o, ptq_softmax_args *a) {
-    const long long exponentials = args_int(o, "exponentials", 0, 1);
-    if (exponentials < 0) return -1;
-    a->exponentials = (int)exponentials;
-    if (exponentials && (a->grid.zero || a->grid.scale > 1)) {
+    const long long of = args_int(o, "of", 0, PTQ_OF_SQUARES);
+    if (of < 0) return -1;
+    a->of = (int)of;
+    if (of && (a->grid.zero || a->grid.scale > 1)) {
         PyErr_SetString(PyExc_ValueError,
                         "a grid of exponentials must have grid.zero 0 and grid.scale at most 1");
         return -1;
     }
-    if (exponentials || a->correction != PTQ_CORRECT_CODE_SUM) return 0;
-    PyErr_SetString(PyExc_ValueError, "correction 3 (code sum) needs exponentials 1");
+    if (of || a->correction != PTQ_CORRECT_CODE_SUM) return 0;
+    PyErr_SetString(PyExc_ValueError, "correction 3 (code sum) needs of 1 or 2");
     return -1;
 }
 
 PTQ_BIND(
     softmax_quantize, 11,
-    "scores, allowed, causal, grid, correction, table, out, corrections, scales, exponentials, "
+    "scores, allowed, causal, grid, correction, table, out, corrections, scales, of, "
     "threads",
     "Write the softmax of scores over the allowed keys, rounded to a grid and corrected;\n"
     "return the first row that was refused or -1, and the number of rows without a key.\n\n"
@@ -110,8 +110,9 @@ PTQ_BIND(
     "the first three axes, or None; grid (scale, zero, max_code); correction 0 none, 1 table,\n"
     "2 row sum or 3 code sum; table (heads or 1, k + 1 or 1) float64; out as scores, written:\n"
     "values, or codes of uint8 (uint16 if max_code exceeds 255); corrections and scales\n"
-    "(batch * heads * q,) float32, written, or None; exponentials 1 if the grid is that of\n"
-    "exp(x - the row's largest x), zero 0 and scale at most 1.") {
+    "(batch * heads * q,) float32, written, or None; of 0 if the grid is that of the softmax,\n"
+    "1 of e = exp(x - the row's largest x) and 2 of sqrt(e), whose values are squares of steps:\n"
+    "both with zero 0 and scale at most 1.") {
     PyArrayObject *scores, *out, *corrections, *scales;
     ptq_softmax_args a = {0};
     int threads;

@@ -13,7 +13,22 @@ static int lowest_code(const ptq_signed_grid *grid) {
 static int highest_code(const ptq_signed_grid *grid) { return (1 << (grid->bits - 1)) - 1; }
 
 static int grid_valid(const ptq_signed_grid *grid) {
-    return grid->bits >= 2 && grid->bits <= 16 && (grid->symmetric || !grid->narrow);
+    return grid->bits >= 2 && grid->bits <= 16 && (grid->symmetric || !grid->narrow) &&
+           (!grid->bf16 || (grid->bits <= 8 && !grid->narrow));
+}
+
+/* As PyTorch computes it in that dtype: each operation in float32, its result rounded. */
+static void fit_bf16(const ptq_signed_grid *grid, float low, float high, float *scale, int *zero) {
+    const float bottom = (float)lowest_code(grid), top = (float)highest_code(grid);
+    const float most = -low > high ? -low : high;
+    *scale = grid->symmetric ? ptq_to_bf16(most / ((top - bottom) / 2.0f))
+                             : ptq_to_bf16(ptq_to_bf16(high - low) / (top - bottom));
+    *zero = 0;
+    if (!grid->symmetric && low < 0.0f) {
+        const float steps = *scale > 0.0f ? ptq_to_bf16(low / *scale) : -INFINITY;
+        *zero = (int)ptq_rne(ptq_clamp(ptq_to_bf16(bottom - steps), bottom, top));
+    } else if (!grid->symmetric && *scale > 0.0f) *zero = (int)bottom;
+    if (*scale == 0.0f) *scale = 0x1p-7f;
 }
 
 ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float high, float *scale,
@@ -22,6 +37,10 @@ ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float hig
     const float bottom = (float)lowest_code(grid), top = (float)highest_code(grid);
     low = low < 0.0f ? low : 0.0f;
     high = high > 0.0f ? high : 0.0f;
+    if (grid->bf16) {
+        fit_bf16(grid, low, high, scale, zero);
+        return PTQ_OK;
+    }
     *scale = ptq_minmax_scale(low, high, top - bottom, grid->symmetric, 0.0f);
     *zero = 0;
     if (*scale == 0.0f) /* also if the range is too small for a float */
@@ -135,9 +154,12 @@ static void codes_task(void *ctx, int64_t task, int thread) {
             ptq_signed_grid_fit(o->grid, low, high, &o->scales[g], &zero);
             o->zeros[g] = (int16_t)zero;
         }
-        r->k->activations.codes(x, r->n, o->scales[g], (float)o->zeros[g], lowest_code(o->grid),
-                                highest_code(o->grid), code_bytes,
-                                o->codes + t * r->n * code_bytes);
+        char *codes = o->codes + t * r->n * code_bytes;
+        const float zero = (float)o->zeros[g];
+        const int low = lowest_code(o->grid), high = highest_code(o->grid);
+        if (o->grid->bf16)
+            r->k->activations.codes_bf16(x, r->n, o->scales[g], zero, low, high, (int8_t *)codes);
+        else r->k->activations.codes(x, r->n, o->scales[g], zero, low, high, code_bytes, codes);
     }
 }
 

@@ -290,10 +290,12 @@ typedef struct {
     int bits;      /* 2 to 16 */
     int symmetric; /* zero-point 0 */
     int narrow; /* symmetric only: without the smallest code, scale = max|x| / (2^(bits-1) - 1) */
+    int bf16; /* every step of the arithmetic is rounded to bfloat16; at most 8 bits, not narrow */
 } ptq_signed_grid;
 
 /* Grid of the range [low, high] and 0, in float32. A range of 0 (or whose scale underflows) gets
- * scale 2^-23 and zero-point 0; the scale is infinite if high - low overflows. */
+ * scale 2^-23 and zero-point 0; the scale is infinite if high - low overflows. In bfloat16, whose
+ * step at 1 is 2^-7, that is the scale instead. */
 ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float high, float *scale,
                                int *zero);
 /* Extremes of 0 and X (tokens, n), of type `dtype`. Columns with a non-zero skip[c] (NULL: none)
@@ -396,8 +398,15 @@ typedef enum {
     PTQ_CORRECT_NONE = 0,
     PTQ_CORRECT_TABLE,
     PTQ_CORRECT_ROW_SUM,
-    PTQ_CORRECT_CODE_SUM, /* with exponentials only */
+    PTQ_CORRECT_CODE_SUM, /* not of probabilities */
 } ptq_correction;
+
+/* What is rounded to a grid. */
+typedef enum {
+    PTQ_OF_PROBABILITIES = 0,
+    PTQ_OF_EXPONENTIALS,
+    PTQ_OF_SQUARES, /* exponentials, by their roots */
+} ptq_grid_of;
 
 /* What the loop over rows met; a row without an allowed key is empty. */
 typedef struct {
@@ -413,10 +422,12 @@ typedef struct {
  * grid's zero at keys that are not allowed. corrections (rows) or NULL: what was, or is to be,
  * added. PTQ_NONFINITE: NaN or Inf at an allowed key of some row. PTQ_ROW_REFUSED: codes cannot say
  * which keys a -Inf among the scores leaves out of the correction. info->bad is the first such row.
- * With `exponentials` the grid is not that of p = e / sum(e), but of e = exp(x - the row's largest
- * x) in (0, 1]: values are scale / sum(e) * code, plus the correction. Code sum: code / sum(codes)
- * instead. Such a grid has zero = 0 and scale <= 1, so that the largest e has a code above 0.
- * scales (rows) or NULL: by what a row's codes are, or are to be, multiplied. */
+ * A grid of exponentials is not that of p = e / sum(e), but of e = exp(x - the row's largest x) in
+ * (0, 1]: values are scale / sum(e) * code, plus the correction. Code sum: code / sum(codes)
+ * instead. A grid of squares is that of sqrt(e): values are scale^2 / sum(e) * code^2, plus the
+ * correction, or code^2 / sum(code^2). Both have zero = 0 and scale <= 1, so that the largest e has
+ * a code above 0.
+ * scales (rows) or NULL: by what a row's codes, or their squares, are or are to be multiplied. */
 typedef struct {
     ptq_attention attention;
     ptq_softmax_grid grid;
@@ -427,7 +438,7 @@ typedef struct {
     int codes;
     void *out;
     float *corrections, *scales;
-    int exponentials;
+    int of; /* ptq_grid_of */
 } ptq_softmax_args;
 ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *info, int threads);
 

@@ -46,6 +46,12 @@ static inline float ptq_from_half(uint16_t h) {
 
 static inline float ptq_from_bf16(uint16_t h) { return ptq_from_bits((uint32_t)h << 16); }
 
+/* Nearest bfloat16, ties to even, of what is not NaN. */
+static inline float ptq_to_bf16(float x) {
+    const uint32_t u = ptq_to_bits(x);
+    return ptq_from_bits((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+}
+
 /* A positive scale rounded to its storage type (ties to even), never below its smallest normal. */
 static inline float ptq_round_scale(float s, int type) {
     const uint32_t drop = type == PTQ_F16 ? 13 : type == PTQ_BF16 ? 16 : 0;

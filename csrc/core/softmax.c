@@ -121,12 +121,14 @@ static ptq_status quantize_row(quantization *s, int64_t row, float *e, float *ma
     }
     const double sum = s->k->softmax.exp(n, x, high, next, e);
     if (!(sum < INFINITY)) return PTQ_NONFINITE;
+    const int squares = a->of == PTQ_OF_SQUARES;
+    if (squares) s->k->softmax.root(n, e);
     const double step = a->grid.scale;
-    const float factor = (float)(1.0 / (a->exponentials ? step : sum * step));
+    const float factor = (float)(1.0 / (a->of ? step : sum * step));
     const float top = (float)(a->grid.max_code - a->grid.zero);
     const int by_row = a->correction >= PTQ_CORRECT_ROW_SUM;
-    const int64_t code = by_row ? s->k->softmax.code_sum(n, e, factor, top) : 0;
-    double scale = a->exponentials ? step / sum : step;
+    const int64_t code = by_row ? s->k->softmax.code_sum(n, e, factor, top, squares) : 0;
+    double scale = squares ? step * step / sum : a->of ? step / sum : step;
     if (a->correction == PTQ_CORRECT_CODE_SUM) scale = 1.0 / (double)code;
     const float shift = correction_of(a, p.head, allowed, scale, code);
     if (a->corrections) a->corrections[row] = shift;
@@ -138,7 +140,7 @@ static ptq_status quantize_row(quantization *s, int64_t row, float *e, float *ma
         s->k->softmax.codes(n, e, factor, top, a->grid.zero, code_bytes, out);
         clear(a, row, n);
     } else
-        s->k->softmax.values(n, a->attention.k, e, factor, top, holes, (float)scale, shift,
+        s->k->softmax.values(n, a->attention.k, e, factor, top, holes, (float)scale, shift, squares,
                              s->stream, (float *)out);
     return PTQ_OK;
 }
@@ -163,7 +165,7 @@ ptq_status ptq_softmax_quantize(const ptq_softmax_args *args, ptq_rows_info *inf
     if (!attention_valid(a) || !(g->scale > 0) || g->zero < 0 || g->max_code > 65535 ||
         g->zero > g->max_code)
         return PTQ_INVALID;
-    if (args->exponentials ? g->zero || g->scale > 1 : args->correction == PTQ_CORRECT_CODE_SUM)
+    if (args->of ? g->zero || g->scale > 1 : args->correction == PTQ_CORRECT_CODE_SUM)
         return PTQ_INVALID;
     if (args->correction == PTQ_CORRECT_TABLE &&
         ((args->table_heads != 1 && args->table_heads != a->heads) || args->table_lengths < 1 ||

@@ -166,6 +166,9 @@ typedef struct {
     /* Codes clamp(round(x / scale + zero), low, high) as integers of 1 or 2 bytes. */
     void (*codes)(const float *x, int64_t n, float scale, float zero, int low, int high,
                   int code_bytes, void *codes);
+    /* int8 codes, every step rounded to bfloat16; scale and zero are of that dtype. */
+    void (*codes_bf16)(const float *x, int64_t n, float scale, float zero, int low, int high,
+                       int8_t *codes);
     /* any[i] |= |x[i]| >= threshold */
     void (*outliers)(const float *x, int64_t n, float threshold, uint8_t *any);
 } ptq_activations_kernels;
@@ -180,20 +183,23 @@ typedef struct {
 
 /* Rows of attention of n keys. e (n, padded with zeros to a multiple of PTQ_ROW_LANES) holds
  * exponentials, factor is 1 / (their sum * the grid's scale), or 1 / scale on a grid of
- * exponentials, and an entry in steps of the grid is round(min(e * factor, top)) with top =
- * max_code - zero, the most steps above 0. */
+ * exponentials or, with their roots in e, of squares. An entry in steps of the grid is
+ * round(min(e * factor, top)) with top = max_code - zero, the most steps above 0. */
 typedef struct {
     /* Smallest and largest value; NaN may be overlooked. */
     void (*range)(int64_t n, const float *x, float *low, float *high);
     /* e = exp(x - shift), for shift no less than any x, and its sum: float sums of at most 17
      * terms, then double. The first n values of next, any address, are fetched meanwhile. */
     double (*exp)(int64_t n, const float *x, float shift, const float *next, float *e);
-    /* Sum of the steps. */
-    int64_t (*code_sum)(int64_t n, const float *e, float factor, float top);
-    /* out = scale * steps + shift, but 0 if x (which may be NULL) is -Inf, and 0 in [n, width).
-     * stream: with non-temporal stores; PTQ_STORE_FENCE() must follow. out may be x. */
+    /* e = sqrt(e) */
+    void (*root)(int64_t n, float *e);
+    /* Sum of the steps, or of their squares. */
+    int64_t (*code_sum)(int64_t n, const float *e, float factor, float top, int squares);
+    /* out = scale * steps (or their squares) + shift, but 0 if x (which may be NULL) is -Inf, and 0
+     * in [n, width). stream: with non-temporal stores; PTQ_STORE_FENCE() must follow. out may be x.
+     */
     void (*values)(int64_t n, int64_t width, const float *e, float factor, float top,
-                   const float *x, float scale, float shift, int stream, float *out);
+                   const float *x, float scale, float shift, int squares, int stream, float *out);
     /* out = steps + zero as unsigned integers of 1 or 2 bytes. */
     void (*codes)(int64_t n, const float *e, float factor, float top, int zero, int code_bytes,
                   void *out);

@@ -418,8 +418,16 @@ static void run_activations(results *r) {
           "activations");
     record_int8_t(r, "8-bit activations", x, TOKENS * N);
     record_float(r, "  scales", scales, TOKENS);
+    const ptq_signed_grid coarse = {.bits = 8, .bf16 = 1};
+    check(ptq_activations_quantize(in.X, N, PTQ_F32, NULL, TOKENS, &coarse, 1, x, scales, zeros,
+                                   THREADS),
+          "activations");
+    record_int8_t(r, "8-bit activations in bf16", x, TOKENS * N);
     check(ptq_outlier_columns(in.X, N, PTQ_F32, TOKENS, 15.0f, outliers, THREADS), "outliers");
     record_uint8_t(r, "outlier columns", outliers, N);
+    check(ptq_activations_quantize(in.X, N, PTQ_F32, NULL, TOKENS, &grid, 1, x, scales, zeros,
+                                   THREADS),
+          "activations");
     check(ptq_activations_quantize(in.W, N, PTQ_F32, NULL, ROWS, &grid, 1, w, w_scales, w_zeros,
                                    THREADS),
           "weights");
@@ -472,7 +480,7 @@ static void run_softmax(results *r) {
     a.attention.allowed_q = QUERIES;
     check(ptq_softmax_quantize(&a, &info, THREADS), "softmax values");
     record_float(r, "softmax values", out, ENTRIES);
-    a.exponentials = 1;
+    a.of = PTQ_OF_EXPONENTIALS;
     check(ptq_softmax_quantize(&a, &info, THREADS), "exponentials, row sum");
     /* The missing mass cancels: its error is that of the sum of the row, which is 1. */
     output *o = within(record_float(r, "exponentials, row sum", out, ENTRIES), 0);
@@ -482,8 +490,16 @@ static void run_softmax(results *r) {
     a.out = codes;
     check(ptq_softmax_quantize(&a, &info, THREADS), "exponentials, codes");
     record_uint8_t(r, "exponentials, codes", codes, ENTRIES);
+    a.of = PTQ_OF_SQUARES;
+    check(ptq_softmax_quantize(&a, &info, THREADS), "squares, codes");
+    record_uint8_t(r, "squares, codes", codes, ENTRIES);
     a.codes = 0;
-    a.exponentials = 0;
+    a.out = out;
+    a.correction = PTQ_CORRECT_ROW_SUM;
+    check(ptq_softmax_quantize(&a, &info, THREADS), "squares, row sum");
+    o = within(record_float(r, "squares, row sum", out, ENTRIES), 0);
+    for (int i = 0; i < ENTRIES; i++) o->bound[i] = 4 * EPS;
+    a.of = PTQ_OF_PROBABILITIES;
     check(ptq_softmax_statistics(&attention, in.P, &a.grid, 1e-3, sums, &info, THREADS),
           "softmax statistics");
     record_int64_t(r, "softmax statistics", sums, HEADS * PTQ_LENGTH_CLASSES * 4);

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptqkit.arrays._inputs import check_count, check_number, label
-from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, WeightGrid
+from ptqkit.arrays.matrix import GRID_METHODS, SCALE_TYPES, QuantizedMatrix, WeightGrid
 from ptqkit.errors import check_choice
 
 __all__ = [
+    "SEARCH",
     "GridSpec",
     "check_scales",
+    "check_values",
+    "far_exponent",
     "grid_spec",
     "group_width",
+    "largest_exponents",
     "named_grid",
     "outputs",
     "row_exponents",
 ]
+
+#: The search that recipes use: steps, min_shrink, norm and candidates of :func:`grid_spec`.
+SEARCH: dict[str, Any] = {"steps": 40, "min_shrink": 0.3, "norm": 2.4, "candidates": 4}
 
 LARGEST_SCALE = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}
 
@@ -111,7 +118,11 @@ def row_exponents(W: np.ndarray, scale_dtype: str = "float32") -> np.ndarray | N
     changes nothing else: the same codes, ``2^k`` times the scales, ``4^k`` times the objectives.
     Tiny weights stay if their scales are to be float16, which rounds them otherwise there.
     """
-    largest = np.maximum(W.max(axis=1), -W.min(axis=1))
+    return largest_exponents(np.maximum(W.max(axis=1), -W.min(axis=1)), scale_dtype)
+
+
+def largest_exponents(largest: np.ndarray, scale_dtype: str) -> np.ndarray | None:
+    """As :func:`row_exponents`, from the largest magnitude of each row."""
     far = largest > 2.0**30
     if scale_dtype != "float16":
         far |= (largest < 2.0**-30) & (largest > 2.0**-100)
@@ -122,3 +133,23 @@ def check_scales(scales: np.ndarray, scale_dtype: str, name: str | None) -> None
     """Raise ValueError if a scale overflows its storage type."""
     if not np.all(scales <= LARGEST_SCALE[scale_dtype]):
         raise ValueError(f"{label(name)}a scale does not fit {scale_dtype}: the weights are huge")
+
+
+def check_values(q: QuantizedMatrix, name: str | None) -> None:
+    """Raise ValueError if a value of the result is beyond float32, though its scale is not."""
+    steps = max(q.max_code, 1)
+    if q.scales.size and float(q.scales.max()) * steps >= float(np.finfo(np.float32).max):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(q.dequantize()).all()
+        if not finite:
+            raise ValueError(f"{label(name)}a scale does not fit float32: the weights are huge")
+
+
+def far_exponent(matrix: np.ndarray) -> int:
+    """Return an even e for which 2^-e H is neither huge nor tiny, 0 if H is neither.
+
+    H, or its diagonal alone.
+    """
+    diagonal = np.diagonal(matrix) if matrix.ndim == 2 else matrix
+    exponent = int(np.frexp(np.abs(diagonal).max())[1])
+    return exponent // 2 * 2 if abs(exponent) > 40 else 0

@@ -122,14 +122,27 @@ class SignedGrid(NamedTuple):
     bits: int
     symmetric: bool
     narrow: bool
+    bf16: bool
 
 
-def _signed_grid(bits: Any, symmetric: Any, narrow_range: Any) -> SignedGrid:
+#: Dtypes in which grids and codes are computed.
+ARITHMETICS = ("float32", "bfloat16")
+
+
+def _signed_grid(
+    bits: Any, symmetric: Any, narrow_range: Any, arithmetic: Any = "float32"
+) -> SignedGrid:
+    check_choice("arithmetic", arithmetic, ARITHMETICS)
     bits = check_count(bits, "bits", 2, 16)
     symmetric, narrow = bool(symmetric), bool(narrow_range)
     if narrow and not symmetric:
         raise ValueError("narrow_range=True needs symmetric=True: it is the symmetric code range")
-    return SignedGrid(bits, symmetric, narrow)
+    bf16 = arithmetic == "bfloat16"
+    if bf16 and (narrow or bits > 8):
+        raise ValueError(
+            "arithmetic='bfloat16' takes at most 8 bits and no narrow_range, as PyTorch's grids do"
+        )
+    return SignedGrid(bits, symmetric, narrow, bf16)
 
 
 def _fit_range(low: Any, high: Any, grid: SignedGrid) -> tuple[np.float32, int]:
@@ -231,6 +244,7 @@ def quantize_activations(
     scale: float | None = None,
     zero_point: int | None = None,
     outliers: Any = None,
+    arithmetic: str = "float32",
     threads: int = 0,
 ) -> QuantizedActivations:
     """Quantize activations (or the rows of a weight matrix) on signed grids, in float32.
@@ -256,6 +270,9 @@ def quantize_activations(
         Static grid of granularity "tensor" (see :func:`activation_grid`); None: from X.
     outliers : array of bool, shape (channels,), optional
         Columns that stay float and do not widen the grids (see :func:`outlier_columns`).
+    arithmetic : {"float32", "bfloat16"}
+        "bfloat16": every step is rounded to that dtype, as PyTorch computes the grid and the codes
+        of a bfloat16 tensor; at most 8 bits, a range of 0 gets s = 2**-7.
     threads : int
         0 means automatic. The result does not depend on it.
 
@@ -276,7 +293,7 @@ def quantize_activations(
     (array([[  64, -127,   32]], dtype=int8), array([[0.01574803]], dtype=float32))
     """
     check_choice("granularity", granularity, GRANULARITIES)
-    grid = _signed_grid(bits, symmetric, narrow_range)
+    grid = _signed_grid(bits, symmetric, narrow_range, arithmetic)
     static = _static_grid(scale, zero_point, granularity, grid)
     threads = check_threads(threads)
     X, dtype, shape = as_tokens(X)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,10 +18,6 @@ from ptqkit.errors import NotPositiveDefiniteError, check_choice
 __all__ = ["Factorization", "factorize", "quantization_order"]
 
 ORDERS = ("natural", "act", "group-act")
-
-#: ``factor(H, order, shift, threads)`` returns R of ``(H + diag(shift))[order][:, order]``, or the
-#: input whose pivot is not positive.
-Factor = Callable[[np.ndarray, np.ndarray, np.ndarray, int], "np.ndarray | int"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def _attempts(damping: float, max_damping: float) -> Iterator[float]:
 
 
 def _factor(
-    matrix: np.ndarray, order: np.ndarray, shift: np.ndarray, threads: int
+    matrix: np.ndarray, threads: int, order: np.ndarray, shift: np.ndarray
 ) -> np.ndarray | int:
     R = np.empty_like(matrix)
     failed = _core.factor(matrix, order, shift, R, threads)
@@ -149,7 +146,6 @@ def factorize(
     max_damping: float = 1.0,
     threads: int = 0,
     name: str | None = None,
-    factor: Factor | None = None,
 ) -> Factorization:
     """Dampen and factorize a Hessian once, for all layers that read the same inputs.
 
@@ -168,8 +164,6 @@ def factorize(
         0 means automatic.
     name : str, optional
         Layer name for error messages.
-    factor : callable, optional
-        What factorizes, if not the core.
 
     Returns
     -------
@@ -186,14 +180,62 @@ def factorize(
     check_choice("order", order, ORDERS)
     check_damping(damping, max_damping)
     matrix = as_hessian(H, name, threads)
-    n = len(matrix)
+    found, facts = factor_damped(
+        np.diagonal(matrix),
+        order=order,
+        group_size=group_size,
+        damping=damping,
+        max_damping=max_damping,
+        factor=partial(_factor, matrix, threads),
+        name=name,
+    )
+    return Factorization(matrix, found, **facts._asdict())
+
+
+class FactorFacts(NamedTuple):
+    """What a :class:`Factorization` holds beside its matrices."""
+
+    order: np.ndarray
+    order_name: str
+    group_size: int | None
+    damping: float
+    damping_value: float
+    damping_raised: int
+    dead: np.ndarray
+
+
+def factor_damped(
+    diagonal: np.ndarray,
+    *,
+    order: str,
+    group_size: int | None,
+    damping: float,
+    max_damping: float,
+    factor: Callable[[np.ndarray, np.ndarray], Any],
+    name: str | None = None,
+) -> tuple[Any, FactorFacts]:
+    """Factorize a Hessian of which the diagonal is given, with as much damping as it takes.
+
+    Parameters
+    ----------
+    diagonal : ndarray of float32, shape (n,)
+    order, group_size, damping, max_damping, name
+        As :func:`factorize` takes them; checked here are those that the diagonal tells about.
+    factor : callable
+        ``factor(order, shift)`` returns the factor of ``(H + diag(shift))[order][:, order]``, or
+        the input whose pivot is not positive, as an int.
+
+    Returns
+    -------
+    The factor, and how it was made.
+    """
+    n = len(diagonal)
     if (
         order == "group-act"
         and group_size is not None
         and n % check_count(group_size, f"{label(name)}group_size", 1, n)
     ):
         raise ValueError(f"{label(name)}group_size {group_size} does not divide {n} inputs")
-    diagonal = np.diagonal(matrix)
     dead = diagonal == 0
     live = np.abs(diagonal[~dead], dtype=np.float64)
     mean = float(live.mean()) if live.size else 0.0
@@ -201,11 +243,10 @@ def factorize(
     failed, tried = -1, 0.0
     for raised, tried in enumerate(_attempts(float(damping), float(max_damping))):
         shift = np.where(dead, 1.0, tried * mean)
-        found = (factor or _factor)(matrix, perm, shift, threads)
-        if isinstance(found, np.ndarray):
-            return Factorization(
-                matrix, found, perm, order, group_size, tried, tried * mean, raised, dead
-            )
+        found = factor(perm, shift)
+        if not isinstance(found, int):
+            facts = FactorFacts(perm, order, group_size, tried, tried * mean, raised, dead)
+            return found, facts
         failed = found
     raise NotPositiveDefiniteError(
         f"{label(name)}the Hessian is not positive definite: the pivot of input {failed} failed "

@@ -130,6 +130,7 @@ def int8_linear(
     narrow_range: bool = False,
     scale: float | None = None,
     zero_point: int = 0,
+    arithmetic: str = "float32",
     threads: int = 0,
 ) -> np.ndarray:
     """Return x W^T + bias, x quantized on the way and W packed, with exact integer sums [IPQS].
@@ -155,6 +156,8 @@ def int8_linear(
         Grids of the activations, as in ``quantize_activations``; one is fitted to each token.
     scale, zero_point : number, optional
         One static grid instead.
+    arithmetic : {"float32", "bfloat16"}
+        Of the grids and codes of the activations, as in ``quantize_activations``.
     threads : int
         0 means automatic. The result does not depend on it.
 
@@ -167,7 +170,7 @@ def int8_linear(
     TypeError, ValueError
         Shapes or types that do not fit, more than 8 bits, NaN or Inf in x.
     """
-    grid = _signed_grid(bits, symmetric, narrow_range)
+    grid = _signed_grid(bits, symmetric, narrow_range, arithmetic)
     if grid.bits > 8:
         raise ValueError(f"an int8 product takes at most 8 bits, not {grid.bits}")
     X, dtype, shape = as_tokens(x)

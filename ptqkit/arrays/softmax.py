@@ -32,9 +32,10 @@ UNFITTED = (None, "row_sum", "code_sum")
 CORRECTIONS_OF: dict[str, tuple[str | None, ...]] = {
     "probabilities": (None, "bias", "row_length", "row_sum"),
     "exponentials": UNFITTED,
+    "squares": UNFITTED,
 }
 """What can be rounded to a grid, and the corrections that exist there."""
-GRIDS_OF = tuple(CORRECTIONS_OF)
+GRIDS_OF = tuple(CORRECTIONS_OF)  # in the order of ptq_grid_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class SoftmaxGrid:
 
     Or one of exponentials ``e = exp(x - the row's largest x)``, which are rounded before they are
     divided by their sum: ``y = s * code / sum(e)``. Every row then has the whole grid to itself.
+    Or one of squares: the codes are of ``sqrt(e)``, and ``y = (s * code)**2 / sum(e)``. Its steps
+    grow from ``s**2`` next to 0, where most keys of a long row are, to about ``2 * s`` at 1.
 
     Attributes
     ----------
@@ -51,8 +54,8 @@ class SoftmaxGrid:
     scale : float
         A float32 number, above 0.
     zero_point : int
-        Code of 0; 0 for exponentials.
-    of : {"probabilities", "exponentials"}
+        Code of 0; 0 for exponentials and squares.
+    of : {"probabilities", "exponentials", "squares"}
     """
 
     __repr__ = one_line_repr
@@ -69,10 +72,8 @@ class SoftmaxGrid:
         if not 0 < scale < 1e30 or float(np.float32(scale)) != scale:
             raise ValueError(f"scale must be a positive float32 number, not {scale!r}")
         check_choice("of", self.of, GRIDS_OF)
-        if self.of == "exponentials" and (self.zero_point or scale > 1):
-            raise ValueError(
-                "a grid of exponentials must have zero_point 0 and a scale of at most 1"
-            )
+        if self.of != "probabilities" and (self.zero_point or scale > 1):
+            raise ValueError(f"a grid of {self.of} must have zero_point 0 and a scale of at most 1")
 
     @property
     def max_code(self) -> int:
@@ -89,6 +90,8 @@ class SoftmaxGrid:
     def quantize(self, P: Any) -> np.ndarray:
         """Return the codes ``clamp(round(p * (1 / s)) + z)``, ties to even, in float32.
 
+        On a grid of squares, those of the roots of P.
+
         Returns
         -------
         ndarray of uint8 (uint16 above 8 bits), shape of P
@@ -96,14 +99,21 @@ class SoftmaxGrid:
         P = as_float32(P, "P")
         if not np.isfinite(P).all():
             raise ValueError("P holds NaN or Inf")
+        if self.of == "squares":
+            P = np.sqrt(np.maximum(P, np.float32(0)))
         low, high = np.float32(-self.zero_point), np.float32(self.max_code - self.zero_point)
         steps = np.clip(P * (np.float32(1) / np.float32(self.scale)), low, high)
         return (np.rint(steps) + np.float32(self.zero_point)).astype(self._code_type)
 
     def dequantize(self, codes: np.ndarray, bias: float = 0.0) -> np.ndarray:
-        """Return float32 ``s * (code - z) + bias``: ``s * code - offset(bias)``, rounded."""
-        steps = np.asarray(codes).astype(np.float32) - np.float32(self.zero_point)
-        return np.float32(self.scale) * steps + np.float32(bias)
+        """Return float32 ``s * (code - z) + bias``: ``s * code - offset(bias)``, rounded.
+
+        On a grid of squares ``(s * code)**2 + bias``.
+        """
+        values = np.float32(self.scale) * (
+            np.asarray(codes).astype(np.float32) - np.float32(self.zero_point)
+        )
+        return (values * values if self.of == "squares" else values) + np.float32(bias)
 
     @property
     def _code_type(self) -> type:
@@ -124,14 +134,15 @@ def softmax_grid(
         2 to 16.
     minimum, maximum : float
         Fixed range of a softmax, [0, 1], or the range seen in calibration.
-    of : {"probabilities", "exponentials"}
-        What is rounded; the largest exponential of every row is 1.
+    of : {"probabilities", "exponentials", "squares"}
+        What is rounded, see :class:`SoftmaxGrid`; the largest exponential of every row is 1. The
+        range of squares is that of the roots.
 
     Raises
     ------
     ValueError
-        If they are not finite, or the range holds 0 only; if that of exponentials starts below 0
-        or has steps longer than 1.
+        If they are not finite, or the range holds 0 only; if that of exponentials or squares starts
+        below 0 or has steps longer than 1.
     """
     bits = check_count(bits, "bits", 2, 16)
     low = min(check_number(minimum, "minimum"), 0.0)
@@ -155,7 +166,8 @@ def check_correction(grid: SoftmaxGrid, correction: str | None) -> None:
 class QuantizedProbabilities:
     """Hold codes of a softmax and the offset of each row: ``y = s * code - offset`` if allowed.
 
-    On a grid of exponentials every row has a scale of its own as well.
+    On a grid of exponentials every row has a scale of its own as well; on one of squares it
+    multiplies the squares of the codes.
 
     Attributes
     ----------
@@ -167,7 +179,7 @@ class QuantizedProbabilities:
     empty_rows : int
         Rows without an allowed key: all 0, correction 0.
     scales : ndarray of float32, shape (..., q), or None
-        Scale s of each row's codes; None if it is that of the grid.
+        Scale s of each row's codes, or of their squares; None if it is that of the grid.
     """
 
     __repr__ = one_line_repr
@@ -201,6 +213,8 @@ class QuantizedProbabilities:
         scale: Any = np.float32(self.grid.scale)
         if self.scales is not None:
             scale = self.scales.reshape(rows.shape)
+        if self.grid.of == "squares":
+            steps = steps * steps
         values = scale * steps + rows
         return np.where(seen, values, np.float32(0)).reshape(shape)
 
@@ -277,13 +291,13 @@ def softmax_on_grid(
     scores : array or tensor, shape (..., heads, q, k)
         float32; halves are widened, float64 is rounded. Scaled, not masked.
     grid : SoftmaxGrid
-        If it is one of exponentials, these are rounded and then divided by their sum before
-        rounding.
+        If it is one of exponentials or squares, exponentials are rounded and then divided by their
+        sum before rounding.
     correction : {None, "bias", "row_sum", "row_length", "code_sum"}
         "bias": beta is added to every allowed entry [SBC, eq. 4]. "row_sum": each row's own missing
         mass, ``(1 - sum of the rounded row) / (number of allowed keys)``; needs no calibration.
         "row_length": beta by the number of allowed keys. "code_sum": exponentials are divided by
-        the sum of the rounded ones. Exponentials have "row_sum" and "code_sum" alone.
+        the sum of the rounded ones. Exponentials and squares have "row_sum" and "code_sum" alone.
     bias : float or array, optional
         "bias": () or (heads,). "row_length": (lengths,) or (heads, lengths), entry n for rows of n
         allowed keys. See :class:`ptqkit.SoftmaxBias`.
@@ -320,8 +334,8 @@ def softmax_on_grid(
     table = _bias_table(correction, bias, x.shape[1], x.shape[3])
     result = _check_out(out, x, shape, grid._code_type if codes else np.float32)
     rows = np.empty(x.size // x.shape[3], np.float32) if codes else None
-    before = grid.of == "exponentials"
-    scales = np.empty_like(rows) if rows is not None and before else None
+    of = GRIDS_OF.index(grid.of)
+    scales = np.empty_like(rows) if rows is not None and of else None
     bad, empty = _core.softmax_quantize(
         x,
         mask,
@@ -332,7 +346,7 @@ def softmax_on_grid(
         result.reshape(x.shape),
         rows,
         scales,
-        int(before),
+        of,
         threads,
     )
     if bad >= 0:

@@ -12,6 +12,8 @@ import ptqkit._core as _core
 from ptqkit.arrays._grids import (
     GridSpec,
     check_scales,
+    check_values,
+    far_exponent,
     grid_spec,
     group_width,
     named_grid,
@@ -103,7 +105,7 @@ def rtn(
         codes, scales, zeros = outputs(rows, n, n // size)
         far, read = row_exponents(W, scale_dtype), matrix if grid == "hessian" else None
         moderate = W if far is None else np.ldexp(W, -far)
-        if read is not None and (shift := _far_exponent(read)):
+        if read is not None and (shift := far_exponent(read)):
             read = np.ldexp(read, -shift)
         _core.rtn(moderate, size, spec, read, codes, scales, zeros, threads)
         if far is not None:
@@ -111,7 +113,7 @@ def rtn(
     check_scales(scales, scale_dtype, name)
     g_idx = (np.arange(n) // size).astype(np.int32)
     q = QuantizedMatrix(codes, scales, zeros, g_idx, result_grid)
-    _check_values(q, name)
+    check_values(q, name)
     if matrix is None:
         return q
     found = _objective(W, q, matrix, threads)
@@ -138,7 +140,7 @@ def _objective(W: np.ndarray, q: QuantizedMatrix, matrix: np.ndarray, threads: i
 
 def _quadratic(E: np.ndarray, matrix: np.ndarray, threads: int) -> np.ndarray:
     """Return e H e^T of each row, float64 (rows,), of any size."""
-    far, shift = row_exponents(E), _far_exponent(matrix)
+    far, shift = row_exponents(E), far_exponent(matrix)
     if far is not None:
         E = np.ldexp(E, -far)
     if shift:
@@ -153,12 +155,6 @@ def _unscale(objectives: np.ndarray, far: np.ndarray | None, shift: int) -> np.n
     if far is None and not shift:
         return objectives
     return np.ldexp(objectives, shift if far is None else shift + 2 * far[:, 0])
-
-
-def _far_exponent(matrix: np.ndarray) -> int:
-    """Return an even e for which 2^-e H is neither huge nor tiny, 0 if H is neither."""
-    exponent = int(np.frexp(np.abs(np.diagonal(matrix)).max())[1])
-    return exponent // 2 * 2 if abs(exponent) > 40 else 0
 
 
 def objective(W: Any, W_hat: Any, H: Any, *, threads: int = 0) -> np.ndarray:
@@ -327,7 +323,7 @@ def gptq(
         damping_raised=F.damping_raised,
         dead_inputs=int(F.dead.sum()),
     )
-    _check_values(q, name)
+    check_values(q, name)
     if not feedback:  # the solver tracks differences only
         history += _objective(W, q, F.matrix, threads) - history[-1]
     if not (options.groups_follow_order if compare_rtn is None else compare_rtn):
@@ -380,7 +376,7 @@ def _solve(
     g_idx = np.empty(n, np.int32)
     steps = options.refine_passes + 2 * options.refit_rounds
     history = np.empty((1 + steps, rows), np.float64)
-    matrix, R, far, shift = F.matrix, F.R, row_exponents(W, scale_dtype), _far_exponent(F.matrix)
+    matrix, R, far, shift = F.matrix, F.R, row_exponents(W, scale_dtype), far_exponent(F.matrix)
     if far is not None:
         W = np.ldexp(W, -far)
     if shift:
@@ -465,13 +461,3 @@ def obq(
     q = replace(grids, codes=codes, damping=F.damping, dead_inputs=int(F.dead.sum()))
     found = _objective(W, q, F.matrix, threads)
     return replace(q, row_objectives=found[None], rtn_objectives=grids.rtn_objectives)
-
-
-def _check_values(q: QuantizedMatrix, name: str | None) -> None:
-    """Raise ValueError if a value of the result is beyond float32, though its scale is not."""
-    steps = max(q.max_code, 1)
-    if q.scales.size and float(q.scales.max()) * steps >= float(np.finfo(np.float32).max):
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(q.dequantize()).all()
-        if not finite:
-            raise ValueError(f"{label(name)}a scale does not fit float32: the weights are huge")

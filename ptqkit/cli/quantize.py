@@ -422,7 +422,7 @@ def parse_override(text: str) -> tuple[str, dict[str, Any] | str]:
         found[name] = _value(value.strip())
     if found.get("group_size") is not None:
         found["per_tensor"] = found["group_size"] == "tensor"
-    if found.get("group_size") in ("channel", "tensor"):
+    if found.get("group_size") == "tensor":
         found["group_size"] = None
     return pattern, found
 

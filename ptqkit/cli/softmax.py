@@ -53,7 +53,8 @@ row has all codes to itself (beyond the paper), and there are other papers' grid
 
   before          rounded before normalising; before/row_sum with each row's own missing mass;
                   before/code_sum divided by the sum of the rounded ones
-  squares         before normalising as well, with codes of the square root; squares/row_sum
+  squares         before normalising as well, with codes of the square root: fine steps next to 0;
+                  squares/row_sum and squares/code_sum
   log2            powers of two (FQ-ViT); log2/row_sum
   twin            two uniform grids, a fine and a coarse one (PTQ4ViT); twin/row_sum
 

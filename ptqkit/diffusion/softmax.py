@@ -161,7 +161,7 @@ def quantize_softmax(
     granularity : {"head", "tensor", "step", "step_head"}
         Of "bias". Those with steps are for the time steps of the calibration set; at others the
         nearest one counts.
-    grid_of : {"probabilities", "exponentials"}
+    grid_of : {"probabilities", "exponentials", "squares"}
         What is rounded; see :func:`ptqkit.quantize_softmax`.
     diagnostics : bool
         Three more passes for signal-to-noise ratios of layers and UNet; corrections that lower

@@ -1,4 +1,4 @@
-"""Rows that make up for each other's errors, with the large products on a GPU.
+"""Rows that make up for each other's errors, on a device.
 
 :func:`ptqkit.couple_rows` goes over the codes row by row. Here the same descent goes column by
 column, through all runs of rows at once, each with its own B. No step of either raises the sum.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ import torch
 from ptqkit.arrays.coupling import as_coupling
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.nn.device_descent import Descent
+from ptqkit.nn.device_factor import hessian_on
 from ptqkit.nn.on_grid import dequantize_on
 from ptqkit.nn.row_objectives import row_objectives
+from ptqkit.nn.transfer import host_copy
 
 __all__ = ["couple_rows_on"]
 
@@ -24,7 +27,7 @@ __all__ = ["couple_rows_on"]
 def couple_rows_on(
     weight: torch.Tensor,
     matrix: QuantizedMatrix,
-    hessian: np.ndarray,
+    source: Any,
     parts: Sequence[tuple[slice, np.ndarray]],
     *,
     passes: int = 3,
@@ -39,7 +42,7 @@ def couple_rows_on(
     weight : Tensor of float32, shape (out, in)
         On the device that multiplies.
     matrix : QuantizedMatrix
-    hessian : ndarray of float32, shape (in, in)
+    source : Hessian, Factorization or ndarray of float32, shape (in, in)
         Undamped.
     parts : sequence of (slice, ndarray of shape (rows, rows))
         Runs of rows, each with its B; other rows stay as they are.
@@ -48,8 +51,8 @@ def couple_rows_on(
     """
     before = matrix.row_objectives
     if parts:
-        H = torch.tensor(hessian, dtype=torch.float32, device=weight.device)
-        order = np.argsort(-np.diagonal(hessian), kind="stable")
+        H = hessian_on(weight.device, source)
+        order = np.argsort(-host_copy(H.diagonal()), kind="stable")
         curves = [as_coupling(B, len(B), damping, name) for _, B in parts]
         descent = Descent(weight, matrix, H, order, [rows for rows, _ in parts], curves)
         for _ in range(passes):

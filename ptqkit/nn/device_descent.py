@@ -1,7 +1,7 @@
-"""Coordinate descent over the codes of a matrix, with the large products on a GPU.
+"""Coordinate descent over the codes of a matrix, with the large products on a device.
 
-Column by column, in all runs of rows at once: what a block of columns changes reaches the others as
-one product on the device, and the host's threads have the descent itself.
+Column by column, in all rows at once: what a block of columns changes reaches the others as one
+product, and the descent within a block is a step of :mod:`ptqkit.nn.kernels`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,76 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-import ptqkit._core as _core
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.nn.kernels.choice import steps_on
 from ptqkit.nn.on_grid import dequantize_on
+from ptqkit.nn.row_products import add_product, row_product
 from ptqkit.nn.statistics import full_float32
 from ptqkit.nn.transfer import host_copy
 
-__all__ = ["Descent"]
+__all__ = ["Descent", "descend_rows"]
 
 # Columns of a block: what is changed by them is one product.
 _COLUMNS = 128
+# The same where rows see each other: a kernel holds a block of a run of rows.
+_COUPLED = 64
+# Weights of the rows that go at once: of each, some 14 bytes are there meanwhile.
+_AT_ONCE = 1 << 26
+
+
+def descend_rows(
+    weight: torch.Tensor, matrix: QuantizedMatrix, H: torch.Tensor, order: np.ndarray
+) -> np.ndarray:
+    """Go over the codes of each row once; return the new ones.
+
+    Parameters
+    ----------
+    weight : Tensor of float32, shape (out, in)
+        On the device that computes.
+    matrix : QuantizedMatrix
+        Where to start.
+    H : Tensor of float32, shape (in, in)
+        Undamped, on that device.
+    order : ndarray of int64, shape (in,)
+        Of the columns.
+
+    Returns
+    -------
+    ndarray of uint8, shape (out, in)
+    """
+    device, inputs = weight.device, weight.shape[1]
+    turned, back = (torch.from_numpy(i).to(device) for i in (order, np.argsort(order)))
+    natural = np.array_equal(order, np.arange(inputs))
+    H = H if natural else H[turned][:, turned]
+    group = torch.from_numpy(matrix.g_idx[order]).to(device)
+    steps, found = steps_on(device), []
+    count = -(-len(weight) // -(-len(weight) * inputs // _AT_ONCE))
+    for start in range(0, len(weight), count):
+        part = matrix.rows(start, start + count)
+        errors = weight[start : start + count] - dequantize_on(device, part)
+        codes = torch.from_numpy(part.codes).to(device)
+        scales = torch.from_numpy(part.scales).to(device)
+        sums = row_product(errors if natural else errors[:, turned], H)
+        del errors
+        codes = codes.clone() if natural else codes[:, turned]
+        for first in range(0, inputs, _COLUMNS):
+            block = slice(first, min(first + _COLUMNS, inputs))
+            moved = steps.descend_columns(
+                sums[:, block],
+                H[block, block],
+                scales,
+                group[block],
+                codes[:, block],
+                max(1, matrix.max_code),
+            )
+            if block.stop < inputs:
+                add_product(sums[:, block.stop :], moved, H[block, block.stop :])
+        found.append(codes if natural else codes[:, back])
+    return host_copy(found[0] if len(found) == 1 else torch.cat(found))
 
 
 class Descent:
-    """The codes of runs of rows as (block of columns, run, column, row), and P = E H on the device.
+    """Runs of rows that answer for each other: codes as (block of columns, run, column, row).
 
     Runs shorter than the longest are filled up with rows that are not written back.
 
@@ -39,8 +95,8 @@ class Descent:
     order : ndarray of int64, shape (in,)
         Of the columns.
     runs : sequence of slice
-    curves : sequence of ndarray of float64, shape (rows, rows), optional
-        B of each run; without, rows do not see each other.
+    curves : sequence of ndarray of float64, shape (rows, rows)
+        B of each run.
     """
 
     def __init__(
@@ -50,72 +106,61 @@ class Descent:
         H: torch.Tensor,
         order: np.ndarray,
         runs: Sequence[slice],
-        curves: Sequence[np.ndarray] | None = None,
+        curves: Sequence[np.ndarray],
     ) -> None:
         device, columns = weight.device, weight.shape[1]
         self.max_code, self.order = max(1, matrix.max_code), order
         self.runs, self.rows = len(runs), max(run.stop - run.start for run in runs)
+        self._steps = steps_on(device)
         place = np.zeros((self.runs, self.rows), np.int64)
         filled = np.zeros((self.runs, self.rows), bool)
-        coupled = 0 if curves is None else self.runs
-        B = np.zeros((coupled, self.rows, self.rows), np.float32)
+        B = np.zeros((self.runs, self.rows, self.rows), np.float32)
         for number, run in enumerate(runs):
             count = run.stop - run.start
             place[number, :count] = np.arange(run.start, run.stop)
             filled[number, :count] = True
-            if curves is not None:
-                B[number, :count, :count] = curves[number]
+            B[number, :count, :count] = curves[number]
         self._place, self._filled = place.reshape(-1), filled.reshape(-1)
-        self._B = None if curves is None else B.reshape(-1, self.rows)
-        self._curves = None if curves is None else torch.from_numpy(B).to(device)
+        self._curves = torch.from_numpy(B).to(device)
         own, turned = (torch.from_numpy(i).to(device) for i in (self._place, order))
         self._H = H[turned][:, turned]
         errors = (weight - dequantize_on(device, matrix))[own][:, turned]
-        with full_float32(device):
-            self._P = (errors @ self._H).view(self.runs, self.rows, columns)
+        self._P = row_product(errors, self._H).view(self.runs, self.rows, columns)
         del errors
         scales = torch.from_numpy(matrix.scales).to(device)[own].view(self.runs, self.rows, -1)
         self._scales = scales.transpose(1, 2)
         self._group = torch.from_numpy(matrix.g_idx).to(device).long()[turned]
-        self._blocks = [slice(k, min(k + _COLUMNS, columns)) for k in range(0, columns, _COLUMNS)]
+        self._blocks = [slice(k, min(k + _COUPLED, columns)) for k in range(0, columns, _COUPLED)]
         codes = torch.from_numpy(matrix.codes).to(device)[own][:, turned]
         codes = codes.view(self.runs, self.rows, columns).transpose(1, 2)
-        self._codes = [host_copy(codes[:, block].contiguous()) for block in self._blocks]
-        most = max(block.stop - block.start for block in self._blocks)
-        pinned = device.type == "cuda"
-        self._moved = torch.empty(
-            self.runs * most, self.rows, dtype=torch.float32, pin_memory=pinned
-        ).numpy()
+        self._codes = [codes[:, block].contiguous() for block in self._blocks]
 
-    def go(self, threads: int) -> bool:
+    def go(self, threads: int = 0) -> bool:
         """Go over all codes once; return whether any has changed."""
         changed = torch.zeros((), dtype=torch.bool, device=self._P.device)
         for block, codes in zip(self._blocks, self._codes, strict=True):
-            sums = self._P[:, :, block].transpose(1, 2)
-            if self._curves is not None:
-                with full_float32(sums.device):
-                    sums = torch.bmm(sums, self._curves)
-            # The columns of all runs below each other.
-            flat, scales = (
-                host_copy(v.contiguous()).reshape(-1, self.rows)
-                for v in (sums, self._scales[:, self._group[block]])
+            with full_float32(self._P.device):
+                sums = torch.bmm(self._P[:, :, block].transpose(1, 2), self._curves)
+            moved = self._steps.couple_columns(
+                sums,
+                self._curves,
+                self._H[block, block],
+                self._scales[:, self._group[block]].contiguous(),
+                codes,
+                self.max_code,
+                threads,
             )
-            within, moved = host_copy(self._H[block, block].contiguous()), self._moved[: len(flat)]
-            own = codes.reshape(-1, self.rows)
-            _core.couple_block(flat, self._B, within, scales, self.max_code, own, moved, threads)
-            change = torch.from_numpy(moved).to(sums.device).view(self.runs, -1, self.rows)
-            change = change.transpose(1, 2).reshape(-1, change.shape[1])
+            change = moved.transpose(1, 2).reshape(-1, moved.shape[1])
             changed |= change.any()
-            with full_float32(sums.device):
-                self._P.view(len(change), -1).addmm_(change, self._H[block])
+            add_product(self._P.view(len(change), -1), change, self._H[block])
         return bool(changed)
 
     def codes(self, before: np.ndarray) -> np.ndarray:
         """Return the codes of the whole matrix, those of other rows as they were."""
         device, filled = self._P.device, torch.from_numpy(self._filled)
-        found = torch.cat([torch.from_numpy(codes).to(device) for codes in self._codes], 1)
+        found = torch.cat(self._codes, 1)
         back = torch.from_numpy(np.argsort(self.order)).to(device)
         rows = found.transpose(1, 2).reshape(-1, len(back))[filled.to(device)][:, back]
         result = torch.from_numpy(before).to(device, copy=True)
         result[torch.from_numpy(self._place)[filled].to(device)] = rows
-        return result.cpu().numpy()
+        return host_copy(result)

@@ -1,4 +1,4 @@
-"""Better codes and scales for a quantized matrix, with the large products on a GPU.
+"""Better codes and scales for a quantized matrix, on a device.
 
 What ``refine_passes`` and ``refit_rounds`` of :func:`ptqkit.gptq` say, after its solve: the same
 steps in the same order, whose results differ by what float32 rounds.
@@ -13,15 +13,18 @@ import torch
 
 from ptqkit.arrays.factorization import Factorization
 from ptqkit.arrays.matrix import QuantizedMatrix
-from ptqkit.nn.device_descent import Descent
-from ptqkit.nn.on_grid import dequantize_on, row_blocks
+from ptqkit.nn.device_descent import descend_rows
+from ptqkit.nn.device_factor import hessian_on
+from ptqkit.nn.on_grid import dequantize_on
 from ptqkit.nn.row_objectives import row_objectives
-from ptqkit.nn.statistics import full_float32
+from ptqkit.nn.row_products import row_product
 
 __all__ = ["refine_on"]
 
 # Bytes of the systems of rows whose scales are fitted at once.
 _SYSTEMS = 1 << 30
+# Weights of these rows.
+_AT_ONCE = 1 << 26
 # What changes an objective by a smaller share is rounding, and so is a smaller pivot.
 _ROUNDING = 1e-6
 
@@ -33,7 +36,6 @@ def refine_on(
     *,
     refine_passes: int,
     refit_rounds: int,
-    threads: int = 0,
 ) -> QuantizedMatrix:
     """Make passes over the codes, and fit the scales to them again.
 
@@ -45,11 +47,11 @@ def refine_on(
         What :func:`ptqkit.gptq` has made of it, without passes.
     factor : Factorization
         Of its Hessian, in the order of the solve.
-    refine_passes, refit_rounds, threads
+    refine_passes, refit_rounds
         As :func:`ptqkit.gptq` takes them.
     """
     assert matrix.row_objectives is not None
-    H = torch.tensor(factor.matrix, dtype=torch.float32, device=weight.device)
+    H = hessian_on(weight.device, factor)
     if factor.dead.any():
         weight = weight * torch.from_numpy(~factor.dead).to(weight.device)
     history = [matrix.row_objectives]
@@ -58,6 +60,7 @@ def refine_on(
         if step == "refit":
             before = history[-1][-1]
             count = max(1, _SYSTEMS // (8 * matrix.scales.shape[1] ** 2))
+            count = min(count, max(1, _AT_ONCE // weight.shape[1]))
             found = [
                 _refitted(
                     weight[k : k + count], matrix.rows(k, k + count), H, before[k : k + count]
@@ -68,9 +71,7 @@ def refine_on(
             matrix = replace(matrix, scales=scales)
             history.append((before + change)[None])
             continue
-        descent = Descent(weight, matrix, H, factor.order, row_blocks(len(weight)))
-        descent.go(threads)
-        matrix = replace(matrix, codes=descent.codes(matrix.codes))
+        matrix = replace(matrix, codes=descend_rows(weight, matrix, H, factor.order))
         errors = weight - dequantize_on(weight.device, matrix)
         history.append(np.maximum(row_objectives(errors, H), 0.0)[None])
     return replace(matrix, row_objectives=np.concatenate(history))
@@ -87,7 +88,10 @@ def _refitted(
     device, (rows, inputs) = weight.device, weight.shape
     groups = matrix.scales.shape[1]
     # The inputs of a group next to each other.
-    place = torch.from_numpy(np.argsort(matrix.g_idx, kind="stable")).to(device)
+    order = np.argsort(matrix.g_idx, kind="stable")
+    place = slice(None)
+    if not np.array_equal(order, np.arange(inputs)):
+        place = torch.from_numpy(order).to(device)
     zeros = torch.from_numpy(matrix.zero_points).to(device).float()
     scales = torch.from_numpy(matrix.scales).to(device)
     codes = torch.from_numpy(matrix.codes).to(device)[:, place].view(rows, groups, -1)
@@ -96,12 +100,13 @@ def _refitted(
     errors = weight[:, place] - (C * scales[:, :, None]).view(rows, inputs)
     A = torch.empty(rows, groups, groups, dtype=torch.float64, device=device)
     size = inputs // groups
-    with full_float32(device):
-        b = ((errors @ H).view_as(C) * C).sum(2, dtype=torch.float64)
-        del errors
-        for g in range(groups):
-            product = C[:, g] @ H[g * size : (g + 1) * size]
-            A[:, g] = product.view_as(C).mul_(C).sum(2, dtype=torch.float64)
+    b = row_product(errors, H).view_as(C).mul_(C).sum(2, dtype=torch.float64)
+    del errors
+    for g in range(groups):  # A is symmetric
+        first = g * size
+        product = row_product(C[:, g], H[first : first + size, first:]).view(rows, -1, size)
+        A[:, g, g:] = product.mul_(C[:, g:]).sum(2, dtype=torch.float64)
+        A[:, g:, g] = A[:, g, g:]
     wanted = scales.double() + _solved(A, b)
     largest = 65504.0
     if matrix.grid.scale_dtype != "float16":

@@ -7,14 +7,14 @@ float64, which such devices multiply fast.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
-from ptqkit.arrays.factorization import Factorization, factorize
+from ptqkit.arrays.factorization import Factorization, factor_damped
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.errors import NotPositiveDefiniteError
+from ptqkit.nn.device_factor import DeviceFactorization, hessian_on
 from ptqkit.nn.transfer import host_copy
 
 __all__ = ["corrected_weights", "factorize_on"]
@@ -23,29 +23,53 @@ __all__ = ["corrected_weights", "factorize_on"]
 _LEAST_PIVOT = 4 * float(np.finfo(np.float32).eps)
 
 
-def factorize_on(device: torch.device, hessian: Hessian, **options: Any) -> Factorization:
-    """Dampen and factorize a Hessian on a device.
+def factorize_on(
+    device: torch.device,
+    hessian: Hessian,
+    *,
+    order: str = "natural",
+    group_size: int | None = 128,
+    damping: float = 0.01,
+    max_damping: float = 1.0,
+    threads: int = 0,
+    name: str | None = None,
+) -> Factorization:
+    """Dampen and factorize a Hessian on a device, where its matrices stay.
 
     Parameters
     ----------
     device : torch.device
     hessian : Hessian
-    **options
-        Of :func:`ptqkit.factorize`.
+        Symmetric and finite, as accumulators make it.
+    order, group_size, damping, max_damping, threads, name
+        As :func:`ptqkit.factorize` takes them.
     """
-    return factorize(hessian, factor=partial(_factor, device), **options)
+    there = hessian_on(device, hessian)
+    R, facts = factor_damped(
+        host_copy(there.diagonal()),
+        order=order,
+        group_size=group_size,
+        damping=damping,
+        max_damping=max_damping,
+        factor=partial(_factor, there),
+        name=name,
+    )
+    return DeviceFactorization(there, R, facts)
 
 
-def _factor(
-    device: torch.device, matrix: np.ndarray, order: np.ndarray, shift: np.ndarray, threads: int
-) -> np.ndarray | int:
+def _factor(H: torch.Tensor, order: np.ndarray, shift: np.ndarray) -> torch.Tensor | int:
     """Return R, upper triangular, R R^T = (H + shift)[order][:, order], or the input that fails."""
-    turned = torch.from_numpy(order[::-1].copy()).to(device)
-    H = torch.tensor(matrix, dtype=torch.float32, device=device)[turned][:, turned].double()
-    H.diagonal().add_(torch.from_numpy(shift).to(device)[turned])
-    L, first = _cholesky(H)
-    del H
-    return int(order[::-1][first]) if first >= 0 else host_copy(L.float().flip(0, 1))
+    turned = torch.from_numpy(order[::-1].copy()).to(H.device)
+    wide = H[turned[:, None], turned].double()
+    wide.diagonal().add_(torch.from_numpy(shift).to(H.device)[turned])
+    L, first = _cholesky(wide)
+    del wide
+    if first >= 0:
+        return int(order[::-1][first])
+    R = L.float()
+    del L
+    # A GPU's L is stored column by column.
+    return R.flip(0, 1).contiguous()
 
 
 def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -94,7 +118,7 @@ def corrected_weights(
     if alpha == 0 or not parts:
         return weight
     label = f"{name}: " if name else ""
-    H = torch.tensor(hessian.matrix, dtype=torch.float32, device=weight.device).double()
+    H = hessian_on(weight.device, hessian).double()
     diagonal = H.diagonal().clone()
     live = diagonal != 0
     mean = diagonal[live].mean() if bool(live.any()) else diagonal.new_zeros(())

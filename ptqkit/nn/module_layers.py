@@ -19,6 +19,7 @@ from ptqkit.nn.forward import hooks, tensor_key
 from ptqkit.nn.linear import LinearView, is_linear
 from ptqkit.nn.matrix_solver import obq_problem
 from ptqkit.nn.quantized_mark import is_quantized
+from ptqkit.recipe.groups import group_size_problem
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["ModuleLayer", "Order", "find_layers", "left_float", "probe_order"]
@@ -159,11 +160,8 @@ def _obstacle(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str
 
 def _check_layer(problems: Problems, layer: ModuleLayer, calibrated: bool) -> None:
     options, columns = layer.options, layer.view.shape[1]
-    if options.group_size is not None and columns % options.group_size:
-        problems.add(
-            f"{layer.name}: group_size {options.group_size} does not divide its {columns} inputs; "
-            "use a divisor, or one scale per channel (None), for this layer alone by an override"
-        )
+    if text := group_size_problem(layer.name, columns, options.group_size):
+        problems.add(text)
     permuted = options.method == "gptq" and options.order == "act" and not options.static_groups
     if permuted and options.group_size is not None and layer.groups > 1:
         problems.add(

@@ -9,8 +9,9 @@ from ptqkit.arrays.matrix import QuantizedMatrix
 
 __all__ = ["dequantize", "dequantize_on", "nearest", "row_blocks", "rtn_on_grid"]
 
-# Rows of the weight per step: keeps the temporaries small.
+# Rows of the weight per step on a CPU, numbers on another device: keeps the temporaries small.
 _ROWS = 256
+_NUMBERS = 1 << 25
 
 
 def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
@@ -18,14 +19,17 @@ def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
     return dequantize_on(torch.device("cpu"), matrix).numpy()
 
 
-def dequantize_on(device: torch.device, matrix: QuantizedMatrix) -> torch.Tensor:
-    """As ``matrix.dequantize()``, the same bits, on a device."""
+def dequantize_on(
+    device: torch.device, matrix: QuantizedMatrix, codes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As ``matrix.dequantize()``, the same bits, on a device, where the codes may be already."""
     result = torch.empty(matrix.shape, dtype=torch.float32, device=device)
-    every = torch.from_numpy(matrix.codes).to(device)
-    for rows in row_blocks(len(result)):
-        scales, zeros = _grid(matrix, rows, device)
-        codes = every[rows].view(zeros.shape[0], zeros.shape[1], -1)
-        torch.sub(codes, zeros, out=result[rows].view_as(codes)).mul_(scales)
+    every = torch.from_numpy(matrix.codes).to(device) if codes is None else codes.to(device)
+    grid = _Grid(matrix, device)
+    for rows in row_blocks(result):
+        scales, zeros = grid.rows(rows)
+        own = every[rows].view(zeros.shape[0], zeros.shape[1], -1)
+        torch.sub(own, zeros, out=result[rows].view_as(own)).mul_(scales)
     return result
 
 
@@ -37,33 +41,41 @@ def rtn_on_grid(weight: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
 def nearest(weight: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
     """As :func:`rtn_on_grid`, on the weight's device."""
     result = torch.empty(matrix.shape, dtype=torch.float32, device=weight.device)
-    for rows in row_blocks(len(result)):
-        scales, zeros = _grid(matrix, rows, weight.device)
+    grid = _Grid(matrix, weight.device)
+    for rows in row_blocks(result):
+        scales, zeros = grid.rows(rows)
         values = weight[rows].view(zeros.shape[0], zeros.shape[1], -1)
         codes = torch.div(values, scales, out=result[rows].view_as(values)).round_()
         codes.clamp_(-zeros, matrix.max_code - zeros).mul_(scales)
     return result
 
 
-def row_blocks(rows: int) -> list[slice]:
-    """Yield runs of rows that fit a cache together with the temporaries."""
-    return [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+def row_blocks(values: torch.Tensor) -> list[slice]:
+    """Return runs of rows that fit a CPU's cache together with the temporaries; longer on a GPU."""
+    count, step = len(values), _ROWS
+    if values.device.type != "cpu":
+        step = max(step, _NUMBERS // max(1, values.shape[1]))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _grid(
-    matrix: QuantizedMatrix, rows: slice, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero-points of some rows as float32 that broadcast to (rows, runs, run length).
+class _Grid:
+    """Scales and zero-points on a device."""
 
-    Groups that are runs of consecutive inputs stay as they are; others get one entry per input.
-    """
-    scales = torch.from_numpy(matrix.scales[rows]).to(device)
-    zeros = torch.from_numpy(matrix.zero_points[rows]).to(device).float()
-    groups, inputs = scales.shape[1], matrix.shape[1]
-    runs = inputs % groups == 0 and np.array_equal(
-        matrix.g_idx, np.arange(inputs, dtype=np.int32) // (inputs // groups)
-    )
-    if not runs:
-        index = torch.from_numpy(matrix.g_idx).to(device).long()
-        scales, zeros = scales[:, index], zeros[:, index]
-    return scales[:, :, None], zeros[:, :, None]
+    def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
+        self._scales = torch.from_numpy(matrix.scales).to(device)
+        self._zeros = torch.from_numpy(matrix.zero_points).to(device)
+        groups, inputs = matrix.scales.shape[1], matrix.shape[1]
+        runs = inputs % groups == 0 and np.array_equal(
+            matrix.g_idx, np.arange(inputs, dtype=np.int32) // (inputs // groups)
+        )
+        self._index = None if runs else torch.from_numpy(matrix.g_idx).to(device).long()
+
+    def rows(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return those of some rows as float32 that broadcast to (rows, runs, run length).
+
+        Groups that are runs of consecutive inputs stay as they are; others get one entry per input.
+        """
+        scales, zeros = self._scales[rows], self._zeros[rows].float()
+        if self._index is not None:
+            scales, zeros = scales[:, self._index], zeros[:, self._index]
+        return scales[:, :, None], zeros[:, :, None]

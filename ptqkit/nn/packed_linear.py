@@ -298,16 +298,18 @@ class PackedLinear(QLinear):
 
     def _integer_product(self, x: torch.Tensor, spec: ActivationQuantization) -> torch.Tensor:
         symmetric, scale, zero = bool(spec.symmetric), self.input_scale, self.input_zero_point
-        if x.dtype == torch.float32:
+        if x.dtype != torch.float16:
+            # The simulation's arithmetic is that of its inputs.
             return self._packed_integers(
                 x.contiguous(),
                 bits=spec.bits,
                 symmetric=symmetric,
-                scale=None if scale is None else float(scale),
+                scale=None if scale is None else float(scale.to(x.dtype)),
                 zero_point=0 if zero is None else int(zero),
+                arithmetic="bfloat16" if x.dtype == torch.bfloat16 else "float32",
             )
-        # The simulation makes codes in half precision: a grid of step 1 finds them again, and the
-        # step is multiplied by afterwards.
+        # The simulation makes codes in float16: a grid of step 1 finds them again, and the step is
+        # multiplied by afterwards.
         codes, scales, zeros = input_codes(x, spec, scale, zero)
         if not bool(scales.isfinite().all() & x.isfinite().all()):
             raise ValueError("x holds NaN or Inf")
@@ -331,7 +333,7 @@ class PackedLinear(QLinear):
         return y.mul_(scales.float())
 
     def _packed_integers(self, x: torch.Tensor, **grid: Any) -> torch.Tensor:
-        """Multiply float32 inputs that are rounded to this grid on the way."""
+        """Multiply inputs that are rounded to this grid on the way."""
         matrix = self.matrix()
         if self._integers is None or self._integers[0] is not matrix:
             codes, scales, zeros, _ = matrix.unpack()
@@ -340,6 +342,12 @@ class PackedLinear(QLinear):
             self._integers = (matrix, *column, sums.astype(np.int32))
         _, scales, zeros, sums = self._integers
         y = int8_linear(
-            x.numpy(), matrix.words, scales, zeros, sums=sums, outputs=self.out_features, **grid
+            x.numpy() if x.dtype == torch.float32 else x,
+            matrix.words,
+            scales,
+            zeros,
+            sums=sums,
+            outputs=self.out_features,
+            **grid,
         )
         return torch.from_numpy(y)

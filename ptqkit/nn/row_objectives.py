@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ptqkit.nn.statistics import full_float32
+from ptqkit.nn.row_products import row_product
 
 __all__ = ["row_objectives"]
 
@@ -29,7 +29,5 @@ def row_objectives(errors: np.ndarray | torch.Tensor, hessian: torch.Tensor) -> 
     found = []
     for block in torch.as_tensor(errors).split(max(1, _BLOCK // errors.shape[1])):
         e = block.to(hessian.device)
-        with full_float32(hessian.device):
-            product = e @ hessian
-        found.append(product.mul_(e).sum(1, dtype=torch.float64))
+        found.append(row_product(e, hessian).mul_(e).sum(1, dtype=torch.float64))
     return torch.cat(found).cpu().numpy()

@@ -15,11 +15,13 @@ from ptqkit.arrays.drift import Drift
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import CalibrationError
+from ptqkit.nn.device_factor import DeviceHessian
 from ptqkit.nn.half_products import add_difference_products, add_products, multiplies_halves
 from ptqkit.nn.transfer import host_copy
 
 __all__ = [
     "DeviceMean",
+    "DeviceSum",
     "TorchDrift",
     "TorchHessian",
     "TorchRanges",
@@ -92,13 +94,20 @@ def range_accumulator(channels: int, device: torch.device) -> Any:
 
 
 class _TorchSum(Accumulator):
-    """A sum of products in float32 on the inputs' device, and the first bad update."""
+    """A sum of products in float32 on the inputs' device, and the first bad update.
 
-    def __init__(self, features: int, in_features: int, device: torch.device | str) -> None:
+    If it is wide, every update has a sum of its own in float32, and these are added up in float64:
+    hardly any last bit of the rounded mean depends on which update came when.
+    """
+
+    def __init__(
+        self, features: int, in_features: int, device: torch.device | str, wide: bool = False
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.tokens = 0
         self._sum = torch.zeros(features, in_features, dtype=torch.float32, device=device)
+        self._total = self._sum.double() if wide else None
         # Counted on the device, so that no update waits for it.
         self._whole = torch.zeros((), dtype=torch.int64, device=device)
         self._updates = 0
@@ -126,9 +135,13 @@ class _TorchSum(Accumulator):
             else:
                 with full_float32(right.device):
                     self._sum.addmm_(left.float().T, right.float())
+            total = self._sum
+            if self._total is not None:
+                total = self._total.add_(self._sum)
+                self._sum.zero_()
             # What is not finite stays so.
             square = left.shape[1] == right.shape[1]
-            self._whole += torch.isfinite(self._sum.diagonal() if square else self._sum).all()
+            self._whole += torch.isfinite(total.diagonal() if square else total).all()
             self.tokens += len(right)
             self._updates += 1
             self._torn = False
@@ -136,7 +149,8 @@ class _TorchSum(Accumulator):
     def _mean(self, what: str) -> torch.Tensor:
         """Return (2 / N) times the sum, or raise CalibrationError."""
         self._check_whole()
-        matrix = self._sum * (2.0 / max(1, self.tokens))
+        factor = 2.0 / max(1, self.tokens)
+        matrix = self._sum * factor if self._total is None else (self._total * factor).float()
         if not bool(torch.isfinite(matrix).all()):
             whole = int(self._whole)
             first = f", first in batch {whole + 1} of {self._updates}"
@@ -145,6 +159,14 @@ class _TorchSum(Accumulator):
                 + (first if whole < self._updates else "")
             )
         return matrix
+
+    def _doubled(self, what: str) -> DeviceSum:
+        """Return twice the sum, which is no longer the accumulator's; errors as of the mean."""
+        with self._lock:
+            assert self._total is not None
+            self._mean(what)
+            self._torn = True  # nothing can be added any more
+            return DeviceSum(self._total.mul_(2), self.tokens)
 
 
 class TorchHessian(_TorchSum):
@@ -156,8 +178,8 @@ class TorchHessian(_TorchSum):
 
     _quantity = "Hessian"
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
-        super().__init__(in_features, in_features, device)
+    def __init__(self, in_features: int, device: torch.device | str, wide: bool = False) -> None:
+        super().__init__(in_features, in_features, device, wide)
 
     def update(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Add inputs of shape (..., in); ``mask`` (...) is True at the positions that count."""
@@ -172,15 +194,21 @@ class TorchHessian(_TorchSum):
         CalibrationError
             If an input was not finite or overflowed; the message names the batch.
         """
-        found = self.mean()
-        return Hessian.of_mean(host_copy(found.matrix), found.tokens)
+        return Hessian.of_mean(host_copy(self._symmetric()), self.tokens)
 
-    def mean(self) -> DeviceMean:
+    def finish_there(self) -> DeviceHessian:
         """Return the mean where the activations are; errors as of :meth:`finish`."""
+        return DeviceHessian(self._symmetric(), self.tokens)
+
+    def _symmetric(self) -> torch.Tensor:
         with self._lock:
             mean = self._mean("the inputs hold")
             mirror_upper(mean)
-            return DeviceMean(mean, self.tokens)
+            return mean
+
+    def doubled(self) -> DeviceSum:
+        """Return N H of a wide sum, which is over; errors as of :meth:`finish`."""
+        return self._doubled("the inputs hold")
 
 
 def mirror_upper(matrix: torch.Tensor) -> None:
@@ -208,11 +236,11 @@ def full_float32(device: torch.device) -> Iterator[None]:
         setattr(settings, name, before)
 
 
-def accumulator(in_features: int, device: torch.device) -> Any:
-    """Return an accumulator of H for inputs on this device."""
+def accumulator(in_features: int, device: torch.device, wide: bool = False) -> Any:
+    """Return an accumulator of H for inputs on this device; ``wide`` is for others than the CPU."""
     if device.type == "cpu":
         return Hessian(in_features)
-    return TorchHessian(in_features, device)
+    return TorchHessian(in_features, device, wide)
 
 
 class TorchDrift(_TorchSum):
@@ -247,6 +275,10 @@ class TorchDrift(_TorchSum):
             mean = self._mean("the float and the quantized model differ by")
             return DeviceMean(mean, max(1, self.tokens))
 
+    def doubled(self) -> DeviceSum:
+        """Return 2 sum (a - b) x^T of a wide sum, which is over; errors as of :meth:`finish`."""
+        return self._doubled("the float and the quantized model differ by")
+
 
 @dataclass(frozen=True)
 class DeviceMean:
@@ -273,11 +305,30 @@ class DeviceMean:
         return Drift.from_matrix(host_copy(self.matrix), self.tokens)
 
 
-def drift_accumulator(features: int, in_features: int, device: torch.device) -> Any:
-    """Return an accumulator of the drift of values on this device.
+@dataclass(frozen=True)
+class DeviceSum:
+    """A sum over the tokens of one process, where the activations are.
+
+    Attributes
+    ----------
+    matrix : Tensor of float64, shape (features, in)
+        ``2 sum (a - b) x^T``, or of x x^T.
+    tokens : int
+    """
+
+    __repr__ = one_line_repr
+
+    matrix: torch.Tensor
+    tokens: int
+
+
+def drift_accumulator(
+    features: int, in_features: int, device: torch.device, wide: bool = False
+) -> Any:
+    """Return an accumulator of the drift of values on this device; ``wide`` is as for H.
 
     What its ``finish`` returns has ``tokens``, ``rows`` and ``finish``, which gives a host's.
     """
     if device.type == "cpu":
         return Drift(features, in_features)
-    return TorchDrift(features, in_features, device)
+    return TorchDrift(features, in_features, device, wide)

@@ -43,6 +43,18 @@ def _check_share(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
 
 
+def _without_channel(group_size: Any) -> Any:
+    """Return None for the word that files and the command line have for it."""
+    return None if isinstance(group_size, str) and group_size == "channel" else group_size
+
+
+def _change(change: Any) -> Any:
+    """Return a change of an override with its group size as a recipe holds it."""
+    if not isinstance(change, Mapping) or "group_size" not in change:
+        return change
+    return {**change, "group_size": _without_channel(change["group_size"])}
+
+
 def match_pattern(pattern: str, name: str) -> bool:
     r"""Return whether a layer name matches a glob (``*.mlp.*``) or a regex (``re:.*\.q_proj``)."""
     if pattern.startswith("re:"):
@@ -64,7 +76,7 @@ class Recipe:
         the model, for which a few windows of the calibration data run forward and backward. Layers
         whose bits an override names keep them, and do not count.
     group_size : int or None
-        Inputs that share a scale; None for one scale per output channel.
+        Inputs that share a scale; None, or "channel", for one scale per output channel.
     symmetric : bool
     order : {"natural", "act", "group-act"}
         Quantization order: as stored, by decreasing diagonal of H, or group-aware.
@@ -187,6 +199,7 @@ class Recipe:
         if self.activations is not None:
             object.__setattr__(self, "activations", ActivationQuantization.parse(self.activations))
         object.__setattr__(self, "equalization", Equalization.parse(self.equalization))
+        object.__setattr__(self, "group_size", _without_channel(self.group_size))
         self._check_fields()
         self._check_propagation()
         self._check_per_tensor()
@@ -199,6 +212,7 @@ class Recipe:
             raise ValueError("include must be a sequence of patterns, not one string")
         object.__setattr__(self, "include", tuple(self.include))
         self._check_patterns()
+        object.__setattr__(self, "overrides", {k: _change(v) for k, v in self.overrides.items()})
         for pattern, change in self.overrides.items():
             self._check_override(f"overrides[{pattern!r}]", change)
 
@@ -211,7 +225,7 @@ class Recipe:
                 "group_size",
                 self.group_size,
                 1,
-                hint="; None means per channel (on the command line: channel)",
+                hint="; None or 'channel' means one scale per output channel",
             )
         check_int("refine_passes", self.refine_passes, 0)
         check_int("refit_rounds", self.refit_rounds, 0)

@@ -25,7 +25,11 @@ from ptqkit.reference.activations import int8_linear as int8_linear
 from ptqkit.reference.activations import integer_matmul as integer_matmul
 from ptqkit.reference.activations import outlier_columns as outlier_columns
 from ptqkit.reference.activations import quantize_activations as quantize_activations
+from ptqkit.reference.activations import (
+    quantize_activations_bf16 as quantize_activations_bf16,
+)
 from ptqkit.reference.activations import signed_grid as signed_grid
+from ptqkit.reference.activations import to_bfloat16 as to_bfloat16
 from ptqkit.reference.convolution import im2col as im2col
 from ptqkit.reference.equalization import channel_ranges as channel_ranges
 from ptqkit.reference.equalization import equalization_error as equalization_error
@@ -59,6 +63,7 @@ from ptqkit.reference.softmax import softmax_codes as softmax_codes
 from ptqkit.reference.softmax import softmax_grid as softmax_grid
 from ptqkit.reference.softmax import softmax_on_grid as softmax_on_grid
 from ptqkit.reference.softmax import softmax_statistics as softmax_statistics
+from ptqkit.reference.softmax import squares_on_grid as squares_on_grid
 from ptqkit.reference.solvers import best_paths as best_paths
 from ptqkit.reference.solvers import brute_force as brute_force
 from ptqkit.reference.solvers import couple_rows as couple_rows

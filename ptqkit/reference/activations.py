@@ -16,7 +16,9 @@ __all__ = [
     "integer_matmul",
     "outlier_columns",
     "quantize_activations",
+    "quantize_activations_bf16",
     "signed_grid",
+    "to_bfloat16",
 ]
 
 # Scale of an all-zero range, any positive number: what compressed-tensors takes for float32.
@@ -53,6 +55,42 @@ def signed_grid(low, high, *, bits=8, symmetric=True, narrow_range=False, dtype=
         return scale, np.zeros(scale.shape, np.int64)
     zero = np.rint(np.clip(dtype(smallest) - low / scale, smallest, largest))
     return scale, np.where(empty, 0, zero).astype(np.int64)
+
+
+def to_bfloat16(x):
+    """Return the nearest bfloat16 of each float32 value, ties to even, as float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return np.where(np.isnan(x), np.float32(np.nan), nearest.astype(np.uint32).view(np.float32))
+
+
+def quantize_activations_bf16(X, *, bits=8, symmetric=True, scale=None, zero_point=0):
+    """Return what :func:`quantize_activations` does, by token, each step rounded to bfloat16.
+
+    That is PyTorch's arithmetic in this dtype: an operation in float32, its result rounded.
+    """
+    X, r = np.asarray(X, np.float32), to_bfloat16
+    smallest, largest = (np.float32(v) for v in code_limits(bits))
+    with np.errstate(all="ignore"):
+        if scale is None:
+            low = np.minimum(X.min(axis=1, keepdims=True), np.float32(0))
+            high = np.maximum(X.max(axis=1, keepdims=True), np.float32(0))
+            if symmetric:
+                scale, zero = r(np.maximum(-low, high) / ((largest - smallest) / 2)), np.float32(0)
+            else:
+                scale = r(r(high - low) / (largest - smallest))
+                zero = r(smallest - r(low / scale))
+                zero = np.nan_to_num(np.rint(np.clip(zero, smallest, largest)), nan=0.0)
+            zero = np.broadcast_to(zero, scale.shape)
+            scale = np.where(scale == 0, np.float32(2.0**-7), scale)
+        else:
+            scale, zero = (
+                np.full((1, 1), scale, np.float32),
+                np.full((1, 1), zero_point, np.float32),
+            )
+        steps = r(r(X / scale) + zero)
+    codes = np.rint(np.clip(steps, smallest, largest)).astype(np.int64)
+    return codes, scale, zero.astype(np.int64)
 
 
 def quantize_activations(

@@ -14,6 +14,7 @@ __all__ = [
     "softmax_grid",
     "softmax_on_grid",
     "softmax_statistics",
+    "squares_on_grid",
 ]
 
 
@@ -114,6 +115,31 @@ def exponentials_on_grid(scores, scale, max_code, *, correction=None, allowed=No
     beta = (1.0 - scales * total) / np.maximum(count, 1) * (correction == "row_sum")
     beta = np.where(count > 0, beta, 0.0)
     return np.where(seen, scales[..., None] * codes + beta[..., None], 0.0), codes, scales, beta
+
+
+def squares_on_grid(scores, scale, max_code, *, correction=None, allowed=None, causal=False):
+    """Return exponentials whose roots are rounded to the grid, divided by their sum, in float64.
+
+    With e = exp(x - max), S = sum(e) and q = clamp(round(sqrt(e) / s), 0, 2^b - 1): (s q)^2 / S on
+    the allowed keys; correction "row_sum" adds (1 - sum((s q)^2) / S) / (number of allowed keys)
+    there, and "code_sum" is q^2 / sum(q^2) instead.
+
+    Returns
+    -------
+    values, codes : ndarray, shape of scores
+    scales, corrections : ndarray, shape (batch, heads, q)
+        The scales are those of q^2.
+    """
+    seen = allowed_keys(scores.shape, allowed, causal) & (scores != -np.inf)
+    e = np.where(seen, exponentials(scores, seen), 0.0)
+    codes = np.clip(np.rint(np.sqrt(e) / scale), 0, max_code).astype(np.int64)
+    count, total = seen.sum(axis=-1), (codes**2).sum(axis=-1)
+    divisor = total if correction == "code_sum" else e.sum(axis=-1) / scale**2
+    scales = 1.0 / np.where(count > 0, divisor, 1.0)
+    beta = (1.0 - scales * total) / np.maximum(count, 1) * (correction == "row_sum")
+    beta = np.where(count > 0, beta, 0.0)
+    values = scales[..., None] * codes**2 + beta[..., None]
+    return np.where(seen, values, 0.0), codes, scales, beta
 
 
 def length_class(length):

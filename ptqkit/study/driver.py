@@ -20,11 +20,13 @@ from ptqkit.demo import DEMO, MODEL_DIR
 from ptqkit.errors import UsageError
 from ptqkit.hf.data.calibration import CalibrationSet, max_positions, prepare_calibration
 from ptqkit.hf.equalization.outliers import Outliers, inject_outliers
+from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.progress import Progress, ProgressStage, close_progress, make_progress
 from ptqkit.hf.quantization.driver import QuantizationResult
 from ptqkit.hf.workbench import Workbench
-from ptqkit.recipe import as_recipe
-from ptqkit.study.cells import FAILED, FLOAT, OK, Cell, CellStore
+from ptqkit.recipe import Recipe, as_recipe
+from ptqkit.recipe.groups import common_group_size
+from ptqkit.study.cells import FAILED, FLOAT, OK, Cell, CellsFailed, CellStore
 from ptqkit.study.digests import calibration_digest, module_digest
 from ptqkit.study.engine import Engine, Quantized, Work
 from ptqkit.study.environment import environment
@@ -194,6 +196,15 @@ class Study:
         """The tokenizer; None for a model in memory without one."""
         return self.bench.tokenizer
 
+    def group_size(self, largest: int = 128) -> int | None:
+        """Return the largest group size up to ``largest`` that all layers can have.
+
+        It divides the inputs of every layer that recipes quantize by default; None, one scale per
+        output channel, if only 1 does.
+        """
+        targets = find_structure(self.bench.model, Recipe()).targets.values()
+        return common_group_size([t.view.shape[1] for t in targets], largest)
+
     def float_model(self) -> nn.Module:
         """Return a fresh copy of the float model, to be changed at will."""
         return copy.deepcopy(self.bench.model)
@@ -271,7 +282,7 @@ class Study:
         PreflightError
             With all problems of recipes and products, before anything runs.
         CellsFailed
-            With ``fail_fast``.
+            If every case fails; with ``fail_fast`` at the first that does.
         StudyInterrupted
             On Ctrl-C (a KeyboardInterrupt), with the result so far.
         """
@@ -313,7 +324,7 @@ class Study:
         finally:
             close_progress(reported)
             result.seconds = time.perf_counter() - started
-        _warn_of_failures(cells)
+        _tell_failures(cells)
         return result
 
     def _cells(self, cases: list[Case], seeds: list[int]) -> list[Cell]:
@@ -384,12 +395,15 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     return key_of({"class": type(tokenizer).__name__, "vocabulary": vocabulary})
 
 
-def _warn_of_failures(cells: list[Cell]) -> None:
+def _tell_failures(cells: list[Cell]) -> None:
+    """Warn of cells that failed; raise CellsFailed if nothing but the float model is left."""
     failed = [c for c in cells if c.status == FAILED]
-    if failed:
-        first = failed[0]
-        warnings.warn(
-            f"{len(failed)} of {len(cells)} cells failed; {first.label}: {first.message}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    if not failed:
+        return
+    first = failed[0]
+    why = f"{first.label}: {first.message}"
+    if not any(c.status == OK and c.recipe != FLOAT for c in cells):
+        raise CellsFailed(f"every case failed; {why}")
+    warnings.warn(
+        f"{len(failed)} of {len(cells)} cells failed; {why}", RuntimeWarning, stacklevel=3
+    )

@@ -33,7 +33,7 @@ from ptqkit.sweep.reader import REQUIRED, Reader, whole
 __all__ = ["read_plan"]
 
 _CORRECTIONS = ("bias", "row_length", "row_sum", "code_sum")
-_GRIDS_OF = ("probabilities", "exponentials")
+_GRIDS_OF = ("probabilities", "exponentials", "squares")
 _RANGES = ("fixed", "calibrated", "search")
 _SOFTMAX = {
     "correction": "bias",
@@ -335,10 +335,9 @@ class _PlanReader:
         parts = reader.take("parts", list, None)
         if parts is not None:
             reader.done()
-            made = [_without_channel(p) if isinstance(p, dict) else p for p in parts]
-            values: list[tuple[dict[str, Any], Any]] = list(expand_parts(made))
+            values: list[tuple[dict[str, Any], Any]] = list(expand_parts(parts))
         else:
-            value = _without_channel(reader.rest())
+            value = reader.rest()
             values = [({}, value)]
             if value.get("preset") == FLOAT:
                 values = [({}, None)]
@@ -358,23 +357,6 @@ class _PlanReader:
         value, source = reader.take("value", float), reader.take("source", str)
         reader.done()
         return Published(model, recipe, task, value, source)
-
-
-def _without_channel(options: dict[str, Any]) -> dict[str, Any]:
-    """TOML has no None: a group of all inputs is written ``"channel"``."""
-    size = options.get("group_size")
-    if isinstance(size, list):
-        options = {**options, "group_size": [None if s == "channel" else s for s in size]}
-    elif size == "channel":
-        options = {**options, "group_size": None}
-    overrides = options.get("overrides")
-    if isinstance(overrides, dict):
-        options = {**options, "overrides": {k: _channels(v) for k, v in overrides.items()}}
-    return options
-
-
-def _channels(change: Any) -> Any:
-    return _without_channel(change) if isinstance(change, dict) else change
 
 
 def _listed(value: Any) -> list[Any]:

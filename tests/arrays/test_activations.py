@@ -412,3 +412,49 @@ def test_every_cpu_level_gives_the_same_bits(script):
     levels = ptqkit.show_config()["cpu_levels"]
     digests = {level: script(LEVEL, PTQKIT_CPU=level).stdout for level in levels}
     assert len(set(digests.values())) == 1, digests
+
+
+def _bf16_tokens(rows: int, n: int, seed: int = 0) -> np.ndarray:
+    X = reference.to_bfloat16(tokens(rows, n, seed))
+    X[rows // 2, : n // 2] = np.float32(2.0**-133)  # the smallest above 0
+    return X
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bfloat16_arithmetic_is_that_of_the_twin_and_of_pytorch(shape, symmetric):
+    torch = pytest.importorskip("torch")
+    from ptqkit.nn.activation_grids import dynamic_grid, grid_codes
+
+    X = _bf16_tokens(*shape)
+    x = torch.from_numpy(X).bfloat16()
+    different = 0
+    for bits in (2, 3, 4, 7, 8):
+        options = {"bits": bits, "symmetric": symmetric}
+        q = ptqkit.quantize_activations(x, arithmetic="bfloat16", **options)
+        assert_same(q, *reference.quantize_activations_bf16(X, **options))
+        scale, zero = dynamic_grid(x, bits, symmetric)
+        none = torch.zeros_like(scale)
+        assert_same(
+            q,
+            grid_codes(x, scale, zero, bits).to(torch.int8).numpy(),
+            scale.float().numpy(),
+            (none if zero is None else zero).to(torch.int8).numpy(),
+        )
+        different += int((q.codes != ptqkit.quantize_activations(x, **options).codes).sum())
+        step, middle = float(scale.flatten()[0]), 0 if symmetric else 1
+        q = ptqkit.quantize_activations(
+            x, granularity="tensor", scale=step, zero_point=middle, arithmetic="bfloat16", **options
+        )
+        want = reference.quantize_activations_bf16(X, scale=step, zero_point=middle, **options)
+        np.testing.assert_array_equal(q.codes, want[0])
+    assert different or X.size < 300  # the arithmetic matters
+
+
+def test_bfloat16_arithmetic_has_no_wide_or_narrow_grids():
+    X = np.ones((2, 4), np.float32)
+    for options in ({"bits": 9}, {"narrow_range": True}):
+        with pytest.raises(ValueError, match="arithmetic='bfloat16' takes at most 8 bits"):
+            ptqkit.quantize_activations(X, arithmetic="bfloat16", **options)
+    with pytest.raises(ValueError, match="arithmetic must be"):
+        ptqkit.quantize_activations(X, arithmetic="half")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.data import ROOT
 
-from benchmarks.large import cost, equality, models, page
+from benchmarks.large import collect, cost, equality, models, page
 from benchmarks.large.models import Size
 
 DENSE = Size(8, 12, 2, 2, 1, 32)  # heads of 4 channels, one of keys and values
@@ -66,6 +66,32 @@ def test_the_page_is_what_the_results_give():
 
 def test_every_way_is_compared_with_one_that_comes_before_it():
     seen = set()
-    for name, (_, _, _, reference) in equality.WAYS.items():
-        assert not reference or reference in seen
+    for name, way in equality.WAYS.items():
+        assert not way.reference or way.reference in seen
         seen.add(name)
+
+
+def run(processes, seconds, **ranks):
+    job = {"size": vars(Size(layers=4)), "samples": 128, "length": 2048, "batch_size": 4}
+    job |= {"recipe": "reference", "stream": False, "profile": "", "options": {"bits": 4}}
+    found = [{"seconds": {"total": seconds - i}, **ranks} for i in range(max(1, processes))]
+    return {"recipe": "reference", "processes": processes, "job": job, "ranks": found}
+
+
+def test_runs_are_put_together_by_name_and_compared_with_one_process():
+    a, b = ({"command": c, "machine": c, "runs": []} for c in "ab")
+    a["runs"] = [run(1, 9.0, codes={"x": "1", "y": "2"}), run(2, 8.0, codes={"x": "0"})]
+    b["runs"] = [run(2, 4.0, codes={"x": "1", "y": "3"}), run(0, 7.0, codes={"x": "5"})]
+    found = collect.collected([a, b], "c0ffee", "")
+    named = {r["name"]: r for r in found["runs"]}
+    assert list(named) == [
+        "reference, 4 layers, torchrun, 1 process",
+        "reference, 4 layers, torchrun, 2 processes",
+        "reference, 4 layers",
+    ]
+    two = named["reference, 4 layers, torchrun, 2 processes"]
+    assert (two["command"], two["layers_with_other_codes"], two["layers"]) == ("b", 1, 2)
+    assert all("codes" not in rank for r in found["runs"] for rank in r["ranks"])
+    assert "layers_with_other_codes" not in named["reference, 4 layers"]
+    goals = page._goals(found["runs"])
+    assert "| times as fast with 2 GPUs | 1.8 | 2.25 |" in goals and "**no**" not in goals

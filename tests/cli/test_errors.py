@@ -32,7 +32,7 @@ QUANTIZE = {
     "override name": (["--override", "*=bit:4"], 2, "no option 'bit'"),
     "override value": (["--override", "*=bits:9"], 2, "bits must be"),
     "override choice": (["--override", "*=grid:hesian"], 2, "(did you mean 'hessian'?)"),
-    "override group": (["--override", "*=group_size:0"], 2, "on the command line: channel"),
+    "override group": (["--override", "*=group_size:0"], 2, "None or 'channel' means one"),
     "alpha alone": (["--alpha", "0.4"], 2, "--alpha needs --equalize awe or smoothquant, or --rec"),
     "alpha of none": (["--recipe", "aweq", "--equalize", "none", "--alpha", "0.4"], 2, "--alpha"),
     "alpha of smoothquant": (["--recipe", "smoothquant", "--alpha", "search"], 2, "takes a number"),

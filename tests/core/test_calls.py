@@ -25,7 +25,7 @@ def _calls():
     eye, order = np.eye(8, dtype=np.float32), np.arange(8)
     codes, scales, zeros = np.zeros((3, 8), np.uint8), _f32(3, 2), np.zeros((3, 2), np.uint8)
     int8, one = np.ones((3, 8), np.int8), np.ones(1, np.int8)
-    signed = (8, 1, 0)
+    signed = (8, 1, 0, 0)
     many, places = np.zeros((16, 8), np.uint8), np.arange(8, dtype=np.int32)
     packed = [
         np.zeros((1, 1, 16), np.uint32),
@@ -501,17 +501,21 @@ def test_numbers_out_of_range():
 
 
 BAD_SIGNED_GRIDS = [
+    None,
     (),
-    (8, 1),
-    (8, 1, 0, 0),
-    [8, 1, 0],
-    (1, 1, 0),
-    (17, 1, 0),
-    (-8, 1, 0),
-    (8, 0, 1),
-    (2**40, 1, 0),
-    (8.0, 1, 0),
-    ("8", 1, 0),
+    (8, 1, 0),
+    (8, 1, 0, 0, 0),
+    [8, 1, 0, 0],
+    (1, 1, 0, 0),
+    (17, 1, 0, 0),
+    (-8, 1, 0, 0),
+    (8, 0, 1, 0),
+    (8, 1, 1, 1),
+    (9, 1, 0, 1),
+    (8, 1, 0, 2),
+    (2**40, 1, 0, 0),
+    (8.0, 1, 0, 0),
+    ("8", 1, 0, 0),
 ]
 
 
@@ -525,7 +529,7 @@ def test_bad_signed_grids(grid):
 
 def test_activation_arguments_that_do_not_belong_together():
     for at, value in [
-        (3, (9, 1, 0)),  # codes must be int16
+        (3, (9, 1, 0, 0)),  # codes must be int16
         (4, 0),  # one grid, but as many scales as tokens
         (4, 2),
         (0, np.ones((5, 0), np.float32)),
@@ -627,8 +631,8 @@ def test_hopeless_values_do_not_crash():
                     getattr(_core, name)(*arguments)
                 except FloatingPointError:
                     pass
-        _core.signed_grid(value, -value, (8, 1, 0))
-        _core.signed_grid(-value, value, (8, 0, 0))
+        _core.signed_grid(value, -value, (8, 1, 0, 0))
+        _core.signed_grid(-value, value, (8, 0, 0, 0))
 
 
 def test_cpu_levels():

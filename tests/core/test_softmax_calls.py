@@ -43,7 +43,7 @@ def test_numbers_and_sizes_out_of_range():
         ("softmax_quantize", 2, [-1, 2]),
         ("softmax_quantize", 4, [-1, 3, 4]),
         ("softmax_quantize", 8, [np.zeros(23, np.float32), np.zeros(24)]),
-        ("softmax_quantize", 9, [-1, 2]),
+        ("softmax_quantize", 9, [-1, 3]),
         ("softmax_statistics", 3, [-1, 2]),
         (
             "softmax_quantize",

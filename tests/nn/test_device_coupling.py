@@ -58,7 +58,7 @@ def twin(W, q, H, rows, B, passes, damping):
 @pytest.mark.parametrize("kind", ["correlated", "dead"])
 @pytest.mark.parametrize(("size", "order"), [(None, "act"), (16, "act"), (16, "group-act")])
 def test_equals_the_twin(kind, size, order, monkeypatch):
-    monkeypatch.setattr(device_descent, "_COLUMNS", 20)
+    monkeypatch.setattr(device_descent, "_COUPLED", 20)
     W, H = layer(56, 48, kind)
     q = ptqkit.gptq(W, H, bits=3, group_size=size, order=order)
     found = couple_rows_on(torch.tensor(W), q, H, PARTS, passes=2)

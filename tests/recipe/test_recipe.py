@@ -9,6 +9,8 @@ import pytest
 
 from ptqkit.arrays.matrix import WeightGrid
 from ptqkit.recipe import as_recipe
+from ptqkit.recipe.groups import common_group_size, group_size_problem
+from ptqkit.recipe.parts import RTN
 from ptqkit.recipe.recipe import Recipe, match_pattern
 
 
@@ -39,7 +41,10 @@ def test_presets():
     [
         ({"bits": 1}, "bits must be an integer from 2 to 8"),
         ({"bits": "two"}, "bits must be"),
-        ({"group_size": 0}, "group_size must be an integer of at least 1.*None means per channel"),
+        (
+            {"group_size": 0},
+            "group_size must be an integer of at least 1.*None or 'channel' means one scale",
+        ),
         ({"group_size": -1}, "group_size"),
         ({"method": "awq"}, "method must be one of 'gptq', 'rtn', 'obq', not 'awq'"),
         ({"order": "random"}, "order must be one of"),
@@ -64,6 +69,24 @@ def test_presets():
 def test_bad_values_name_the_field(options, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**options)
+
+
+def test_a_scale_per_channel_is_none_or_the_word_of_files():
+    none = Recipe(group_size=None, overrides={"*.a": {"group_size": None, "bits": 3}})
+    word = Recipe(group_size="channel", overrides={"*.a": {"group_size": "channel", "bits": 3}})
+    assert word == none and word.to_dict() == none.to_dict()
+    assert Recipe.preset("rtn", group_size="channel").group_size is None
+    assert as_recipe([RTN(group_size="channel")]) == as_recipe([RTN(group_size=None)])
+    with pytest.raises(ValueError, match="group_size must be an integer"):
+        Recipe(group_size="tensor")
+
+
+def test_group_sizes_that_layers_can_have():
+    assert group_size_problem("a", 172, 86) == group_size_problem("a", 172, None) == ""
+    assert "its 172 inputs; use 86 or 43, or 'channel'" in group_size_problem("a", 172, 64)
+    assert "use 'channel'" in group_size_problem("a", 7, 3)
+    assert common_group_size([64, 172], 64) == 4 and common_group_size([64, 192], 64) == 64
+    assert common_group_size([128], 128) == 128 and common_group_size([7, 64], 64) is None
 
 
 def test_unknown_names():

@@ -228,6 +228,12 @@ def test_a_case_that_fails_says_why_and_the_others_go_on(study):
         study.run("rtn", bits=3, group_size=7, fail_fast=True, progress=False)
 
 
+def test_a_study_without_one_good_case_says_the_reason(study):
+    with pytest.raises(CellsFailed, match="every case failed; .*size=5.*; use .*or 'channel'"):
+        study.run("rtn", bits=3, group_size=[5, 7], progress=False)
+    assert study.group_size(64) == 16 and study.group_size(15) == 8
+
+
 def test_all_problems_of_a_product_are_told_before_anything_runs(study):
     with pytest.raises(PreflightError) as error:
         study.run("rtn", bits=[3, 9], groupsize=[16], grid=[], progress=False)

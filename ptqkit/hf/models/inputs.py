@@ -10,7 +10,7 @@ from ptqkit.errors import CalibrationError
 from ptqkit.hf.data.calibration import batch_shape, padding_mask
 from ptqkit.nn.experts import routed_rows
 
-__all__ = ["match_mask", "short_batch"]
+__all__ = ["has_features_beside_tokens", "has_row_per_token", "match_mask", "short_batch"]
 
 #: Tokens of the forward passes that only look at a model.
 PROBE_TOKENS = 16
@@ -44,6 +44,19 @@ def _is_feature(key: str, value: torch.Tensor) -> bool:
     return value.is_floating_point() and not key.endswith("mask")
 
 
+def has_features_beside_tokens(batch: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a batch has token ids and features, such as the pixels of images."""
+    return "input_ids" in batch and any(_is_feature(k, v) for k, v in batch.items())
+
+
+def has_row_per_token(value: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether an input of a layer has a row for each token id, or is some of these rows."""
+    if routed_rows(value) is not None:
+        return True
+    shapes = [tuple(batch[k].shape) for k in ("input_ids", "decoder_input_ids") if k in batch]
+    return tuple(value.shape[:-1]) in [s for n, m in shapes for s in ((n, m), (n * m,))]
+
+
 def match_mask(
     value: torch.Tensor, batch: Mapping[str, torch.Tensor], mask: torch.Tensor | None
 ) -> torch.Tensor | None:
@@ -74,8 +87,7 @@ def match_mask(
             return None
         rows = fitting[0].reshape(leading)
         return rows if routed is None else rows.to(routed.rows.device)[routed.rows]
-    beside = any(_is_feature(k, v) for k, v in batch.items() if k not in masks)
-    if not fitting and routed is None and "input_ids" in batch and beside:
+    if not fitting and routed is None and has_features_beside_tokens(batch):
         return None
     raise CalibrationError(
         f"an input of shape {tuple(value.shape)} fits {len(fitting)} attention masks of the batch, "

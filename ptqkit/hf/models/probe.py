@@ -11,7 +11,12 @@ from torch import nn
 
 from ptqkit.errors import CalibrationError, prefix_error
 from ptqkit.hf.data.calibration import batch_shape, padding_mask
-from ptqkit.hf.models.inputs import match_mask, short_batch
+from ptqkit.hf.models.inputs import (
+    has_features_beside_tokens,
+    has_row_per_token,
+    match_mask,
+    short_batch,
+)
 from ptqkit.nn.forward import calibration_mode, forward, hooks, tensor_key, thread_state
 
 __all__ = ["Probe", "probe_model"]
@@ -35,6 +40,9 @@ class Probe:
         Blocks in order of execution.
     positions : int
         Most rows that a layer was given per sample: of images and sounds nothing else tells it.
+    expands : bool
+        Whether the batch has token ids with features beside them, and no layer reads a row for
+        each id: the model puts positions of its own between those of the tokens.
     """
 
     groups: list[list[str]] = field(default_factory=list)
@@ -43,6 +51,7 @@ class Probe:
     inside_mode: str | None = None
     blocks: list[str] = field(default_factory=list)
     positions: int = 1
+    expands: bool = False
 
 
 def probe_model(
@@ -61,6 +70,7 @@ def probe_model(
     counts = dict.fromkeys(modules, 0)
     short = short_batch(batch)
     samples, mask = batch_shape(short)[0], padding_mask(short)
+    by_token: list[str] = []
 
     def record(name: str, value: torch.Tensor) -> None:
         counts[name] += 1
@@ -72,6 +82,8 @@ def probe_model(
             match_mask(value, short, mask)
         except CalibrationError as error:
             raise prefix_error(error, name) from None
+        if has_row_per_token(value, short):
+            by_token.append(name)
         rows = value.numel() // value.shape[-1]
         result.positions = max(result.positions, -(-rows // samples))
         alive.append(value)
@@ -90,4 +102,5 @@ def probe_model(
         forward(model, short)
     result.repeated = {k: n for k, n in counts.items() if n > 1}
     result.uncalled = [k for k, n in counts.items() if n == 0]
+    result.expands = has_features_beside_tokens(short) and not by_token
     return result

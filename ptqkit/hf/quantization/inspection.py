@@ -122,7 +122,8 @@ def inspect_model(
         # Of images and sounds only the model knows how many positions they have.
         positions = data.samples * shown.positions
         data = replace(data, tokens=positions, sequence_length=shown.positions)
-    unprobed = check_probe(problems, structure, shown)
+    padded = any(mask is not None for mask in data.masks())
+    unprobed = check_probe(problems, structure, shown, padded)
     problems.raise_if_any(structure.targets)
     stream = StreamWriters()
     if recipe is not None and recipe.residual_propagation:

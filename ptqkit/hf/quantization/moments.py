@@ -23,6 +23,7 @@ from ptqkit.hf.quantization.expert_moments import fill_up, rule_text
 from ptqkit.nn.experts import RoutedRows, routed_rows
 from ptqkit.nn.statistics import (
     DeviceMean,
+    TorchHessian,
     accumulator,
     drift_accumulator,
     range_accumulator,
@@ -83,10 +84,16 @@ class MomentAccumulator:
     needs_ranges : bool
     writer : str, optional
         Layer of the group whose output is added to a stream.
+    wide : bool
+        Of inputs on a GPU: every batch has sums of its own, added up in float64, and
+        :meth:`finish` returns sums (:class:`~ptqkit.nn.statistics.DeviceSum`) instead of means.
     """
 
-    def __init__(self, name: str, needs_ranges: bool, writer: str | None = None) -> None:
+    def __init__(
+        self, name: str, needs_ranges: bool, writer: str | None = None, wide: bool = False
+    ) -> None:
         self.name, self.needs_ranges, self.writer = name, needs_ranges, writer
+        self._wide = wide
         self.error: Exception | None = None
         self._hessian: Any = None
         self._ranges: Any = None
@@ -132,7 +139,7 @@ class MomentAccumulator:
             if self._routed is not None and not self._routed.in_order:
                 floats = None  # In the float model other tokens come to an expert.
             if self._hessian is None:
-                self._hessian = accumulator(channels, device)
+                self._hessian = accumulator(channels, device, self._wide)
             rows = match_mask(value, batch, mask)
             self._hessian.update(value, rows)
             if self.needs_ranges:
@@ -143,7 +150,7 @@ class MomentAccumulator:
             if floats is not None:
                 check_same_tokens(self.name, floats, value, batch)
                 if self._drift is None:
-                    self._drift = drift_accumulator(channels, channels, device)
+                    self._drift = drift_accumulator(channels, channels, device, self._wide)
                 self._drift.update(floats, value, mask=rows)
                 if streams is not None and self.writer is not None:
                     self._add_streams(*streams, value, rows)
@@ -212,33 +219,36 @@ class MomentAccumulator:
     ) -> None:
         width, channels = quantized.shape[-1], value.shape[-1]
         if self._residual is None:
-            self._residual = drift_accumulator(width, channels, value.device)
+            self._residual = drift_accumulator(width, channels, value.device, self._wide)
         streams = (stream.reshape(-1, width) for stream in (floats, quantized))
         flat = None if rows is None else rows.reshape(-1)
         self._residual.update(*streams, value.reshape(-1, channels), flat)
 
-    def finish(self, on_host: bool = True) -> Moments | Exception:
-        """Return H (and G, D and ranges), or the error that prevents it.
-
-        Parameters
-        ----------
-        on_host : bool
-            False: leave H where the inputs are, on a GPU, as G and D are.
-        """
+    def finish(self) -> Moments | Exception:
+        """Return H (and G, D and ranges), or the error that prevents it."""
         if self.error is not None:
             return self.error
         try:
-            return self._moments(on_host)
+            return self._moments()
         except LAYER_FAILURES as error:
             return error
 
-    def _moments(self, on_host: bool) -> Moments:
+    def _finished(self, sums: Any) -> Any:
+        return sums.doubled() if self._wide else sums.finish()
+
+    def _finished_hessian(self) -> Any:
+        """Return H where it is; those of experts, of which there may be many, on the host."""
+        if self._wide or self._routed is not None or not isinstance(self._hessian, TorchHessian):
+            return self._finished(self._hessian)
+        return self._hessian.finish_there()
+
+    def _moments(self) -> Moments:
         start = time.perf_counter()
         routed, rule = self.routed, ""
         lacking = routed is not None and routed < self._hessian.in_features
         hessian = None
         if not lacking or routed:
-            hessian = self._hessian.finish() if on_host else self._hessian.mean()
+            hessian = self._finished_hessian()
         if lacking and self._pool is not None and self._pool.tokens:
             assert routed is not None
             own = Hessian(self._hessian.in_features) if hessian is None else hessian
@@ -254,9 +264,9 @@ class MomentAccumulator:
         seconds = self._seconds + middle - start
         if self._drift is None or not hessian.tokens:
             return Moments(hessian, ranges=ranges, seconds=seconds, routed=routed, rule=rule)
-        drift, residuals = self._drift.finish(), {}
+        drift, residuals = self._finished(self._drift), {}
         if self._residual is not None and self.writer is not None:
-            residuals[self.writer] = self._residual.finish()
+            residuals[self.writer] = self._finished(self._residual)
         spent = self._seconds_drift + time.perf_counter() - middle
         return Moments(hessian, drift, residuals, ranges, seconds, spent)
 

@@ -265,7 +265,7 @@ def estimate_memory(
     size = next(model.parameters()).element_size()
     hidden: dict[str | None, int] = {}
     before: dict[str | None, int] = {}
-    live = work = wide = 0
+    on_host, live, work, wide = device_of(model).type == "cpu", 0, 0, 0
     for group in groups:
         target = targets[group[0]]
         inputs = target.view.shape[1]
@@ -280,7 +280,10 @@ def estimate_memory(
         wide = max(wide, stream)
         # H, its factor and the solver's copies; the weight as float32, its result and error.
         # Error propagation adds G and a factor in float64; the original, corrected weights in both.
+        # A device factorizes in float64, and has the sums and copies of the solve too.
         squares, weights = (8, 9) if propagate else (4, 4)
+        if not on_host:
+            squares, weights = (10, 11) if propagate else (7, 8)
         work = max(work, 4 * inputs * (squares * inputs + weights * outputs))
     shapes = [(rows, max(n, positions)) for rows, n in map(batch_shape, calibration.batches)]
     tokens = [rows * length for rows, length in shapes]
@@ -292,7 +295,7 @@ def estimate_memory(
     outputs = sum(tokens) * size * 2 * wide * models
     replay = outputs + (2 * largest * size * live + max(masks)) * models
     codes = 0
-    if device_of(model).type == "cpu":
+    if on_host:
         codes = sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))
     work += codes
     return MemoryEstimate(

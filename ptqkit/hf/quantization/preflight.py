@@ -29,6 +29,7 @@ from ptqkit.nn.linear import is_linear
 from ptqkit.nn.matrix_solver import obq_problem
 from ptqkit.nn.quantized_mark import is_quantized
 from ptqkit.recipe.budget import candidate_bits
+from ptqkit.recipe.groups import group_size_problem
 from ptqkit.recipe.recipe import Recipe
 
 try:
@@ -128,12 +129,8 @@ def check_float(problems: Problems, structure: Structure) -> None:
 
 def _check_target(problems: Problems, target: Target, calibrated: bool) -> None:
     options, columns = target.options, target.view.shape[1]
-    if options.group_size is not None and columns % options.group_size:
-        problems.add(
-            f"{target.name}: group_size {options.group_size} does not divide its {columns} inputs; "
-            "use a divisor, or one scale per channel (None; on the command line: channel), for "
-            "this layer alone by an override"
-        )
+    if text := group_size_problem(target.name, columns, options.group_size):
+        problems.add(text)
     needed_for = replace(options, equalization=None).needs_calibration()
     if needed_for and not calibrated:
         problems.add(f"{target.name}: {needed_for} needs calibration data", CalibrationError)
@@ -298,8 +295,10 @@ def checkpoint_bytes(
     return total
 
 
-def check_probe(problems: Problems, structure: Structure, found: Probe) -> set[str]:
-    """Check what the short forward pass showed.
+def check_probe(
+    problems: Problems, structure: Structure, found: Probe, padded: bool = False
+) -> set[str]:
+    """Check what the short forward pass showed; ``padded`` says if any batch holds padding.
 
     Returns
     -------
@@ -312,6 +311,13 @@ def check_probe(problems: Problems, structure: Structure, found: Probe) -> set[s
             f"{name} runs {count} times in one forward pass: a reused layer cannot be quantized; "
             "add an override 'skip'",
             UnsupportedModuleError,
+        )
+    if found.expands and padded:
+        problems.add(
+            "no layer reads a row for each of input_ids: the model puts the places of images "
+            "between the tokens itself, so padding cannot be left out; calibrate without padding "
+            "(a sample a batch, or samples of one length)",
+            CalibrationError,
         )
     unprobed = set()
     for name in found.uncalled:

@@ -11,31 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from ptqkit.arrays.drift import Drift
 from ptqkit.arrays.hessian import Hessian
-from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import LAYER_FAILURES, CalibrationError, UsageError
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
-from ptqkit.nn.statistics import DeviceMean, mirror_upper
-from ptqkit.nn.transfer import host_copy
+from ptqkit.nn.device_factor import DeviceHessian
+from ptqkit.nn.statistics import DeviceMean, DeviceSum, mirror_upper
+from ptqkit.nn.transfer import HostCopies
 
 __all__ = ["TIMEOUT", "Processes", "SharedMoments", "launched", "own_device", "started"]
 
 TIMEOUT = 1800
 """Seconds for which a process waits for the others."""
 
-# A process with fewer rows of a stack than this has more to wait for than to do.
-_FEWEST_ROWS = 16
 # Names of sums next to those of layers.
 _HESSIAN, _DRIFT = "/hessian", "/drift"
 
@@ -101,6 +97,8 @@ class Processes:
     Attributes
     ----------
     rank, size : int
+    copies : HostCopies
+        Of what the processes have put together on their GPUs.
 
     Raises
     ------
@@ -119,6 +117,7 @@ class Processes:
         self._dist, self._timeout = dist, timeout
         self._device = device if device.type == "cuda" else torch.device("cpu")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.copies = HostCopies()
 
     def share(self, batches: Sequence[T]) -> list[T]:
         """Return the batches of this process: runs of neighbours, as even as possible.
@@ -169,42 +168,19 @@ class Processes:
         if told is not None:
             raise ValueError(told)
 
-    def rows(self, count: int) -> slice:
-        """Return the rows of a matrix that this process solves; all if they are few."""
-        if count < _FEWEST_ROWS * self.size:
-            return slice(0, count)
-        bounds = self._bounds(count)
-        return slice(bounds[self.rank], bounds[self.rank + 1])
-
-    def join(self, own: np.ndarray, count: int) -> np.ndarray:
-        """Put rows together that :meth:`rows` has shared out; ``own`` are those of this process."""
-        if count < _FEWEST_ROWS * self.size:
-            return own
-        lengths = [b - a for a, b in itertools.pairwise(self._bounds(count))]
-        values = torch.from_numpy(np.ascontiguousarray(own))
-        shape = (max(lengths), *own.shape[1:])
-        padded = torch.zeros(shape, dtype=values.dtype, device=self._device)
-        padded[: len(own)] = values.to(self._device)
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
+    def gather_rows(self, own: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Return the rows of all processes, which have so many each, on the device they share."""
+        padded = own.to(self._device).contiguous()
+        most = max(lengths)
+        if len(own) < most:
+            filling = padded.new_zeros((most - len(own), *own.shape[1:]))
+            padded = torch.cat([padded, filling])
+        found = padded.new_empty((self.size, *padded.shape))
         with _telling(self._timeout):
-            self._dist.all_gather(parts, padded)
-        return host_copy(torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)]))
-
-    def join_matrix(self, own: QuantizedMatrix, count: int) -> QuantizedMatrix:
-        """Put a quantized matrix together from the rows of all processes."""
-        objectives = own.row_objectives
-        return replace(
-            own,
-            codes=self.join(own.codes, count),
-            scales=self.join(own.scales, count),
-            zero_points=self.join(own.zero_points, count),
-            row_objectives=None
-            if objectives is None
-            else np.ascontiguousarray(self.join(np.ascontiguousarray(objectives.T), count).T),
-            rtn_objectives=None
-            if own.rtn_objectives is None
-            else self.join(own.rtn_objectives, count),
-        )
+            self._dist.all_gather(list(found.unbind()), padded)
+        if min(lengths) == most:
+            return found.flatten(0, 1)
+        return torch.cat([part[:n] for part, n in zip(found, lengths, strict=True)])
 
     def reduce(self, own: SharedMoments) -> Moments | Exception | None:
         """Add up the moments of all processes; ``own`` are of this process's batches.
@@ -215,19 +191,19 @@ class Processes:
             The first error that a process has; None if none has seen a token.
         """
         about = self.gather(own.describe())
-        errors = [text for text, _ in about if text is not None]
+        errors = [each.error for each in about if each.error is not None]
         if errors:
             return own.error or CalibrationError(errors[0])
         shapes: dict[str, tuple[int, int]] = {}
-        for _, found in about:
-            shapes |= {name: shape for name, shape in found.items() if name not in shapes}
+        for each in about:
+            shapes |= {n: shape for n, shape in each.shapes.items() if n not in shapes}
         if not shapes:
             return None
-        tokens = sum(self.gather(own.tokens))
+        tokens = sum(each.tokens for each in about)
         means = {name: self._mean(own.sums.get(name), shapes[name], tokens) for name in shapes}
         hessian = means.pop(_HESSIAN)
         drift = means.pop(_DRIFT, None)
-        ranges = [r for r in self.gather(own.ranges) if r is not None]
+        ranges = [each.ranges for each in about if each.ranges is not None]
         for other in ranges[1:]:
             ranges[0].merge(other)
         if not tokens:
@@ -236,7 +212,7 @@ class Processes:
             whole = Hessian.from_matrix(hessian.numpy(), tokens)
         else:
             mirror_upper(hessian)
-            whole = Hessian.of_mean(host_copy(hessian), tokens)
+            whole = DeviceHessian(hessian, tokens)
         return Moments(
             whole,
             None if drift is None else self._drift(drift, tokens),
@@ -262,24 +238,31 @@ class Processes:
         return total.div_(max(1, tokens)).float()
 
 
+class _About(NamedTuple):
+    """What a process tells the others of its moments."""
+
+    error: str | None
+    shapes: dict[str, tuple[int, int]]
+    tokens: int
+    ranges: ChannelRanges | None
+
+
 class SharedMoments(MomentAccumulator):
     """Moments of the batches of one process, for :meth:`Processes.reduce`.
 
-    On the host every batch has sums of its own in float32, which are added up in float64: there
-    the order, and so which process had which batch, changes hardly any last bit of the rounded
-    mean. On a GPU the batches of a process are added up in float32 where they are.
+    Every batch has sums of its own in float32, which are added up in float64: there the order, and
+    so which process had which batch, changes hardly any last bit of the rounded mean.
 
     Parameters
     ----------
     name, needs_ranges, writer
         As for :class:`~ptqkit.hf.quantization.moments.MomentAccumulator`.
-    by_batch : bool
-        Whether every batch has sums of its own.
+    on_host : bool
+        Whether the inputs are on the host; otherwise the sums stay where they are.
     """
 
-    def __init__(self, name: str, needs_ranges: bool, writer: str | None, by_batch: bool) -> None:
-        super().__init__(name, needs_ranges, writer)
-        self._by_batch = by_batch
+    def __init__(self, name: str, needs_ranges: bool, writer: str | None, on_host: bool) -> None:
+        super().__init__(name, needs_ranges, writer, not on_host)
         self._current: MomentAccumulator | None = None
         self.tokens = 0
         self.sums: dict[str, torch.Tensor] = {}
@@ -296,9 +279,9 @@ class SharedMoments(MomentAccumulator):
     ) -> None:
         """Add one batch's input of the layer."""
         if self._current is None:
-            self._current = MomentAccumulator(self.name, self.needs_ranges, self.writer)
+            self._current = MomentAccumulator(self.name, self.needs_ranges, self.writer, self._wide)
         self._current.add(value, batch, mask, floats, streams)
-        if self._by_batch:
+        if not self._wide:
             self.close()
 
     def close(self) -> None:
@@ -306,7 +289,7 @@ class SharedMoments(MomentAccumulator):
         current, self._current = self._current, None
         if current is None or self.error is not None:
             return
-        found = current.finish(on_host=self._by_batch)
+        found = current.finish()
         if isinstance(found, Exception):
             self.error = found
             return
@@ -323,8 +306,8 @@ class SharedMoments(MomentAccumulator):
             self.ranges.merge(found.ranges)
 
     def _add(self, name: str, part: Any) -> None:
-        if isinstance(part, DeviceMean):
-            self.sums[name] = part.matrix.double().mul_(part.tokens)  # the only part
+        if isinstance(part, DeviceSum):
+            self.sums[name] = part.matrix  # of all batches
             return
         rows = part.in_features if name == _HESSIAN else part.features
         if name not in self.sums:
@@ -332,7 +315,9 @@ class SharedMoments(MomentAccumulator):
         if part.tokens:
             self.sums[name].add_(torch.from_numpy(np.array(part.matrix)), alpha=part.tokens)
 
-    def describe(self) -> tuple[str | None, dict[str, tuple[int, int]]]:
-        """Return the text of an error, and the shapes of the sums."""
+    def describe(self) -> _About:
+        """Return what the other processes are told of these moments."""
         shapes = {name: (total.shape[0], total.shape[1]) for name, total in self.sums.items()}
-        return (None if self.error is None else str(self.error)), shapes
+        return _About(
+            None if self.error is None else str(self.error), shapes, self.tokens, self.ranges
+        )

@@ -63,6 +63,9 @@ class LayerReport:
         What was quantized instead of the weight: empty for the weight itself; ``"least-squares
         0.5"`` (or another ``target`` of the recipe) if it was corrected for the errors of its
         inputs, ``"residual 0.5"`` if for those of the stream that it writes into too.
+    solved_on : str
+        Type of the device that made the solve, such as ``"cuda"``; ``"cpu: why"`` if the layer is
+        on a device, but the host's cores made it.
     """
 
     __repr__ = one_line_repr
@@ -94,6 +97,7 @@ class LayerReport:
     schedule: str = ""
     shares_input_with: list[str] = field(default_factory=list)
     target: str = ""
+    solved_on: str = ""
     rule: str = ""
     notes: str = ""
 
@@ -414,6 +418,7 @@ def layer_report(
         seconds_propagation=solved.seconds_propagation,
         schedule=schedule,
         target=solved.target,
+        solved_on=solved.solved_on,
         rule=rule,
         notes="; ".join(notes),
     )

@@ -66,31 +66,28 @@ def couple_stack(
     weight: torch.Tensor,
     matrix: QuantizedMatrix,
     source: Any,
-    names: Sequence[str],
-    moments: OutputMoments,
+    parts: Sequence[tuple[slice, np.ndarray]],
     passes: int,
     *,
     threads: int = 0,
+    name: str = "",
 ) -> QuantizedMatrix:
-    """Couple the rows of a stack of layers; rows of which no moments are known stay as they are.
+    """Couple rows of a stack of layers; rows of which no moments are known stay as they are.
 
     Parameters
     ----------
     weight : Tensor of float32, shape (out, in)
     matrix : QuantizedMatrix
     source : Hessian or Factorization
-    names : sequence of str
-        Of the layers, in the order of their rows.
-    moments : OutputMoments
-    passes, threads
+    parts : sequence of tuple
+        Runs of rows with their second moments, as
+        :meth:`~ptqkit.nn.output_moments.OutputMoments.parts` gives them; possibly none.
+    passes, threads, name
         As :func:`ptqkit.couple_rows` takes them.
     """
-    parts, name = list(moments.parts(names)), ", ".join(names)
-    if not parts:
-        return matrix
     if computes(weight.device):
         return couple_rows_on(
-            weight, matrix, source.matrix, parts, passes=passes, threads=threads, name=name
+            weight, matrix, source, parts, passes=passes, threads=threads, name=name
         )
     codes, last = matrix.codes.copy(), _objectives(matrix)
     for rows, B in parts:

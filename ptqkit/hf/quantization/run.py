@@ -161,6 +161,8 @@ class QuantizationRun:
         setup -= self.seconds.get("rounding_losses", 0.0) + self.seconds.get("row_coupling", 0.0)
         with self._telling_what_is_done():
             self._all_groups()
+            if self.options.processes is not None:
+                self.options.processes.copies.wait()
             self._write_held()
         self.report.warnings += _expert_warnings(self.report.layers, self._uncorrected())
         self.report.layers += _skipped_rows(self.model, self.inspection.structure)

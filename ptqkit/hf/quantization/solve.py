@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,9 @@ from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.row_coupling import couple_stack
+from ptqkit.hf.quantization.row_shares import RowShare
+from ptqkit.nn.device_factor import hessian_on
+from ptqkit.nn.device_gptq import gptq_on, why_on_host
 from ptqkit.nn.device_refine import refine_on
 from ptqkit.nn.device_solver import corrected_weights, factorize_on
 from ptqkit.nn.matrix_solver import quantize_matrix
@@ -55,6 +58,9 @@ class LayerResult:
         Mean output error, with bias correction: to be subtracted from the bias.
     target : str
         What was quantized instead of the weight, such as ``"residual 0.5"``; empty if nothing.
+    solved_on : str
+        ``"cpu"`` or the device's type; ``"cpu: why"`` if the layer is on a device, but the host
+        made the solve.
     """
 
     matrix: QuantizedMatrix
@@ -69,6 +75,7 @@ class LayerResult:
     seconds_propagation: float = 0.0
     bias_shift: np.ndarray | None = field(default=None, repr=False)
     target: str = ""
+    solved_on: str = ""
 
 
 def solve_group(
@@ -96,7 +103,7 @@ def solve_group(
     processes : Processes, optional
         Others with equal targets and moments, each of which solves some of the rows.
     outputs : OutputMoments, optional
-        What ``row_coupling`` needs: rows that are coupled are not shared out.
+        What ``row_coupling`` needs: one process solves rows that are coupled.
     """
     stacks: list[tuple[Recipe, list[Target]]] = []
     for target in targets:
@@ -164,79 +171,105 @@ def _solve_stack(
     """Quantize layers as one matrix; ``source`` is H or its factor."""
     start = begin = time.perf_counter()
     device = stack[0].view.weight.device
-    if options.per_tensor or options.row_coupling:
-        processes = None  # the rows depend on each other
     values, instead = _read(stack), ""
-    count = len(values)
+    runs, shared = _coupled_runs(stack, options, outputs), None
+    coupled = bool(runs)
+    if options.per_tensor:
+        processes = None  # the rows depend on each other
     if processes is not None:
-        rows = processes.rows(count)
-        values = values[rows]
+        shared = RowShare(processes, len(values), [rows for rows, _ in runs])
+        values, runs = values[shared.own], _within(runs, shared.own)
         residual = moments.residuals.get(stack[0].name)
         if residual is not None:
-            part = residual.rows(rows.start, rows.stop)
+            part = residual.rows(shared.own.start, shared.own.stop)
             moments = replace(moments, residuals={stack[0].name: part})
     with contextlib.nullcontext() if processes is None else processes.together():
         if moments.drift is not None:
             layer = stack[0].name
             values, instead = _target(values, layer, options, source, moments, threads, name)
             start = time.perf_counter()
-        weight = host_copy(values) if computes(device) else values.numpy()
         rtn = None if diagnostics else False
-        matrix = _quantized(weight, values, source, options, threads, rtn, name)
-        matrix = _coupled(values, matrix, source, stack, outputs, threads)
+        matrix, solved_on = _quantized(values, source, options, threads, rtn, name)
+        if coupled:  # in another process, if not here
+            most = options.row_coupling
+            matrix = couple_stack(values, matrix, source, runs, most, threads=threads, name=name)
         dequantized = dequantize_on(device, matrix)
+        if shared is None and computes(device):  # page-locked memory is for the next ones
+            matrix = replace(matrix, codes=matrix.codes.copy())
         shift = None
         if options.bias_correction:
-            shift = bias_correction(weight, dequantized.cpu().numpy(), moments.ranges.mean)
+            shift = bias_correction(
+                _on_host(values), dequantized.cpu().numpy(), moments.ranges.mean
+            )
         middle = time.perf_counter()
         extra = None
         if diagnostics:
-            extra = _diagnose(values, dequantized, matrix, moments.hessian)
-    if processes is not None:
-        matrix = processes.join_matrix(matrix, count)
-        dequantized = dequantize_on(device, matrix)
-        shift = None if shift is None else processes.join(shift, count)
-        extra = extra and {key: processes.join(v, count) for key, v in extra.items()}
-    end = time.perf_counter()
-    results, row = {}, 0
+            extra = _diagnose(values, dequantized, matrix, source)
+    if shared is not None:
+        matrix, codes = shared.join_matrix(matrix)
+        dequantized = dequantize_on(device, matrix, codes)
+        shift = None if shift is None else shared.join_array(shift)
+        extra = extra and {key: shared.join_array(v) for key, v in extra.items()}
+    whole = LayerResult(matrix, dequantized, middle - start, bias_shift=shift, target=instead)
+    whole.solved_on = solved_on
+    whole.seconds_propagation = start - begin
+    whole.seconds_diagnostics = time.perf_counter() - middle if diagnostics else 0.0
+    return _by_layer(stack, whole, extra or {})
+
+
+def _by_layer(
+    stack: Sequence[Target], whole: LayerResult, extra: Mapping[str, np.ndarray]
+) -> dict[str, LayerResult]:
+    """Give each layer its rows of what was solved as one, of the diagnostics and of the times."""
+    results, row, shift = {}, 0, whole.bias_shift
     for target in stack:
         rows = slice(row, row + target.view.shape[0])
-        share = target.view.shape[0] / count
-        own = matrix.rows(rows.start, rows.stop)
-        result = LayerResult(own, dequantized[rows], share * (middle - start), own.objective)
-        result.seconds_propagation = share * (start - begin)
-        result.target = instead
-        result.bias_shift = None if shift is None else shift[rows]
-        if extra is not None:
-            for key, values in extra.items():
-                setattr(result, key, float(values[rows].sum()))
-            result.seconds_diagnostics = share * (end - middle)
-        results[target.name] = result
+        share = target.view.shape[0] / len(whole.dequantized)
+        own = whole.matrix.rows(rows.start, rows.stop)
+        sums: dict[str, Any] = {key: float(values[rows].sum()) for key, values in extra.items()}
+        results[target.name] = replace(
+            whole,
+            matrix=own,
+            dequantized=whole.dequantized[rows],
+            seconds_solve=share * whole.seconds_solve,
+            seconds_propagation=share * whole.seconds_propagation,
+            seconds_diagnostics=share * whole.seconds_diagnostics,
+            bias_shift=None if shift is None else shift[rows],
+            **{"objective": own.objective, **sums},
+        )
         row = rows.stop
     return results
 
 
 def _quantized(
-    weight: np.ndarray,
     values: torch.Tensor,
     source: Any,
     options: Recipe,
     threads: int,
     compare_rtn: bool | None,
     name: str,
-) -> QuantizedMatrix:
-    """Quantize a weight: on the host, but for the passes after the solve if it is on a device.
+) -> tuple[QuantizedMatrix, str]:
+    """Quantize a weight where it is, or on the host; return where as well."""
+    both: dict[str, Any] = {"compare_rtn": compare_rtn, "name": name}
+    if not computes(values.device):
+        return quantize_matrix(values.numpy(), source, options, threads=threads, **both), "cpu"
+    reason, passes = why_on_host(values.device, options), dict[str, Any]()
+    # With a beam a search follows these passes, on the host, which needs them without feedback too.
+    if options.method == "gptq" and options.beam_width == 1 and (options.feedback or not reason):
+        passes = {"refine_passes": options.refine_passes, "refit_rounds": options.refit_rounds}
+    if reason:
+        none: dict[str, Any] = dict.fromkeys(passes, 0)
+        first, weight = replace(options, **none), _on_host(values)
+        matrix = quantize_matrix(weight, source, first, threads=threads, **both)
+    else:
+        matrix = gptq_on(values, source, options, **both)
+    if any(passes.values()):
+        matrix = refine_on(values, matrix, source, **passes)
+    return matrix, f"cpu: {reason}" if reason else values.device.type
 
-    With a beam a search follows these passes, on the host.
-    """
-    passes = {"refine_passes": options.refine_passes, "refit_rounds": options.refit_rounds}
-    there = computes(values.device) and options.method == "gptq" and any(passes.values())
-    there = there and options.beam_width == 1 and options.feedback
-    first = replace(options, refine_passes=0, refit_rounds=0) if there else options
-    matrix = quantize_matrix(
-        weight, source, first, threads=threads, compare_rtn=compare_rtn, name=name
-    )
-    return refine_on(values, matrix, source, **passes, threads=threads) if there else matrix
+
+def _on_host(values: torch.Tensor) -> np.ndarray:
+    return host_copy(values) if computes(values.device) else values.numpy()
 
 
 def _read(stack: Sequence[Target]) -> torch.Tensor:
@@ -247,20 +280,25 @@ def _read(stack: Sequence[Target]) -> torch.Tensor:
     return torch.cat([t.view.matrix for t in stack]).float().contiguous()
 
 
-def _coupled(
-    weight: torch.Tensor,
-    matrix: QuantizedMatrix,
-    source: Any,
-    stack: list[Target],
-    outputs: OutputMoments | None,
-    threads: int,
-) -> QuantizedMatrix:
-    """Let rows make up for each other's errors, if their options say so."""
-    passes = stack[0].options.row_coupling
-    if not passes or outputs is None:
-        return matrix
-    names = [target.name for target in stack]
-    return couple_stack(weight, matrix, source, names, outputs, passes, threads=threads)
+def _coupled_runs(
+    stack: Sequence[Target], options: Recipe, outputs: OutputMoments | None
+) -> list[tuple[slice, np.ndarray]]:
+    """Return the runs of rows that make up for each other's errors, with their moments."""
+    if not options.row_coupling or outputs is None:
+        return []
+    return list(outputs.parts([target.name for target in stack]))
+
+
+def _within(
+    runs: Sequence[tuple[slice, np.ndarray]], rows: slice
+) -> list[tuple[slice, np.ndarray]]:
+    """Return the runs that lie among some rows, counted from the first of these."""
+    first = rows.start
+    return [
+        (slice(run.start - first, run.stop - first), B)
+        for run, B in runs
+        if first <= run.start and run.stop <= rows.stop
+    ]
 
 
 def _target(
@@ -306,7 +344,7 @@ def _diagnose(
     Computed where the weights are.
     """
     power, error = torch.empty((2, len(weight)), dtype=torch.float32, device=weight.device)
-    for rows in row_blocks(len(weight)):
+    for rows in row_blocks(weight):
         torch.linalg.vector_norm(weight[rows], dim=1, out=power[rows])
         torch.linalg.vector_norm(weight[rows] - dequantized[rows], dim=1, out=error[rows])
     squares = {"weight_power": power, "weight_error": error}
@@ -328,6 +366,4 @@ def _measure(hessian: Any, device: torch.device) -> Callable[[torch.Tensor], np.
     """Return what gives e H e^T of each row e: on the host, or where the model is."""
     if not computes(device):
         return lambda errors: objective(errors.numpy(), 0, hessian)
-    return partial(
-        row_objectives, hessian=torch.tensor(hessian.matrix, dtype=torch.float32, device=device)
-    )
+    return partial(row_objectives, hessian=hessian_on(device, hessian))

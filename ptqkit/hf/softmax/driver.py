@@ -189,10 +189,11 @@ def quantize_softmax(
         See :class:`SoftmaxCalibration`.
     layers : iterable of str, optional
         Patterns of attention modules; by default all.
-    grid_of : {"probabilities", "exponentials"}
+    grid_of : {"probabilities", "exponentials", "squares"}
         What is rounded: the paper rounds probabilities, on [0, 1]. Rounding exp(x - max) before it
         is divided by its sum gives every row the whole grid, on [0, 1] always, and keeps far more
-        of rows without a peak; its corrections are "row_sum" and "code_sum".
+        of rows without a peak; its corrections are "row_sum" and "code_sum". So are those of
+        "squares", whose codes are of the root of exp(x - max): finer steps next to 0.
     diagnostics : bool
         Measure signal-to-noise ratios on the calibration set, and leave out corrections that
         lower them: that of a layer's output, or all if the model's output suffers.

@@ -63,6 +63,7 @@ COSTS: dict[tuple[str, str | None], CorrectionCost] = {
     ("exponentials", "code_sum"): CorrectionCost(integer_sums=1),
     ("squares", None): CorrectionCost(),
     ("squares", "row_sum"): CorrectionCost(integer_sums=1, divisions=1, value_sum=True),
+    ("squares", "code_sum"): CorrectionCost(integer_sums=1),
 }
 """By grid and correction.
 

@@ -10,7 +10,7 @@ with one LAYER per quantized attention module, NAME its module name in the model
     "bits"         int from 2 to 16
     "scale"        number, "zero_point" int: p is s*q - s*z, q the code
     "of"           absent: the grid is that of probabilities; "exponentials": p is s*q over the
-                   row's sum of exp(x - max)
+                   row's sum of exp(x - max); "squares": (s*q)^2 over it
     "correction"   null, "bias", "row_length", "row_sum" or "code_sum" (see
                    ptqkit.nn.softmax.quantizer)
     "bias"         for "bias" a number or a list of one per head; for "row_length" a list of one
@@ -95,8 +95,8 @@ def to_json(values: SoftmaxValues) -> str:
 def _to_dict(quantizer: Quantizer, heads: int, unet: bool) -> dict[str, Any]:
     if isinstance(quantizer, TableGridQuantizer):
         raise ValueError(
-            f"a {quantizer.grid.of} grid has no place in {SOFTMAX_FILE}: save one of probabilities "
-            "or of exponentials"
+            f"a {quantizer.grid.of} grid has no place in {SOFTMAX_FILE}: save one of "
+            "probabilities, exponentials or squares"
         )
     grid = quantizer.grid
     values: dict[str, Any] = {

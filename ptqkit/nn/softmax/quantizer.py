@@ -18,7 +18,8 @@ the allowed keys of a row, every allowed entry gains
 On a grid of exponentials codes stand for ``s*q / S`` with ``S`` the sum of exp(x - max) over the
 row, which is 1 over the row's largest probability: rounding comes before normalising. There are
 two corrections: ``row_sum``, (1 - sum of the row's own s*q / S) / n, and ``code_sum``, which
-divides by the sum of the codes, ``q / sum(q)``.
+divides by the sum of the codes, ``q / sum(q)``. On a grid of squares, codes of the root of exp(x -
+max) stand for ``(s*q)^2 / S``, with the same corrections.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class SoftmaxQuantizer:
     Parameters
     ----------
     grid : SoftmaxGrid
-        Of probabilities or of exponentials, which have the corrections "row_sum" and "code_sum".
+        Of probabilities, or of exponentials or squares, which have the corrections "row_sum" and
+        "code_sum".
     correction : {"bias", "row_length", "row_sum", "code_sum", None}
     bias : array, optional
         Of "bias": beta, of shape () or (heads,). Of "row_length": D for every bin of row lengths,
@@ -90,23 +92,19 @@ class SoftmaxQuantizer:
         """Return the quantized and corrected probabilities (batch, heads, q, k), dtype as given."""
         self._check_heads(p)
         grid = self.grid
-        inverse = float(np.float32(1) / np.float32(grid.scale))
-        steps = p.float() * inverse
-        largest = None
-        if grid.of == "exponentials":
-            # e / sum(e) over the row's largest is e: the softmax itself need not be taken apart.
-            largest = row_largest(p, allowed)
-            steps /= largest
+        steps, scale = self._steps(p, allowed)
         steps = steps.clamp_(-grid.zero_point, grid.max_code - grid.zero_point).round_()
         if allowed is not None:
             steps = steps.masked_fill_(~allowed, 0.0)
+        sums = self._sums(steps)
+        if grid.of == "squares":
+            steps = steps.square_()
         if self.correction == "code_sum":
-            sums = steps.sum(-1, keepdim=True, dtype=torch.float64)
+            assert sums is not None
             return (steps / sums.clamp_(min=1).float()).to(p.dtype)
-        scale: Any = grid.scale if largest is None else grid.scale * largest
         y = steps * scale
         if self.correction is not None:
-            y += self._offset(steps, scale, allowed)
+            y += self._offset(steps, sums, scale, allowed)
             if allowed is not None:
                 y = y.masked_fill_(~allowed, 0.0)
         return y.to(p.dtype)
@@ -177,14 +175,41 @@ class SoftmaxQuantizer:
                 f"the softmax correction is for {self.heads} heads, the module has {x.shape[1]}"
             )
 
+    def _steps(self, p: torch.Tensor, allowed: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+        """Return probabilities in steps of the grid, not rounded, and the value of a step.
+
+        On a grid of squares the value is that of a step's square.
+        """
+        grid = self.grid
+        inverse = float(np.float32(1) / np.float32(grid.scale))
+        if grid.of == "probabilities":
+            return p.float() * inverse, grid.scale
+        # e / sum(e) over the row's largest is e: the softmax itself need not be taken apart.
+        largest = row_largest(p, allowed)
+        if grid.of == "squares":
+            root = (p.float() / largest).clamp_(min=0).sqrt_()
+            return root.mul_(inverse), grid.scale**2 * largest
+        return (p.float() * inverse).div_(largest), grid.scale * largest
+
+    def _sums(self, steps: torch.Tensor) -> torch.Tensor | None:
+        """Return the sum of a row's steps, or of their squares, if the correction needs it."""
+        if self.correction not in ("row_sum", "code_sum"):
+            return None
+        # A sum of whole numbers in double is exact: no order of addition shows.
+        if self.grid.of == "squares":
+            return steps.double().square_().sum(-1, keepdim=True)
+        return steps.sum(-1, keepdim=True, dtype=torch.float64)
+
     def _offset(
-        self, steps: torch.Tensor, scale: Any, allowed: torch.Tensor | None
+        self,
+        steps: torch.Tensor,
+        sums: torch.Tensor | None,
+        scale: Any,
+        allowed: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return what every allowed entry of a row gains, float32, broadcastable to ``steps``."""
         count = row_lengths(allowed, steps)
-        if self.correction == "row_sum":
-            # A sum of whole numbers in double is exact: no order of addition shows.
-            sums = steps.sum(-1, keepdim=True, dtype=torch.float64)
+        if sums is not None:
             return ((1.0 - sums * scale) / count).float()
         bias, edges = self._on(steps.device)
         if self.correction == "bias":

@@ -28,7 +28,6 @@ from ptqkit.nn.softmax.statistics import Quantizer, SoftmaxStatistics
 from ptqkit.nn.softmax.tables import (
     TWIN_SHIFTS,
     Log2Grid,
-    SquaresGrid,
     TableGridQuantizer,
     TwinGrid,
 )
@@ -194,12 +193,11 @@ class SoftmaxStudy:
         check_choice("grid", grid, GRIDS)
         check_choice("correction", correction, self.backend.corrections)
         check_choice("granularity", granularity, self.backend.granularities)
-        if grid == "exponentials":
-            on = softmax_grid(self.bits, of="exponentials")
+        if grid in ("exponentials", "squares"):
+            on = softmax_grid(self.bits, of=grid)
             return {name: SoftmaxQuantizer(on, correction) for name in self.modules}
-        if grid in ("squares", "log2"):
-            on_table = SquaresGrid(self.bits) if grid == "squares" else Log2Grid(self.bits)
-            one = TableGridQuantizer(on_table, correction)
+        if grid == "log2":
+            one = TableGridQuantizer(Log2Grid(self.bits), correction)
             return {name: one for name in self.modules}
         if grid == "twin":
             return self._twins(correction)
@@ -359,7 +357,7 @@ def fixed_grid(
         If the correction, or the range, is not one of this kind of grid's.
     """
     check_choice("grid_of", grid_of, GRIDS_OF)
-    if grid_of == "exponentials" and grid_range != "fixed":
+    if grid_of != "probabilities" and grid_range != "fixed":
         raise UsageError(
             f"grid_range={grid_range!r} is for probabilities: the largest exponential of every row "
             "is 1, so leave it out"

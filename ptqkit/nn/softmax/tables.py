@@ -1,10 +1,5 @@
-"""Grids for a softmax that need a table of values: one of ours, and those of other papers.
+"""Grids for a softmax from other papers, to compare with.
 
-``squares``
-    Exponentials ``e = exp(x - max)`` before normalising, as codes of their root: q = round(r
-    (2**b - 1)) with r = exp((x - max) / 2) stands for (q / (2**b - 1))**2. The steps grow from
-    1 / (2**b - 1)**2 next to 0, where nearly all keys of a long row are, to about 2 / (2**b - 1)
-    at the largest.
 ``log2``
     Code q = clamp(round(-log2 p), 0, 2**b - 1) stands for 2**-q: products become shifts [FQ-ViT].
 ``twin``
@@ -28,38 +23,11 @@ import torch
 
 from ptqkit._repr import one_line_repr
 from ptqkit.errors import check_choice
-from ptqkit.nn.softmax.quantizer import row_largest
 
-__all__ = ["TWIN_SHIFTS", "Log2Grid", "SquaresGrid", "TableGridQuantizer", "TwinGrid"]
+__all__ = ["TWIN_SHIFTS", "Log2Grid", "TableGridQuantizer", "TwinGrid"]
 
 TWIN_SHIFTS = tuple(range(1, 11))
 """Shifts m that are tried."""
-
-
-@dataclass(frozen=True)
-class SquaresGrid:
-    """Squares of the steps of a uniform grid, of exponentials.
-
-    Attributes
-    ----------
-    bits : int
-    scale, zero_point
-        As of uniform grids, for reports: NaN and 0.
-    """
-
-    __repr__ = one_line_repr
-
-    of: ClassVar[str] = "squares"
-    before: ClassVar[bool] = True
-    scale: ClassVar[float] = float("nan")
-    zero_point: ClassVar[int] = 0
-
-    bits: int
-
-    def round(self, e: torch.Tensor) -> torch.Tensor:
-        """Return the values that float32 exponentials from 0 to 1 are rounded to."""
-        most = (1 << self.bits) - 1
-        return (torch.sqrt(e) * most).round_().clamp_(max=most).div_(most).square_()
 
 
 @dataclass(frozen=True)
@@ -76,7 +44,6 @@ class Log2Grid:
     __repr__ = one_line_repr
 
     of: ClassVar[str] = "log2"
-    before: ClassVar[bool] = False
     scale: ClassVar[float] = float("nan")
     zero_point: ClassVar[int] = 0
 
@@ -101,7 +68,6 @@ class TwinGrid:
     __repr__ = one_line_repr
 
     of: ClassVar[str] = "twin"
-    before: ClassVar[bool] = False
     zero_point: ClassVar[int] = 0
 
     bits: int
@@ -124,16 +90,14 @@ class TableGridQuantizer:
 
     Parameters
     ----------
-    grid : SquaresGrid, Log2Grid or TwinGrid
+    grid : Log2Grid or TwinGrid
     correction : {None, "row_sum"}
     """
 
     bias = None
     heads = None
 
-    def __init__(
-        self, grid: SquaresGrid | Log2Grid | TwinGrid, correction: str | None = None
-    ) -> None:
+    def __init__(self, grid: Log2Grid | TwinGrid, correction: str | None = None) -> None:
         check_choice(f"correction of a {grid.of} grid", correction, (None, "row_sum"))
         self.grid, self.correction = grid, correction
 
@@ -145,12 +109,7 @@ class TableGridQuantizer:
     @torch.no_grad()
     def __call__(self, p: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """Return the quantized and corrected probabilities (batch, heads, q, k), dtype as given."""
-        # e / sum(e) over the row's largest is e.
-        if self.grid.before:
-            largest = row_largest(p, allowed)
-            y = self.grid.round(p.float() / largest) * largest
-        else:
-            y = self.grid.round(p.float())
+        y = self.grid.round(p.float())
         seen = torch.ones_like(y, dtype=torch.bool) if allowed is None else allowed.expand_as(y)
         y = y.masked_fill_(~seen, 0.0)
         if self.correction is not None:

@@ -20,10 +20,11 @@ _BY_ROW: dict[str, Variant] = {
     "before": (None, "tensor", "exponentials"),
     "before/code_sum": ("code_sum", "tensor", "exponentials"),
     "before/row_sum": ("row_sum", "tensor", "exponentials"),
+    "squares": (None, "tensor", "squares"),
+    "squares/code_sum": ("code_sum", "tensor", "squares"),
+    "squares/row_sum": ("row_sum", "tensor", "squares"),
 }
 TABLE_VARIANTS: dict[str, Variant] = {
-    "squares": (None, "tensor", "squares"),
-    "squares/row_sum": ("row_sum", "tensor", "squares"),
     "log2": (None, "tensor", "log2"),
     "log2/row_sum": ("row_sum", "tensor", "log2"),
     "twin": (None, "tensor", "twin"),

@@ -215,3 +215,31 @@ def test_padding_that_fits_no_mask_is_found_before_anything_changes():
 def test_padded_text_is_shortened_as_before():
     short = short_batch(padded_batches()[0])
     assert short["input_ids"].shape == (1, 16) and bool(short["attention_mask"].all())
+
+
+class Expanding(torch.nn.Module):
+    """Puts the places of an image before the tokens itself, where `input_ids` has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.language_model = T.LlamaForCausalLM(T.LlamaConfig(**_TEXT))
+        self.config = self.language_model.config
+
+    def forward(self, input_ids, pixel_values, attention_mask):
+        text = self.language_model.get_input_embeddings()(input_ids)
+        patches = pixel_values.flatten(1).view(len(text), -1, 32)[:, :_PATCHES]
+        mask = torch.cat([attention_mask.new_ones(patches.shape[:2]), attention_mask], 1)
+        embeds = torch.cat([patches, text], 1)
+        return self.language_model(inputs_embeds=embeds, attention_mask=mask)
+
+
+def test_padding_is_refused_where_a_model_puts_images_between_the_tokens_itself():
+    ids = tokens(2, 12)
+    batch = {"input_ids": ids, "pixel_values": images(2), "attention_mask": torch.ones_like(ids)}
+    report = quantize(Expanding(), [batch]).report
+    counted = {r.tokens for r in report.layers if r.status == "quantized"}
+    assert counted == {2 * (_PATCHES + 12)}
+    padded = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    padded["attention_mask"][1, 8:] = 0
+    with pytest.raises(ptqkit.PreflightError, match="puts the places of images between the tokens"):
+        quantize(Expanding(), [batch, padded])

@@ -30,3 +30,12 @@ def test_results_are_as_good_as_those_of_the_host(recipe, monkeypatch):
         assert shapes[0] == shapes[1]
     totals = [sum(r.objective for r in x.report.quantized) for x in (host, found)]
     assert totals[1] == pytest.approx(totals[0], rel=0.05)
+
+
+def test_reports_say_where_layers_were_solved(monkeypatch):
+    monkeypatch.setattr(solve, "computes", lambda device: True)
+    overrides = {"*.v_proj": {"beam_width": 2}, "*.mlp.*": "skip", "*.o_proj": {"method": "rtn"}}
+    found = quantize(build(), "reference", padded_batches(), overrides=overrides, **OPTIONS)
+    rows = {row.name.rsplit(".", 1)[1]: row.solved_on for row in found.report.quantized}
+    expected = {"q_proj": "cpu", "k_proj": "cpu"}
+    assert rows == expected | {"v_proj": "cpu: beam_width=2", "o_proj": "cpu: method 'rtn'"}

@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 import numpy as np
+import torch.distributed as dist
 from helpers import expert_models
 from helpers.driver_models import build, padded_batches, tokens
 
@@ -17,6 +18,7 @@ from ptqkit.hf import perplexity, quantize, tune
 from ptqkit.hf.quantization import tuning_step
 from ptqkit.nn.half_products import multiplies_halves
 from ptqkit.nn.statistics import TorchHessian
+from ptqkit.nn.transfer import HostCopies
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
 
@@ -133,18 +135,57 @@ def test_experts_on_the_gpu_equal_those_of_the_host(kind, schedule):
     )
     name = next(iter(expert_models.mixtures(device.model)))
     assert device.model.get_submodule(name).down_proj.is_cuda
-    different, short = [], 0
+    different, short, count = [], 0, 0
     for key, matrix in host.matrices.items():
         if key.startswith(f"{name}."):
-            # With few tokens single codes follow the last bits of H: sums in another order change
-            # up to 20 percent of an expert's codes on a host too, and its objective by 7.
-            different.append(float(np.mean(device.matrices[key].codes != matrix.codes)))
-            assert device.report[key].rule == host.report[key].rule
-            objective = pytest.approx(host.report[key].objective, rel=0.15)
-            assert device.report[key].objective == objective, key
-            short += bool(host.report[key].rule)
-    assert np.mean(different) < 0.1
+            one, two = device.report[key], host.report[key]
+            # A token whose scores are nearly equal may go to another expert.
+            assert abs(one.tokens - two.tokens) <= 2, key
+            assert bool(one.rule) == (one.tokens < one.shape[1]), key
+            short += bool(one.rule)
+            count += 1
+            if one.tokens == two.tokens:
+                # With few tokens single codes follow the last bits of H: sums in another order
+                # change up to 20 percent of an expert's codes on a host too, its objective by 7.
+                different.append(float(np.mean(device.matrices[key].codes != matrix.codes)))
+                assert one.objective == pytest.approx(two.objective, rel=0.15), key
+    assert len(different) > 0.7 * count
+    assert np.mean(different) < 0.1 and max(different) < 0.3
     assert short
+
+
+def test_copies_are_made_meanwhile():
+    generator = torch.Generator("cuda").manual_seed(0)
+    copies, found = HostCopies(), []
+    for size in (3, 1 << 20, 123_456_789, 50 << 20, 1000):  # over a stage, and more than may wait
+        values = torch.randint(0, 255, (size,), generator=generator, device="cuda").byte()
+        expected = values.cpu().numpy()
+        found.append((copies.begin(values), expected))
+        del values  # what comes next may not take its memory
+    copies.wait()
+    for array, expected in found:
+        assert np.array_equal(array, expected)
+
+
+@pytest.mark.parametrize("recipe", ["reference", "quality", "best"])
+def test_a_process_of_its_own_joins_rows_there(recipe, tmp_path):
+    """One process takes every step of several: sums in float64, rows put together, copies."""
+    alone = quantize(build().cuda(), recipe, padded_batches(), **OPTIONS)
+    where = f"file://{tmp_path / 'meeting'}"
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=where, rank=0, world_size=1)
+    try:
+        first, again = (
+            quantize(build().cuda(), recipe, padded_batches(), distributed=True, **OPTIONS)
+            for _ in range(2)
+        )
+    finally:
+        dist.destroy_process_group()
+    for key, matrix in first.matrices.items():
+        assert np.array_equal(matrix.codes, again.matrices[key].codes)
+        weight = first.model.get_submodule(key).weight
+        assert torch.equal(weight.cpu(), torch.from_numpy(matrix.dequantize()))
+        different = float(np.mean(matrix.codes != alone.matrices[key].codes))
+        assert different < 0.1, key
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])

@@ -14,7 +14,11 @@ from helpers.forked_groups import in_processes
 
 from ptqkit.errors import CalibrationError, UsageError
 from ptqkit.hf import quantize
-from ptqkit.hf.quantization.processes import Processes
+from ptqkit.hf.quantization import moments, row_coupling, solve, work
+from ptqkit.hf.quantization.processes import Processes, SharedMoments
+from ptqkit.hf.quantization.row_shares import RowShare
+from ptqkit.nn import output_moments, transfer
+from ptqkit.nn.statistics import TorchDrift, TorchHessian
 from ptqkit.recipe.options import ActivationQuantization
 
 OPTIONS = {"bits": 3, "group_size": 16, "batch_size": 2, "progress": False}
@@ -41,8 +45,10 @@ def run(data=None, recipe="reference", **options):
         ("best", {}),
     ],
 )
-def test_two_processes_give_the_codes_of_one(recipe, options, tmp_path):
+def test_two_processes_give_the_codes_of_one(recipe, options, tmp_path, monkeypatch):
     """Five batches are not divided evenly, and only the first process writes."""
+    # Runs of coupled rows short enough for both to have some.
+    monkeypatch.setattr(output_moments, "MOST_ROWS", 12)
     alone = run(recipe=recipe, **options)
 
     def call(rank):
@@ -74,6 +80,28 @@ def test_codes_do_not_depend_on_the_number_of_processes():
 
     (one,), two, three = (in_processes(call, size) for size in (1, 2, 3))
     for other in (*two, *three):
+        assert all(np.array_equal(a, b) for n in one for a, b in zip(one[n], other[n], strict=True))
+
+
+def test_what_a_device_makes_does_not_depend_on_it_either(monkeypatch):
+    """The way of a GPU, by torch on the host: sums of every batch in float64, rows solved there."""
+
+    class Wide(SharedMoments):
+        def __init__(self, name, needs_ranges, writer, on_host):
+            super().__init__(name, needs_ranges, writer, False)
+
+    for module in (solve, row_coupling):
+        monkeypatch.setattr(module, "computes", lambda device: True)
+    monkeypatch.setattr(work, "SharedMoments", Wide)
+    monkeypatch.setattr(moments, "accumulator", TorchHessian)
+    monkeypatch.setattr(moments, "drift_accumulator", TorchDrift)
+
+    def call(rank):
+        result = run(tokens(6), "best", row_coupling=0, refit_rounds=0, distributed=True)
+        return {n: (m.codes, m.scales) for n, m in result.matrices.items()}
+
+    (one,), two = (in_processes(call, size) for size in (1, 2))
+    for other in two:
         assert all(np.array_equal(a, b) for n in one for a, b in zip(one[n], other[n], strict=True))
 
 
@@ -157,13 +185,30 @@ def test_what_is_missing_is_said(tmp_path):
 
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_rows_are_shared_out_and_joined(size):
-    for count in (1, 40, 16 * size, 16 * size + 5):
-        shares = []
+    for count in (1, 40, 16 * size, 16 * size + 5, 700):
+        runs = [slice(i, min(i + 60, count)) for i in range(8, count, 60)]
+        shares, coupled = [], []
         for rank in range(size):
             processes = object.__new__(Processes)
             processes.rank, processes.size = rank, size
-            shares.append(processes.rows(count))
-        if count < 16 * size:
-            assert all(s == slice(0, count) for s in shares)
-        else:
-            assert [i for s in shares for i in range(s.start, s.stop)] == list(range(count))
+            shares.append(RowShare(processes, count).own)
+            coupled.append(RowShare(processes, count, runs).own)
+        for found in (shares, coupled):
+            if count < 16 * size:
+                assert all(s == slice(0, count) for s in found)
+            elif found is shares or count == 700:
+                assert [i for s in found for i in range(s.start, s.stop)] == list(range(count))
+        for run in runs:  # one process has all of it, or all have
+            assert any(s.start <= run.start and run.stop <= s.stop for s in coupled)
+
+
+def test_copies_come_in_parts(monkeypatch):
+    monkeypatch.setattr(transfer, "_STAGE", 1000)
+    values = torch.arange(3001, dtype=torch.int32).view(-1, 1)
+    found = np.zeros(values.shape, np.int32)
+    flat = torch.from_numpy(found.reshape(-1).view(np.uint8))
+    copies = transfer.HostCopies()
+    copies._copy(values.view(-1).view(torch.uint8), flat, None)
+    assert np.array_equal(found, values)
+    assert copies.begin(values).base is not None  # the host's own is not copied
+    copies.wait()

@@ -56,12 +56,14 @@ def logits(model, ids):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize(
+    ("kind", "of"), [("llama", "exponentials"), ("opt", "exponentials"), ("llama", "squares")]
+)
 @pytest.mark.parametrize("correction", [None, "row_sum", "code_sum"])
-def test_no_token_sees_a_later_one_and_files_give_it_back(tmp_path, kind, correction):
+def test_no_token_sees_a_later_one_and_files_give_it_back(tmp_path, kind, of, correction):
     model, ids = build(kind), tokens(2)
     plain = logits(model, ids)
-    result = quantize_softmax(model, bits=3, correction=correction, grid_of="exponentials")
+    result = quantize_softmax(model, bits=3, correction=correction, grid_of=of)
     found = logits(model, ids)
     assert not torch.equal(found, plain) and result.report is None
     changed = ids.clone()
@@ -70,7 +72,7 @@ def test_no_token_sees_a_later_one_and_files_give_it_back(tmp_path, kind, correc
     result.save(tmp_path / "m")
     values = json.loads((tmp_path / "m" / SOFTMAX_FILE).read_text(encoding="utf-8"))
     layer = next(iter(values["layers"].values()))
-    assert layer["of"] == "exponentials" and layer["correction"] == correction
+    assert layer["of"] == of and layer["correction"] == correction
     result.remove()
     assert torch.equal(logits(model, ids), plain)
     load_softmax(model, tmp_path / "m")
@@ -97,7 +99,8 @@ def test_a_value_of_one_for_every_key_stays_one():
     model, data = build(), prepare_calibration(tokens(4))
     study = SoftmaxCalibration(model, data, bits=3)
     lost = {}
-    for name in ("none", "bias/head", "row_sum", "before", "before/row_sum", "before/code_sum"):
+    exact = ("row_sum", *(f"{a}/{b}_sum" for a in ("before", "squares") for b in ("row", "code")))
+    for name in ("none", "bias/head", "before", "squares", *exact):
         hooks = {
             n: Ones(h)
             for n, h in softmax_hooks(study.quantizers(*LANGUAGE_MODEL_VARIANTS[name])).items()
@@ -105,8 +108,8 @@ def test_a_value_of_one_for_every_key_stays_one():
         with attention_hooks(model, hooks):
             logits(model, tokens(4, seed=7))
         lost[name] = max(h.worst for h in hooks.values())
-    assert min(lost["none"], lost["bias/head"], lost["before"]) > 0.01
-    assert max(lost["row_sum"], lost["before/row_sum"], lost["before/code_sum"]) < 1e-6
+    assert min(lost["none"], lost["bias/head"], lost["before"], lost["squares"]) > 0.01
+    assert max(lost[name] for name in exact) < 1e-6
 
 
 def test_the_report_is_of_the_grid_that_was_used():

@@ -1,0 +1,61 @@
+"""Products of float32 rows on a device, of which each is the same whichever rows are around it.
+
+What sums a library makes of a product depends on its shape. So that the rows of a matrix may be
+shared out, they are multiplied by so many at a time, the last ones filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ptqkit.nn.statistics import full_float32
+
+__all__ = ["add_product", "row_product"]
+
+# Rows of one product.
+_ROWS = 1024
+
+
+def row_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return ``left @ right``.
+
+    Parameters
+    ----------
+    left : Tensor of float32, shape (rows, inner)
+    right : Tensor of float32, shape (inner, columns)
+    """
+    shape = (left.shape[0], right.shape[1])
+    found = torch.empty(shape, dtype=torch.float32, device=left.device)
+    _multiply(found, left, right, 0.0)
+    return found
+
+
+def add_product(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left @ right`` to a tensor.
+
+    Parameters
+    ----------
+    to : Tensor of float32, shape (rows, columns)
+        Also of columns of a wider one.
+    left, right
+        As :func:`row_product` takes them.
+    """
+    _multiply(to, left, right, 1.0)
+
+
+def _multiply(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor, beta: float) -> None:
+    with full_float32(to.device):
+        for start in range(0, len(left), _ROWS):
+            rows = slice(start, min(start + _ROWS, len(left)))
+            short = _ROWS - (rows.stop - start)
+            if not short or not _fills_up(to.device):
+                to[rows].addmm_(left[rows], right, beta=beta)
+                continue
+            own, found = (F.pad(v[rows], (0, 0, 0, short)) for v in (left, to))
+            to[rows] = found.addmm_(own, right, beta=beta)[: rows.stop - start]
+
+
+def _fills_up(device: torch.device) -> bool:
+    """Whether fewer rows are filled up: not by a CPU, on which tests alone come here."""
+    return device.type != "cpu"
