@@ -85,7 +85,7 @@ def own_text(
     generator = torch.Generator().manual_seed(seed)
     # Drawn beforehand on the CPU: the same on every device and for every size of a batch.
     chosen = starts[torch.randint(len(starts), (count,), generator=generator)]
-    draws = torch.rand((count, length - prefix), generator=generator)
+    draws = torch.rand((count, length - prefix), dtype=torch.float32, generator=generator)
 
     def run(ids: torch.Tensor, cache: Any) -> Any:
         inputs = {**model_inputs(model, {"input_ids": ids}), "past_key_values": cache}

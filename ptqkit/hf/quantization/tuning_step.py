@@ -112,12 +112,15 @@ class TuningStep:
         device = device_of(model)
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:  # rates are read from memory, as a recorded step needs it
-            groups = [{**g, "lr": torch.tensor(g["lr"], device=device)} for g in groups]
+            groups = [
+                {**g, "lr": torch.tensor(g["lr"], dtype=torch.float32, device=device)}
+                for g in groups
+            ]
             kind: dict[str, Any] = {"fused": True, "capturable": True}
         else:
             kind = {"foreach": False}
         self._optimizer = torch.optim.Adam(groups, betas=betas, eps=_EPSILON, **kind)
-        self._turn = torch.ones((), device=device)
+        self._turn = torch.ones((), dtype=torch.float32, device=device)
         self._recorded: _Recorded | None = None
 
     def record(self, train: Sequence[int], count: int) -> bool:

@@ -14,7 +14,8 @@ from helpers import expert_models
 from helpers.driver_models import build, padded_batches, tokens
 
 from ptqkit import AWE, RTN, ActivationQuantization, BiasCorrection
-from ptqkit.hf import perplexity, quantize
+from ptqkit.hf import perplexity, quantize, tune
+from ptqkit.hf.quantization import tuning_step
 from ptqkit.nn.half_products import multiplies_halves
 from ptqkit.nn.statistics import TorchHessian
 from ptqkit.nn.transfer import HostCopies
@@ -70,6 +71,26 @@ def test_best_is_as_good_as_on_the_host(name):
         assert device.report[key].target == host.report[key].target
     totals = [sum(r.objective for r in x.report.quantized) for x in (host, device)]
     assert totals[1] == pytest.approx(totals[0], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_recorded_step_learns_what_steps_on_their_own_do(name, monkeypatch):
+    """Kernels add up in an order that may differ, so codes at a tie may too."""
+    found = []
+    for recorded in (True, False):
+        if not recorded:
+            monkeypatch.setattr(tuning_step, "can_record", lambda device: False)
+        result = quantize(build(name).cuda(), "rtn", tokens(16), **OPTIONS)
+        tune(
+            result, tokens(16), 20, float_model=build(name).cuda(), own_text=24, code_rate=0.1,
+            samples=16, progress=False,
+        )  # fmt: skip
+        assert result.tuning.recorded == recorded
+        found.append(result.tuning)
+    assert [step for step, _ in found[0].checks] == [step for step, _ in found[1].checks]
+    for (_, one), (_, other) in zip(found[0].checks[:5], found[1].checks, strict=False):
+        assert one == pytest.approx(other, rel=1e-3)
+    assert found[0].loss_after == pytest.approx(found[1].loss_after, rel=0.05)
 
 
 def test_half_precision_and_perplexity():
