@@ -360,7 +360,9 @@ def _quantize_inspected(
         layers = found.structure.targets
         learned_from = prepare_tuning(model, layers, found.calibration, tuning, budget)
         options = replace(options, start=options.start + learned_from.seconds)  # told as tuning's
-    plan = plan_schedule(model, found, schedule, budget, recipe.propagation)
+    processes = options.processes
+    held = found if processes is None else _share_of(found, processes, processes.size - 1)
+    plan = plan_schedule(model, held, schedule, budget, recipe.propagation)
     equalized = None
     if recipe.equalization is not None and found.calibration is not None:
         with experts.fused():
@@ -375,9 +377,9 @@ def _quantize_inspected(
             )
     learned = _learn(model, recipe, found, options)
     recipe, found, options = learned.recipe, learned.inspection, learned.options
-    if options.processes is not None:
-        found = _own_share(found, options.processes)
-        plan = options.processes.first(plan)
+    if processes is not None:
+        found = _share_of(found, processes, processes.rank)
+        plan = processes.first(plan)
     run = QuantizationRun(model, recipe, found, plan, options, equalized)
     learned.tell(run)
     run.report.warnings += slow
@@ -470,8 +472,8 @@ def _processes(distributed: bool, model: nn.Module, stored: StoredModel | None) 
     return Processes(device_of(model))
 
 
-def _own_share(found: Inspection, processes: Processes) -> Inspection:
-    """Return an inspection with the batches of this process alone."""
+def _share_of(found: Inspection, processes: Processes, rank: int) -> Inspection:
+    """Return an inspection with the batches of one process alone."""
     if found.calibration is None:
         return found
     if found.experts:
@@ -479,7 +481,7 @@ def _own_share(found: Inspection, processes: Processes) -> Inspection:
             f"{next(iter(found.experts))} routes tokens to experts, which are counted in one "
             "process: give distributed=False, or start without torchrun"
         )
-    batches = processes.share(found.calibration.batches)
+    batches = processes.share(found.calibration.batches, rank)
     return replace(found, calibration=replace(found.calibration, batches=batches))
 
 

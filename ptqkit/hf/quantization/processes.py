@@ -119,8 +119,14 @@ class Processes:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.copies = HostCopies()
 
-    def share(self, batches: Sequence[T]) -> list[T]:
-        """Return the batches of this process: runs of neighbours, as even as possible.
+    def share(self, batches: Sequence[T], rank: int | None = None) -> list[T]:
+        """Return the batches of a process: runs of neighbours, as even as possible.
+
+        Parameters
+        ----------
+        batches : sequence
+        rank : int, optional
+            This process by default; the last one's share is the largest.
 
         Raises
         ------
@@ -133,7 +139,8 @@ class Processes:
                 "start fewer processes, lower batch_size or raise samples"
             )
         bounds = self._bounds(len(batches))
-        return list(batches[bounds[self.rank] : bounds[self.rank + 1]])
+        rank = self.rank if rank is None else rank
+        return list(batches[bounds[rank] : bounds[rank + 1]])
 
     def _bounds(self, count: int) -> list[int]:
         """Return where the shares of all processes begin, and the end: as even as possible."""

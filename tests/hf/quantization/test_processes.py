@@ -58,6 +58,9 @@ def test_two_processes_give_the_codes_of_one(recipe, options, tmp_path, monkeypa
         names = alone.activations
         scales = {n: float(result.activations[n].scale) for n in names}
         tokens_seen = {row.name: row.tokens for row in result.report.layers}
+        # Of a process's own batches: three of five at most.
+        memory = [r.report.memory["estimate_one_pass"] for r in (result, alone)]
+        assert memory[0] < memory[1]
         return {n: m.codes for n, m in result.matrices.items()}, scales, tokens_seen
 
     first, second = in_processes(call)
