@@ -260,8 +260,7 @@ def search_tables(records: Records) -> list[Table]:
 
 KL_NOTE = (
     "Paired; the errors hold windows and calibration draws. The divergence has no term that is "
-    "linear in the error of the weights. opt-0.05M to opt-0.39M are of an earlier series, which "
-    "has read half a million tokens a model."
+    "linear in the error of the weights."
 )
 LOSS_NOTE = (
     "The loss has one, which is as often a gain as a loss and is the same luck for every window "

@@ -270,7 +270,9 @@ def losses_of(
 def perplexity(draws: Mapping[int, np.ndarray]) -> tuple[float, float]:
     """Return the mean over the draws, and its standard deviation over them (NaN for one)."""
     values = [math.exp(x.mean()) for x in draws.values()]
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    if len(values) == 1 or len(set(values)) == 1:  # an exact 0 where all draws are one measurement
+        return values[0], 0.0 if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def paired(first: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> tuple[float, float]:

@@ -107,8 +107,11 @@ def _quadratic(
     zeros: torch.Tensor,
     max_code: int,
 ) -> torch.Tensor:
-    """Return d B d^T of the rounding errors d on each grid, summed over the blocks B."""
-    total, start = torch.zeros_like(scales), 0
+    """Return d B d^T of the rounding errors d on each grid, summed over the blocks B.
+
+    In float64 at last: in which order a device adds up depends on how many rows there are.
+    """
+    total, start = torch.zeros_like(scales, dtype=torch.float64), 0
     inverse = (1.0 / scales)[:, :, None]
     scales, zeros = scales[:, :, None], zeros[:, :, None]
     for block in blocks:
@@ -116,6 +119,6 @@ def _quadratic(
         code = round_even(x * inverse).add_(zeros).clamp_(0.0, float(max_code))
         d = code.sub_(zeros).mul_(scales).sub_(x)
         product = row_product(d.view(-1, len(block)), block).view_as(d)
-        total += product.mul_(d).sum(2)
+        total += product.mul_(d).sum(2, dtype=torch.float64)
         start += len(block)
     return total

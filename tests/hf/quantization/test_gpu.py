@@ -127,7 +127,9 @@ def test_w8a8_on_the_gpu_equals_the_host(name):
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])
 @pytest.mark.parametrize("schedule", ["one-pass", "replay"])
 def test_experts_on_the_gpu_equal_those_of_the_host(kind, schedule):
-    options = {"bits": 4, "group_size": 8, "symmetric": True, "progress": False}
+    # On the float model's inputs: one code that differs before a router sends tokens elsewhere.
+    options = {"bits": 4, "group_size": 8, "symmetric": True, "calibrate_on": "float"}
+    options["progress"] = False
     data = expert_models.batches(2, 1, 24)  # too few tokens for some
     host = quantize(expert_models.build(kind), "quality", data, **options)
     device = quantize(
@@ -135,21 +137,14 @@ def test_experts_on_the_gpu_equal_those_of_the_host(kind, schedule):
     )
     name = next(iter(expert_models.mixtures(device.model)))
     assert device.model.get_submodule(name).down_proj.is_cuda
-    different, short = [], 0
+    short = 0
     for key, matrix in host.matrices.items():
-        if key.startswith(f"{name}."):
-            one, two = device.report[key], host.report[key]
-            # A token whose scores are nearly equal may go to another expert: two have other inputs.
-            assert abs(one.tokens - two.tokens) <= 2, key
-            assert bool(one.rule) == (one.tokens < one.shape[1]), key
-            short += bool(one.rule)
-            if one.tokens == two.tokens:
-                # With few tokens single codes follow the last bits of H: sums in another order
-                # change up to 20 percent of an expert's codes on a host too, its objective by 7.
-                different.append(float(np.mean(device.matrices[key].codes != matrix.codes)))
-                assert one.objective == pytest.approx(two.objective, rel=0.15), key
-    assert different
-    assert np.mean(different) < 0.1 and max(different) < 0.3
+        one, two = device.report[key], host.report[key]
+        assert (one.tokens, one.rule) == (two.tokens, two.rule), key
+        # With few tokens single codes follow the last bits of H.
+        assert float(np.mean(device.matrices[key].codes != matrix.codes)) < 0.1, key
+        assert one.objective == pytest.approx(two.objective, rel=0.1), key
+        short += bool(one.rule)
     assert short
 
 
