@@ -76,7 +76,8 @@ def quantize_activations_bf16(X, *, bits=8, symmetric=True, scale=None, zero_poi
             low = np.minimum(X.min(axis=1, keepdims=True), np.float32(0))
             high = np.maximum(X.max(axis=1, keepdims=True), np.float32(0))
             if symmetric:
-                scale, zero = r(np.maximum(-low, high) / ((largest - smallest) / 2)), np.float32(0)
+                scale = r(np.maximum(-low, high) / ((largest - smallest) / 2))
+                zero = np.zeros((1, 1), np.float32)
             else:
                 scale = r(r(high - low) / (largest - smallest))
                 zero = r(smallest - r(low / scale))
