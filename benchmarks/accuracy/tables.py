@@ -129,7 +129,11 @@ def means(found: dict[tuple[str, str], Losses]) -> list[str]:
 
 
 def points(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Return (bits per weight, excess perplexity, mean over draws) by model and recipe."""
+    """Return (bits per weight, excess perplexity, mean over draws) by model and recipe.
+
+    Without ternary codes in groups of 8, most of whose bits are scales: on a line with the others
+    they would be a spike.
+    """
     stored = {
         (r["model"], r["grid"], r["recipe"]): float(r["bits"]) for r in read(folder / "runs.csv")
     }
@@ -140,7 +144,7 @@ def points(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
         floats = math.exp(statistics.fmean(base.values()))
         for recipe, draws in cells.items():
             full = whole(draws, len(base))
-            if grid and full and (model, grid, recipe) in stored:
+            if grid and "ternary" not in grid and full and (model, grid, recipe) in stored:
                 value = math.exp(statistics.fmean(mean_windows(full).values())) - floats
                 out[model][recipe].append((stored[model, grid, recipe], value))
     return out

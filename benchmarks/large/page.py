@@ -153,9 +153,10 @@ def _ways(found: Mapping[str, Any]) -> str:
     setting, gpus = found["setting"], sorted(set(found["machine"]["gpus"]))
     where = f" and {len(found['machine']['gpus'])} {gpus[0]}" if gpus else ""
     model = "the embedded model" if setting["model"] == "model" else setting["model"]
+    note = f"\n{found['note']}" if found.get("note") else ""
     text = f"""
 `{found["command"]}`, {_machine(found)}{where}; {model}, `{setting["recipe"]}`,
-{setting["bits"]} bits, {setting["samples"]} x {setting["length"]} tokens.
+{setting["bits"]} bits, {setting["samples"]} x {setting["length"]} tokens.{note}
 
 """
     columns = ["way", "compared with", "same bytes", "other codes", "first in"]
@@ -225,8 +226,8 @@ def _gpu(results: Path, gpu: Mapping[str, Any]) -> str:
 ## On a GPU host
 
 LLaMA-7B's shape (4096/11008, 32 layers), random weights, bfloat16, 128 x 2,048 tokens, W4 g128
-symmetric; 16 cores for every process; commit {gpu["commit"]}, one {gpu["machine"]["gpus"][0]} for
-every process, {_machine(gpu)}. {gpu["note"]}
+symmetric; commit {gpu["commit"]}, one {gpu["machine"]["gpus"][0]} for every process,
+{_machine(gpu)}. {gpu["note"]}
 GPU and host are peaks, of the host what the run added. Work on a GPU is waited for where its result
 is needed, so the parts are those of the waits. "Times as fast" and "other codes" compare with one
 process under torchrun.
@@ -256,6 +257,9 @@ def _goals(runs: Sequence[Mapping[str, Any]]) -> str:
             found = _total(base) / _total(run)
             what = f"times as fast with {run['processes']} GPUs"
             rows.append(_goal(what, limit, found, run["name"], least=True))
+    for processes in sorted(FASTER.keys() - {run["processes"] for run in runs}):
+        what = f"times as fast with {processes} GPUs"
+        rows.append([what, f"{FASTER[processes]:g}", "-", "not run", "**no**"])
     text = "\nWhat was asked for, and the best that was measured:\n\n"
     return text + _table(["goal", "limit", "measured", "in", "met"], rows)
 
@@ -282,9 +286,10 @@ def _rest(gpu: Mapping[str, Any]) -> str:
         + f"""
 The model's seconds per count are those of the run `{run["name"]}`, whose products of H take
 {pieces["products of H"]:.1f} s and whose factors take {pieces["factors"]:.1f} s by themselves; so
-the other runs check it. It does not count what every process does for itself but factors (the whole
-matrices are put together and written, and processes tell each other what they met), nor the disk,
-to which a streamed run writes its state.
+the other runs check it. It takes a solve's time to follow its rows, but the kernels of a solve are
+launched one after the other however few they are; nor does it count what every process does for
+itself but factors (the whole matrices are put together and written, and processes tell each other
+what they met), or the disk, to which a streamed run writes its state.
 """
     )
 
@@ -314,8 +319,8 @@ def _extrapolated(gpu: Mapping[str, Any]) -> str:
     text = f"""
 ## Extrapolated
 
-**Not measured.** Seconds for all layers, bfloat16, `reference` in 4 bits, with 16 cores of that
-host for every GPU; {TOKENS["7 B"]:,} tokens, {TOKENS["1 T, 384 experts"]:,} for the mixture (at
+**Not measured.** Seconds for all layers, bfloat16, `reference` in 4 bits, on that
+host; {TOKENS["7 B"]:,} tokens, {TOKENS["1 T, 384 experts"]:,} for the mixture (at
 top 8 of 384 some 22,000 per expert, three times its inputs). Assumed: {assumed}. "Sums" is the
 adding up of H in float64 over the processes, "files" the reading of all parameters once, by all
 hosts together; the parts are added up as if none overlapped another.
