@@ -23,7 +23,7 @@ _DESCRIPTION = """\
 Quantize the embedded language model (7 million parameters, Python source code) at 4, 3 and 2 bits
 with round-to-nearest, GPTQ as published and GPTQ with the 'quality' recipe, and measure each on
 text that the model never saw. Then write one of them as a checkpoint, load it with plain
-transformers, and let it write a line. Needs no network; a minute or two on two cores.
+transformers, and let it write a line. Needs no network, and up to three minutes on two cores.
 
 The text is that of the standard library of the Python that runs, split by file; so the numbers
 differ a little between versions of Python.

@@ -238,7 +238,7 @@ assert not {"torch", "transformers"} & set(sys.modules)
         ("re:a=b=bits:ternary,symmetric:true", ("re:a=b", {"bits": "ternary", "symmetric": True})),
         (
             "a=group_size:channel,damping:0.1",
-            ("a", {"group_size": None, "per_tensor": False, "damping": 0.1}),
+            ("a", {"group_size": "channel", "per_tensor": False, "damping": 0.1}),
         ),
         ("a=group-size:none, bits:3", ("a", {"group_size": None, "bits": 3})),
     ],

@@ -14,6 +14,7 @@ __all__ = ["has_features_beside_tokens", "has_row_per_token", "match_mask", "sho
 
 #: Tokens of the forward passes that only look at a model.
 PROBE_TOKENS = 16
+_TOKENS = ("input_ids", "decoder_input_ids")
 
 
 def short_batch(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -46,14 +47,15 @@ def _is_feature(key: str, value: torch.Tensor) -> bool:
 
 def has_features_beside_tokens(batch: Mapping[str, torch.Tensor]) -> bool:
     """Return whether a batch has token ids and features, such as the pixels of images."""
-    return "input_ids" in batch and any(_is_feature(k, v) for k, v in batch.items())
+    beside = (item for item in batch.items() if item[0] not in _TOKENS)
+    return "input_ids" in batch and any(_is_feature(*item) for item in beside)
 
 
 def has_row_per_token(value: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> bool:
     """Return whether an input of a layer has a row for each token id, or is some of these rows."""
     if routed_rows(value) is not None:
         return True
-    shapes = [tuple(batch[k].shape) for k in ("input_ids", "decoder_input_ids") if k in batch]
+    shapes = [tuple(batch[k].shape) for k in _TOKENS if k in batch]
     return tuple(value.shape[:-1]) in [s for n, m in shapes for s in ((n, m), (n * m,))]
 
 
