@@ -157,18 +157,25 @@ def draw(found: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(found), figsize=(4.5 * len(found), 4), squeeze=False)
+    high = -(-len(found) // 2)
+    figure, panels = plt.subplots(high, 2, figsize=(11, 4 * high + 0.8), squeeze=False)
+    places = list(panels.flat)
+    for empty in places[len(found) :]:
+        empty.set_axis_off()
     names = list(dict.fromkeys(recipe for recipes in found.values() for recipe in recipes))
-    for panel, (model, recipes) in zip(panels[0], found.items(), strict=True):
+    colors = plt.colormaps["tab20"].colors  # ten strong ones, and a pale one after each
+    for panel, (model, recipes) in zip(places, found.items(), strict=False):
         for recipe, pairs in recipes.items():
             kept = sorted(p for p in pairs if p[1] > 0)
             turn, place = divmod(names.index(recipe), 10)
-            style = {"color": f"C{place}", "marker": "os^"[turn % 3], "label": recipe}
+            color = colors[(2 * place + turn % 2) % 20]
+            style = {"color": color, "marker": "os^"[turn % 3], "label": recipe}
             panel.plot(*zip(*kept, strict=True), lw=0.6, alpha=0.8, markersize=4, **style)
         panel.set(yscale="log", title=model, xlabel="bits per quantized weight")
-    panels[0][0].set_ylabel("excess perplexity")
-    lines = {line.get_label(): line for panel in panels[0] for line in panel.lines}
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    for row in panels:
+        row[0].set_ylabel("excess perplexity")
+    lines = {line.get_label(): line for panel in places for line in panel.lines}
+    figure.tight_layout(rect=(0, 0.14 if high == 1 else 0.08, 1, 1))
     figure.legend(handles=[lines[n] for n in names], fontsize=8, ncols=6, loc="lower center")
     figure.savefig(path, dpi=110)
 
