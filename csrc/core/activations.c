@@ -12,6 +12,8 @@ static int lowest_code(const ptq_signed_grid *grid) {
 
 static int highest_code(const ptq_signed_grid *grid) { return (1 << (grid->bits - 1)) - 1; }
 
+static int code_bytes(const ptq_signed_grid *grid) { return grid->bits > 8 ? 2 : 1; }
+
 static int grid_valid(const ptq_signed_grid *grid) {
     return grid->bits >= 2 && grid->bits <= 16 && (grid->symmetric || !grid->narrow) &&
            (!grid->bf16 || (grid->bits <= 8 && !grid->narrow));
@@ -47,6 +49,13 @@ ptq_status ptq_signed_grid_fit(const ptq_signed_grid *grid, float low, float hig
         *scale = 0x1p-23f;
     else if (!grid->symmetric) *zero = (int)ptq_rne(ptq_clamp(bottom - low / *scale, bottom, top));
     return PTQ_OK;
+}
+
+void ptq_signed_grid_codes(const ptq_kernels *k, const ptq_signed_grid *grid, const float *x,
+                           int64_t n, float scale, int zero, void *codes) {
+    const int low = lowest_code(grid), high = highest_code(grid);
+    if (grid->bf16) k->activations.codes_bf16(x, n, scale, (float)zero, low, high, codes);
+    else k->activations.codes(x, n, scale, (float)zero, low, high, code_bytes(grid), codes);
 }
 
 enum { ROWS = 16 }; /* tokens per task */
@@ -142,7 +151,6 @@ typedef struct {
 static void codes_task(void *ctx, int64_t task, int thread) {
     codes_operation *o = ctx;
     token_reader *r = &o->reader;
-    const int code_bytes = o->grid->bits > 8 ? 2 : 1;
     for (int64_t t = task * ROWS; t < ptq_min64((task + 1) * ROWS, r->tokens); t++) {
         const float *x = reader_row(r, t, thread);
         if (!x) return;
@@ -154,12 +162,8 @@ static void codes_task(void *ctx, int64_t task, int thread) {
             ptq_signed_grid_fit(o->grid, low, high, &o->scales[g], &zero);
             o->zeros[g] = (int16_t)zero;
         }
-        char *codes = o->codes + t * r->n * code_bytes;
-        const float zero = (float)o->zeros[g];
-        const int low = lowest_code(o->grid), high = highest_code(o->grid);
-        if (o->grid->bf16)
-            r->k->activations.codes_bf16(x, r->n, o->scales[g], zero, low, high, (int8_t *)codes);
-        else r->k->activations.codes(x, r->n, o->scales[g], zero, low, high, code_bytes, codes);
+        ptq_signed_grid_codes(r->k, o->grid, x, r->n, o->scales[g], o->zeros[g],
+                              o->codes + t * r->n * code_bytes(o->grid));
     }
 }
 

@@ -153,12 +153,7 @@ static const int8_t *token_codes(product *p, int64_t t, int8_t *codes, float *va
             ptq_signed_grid_fit(&a->grid, low, high, &scale, &zero);
             if (isinf(scale)) return NULL;
         }
-        const int half = 1 << (a->grid.bits - 1);
-        if (a->grid.bf16)
-            p->k->activations.codes_bf16(x, n, scale, (float)zero, -half, half - 1, codes);
-        else
-            p->k->activations.codes(x, n, scale, (float)zero, a->grid.narrow ? 1 - half : -half,
-                                    half - 1, 1, codes);
+        ptq_signed_grid_codes(p->k, &a->grid, x, n, scale, zero, codes);
     }
     const int32_t sum = sum_codes((const uint8_t *)codes, n, 0);
     *row = (ptq_int8_row){(double)scale, (double)zero, (double)(sum - (int64_t)zero * n), sum};

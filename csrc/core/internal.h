@@ -30,6 +30,10 @@ static inline int64_t ptq_max64(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t ptq_first_cache(void);
 int64_t ptq_second_cache(void);
 
+/* Codes of n values of one token, int8 or above 8 bits int16 (activations.c). */
+void ptq_signed_grid_codes(const ptq_kernels *k, const ptq_signed_grid *grid, const float *x,
+                           int64_t n, float scale, int zero, void *codes);
+
 /* A size of blocks, or what an environment variable says in a build for measuring (-DPTQ_TUNE). */
 #ifdef PTQ_TUNE
 static inline int64_t ptq_tuned(const char *variable, int64_t size) {

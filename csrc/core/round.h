@@ -46,22 +46,19 @@ static inline float ptq_from_half(uint16_t h) {
 
 static inline float ptq_from_bf16(uint16_t h) { return ptq_from_bits((uint32_t)h << 16); }
 
-/* Nearest bfloat16, ties to even, of what is not NaN. */
-static inline float ptq_to_bf16(float x) {
-    const uint32_t u = ptq_to_bits(x);
-    return ptq_from_bits((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+/* Nearest, ties to even, without the last `drop` bits (at least 1), of what is not NaN. */
+static inline float ptq_drop_bits(float x, uint32_t drop) {
+    const uint32_t u = ptq_to_bits(x), half = (1u << (drop - 1)) - 1 + ((u >> drop) & 1);
+    return ptq_from_bits((u + half) & ~((1u << drop) - 1));
 }
+
+static inline float ptq_to_bf16(float x) { return ptq_drop_bits(x, 16); }
 
 /* A positive scale rounded to its storage type (ties to even), never below its smallest normal. */
 static inline float ptq_round_scale(float s, int type) {
     const uint32_t drop = type == PTQ_F16 ? 13 : type == PTQ_BF16 ? 16 : 0;
     const float smallest = type == PTQ_F16 ? 0x1p-14f : 0x1p-126f;
-    uint32_t u = ptq_to_bits(s);
-    if (drop) {
-        u += (1u << (drop - 1)) - 1 + ((u >> drop) & 1);
-        u &= ~((1u << drop) - 1);
-    }
-    s = ptq_from_bits(u);
+    if (drop) s = ptq_drop_bits(s, drop);
     return s < smallest ? smallest : s;
 }
 

@@ -14,7 +14,7 @@ import torch
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.nn.kernels.choice import steps_on
 from ptqkit.nn.on_grid import dequantize_on
-from ptqkit.nn.row_products import add_product, row_product
+from ptqkit.nn.row_products import add_product, row_product, rows_at_once
 from ptqkit.nn.statistics import full_float32
 from ptqkit.nn.transfer import host_copy
 
@@ -24,8 +24,6 @@ __all__ = ["Descent", "descend_rows"]
 _COLUMNS = 128
 # The same where rows see each other: a kernel holds a block of a run of rows.
 _COUPLED = 64
-# Weights of the rows that go at once: of each, some 14 bytes are there meanwhile.
-_AT_ONCE = 1 << 26
 
 
 def descend_rows(
@@ -54,7 +52,7 @@ def descend_rows(
     H = H if natural else H[turned][:, turned]
     group = torch.from_numpy(matrix.g_idx[order]).to(device)
     steps, found = steps_on(device), []
-    count = -(-len(weight) // -(-len(weight) * inputs // _AT_ONCE))
+    count = rows_at_once(len(weight), inputs)
     for start in range(0, len(weight), count):
         part = matrix.rows(start, start + count)
         errors = weight[start : start + count] - dequantize_on(device, part)

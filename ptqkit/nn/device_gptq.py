@@ -36,7 +36,7 @@ from ptqkit.nn.device_grids import GRID_BLOCK, GridFit
 from ptqkit.nn.kernels.choice import steps_on, why_no_kernels
 from ptqkit.nn.kernels.plain import round_even
 from ptqkit.nn.row_objectives import row_objectives
-from ptqkit.nn.row_products import add_product
+from ptqkit.nn.row_products import add_product, rows_at_once
 from ptqkit.nn.transfer import host_copy
 from ptqkit.recipe.recipe import Recipe
 
@@ -44,8 +44,6 @@ __all__ = ["gptq_on", "why_on_host"]
 
 # Columns whose errors reach the later ones together.
 _COLUMNS = 128
-# Weights that are solved at once: of each, some 14 bytes are there meanwhile.
-_AT_ONCE = 1 << 26
 
 
 def why_on_host(device: torch.device, options: Recipe) -> str:
@@ -94,7 +92,8 @@ def gptq_on(
         If a group does not divide, or weights are beyond what scales hold.
     """
     solve = _solve(weight, factor, options, name)
-    parts = [solve.rows(part) for part in weight.split(solve.at_once(len(weight)))]
+    runs = weight.split(rows_at_once(*weight.shape))
+    parts = [solve.rows(run) for run in runs]
     codes, zeros = (host_copy(torch.cat([part[k] for part in parts])) for k in (0, 2))
     scales, objectives = (np.concatenate([part[k] for part in parts]) for k in (1, 3))
     if not np.isfinite(objectives).all():
@@ -121,8 +120,7 @@ def gptq_on(
     check_values(matrix, name)
     if not (solve.follows if compare_rtn is None else compare_rtn):
         return matrix
-    found = [solve.nearest(part) for part in weight.split(solve.at_once(len(weight)))]
-    return replace(matrix, rtn_objectives=np.concatenate(found))
+    return replace(matrix, rtn_objectives=np.concatenate([solve.nearest(run) for run in runs]))
 
 
 def _solve(
@@ -213,11 +211,6 @@ class _Solve:
         self._inverses = None
         if self.feedback and not self.static:
             self._inverses = self._inverse_blocks()
-
-    def at_once(self, rows: int) -> int:
-        """Return how many of some rows are solved at once."""
-        parts = -(-rows * len(self.order) // _AT_ONCE)
-        return -(-rows // parts)
 
     def rows(
         self, weight: torch.Tensor

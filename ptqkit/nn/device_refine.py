@@ -17,14 +17,12 @@ from ptqkit.nn.device_descent import descend_rows
 from ptqkit.nn.device_factor import hessian_on
 from ptqkit.nn.on_grid import dequantize_on
 from ptqkit.nn.row_objectives import row_objectives
-from ptqkit.nn.row_products import row_product
+from ptqkit.nn.row_products import WEIGHTS_AT_ONCE, row_product
 
 __all__ = ["refine_on"]
 
 # Bytes of the systems of rows whose scales are fitted at once.
 _SYSTEMS = 1 << 30
-# Weights of these rows.
-_AT_ONCE = 1 << 26
 # What changes an objective by a smaller share is rounding, and so is a smaller pivot.
 _ROUNDING = 1e-6
 
@@ -60,7 +58,7 @@ def refine_on(
         if step == "refit":
             before = history[-1][-1]
             count = max(1, _SYSTEMS // (8 * matrix.scales.shape[1] ** 2))
-            count = min(count, max(1, _AT_ONCE // weight.shape[1]))
+            count = min(count, max(1, WEIGHTS_AT_ONCE // weight.shape[1]))
             found = [
                 _refitted(
                     weight[k : k + count], matrix.rows(k, k + count), H, before[k : k + count]

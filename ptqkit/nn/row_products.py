@@ -11,10 +11,17 @@ import torch.nn.functional as F
 
 from ptqkit.nn.statistics import full_float32
 
-__all__ = ["add_product", "row_product"]
+__all__ = ["WEIGHTS_AT_ONCE", "add_product", "row_product", "rows_at_once"]
 
+#: Weights of the rows that are worked on at once: of each, some 14 bytes are there meanwhile.
+WEIGHTS_AT_ONCE = 1 << 26
 # Rows of one product.
 _ROWS = 1024
+
+
+def rows_at_once(rows: int, inputs: int) -> int:
+    """Return how many rows are worked on at once: even parts of all, none above the limit."""
+    return -(-rows // -(-rows * inputs // WEIGHTS_AT_ONCE))
 
 
 def row_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,6 @@ from ptqkit.reference.activations import (
     quantize_activations_bf16 as quantize_activations_bf16,
 )
 from ptqkit.reference.activations import signed_grid as signed_grid
-from ptqkit.reference.activations import to_bfloat16 as to_bfloat16
 from ptqkit.reference.convolution import im2col as im2col
 from ptqkit.reference.equalization import channel_ranges as channel_ranges
 from ptqkit.reference.equalization import equalization_error as equalization_error
@@ -44,6 +43,7 @@ from ptqkit.reference.grids import fit_groups as fit_groups
 from ptqkit.reference.grids import quantize as quantize
 from ptqkit.reference.grids import round_to_dtype as round_to_dtype
 from ptqkit.reference.grids import shrink_factors as shrink_factors
+from ptqkit.reference.grids import to_bfloat16 as to_bfloat16
 from ptqkit.reference.hessian import dampen as dampen
 from ptqkit.reference.hessian import hessian as hessian
 from ptqkit.reference.hessian import merge as merge

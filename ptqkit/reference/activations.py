@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ptqkit.reference.grids import to_bfloat16
+
 __all__ = [
     "bias_correction",
     "code_limits",
@@ -18,7 +20,6 @@ __all__ = [
     "quantize_activations",
     "quantize_activations_bf16",
     "signed_grid",
-    "to_bfloat16",
 ]
 
 # Scale of an all-zero range, any positive number: what compressed-tensors takes for float32.
@@ -55,13 +56,6 @@ def signed_grid(low, high, *, bits=8, symmetric=True, narrow_range=False, dtype=
         return scale, np.zeros(scale.shape, np.int64)
     zero = np.rint(np.clip(dtype(smallest) - low / scale, smallest, largest))
     return scale, np.where(empty, 0, zero).astype(np.int64)
-
-
-def to_bfloat16(x):
-    """Return the nearest bfloat16 of each float32 value, ties to even, as float32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return np.where(np.isnan(x), np.float32(np.nan), nearest.astype(np.uint32).view(np.float32))
 
 
 def quantize_activations_bf16(X, *, bits=8, symmetric=True, scale=None, zero_point=0):

@@ -18,15 +18,21 @@ GRID_BLOCK = 128
 SMALLEST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-14}
 
 
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Return the nearest bfloat16 of each float32 value, ties to even, as float32."""
+    x = np.ascontiguousarray(x, np.float32)
+    bits = x.view(np.uint32).astype(np.uint64)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return np.where(np.isnan(x), np.float32(np.nan), nearest.astype(np.uint32).view(np.float32))
+
+
 def round_to_dtype(x: np.ndarray, dtype: str) -> np.ndarray:
     """Round positive scales to a storage dtype, never below its smallest normal number."""
     x32 = np.asarray(x, np.float32)
     if dtype == "float16":
         rounded = x32.astype(np.float16).astype(np.float64)
     elif dtype == "bfloat16":
-        bits = x32.view(np.uint32).astype(np.uint64)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # ties to even
-        rounded = nearest.astype(np.uint32).view(np.float32).astype(np.float64)
+        rounded = to_bfloat16(x32).astype(np.float64)
     else:
         rounded = x32.astype(np.float64)
     return np.maximum(rounded, SMALLEST[dtype])

@@ -11,7 +11,7 @@ from helpers.core_cases import assert_solution, layer, same_result, true_objecti
 
 import ptqkit
 from ptqkit.errors import NotPositiveDefiniteError
-from ptqkit.nn import device_gptq
+from ptqkit.nn import device_gptq, row_products
 from ptqkit.nn.device_gptq import gptq_on, why_on_host
 from ptqkit.nn.device_solver import factorize_on
 from ptqkit.recipe.recipe import Recipe
@@ -83,7 +83,7 @@ def test_rows_do_not_see_each_other(case, monkeypatch):
     for count in (1, 20, 36):
         for rows in (slice(0, count), slice(count, 37)):
             assert same_result(solved(W[rows], F, options), whole.rows(rows.start, rows.stop))
-    monkeypatch.setattr(device_gptq, "_AT_ONCE", 10 * W.shape[1])
+    monkeypatch.setattr(row_products, "WEIGHTS_AT_ONCE", 10 * W.shape[1])
     assert same_result(solved(W, F, options), whole)
 
 
