@@ -9,6 +9,8 @@ gradients, hooks on inner modules, other attention functions, layers that are no
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +45,15 @@ _KNOWN = {
     "cache_position",
 }
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+_CONSTANTS = (
+    "training",
+    "variance_epsilon",
+    "scaling",
+    "head_dim",
+    "compute",
+    "activations",
+    "_matrix",
+)
 _SDPA = F.scaled_dot_product_attention
 _GLOBAL_HOOKS = [
     hooks
@@ -74,12 +85,16 @@ class _Step:
     def __setstate__(self, state: dict[str, Any]) -> None:
         _Step.__init__(self)
 
-    def angles_of(self, embeddings: Any, plan: _Plan) -> Any:
-        """Return cosines and sines as arrays, or None if they are not those of one token."""
+    def angles_of(self, embeddings: Any, plan: _Plan, layer: Any) -> Any:
+        """Return cosines and sines as arrays.
+
+        None if they are not those of one token, or if attention is not the model's own.
+        """
         known, found = self.angles
         if known is not embeddings:
             shape = (1, 1, plan.sizes.head_dim)
             fits = isinstance(embeddings, tuple) and len(embeddings) == 2
+            fits = fits and _attention_is_plain(layer)
             fits = fits and all(_is_plain(t, plan.dtype, shape) for t in embeddings)
             found = tuple(_bits(t).reshape(-1) for t in embeddings) if fits else None
             self.angles = (embeddings, found)
@@ -131,37 +146,53 @@ class _Plan:
     rest: tuple[Any, Any, Any, Any]
     dtype: torch.dtype
     scaling: float
-    hooks: list[Any]
-    same: list[tuple[dict[str, Any], str, Any]]
-    versions: list[tuple[torch.Tensor, int]]
-
-    def holds(self) -> bool:
-        """Whether the block is still what it was."""
-        if any(self.hooks):
-            return False
-        for place, name, value in self.same:
-            if place.get(name) is not value:
-                return False
-        return all(tensor._version == version for tensor, version in self.versions)
+    watch: _Watch
 
 
-def _watched(modules: list[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Tell what a plan was made from: every module, parameter, buffer and constant."""
-    constants = ("variance_epsilon", "training", "scaling", "head_dim", "_matrix")
-    for number, module in enumerate(modules):
-        own: dict[str, Any] = vars(module)
-        if number:  # The forward of the block itself is this one.
-            yield own, "forward", None
-        for place in ("_modules", "_parameters", "_buffers"):
-            for name, value in own[place].items():
-                yield own[place], name, value
-        if isinstance(module, PackedLinear):
-            constants_of_it: tuple[str, ...] = (*constants, "compute", "activations")
-        else:
-            constants_of_it = constants
-        for name in constants_of_it:
-            if name in own:
-                yield own, name, own[name]
+class _Watch:
+    """Notice if a block is no longer what a plan was made from: replaced parts, hooks, forwards."""
+
+    def __init__(self, modules: list[Any], grids: list[torch.Tensor]) -> None:
+        self._modules = modules
+        self._types = [type(m) for m in modules]
+        self._empty = list(_GLOBAL_HOOKS)
+        self._tables: list[dict[str, Any]] = []
+        # Constants of a module, and that nobody gave it a forward of its own.
+        self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        for number, module in enumerate(modules):
+            own = vars(module)
+            if number:  # The forward and the hooks of the block itself are around this one.
+                self._empty += [h for name, h in own.items() if name.endswith("_hooks")]
+                self._owners.append(own)
+                self._names.append("forward")
+            tables = [own[name] for name in ("_modules", "_parameters", "_buffers")]
+            self._empty += [table for table in tables if not table]
+            self._tables += [table for table in tables if table]
+            names = [name for name in _CONSTANTS if name in own]
+            self._owners += [own] * len(names)
+            self._names += names
+        self._entries = sum(map(len, self._tables))
+        self._held = list(self._current())
+        self._values = [
+            None if name == "forward" else own[name]
+            for own, name in zip(self._owners, self._names, strict=True)
+        ]
+        self._versions = [(grid, grid._version) for grid in grids]
+
+    def _current(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self._tables))
+
+    def same(self) -> bool:
+        """Whether all is as it was; asked at every token, so loops are those of the interpreter."""
+        return (
+            not any(self._empty)
+            and [*map(type, self._modules)] == self._types
+            and sum(map(len, self._tables)) == self._entries
+            and all(map(operator.is_, self._current(), self._held))
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            and all(grid._version == version for grid, version in self._versions)
+        )
 
 
 def _sizes(layer: Any, dtype: torch.dtype) -> decoder.BlockSizes | None:
@@ -218,6 +249,9 @@ def _make_plan(layer: Any, dtype: torch.dtype) -> _Plan | None:
         return None
     if not all(type(norm).__name__.endswith("RMSNorm") for norm in norms):
         return None
+    modules = [layer, attention, mlp, act, *norms, *linears]
+    if not _Watch(modules, []).same():  # Hooks, or a forward of the user's.
+        return None
     weights = [norm.weight for norm in norms]
     if any(w.dtype != dtype or not w.is_cpu for w in weights):
         return None
@@ -226,7 +260,6 @@ def _make_plan(layer: Any, dtype: torch.dtype) -> _Plan | None:
     if sizes is None or any(part is None for part in parts):
         return None
     arrays = [_bits(weight) for weight in weights]
-    modules = [layer, attention, mlp, act, *norms, *linears]
     grids = [g for m in linears for g in (m.input_scale, m.input_zero_point) if g is not None]
     return _Plan(
         sizes,
@@ -236,10 +269,7 @@ def _make_plan(layer: Any, dtype: torch.dtype) -> _Plan | None:
         (parts[3], parts[4], parts[5], parts[6]),
         dtype,
         float(attention.scaling),
-        [h for m in modules[1:] for n, h in vars(m).items() if n.endswith("_hooks")]
-        + _GLOBAL_HOOKS,
-        list(_watched(modules)),
-        [(grid, grid._version) for grid in grids],
+        _Watch(modules, grids),
     )
 
 
@@ -260,7 +290,7 @@ def _is_watched() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.is_autocast_cpu_enabled()
+        or torch.is_autocast_enabled("cpu")
     )
 
 
@@ -301,7 +331,7 @@ class OneToken:
 
     def _ready(self, hidden: torch.Tensor) -> _Plan | None:
         plan = self._plan
-        if plan is None or plan.dtype != hidden.dtype or not plan.holds():
+        if plan is None or plan.dtype != hidden.dtype or not plan.watch.same():
             self._plan = plan = _make_plan(self.layer, hidden.dtype)
         return plan
 
@@ -310,12 +340,12 @@ class OneToken:
         embeddings = kwargs.get("position_embeddings")
         if cache is None or embeddings is None or not kwargs.keys() <= _KNOWN:
             return None
-        if not hidden.is_cpu or hidden.dim() != 3 or not _attention_is_plain(self.layer):
+        if not hidden.is_cpu or hidden.dim() != 3:
             return None
         plan = self._ready(hidden)
         if plan is None or hidden.shape[-1] != plan.sizes.hidden:
             return None
-        angles = self._step.angles_of(embeddings, plan)
+        angles = self._step.angles_of(embeddings, plan, self.layer)
         allowed = None if mask is None else self._step.allowed(mask)
         if angles is None or (mask is not None and allowed is None):
             return None
