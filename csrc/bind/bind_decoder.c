@@ -193,9 +193,10 @@ PTQ_BIND(
     decoder_end, 14,
     "block, query, keys, values, allowed, scaling, x, norm, o, gate, up, down, y, threads",
     "One token through a decoder block, from all keys and values on.\n\n"
-    "block and layers as of decoder_begin, whose query this takes; of the block's dtype: keys\n"
-    "and values (kv_heads, tokens, head_dim), the channels contiguous, x and norm (hidden,),\n"
-    "y (hidden,), written; allowed (tokens,) uint8, 0 where a key is hidden, or None.") {
+    "block and the layers o, gate, up and down as of decoder_begin, whose query this takes; of\n"
+    "the block's dtype: keys and values (kv_heads, tokens, head_dim), the channels contiguous,\n"
+    "x and norm (hidden,), y (hidden,), written; allowed (tokens,) uint8, 0 where a key is\n"
+    "hidden, or None; scaling is the factor of the scores.") {
     ptq_block_end a = {0};
     ptq_row_layer *const layers[] = {&a.o, &a.gate, &a.up, &a.down};
     ptq_block *const b = &a.block;
