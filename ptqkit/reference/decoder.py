@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Linear", "block_begin", "block_end", "bfloat16", "rms_norm", "rotate"]
+__all__ = ["Linear", "bfloat16", "block_begin", "block_end", "rms_norm", "rotate"]
 
 Rounding = Callable[[np.ndarray], np.ndarray]
 
@@ -27,6 +27,7 @@ class Linear:
     bias: np.ndarray | None = None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Return ``weight x + bias`` for x of shape (in,)."""
         y = self.weight @ x
         return y if self.bias is None else y + self.bias
 

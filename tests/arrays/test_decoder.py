@@ -29,8 +29,22 @@ def values_of(a):
 class Case:
     """A block of random weights, as the core takes it and in float64."""
 
-    def __init__(self, dtype="float32", hidden=72, inner=88, heads=6, kv_heads=2, head_dim=20, *,
-                 width=4, mode="float", bias=False, head_norms=False, permuted=False, seed=0):  # fmt: skip
+    def __init__(
+        self,
+        dtype="float32",
+        hidden=72,
+        inner=88,
+        heads=6,
+        kv_heads=2,
+        head_dim=20,
+        *,
+        width=4,
+        mode="float",
+        bias=False,
+        head_norms=False,
+        permuted=False,
+        seed=0,
+    ):
         self.draw = np.random.default_rng(seed)
         self.bf16, self.mode, self.width, self.permuted = dtype == "bfloat16", mode, width, permuted
         self.sizes = decoder.BlockSizes(

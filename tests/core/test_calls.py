@@ -634,7 +634,12 @@ def test_bad_layers_of_blocks(name, at):
         for junk in (-1.0, "x", np.nan) if number else (object(), "x", [], np.float32(1)):
             bad.append((*layer[:part], junk, *layer[part + 1 :]))
         if isinstance(value, np.ndarray):
-            for wrong in (value[None], value[:0], np.concatenate([value, value]), value.astype("c8")):
+            for wrong in (
+                value[None],
+                value[:0],
+                np.concatenate([value, value]),
+                value.astype("c8"),
+            ):
                 bad.append((*layer[:part], wrong, *layer[part + 1 :]))
     for wrong in bad:
         arguments = _calls()[name]
