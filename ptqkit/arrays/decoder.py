@@ -7,6 +7,7 @@ core takes are made here; :mod:`ptqkit.hf.models.one_token` makes them of the mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class BlockSizes:
     eps: float
     head_eps: float = 0.0
 
-    @property
+    @cached_property
     def core(self) -> tuple[Any, ...]:
         """As the core takes them."""
         sizes = (self.hidden, self.inner, self.heads, self.kv_heads, self.head_dim)

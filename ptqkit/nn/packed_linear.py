@@ -36,7 +36,7 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 def bits_of(tensor: torch.Tensor) -> np.ndarray:
     """Return a CPU tensor as an array over its memory; bfloat16, which NumPy lacks, as uint16."""
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
+        return tensor.view(torch.uint16).numpy()
     return tensor.numpy()
 
 

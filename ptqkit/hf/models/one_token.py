@@ -50,6 +50,7 @@ _CONSTANTS = (
     "variance_epsilon",
     "scaling",
     "head_dim",
+    "layer_idx",
     "compute",
     "activations",
     "_matrix",
@@ -123,7 +124,16 @@ class _Step:
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
-    return bits_of(tensor.detach())
+    return bits_of(tensor.detach() if tensor.requires_grad else tensor)
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, np.ndarray]:
+    """Return a tensor and an array of its memory: made in this order they cost the least."""
+    if dtype == torch.bfloat16:
+        array = np.empty(shape, np.uint16)
+        return torch.from_numpy(array).view(dtype), array
+    array = np.empty(shape, np.float32)
+    return torch.from_numpy(array), array
 
 
 def _is_plain(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
@@ -146,6 +156,7 @@ class _Plan:
     rest: tuple[Any, Any, Any, Any]
     dtype: torch.dtype
     scaling: float
+    index: int
     watch: _Watch
 
 
@@ -179,6 +190,10 @@ class _Watch:
             for own, name in zip(self._owners, self._names, strict=True)
         ]
         self._versions = [(grid, grid._version) for grid in grids]
+        # The same parameter may be given other memory (`parameter.data = ...`).
+        parts = [p for m in modules[1:] for p in vars(m)["_parameters"].values()]
+        self._parameters = [p for p in parts if p is not None]
+        self._addresses = [p.data_ptr() for p in self._parameters]
 
     def _current(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(map(dict.values, self._tables))
@@ -191,6 +206,7 @@ class _Watch:
             and sum(map(len, self._tables)) == self._entries
             and all(map(operator.is_, self._current(), self._held))
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            and [p.data_ptr() for p in self._parameters] == self._addresses
             and all(grid._version == version for grid, version in self._versions)
         )
 
@@ -269,6 +285,7 @@ def _make_plan(layer: Any, dtype: torch.dtype) -> _Plan | None:
         (parts[3], parts[4], parts[5], parts[6]),
         dtype,
         float(attention.scaling),
+        attention.layer_idx,
         _Watch(modules, grids),
     )
 
@@ -338,12 +355,10 @@ class OneToken:
     def _one_token(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         embeddings = kwargs.get("position_embeddings")
-        if cache is None or embeddings is None or not kwargs.keys() <= _KNOWN:
-            return None
-        if not hidden.is_cpu or hidden.dim() != 3:
+        if cache is None or embeddings is None or not _KNOWN.issuperset(kwargs):
             return None
         plan = self._ready(hidden)
-        if plan is None or hidden.shape[-1] != plan.sizes.hidden:
+        if plan is None or not _is_plain(hidden, plan.dtype, (1, 1, plan.sizes.hidden)):
             return None
         angles = self._step.angles_of(embeddings, plan, self.layer)
         allowed = None if mask is None else self._step.allowed(mask)
@@ -353,20 +368,20 @@ class OneToken:
         query, new = self._begin(plan, x, angles)
         positions = kwargs.get("cache_position")
         more = () if positions is None else ({"cache_position": positions},)
-        keys, values = cache.update(new[0], new[1], self.layer.self_attn.layer_idx, *more)
+        keys, values = cache.update(*new, plan.index, *more)
         return self._end(plan, hidden, x, query, (keys, values), allowed)
 
     def _begin(self, plan: _Plan, x: np.ndarray, angles: Any) -> tuple[np.ndarray, torch.Tensor]:
         """Return the query, and key and value as (2, 1, kv heads, 1, channels)."""
         s = plan.sizes
         query = np.empty((s.heads, s.head_dim), np.float32)
-        new = torch.empty((2, 1, s.kv_heads, 1, s.head_dim), dtype=plan.dtype)
-        key, value = bits_of(new).reshape(2, s.kv_heads, s.head_dim)
+        new, array = _new((2, 1, s.kv_heads, 1, s.head_dim), plan.dtype)
+        key, value = array.reshape(2, s.kv_heads, s.head_dim)
         try:
             decoder.begin(s, x, angles, plan.norms, plan.qkv, query, key, value)
         except FloatingPointError:
             raise self._not_finite() from None
-        return query, new
+        return query, new.unbind()
 
     def _end(
         self,
@@ -382,8 +397,8 @@ class OneToken:
         shape = (1, s.kv_heads, keys.shape[-2], s.head_dim)
         if not (_is_plain(keys, plan.dtype, shape) and _is_plain(values, plan.dtype, shape)):
             return self._through_modules(plan, hidden, query, cached, allowed)
-        y = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        array = bits_of(y).reshape(-1)
+        y, array = _new((1, 1, s.hidden), plan.dtype)
+        array = array.reshape(-1)
         try:
             decoder.end(
                 s,

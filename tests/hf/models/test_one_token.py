@@ -225,6 +225,10 @@ def test_changes_are_noticed(tmp_path, calls):
         layer.mlp.up_proj.scales = scales * 2
         near(*both(model, calls), 1e-5)
         calls.clear()
+        norm = layer.post_attention_layernorm.weight
+        norm.data = norm.data * 0.5
+        near(*both(model, calls), 1e-5)
+        calls.clear()
         other = copy.deepcopy(layer.mlp.up_proj)
         other.scales.mul_(0.25)
         layer.mlp.up_proj = other
