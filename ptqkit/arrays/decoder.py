@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import ptqkit._core as _core
+from ptqkit._repr import one_line_repr
 from ptqkit.arrays._inputs import BF16, F32
 
 __all__ = ["MOST_SIMULATED_INPUTS", "BlockSizes", "begin", "end", "simulated_layer"]
@@ -34,6 +35,8 @@ class BlockSizes:
     eps, head_eps : float
         Of the norms, and of the norms of heads.
     """
+
+    __repr__ = one_line_repr
 
     dtype: str
     hidden: int
@@ -108,7 +111,10 @@ def begin(
     FloatingPointError
         A layer rounds its input, which holds NaN or Inf.
     """
-    _core.decoder_begin(block.core, x, *angles, *norms, *layers, query, key, value, threads)
+    norm, q_norm, k_norm = norms
+    _core.decoder_begin(
+        block.core, x, *angles, norm, q_norm, k_norm, *layers, query, key, value, threads
+    )
 
 
 def end(

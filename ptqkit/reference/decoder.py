@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,12 +18,11 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
     return rounded.view(np.float32).astype(np.float64)
 
 
-@dataclass(frozen=True)
 class Linear:
     """``weight`` (out, in) in float64, ``bias`` (out,) or None."""
 
-    weight: np.ndarray
-    bias: np.ndarray | None = None
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None = None) -> None:
+        self.weight, self.bias = weight, bias
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Return ``weight x + bias`` for x of shape (in,)."""

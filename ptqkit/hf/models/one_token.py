@@ -459,7 +459,7 @@ def fuse_blocks(model: nn.Module) -> int:
             continue
         inner = [m for m in module.modules() if hasattr(m, "in_features")]
         if all(isinstance(m, PackedLinear) for m in inner):
-            module.forward = OneToken(module, step)  # type: ignore[method-assign]
+            module.forward = OneToken(module, step)
             count += 1
     return count
 
