@@ -368,31 +368,28 @@ class PackedLinear(QLinear):
             self._integers = (matrix, *column, sums.astype(np.int32))
         return self._integers
 
+    def takes_one_token(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`one_token_layer` returns a layer for inputs of this dtype."""
+        bias, spec = self._parameters["bias"], self.activations
+        if self.compute == "dequantize" or not self._buffers["scales"].is_cpu:
+            return False
+        if bias is not None and (bias.dtype != dtype or not bias.is_cpu):
+            return False
+        simulated = spec is None or (self.integers() and self.in_features <= MOST_SIMULATED_INPUTS)
+        return simulated and dtype in (torch.float32, torch.bfloat16)
+
     def one_token_layer(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """Return the layer as :mod:`ptqkit.arrays.decoder` takes it, with inputs of ``dtype``.
 
         None if it cannot be one, as it is not packed, has simulated inputs that are no integers,
         or a bias of another dtype.
         """
-        bias = self._parameters["bias"]
-        if self.compute == "dequantize" or not self._buffers["scales"].is_cpu:
+        if not self.takes_one_token(dtype):
             return None
-        if dtype not in (torch.float32, torch.bfloat16):
-            return None
-        if bias is not None and (bias.dtype != dtype or not bias.is_cpu):
-            return None
+        bias, spec = self._parameters["bias"], self.activations
         added = None if bias is None else bits_of(bias.detach())
-        spec = self.activations
         if spec is None:
             return self.matrix().layer("int8" if self.compute == "int8" else "float", added)
-        if not self.integers() or self.in_features > MOST_SIMULATED_INPUTS:
-            return None
         matrix, scales, zeros, sums = self._integer_weights()
-        return simulated_layer(
-            matrix.words,
-            scales,
-            zeros,
-            sums,
-            **self._input_grid(spec, dtype),
-            bias=added,
-        )
+        grid = self._input_grid(spec, dtype)
+        return simulated_layer(matrix.words, scales, zeros, sums, **grid, bias=added)

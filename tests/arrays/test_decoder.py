@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -290,7 +291,7 @@ def test_what_does_not_belong_together_is_refused():
     ):
         changed = Case()
         changed.core = case.core
-        object.__setattr__(changed, "sizes", decoder.BlockSizes(**{**vars(case.sizes), **change}))
+        changed.sizes = replace(case.sizes, **change)
         with pytest.raises(ValueError, match=message):
             changed.begin()
             changed.end(query, keys, values)

@@ -258,7 +258,7 @@ def _make_plan(layer: Any, dtype: torch.dtype) -> _Plan | None:
     linears += [getattr(mlp, name) for name in _MLP]
     if dtype not in _DTYPES or layer.training or attention.training:
         return None
-    if not all(type(m) is PackedLinear for m in linears):
+    if not all(type(m) is PackedLinear and m.takes_one_token(dtype) for m in linears):
         return None
     act, norms = mlp.act_fn, _norms(layer)
     if not (type(act) is nn.SiLU or type(act).__name__ == "SiLUActivation"):
@@ -457,9 +457,11 @@ def fuse_blocks(model: nn.Module) -> int:
     for module in model.modules():
         if _has_head_norms(module) is None or "forward" in vars(module):
             continue
-        inner = [m for m in module.modules() if hasattr(m, "in_features")]
-        if all(isinstance(m, PackedLinear) for m in inner):
-            module.forward = OneToken(module, step)
+        layer: Any = module
+        inner = [m for m in layer.modules() if hasattr(m, "in_features")]
+        dtype = layer.input_layernorm.weight.dtype
+        if all(type(m) is PackedLinear and m.takes_one_token(dtype) for m in inner):
+            layer.forward = OneToken(module, step)
             count += 1
     return count
 
