@@ -7,6 +7,7 @@ own, and replayed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -36,6 +37,8 @@ _EPSILON = 1e-8 * _LOSS_SCALE
 _WARM_UP = 2
 # Weights of a model up to which launching kernels takes longer than they do.
 _SMALL = 1 << 27
+# A recording waits for all of a device's work and empties its caches: one thread at a time.
+_RECORDS = threading.Lock()
 
 
 class Leaves(Protocol):
@@ -48,6 +51,10 @@ class Leaves(Protocol):
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Return the model's parameters as they are run."""
+        ...
+
+    def hold(self, share: torch.Tensor) -> None:
+        """Draw codes that learn to what they round to, by a share of the distance."""
         ...
 
     def limit(self) -> None:
@@ -97,6 +104,9 @@ class TuningStep:
     groups : list of dict
         Groups of the optimizer, with a learning rate ``lr`` each.
     betas : tuple of float
+    hold : float
+        By which share of the distance a step draws codes that learn to what they round to, at the
+        rate at the beginning.
     """
 
     def __init__(
@@ -106,7 +116,9 @@ class TuningStep:
         data: TuningWindows,
         groups: list[dict[str, Any]],
         betas: tuple[float, float],
+        hold: float = 0.0,
     ) -> None:
+        self._hold = hold
         self._model, self._leaves, self._data = model, leaves, data
         self._rates = [group["lr"] for group in groups]
         device = device_of(model)
@@ -169,6 +181,8 @@ class TuningStep:
             else:
                 group["lr"] = rate * float(self._turn)
         self._optimizer.step()
+        if self._hold:
+            self._leaves.hold(self._turn * self._hold)
         self._leaves.limit()
         return torch.stack([loss, size.to(loss)])
 
@@ -259,7 +273,7 @@ def record_graph(
 
     ``put_back`` undoes what running it to warm up did.
     """
-    with torch.cuda.device(device):
+    with _RECORDS, torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
