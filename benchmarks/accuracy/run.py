@@ -68,6 +68,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "best, tuned": ("best", {"tune": 150}),
     "quality, tuned": ("quality", {"tune": 150}),
     "best, codes learned": ("best", {"tune": 2000, "tune_codes": 0.01, "tune_own_text": 8192}),
+    "best, codes learned, 300 steps": ("best", {"tune": 300, "tune_codes": 0.03,
+                                                "tune_own_text": 2048}),
     "best, average bits, codes learned": ("best", {"tune": 2000, "tune_codes": 0.01,
                                                    "tune_own_text": 8192}),
     "best, rows apart, tuned": ("best", {"row_coupling": 0, "tune": 150}),
@@ -80,7 +82,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 #: Rounding to nearest needs no calibration.
 ONE_DRAW = ("rtn",)
-#: The embedded model's codes are 28 times those of stories260k: each step and window is dearer.
+#: The most for a model whose codes are 28 times those of stories260k: each step is dearer.
 LARGE = {"embedded": {"tune": 1500, "tune_own_text": 2048, "tune_options": {"windows": 8}}}
 #: The grid's bits are an average over the layers, some of which have more and some fewer.
 AVERAGE = ("best, average bits", "best, average bits, beam 16", "best, average bits, codes learned")
@@ -285,9 +287,8 @@ def learning(cells: Cells, batches: Any, options: dict[str, Any]) -> Learning | 
     if "tune_codes" not in options or cells.own is None:
         return None
     teacher = prepared_teacher(cells.alone)
-    large = LARGE.get(cells.model, {})
-    kept = {**options.get("tune_options", {}), **large.get("tune_options", {})}
-    options |= {**large, "tune_options": kept}
+    for key, most in LARGE.get(cells.model, {}).items():
+        options[key] = most if key == "tune_options" else min(most, options[key])
     count = options.pop("tune_own_text")
     path = cells.own / f"{cells.model}-{cells.draw}-{count}.pt"
     text = written(teacher, batches, count, cells.draw, path)

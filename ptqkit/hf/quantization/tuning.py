@@ -65,10 +65,11 @@ class TuningOptions:
     code_rate : float
         Learning rate of codes before rounding, in codes; 0: codes stay.
     code_hold : float
-        How strongly codes stay what they are: with every step they are drawn to the whole number
-        next to them, from halfway between two by half of this share of the step's rate. So a code
-        changes only if its gradient has a direction, of at least half of this share of its usual
-        size; without, those with none walk to and fro between two codes while the rate is high.
+        How strongly codes hold on to what they are: with every step of rate r a latent code is
+        drawn to the whole number next to it by ``code_hold * r`` of the distance, like the damping
+        of oscillations of Nagel et al. 2022 (arXiv:2203.08617). So a code changes only where its
+        gradient has a direction, of more than half of ``code_hold`` of its usual size; with 0,
+        codes without one walk to and fro between two values while the rate is high.
     own_text : int
         Windows that the float model writes itself (:func:`ptqkit.hf.own_text`) and that are learned
         from besides the calibration windows.
