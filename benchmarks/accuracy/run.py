@@ -18,13 +18,11 @@ import argparse
 import csv
 import fcntl
 import multiprocessing
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +92,6 @@ TUNED = ("model", "grid", "recipe", "draw", "steps", "kept", "loss_before", "los
          "held_out", "codes_changed", "recorded", "seconds")  # fmt: skip
 #: Windows of own text that are written at once.
 AT_ONCE = {"cpu": 64, "cuda": 8192}
-#: With several streams one thread loads or quantizes at a time; the others wait for the GPU.
-_ALONE = threading.Lock()
 
 
 def recipe_options(model: nn.Module, recipe: str, grid: dict[str, Any]) -> dict[str, Any]:
@@ -183,22 +179,21 @@ def measure(
     """Quantize the model; return what that took, each window's loss, and what tuning did."""
     device = next(case.model.parameters()).device
     floats.restore()
+    start = time.perf_counter()
     try:
-        with _ALONE:
-            start = time.perf_counter()
-            result = quantize(
-                case.model,
-                recipe,
-                batches,
-                tokenizer=case.tokenizer,
-                progress=False,
-                diagnostics=False,
-                requantize=True,
-                batch_size=FORWARD_BATCH_SIZE,
-                stored_dtype=case.stored_dtype,
-                threads=torch.get_num_threads(),
-                **options,
-            )
+        result = quantize(
+            case.model,
+            recipe,
+            batches,
+            tokenizer=case.tokenizer,
+            progress=False,
+            diagnostics=False,
+            requantize=True,
+            batch_size=FORWARD_BATCH_SIZE,
+            stored_dtype=case.stored_dtype,
+            threads=torch.get_num_threads(),
+            **options,
+        )
         if learning is not None:
             learning(result, batches)
         seconds = time.perf_counter() - start
@@ -254,31 +249,27 @@ class Cells:
     models: Path | None
     tune_device: str
     own: Path | None
-    thread: int = 0
 
     def load(self, device: str | None = None) -> Case:
         """Load the model anew."""
-        with _ALONE:
-            return load_case(
-                self.model, self.data, self.windows, device or self.device, self.models
-            )
+        return load_case(self.model, self.data, self.windows, device or self.device, self.models)
 
     @property
     def alone(self) -> Cells:
-        """What is the same for all cells of a model in this thread."""
-        return replace(self, grid="", draw=0, recipes=(), thread=threading.get_ident())
+        """What is the same for all cells of a model."""
+        return replace(self, grid="", draw=0, recipes=())
 
 
 @cache
 def prepared(cells: Cells) -> tuple[Case, FloatWeights]:
-    """Load a model once per thread."""
+    """Load a model once per process."""
     case = cells.load()
     return case, FloatWeights(case.model)
 
 
 @cache
 def prepared_teacher(cells: Cells) -> Case:
-    """Load a float model once per thread, to learn from."""
+    """Load a float model once per process, to learn from."""
     return cells.load(cells.tune_device)
 
 
@@ -288,7 +279,8 @@ def learning(cells: Cells, batches: Any, options: dict[str, Any]) -> Learning | 
         return None
     teacher = prepared_teacher(cells.alone)
     for key, most in LARGE.get(cells.model, {}).items():
-        options[key] = most if key == "tune_options" else min(most, options[key])
+        given = options.get(key, {})
+        options[key] = given | most if isinstance(most, dict) else min(given, most)
     count = options.pop("tune_own_text")
     path = cells.own / f"{cells.model}-{cells.draw}-{count}.pt"
     text = written(teacher, batches, count, cells.draw, path)
@@ -319,14 +311,6 @@ def study(cells: Cells) -> list[tuple[tuple[str, ...], list[Any], list[float], l
     return found
 
 
-def studied_on_a_stream(cells: Cells) -> Any:
-    """Measure cells while other threads measure theirs: kernels of small models fill no GPU."""
-    if cells.tune_device == "cpu":
-        return study(cells)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return study(cells)
-
-
 def missing(args: argparse.Namespace, windows: Table, runs: Table) -> Iterator[Cells]:
     """Yield what is not there yet: all models draw by draw, grid by grid; tuned recipes last."""
     common = (
@@ -348,7 +332,7 @@ def missing(args: argparse.Namespace, windows: Table, runs: Table) -> Iterator[C
             and not (r in AVERAGE and isinstance(GRIDS[grid]["bits"], str))
             and not all((name, grid, r, str(draw)) in table.seen for table in (windows, runs))
         )
-        if args.processes == args.streams == 1 and recipes:
+        if args.processes == 1 and recipes:
             yield Cells(name, grid, draw, recipes, *common)
         elif recipes:
             yield from (Cells(name, grid, draw, (r,), *common) for r in recipes)
@@ -366,9 +350,6 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=48, help="test windows")
     p.add_argument("--processes", type=int, default=1, help="cells at once")
     p.add_argument("--threads", type=int, default=1, help="of each of several processes")
-    p.add_argument(
-        "--streams", type=int, default=1, help="cells whose codes learn on a GPU at once"
-    )
     p.add_argument("--device", default="cpu")
     p.add_argument("--tune-device", help="cuda: all GPUs in turn; by default the device")
     p.add_argument("--own", type=Path, help="folder that keeps the float models' own text")
@@ -380,11 +361,6 @@ def main() -> None:
         for n, c in (("windows", WINDOWS), ("runs", RUNS), ("tuned", TUNED))
     )
     todo = list(missing(args, windows, runs))
-    if args.streams > 1:
-        torch.set_num_threads(args.threads)
-        with ThreadPool(args.streams) as pool:
-            note(pool.imap_unordered(studied_on_a_stream, todo), windows, runs, tuned)
-        return
     if args.processes == 1:
         note(map(study, todo), windows, runs, tuned)
         return

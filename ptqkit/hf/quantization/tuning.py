@@ -265,7 +265,7 @@ class _Leaves:
     def hold(self, share: torch.Tensor) -> None:
         """Draw latents to the codes that they round to, by a share of the distance."""
         for latents in self.latents.values():
-            latents.lerp_(latents.round(), share)
+            latents.sub_((latents - latents.round()) * share)
 
     @torch.no_grad()
     def limit(self) -> None:

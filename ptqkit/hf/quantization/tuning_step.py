@@ -7,7 +7,6 @@ own, and replayed.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -37,8 +36,6 @@ _EPSILON = 1e-8 * _LOSS_SCALE
 _WARM_UP = 2
 # Weights of a model up to which launching kernels takes longer than they do.
 _SMALL = 1 << 27
-# A recording waits for all of a device's work and empties its caches: one thread at a time.
-_RECORDS = threading.Lock()
 
 
 class Leaves(Protocol):
@@ -273,7 +270,7 @@ def record_graph(
 
     ``put_back`` undoes what running it to warm up did.
     """
-    with _RECORDS, torch.cuda.device(device):
+    with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
