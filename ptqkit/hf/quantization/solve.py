@@ -121,7 +121,7 @@ def solve_group(
     for options, stack in stacks:
         name = ", ".join(t.name for t in stack)
         source = moments.hessian
-        shared = len(stacks) > 1 or moments.drift is not None
+        shared = len(stacks) > 1 or moments.propagates
         device = stack[0].view.weight.device
         shared = shared or computes(device)  # which factorizes faster
         if shared and source is not None and options.method == "gptq":
@@ -184,7 +184,7 @@ def _solve_stack(
             part = residual.rows(shared.own.start, shared.own.stop)
             moments = replace(moments, residuals={stack[0].name: part})
     with contextlib.nullcontext() if processes is None else processes.together():
-        if moments.drift is not None:
+        if moments.propagates:
             layer = stack[0].name
             values, instead = _target(values, layer, options, source, moments, threads, name)
             start = time.perf_counter()
