@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from ptqkit.arrays.matrix import GRID_METHODS, QuantizedMatrix
 from ptqkit.errors import NotPositiveDefiniteError
 from ptqkit.nn.device_factor import factor_on, hessian_on
 from ptqkit.nn.device_grids import GRID_BLOCK, GridFit
-from ptqkit.nn.kernels.choice import steps_on, why_no_kernels
+from ptqkit.nn.kernels.choice import groups_on, steps_on, why_no_kernels
 from ptqkit.nn.kernels.plain import round_even
 from ptqkit.nn.row_objectives import row_objectives
 from ptqkit.nn.row_products import add_product, rows_at_once
@@ -208,6 +209,7 @@ class _Solve:
         self._group = torch.from_numpy(self.group).to(device)
         hessian = self.spec.method == GRID_METHODS["hessian"]
         self._blocks = self._diagonal_blocks(self.static) if hessian else []
+        self._groups = None if self.static or self.size > _COLUMNS else groups_on(device)
         self._inverses = None
         if self.feedback and not self.static:
             self._inverses = self._inverse_blocks()
@@ -230,9 +232,12 @@ class _Solve:
         codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
         for block, parts in self._cuts(inputs):
             for part in parts:
-                if not self.static and part.start % self.size == 0:
-                    self._fit_group(W, sums, part.start, scales, zeros)
-                self._step(W, sums, part, scales, zeros, codes)
+                if self._groups is not None:
+                    self._whole_group(self._groups, W, sums, part, scales, zeros, codes)
+                else:
+                    if not self.static and part.start % self.size == 0:
+                        self._fit_group(W, sums, part.start, scales, zeros)
+                    self._step(W, sums, part, scales, zeros, codes)
                 self._spread(sums, part, slice(part.stop, block.stop))
             self._spread(sums, block, slice(block.stop, inputs))
         del W
@@ -312,6 +317,33 @@ class _Solve:
             self._group[part],
             codes[:, part],
             self.spec.max_code,
+            self.feedback,
+        )
+
+    def _whole_group(
+        self,
+        groups: ModuleType,
+        W: torch.Tensor,
+        sums: torch.Tensor,
+        part: slice,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        codes: torch.Tensor,
+    ) -> None:
+        """Fit the grid of a group and round it, by one kernel."""
+        number = part.start // self.size
+        corrected = self._inverses is not None and part.start > 0
+        groups.quantize_group(
+            W[:, part],
+            sums[:, part],
+            self.R[part, part],
+            self._inverses[number] if corrected else None,
+            self._blocks[number][0] if self._blocks else None,
+            self._fit.of_group(groups),
+            scales,
+            zeros,
+            int(self.group[part.start]),
+            codes[:, part],
             self.feedback,
         )
 

@@ -1,0 +1,116 @@
+"""Products of numbers of 16 bits with themselves, as a kernel that Triton compiles.
+
+Only tiles at and above the diagonal are computed, and a tile stays where it is added up while all
+tokens of a call go by. To be imported where Triton is known to be there.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ptqkit.nn.kernels.compiled import current
+from ptqkit.nn.kernels.plain import check_layout
+
+__all__ = ["add_upper_products"]
+
+# Columns of a tile; tokens that are loaded at once.
+_TILE, _DEPTH = 128, 64
+# Tiles that are next to each other in both directions run at the same time and read the same.
+_GROUP = 12
+
+
+@triton.jit
+def _upper(
+    values,
+    total,
+    tiles,
+    tokens,
+    columns,
+    values_stride,
+    total_stride,
+    EVEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    one = tl.program_id(0)
+    above = tl.load(tiles + 2 * one) * TILE + tl.arange(0, TILE)
+    across = tl.load(tiles + 2 * one + 1) * TILE + tl.arange(0, TILE)
+    token = tl.arange(0, DEPTH)
+    left = values + token.to(tl.int64)[:, None] * values_stride + above[None, :]
+    right = values + token.to(tl.int64)[:, None] * values_stride + across[None, :]
+    step = values_stride.to(tl.int64) * DEPTH
+    place = total + above.to(tl.int64)[:, None] * total_stride + across[None, :]
+    inside = (above < columns)[:, None] & (across < columns)[None, :]
+    if EVEN:
+        sums = tl.load(place)
+    else:
+        sums = tl.load(place, mask=inside, other=0.0)
+    for start in range(0, tokens, CHUNK):
+        own = tl.zeros([TILE, TILE], tl.float32)
+        for at in range(start, start + CHUNK, DEPTH):
+            if EVEN:
+                a = tl.load(left)
+                b = tl.load(right)
+            else:
+                there = (at + token < tokens)[:, None]
+                a = tl.load(left, mask=there & (above < columns)[None, :], other=0.0)
+                b = tl.load(right, mask=there & (across < columns)[None, :], other=0.0)
+            own = tl.dot(tl.trans(a), b, own)
+            left += step
+            right += step
+        sums += own
+    if EVEN:
+        tl.store(place, sums)
+    else:
+        tl.store(place, sums, mask=inside)
+
+
+def add_upper_products(total: torch.Tensor, values: torch.Tensor, chunk: int) -> None:
+    """Add values^T values to a sum, at and above its diagonal; what is below has no meaning.
+
+    Parameters
+    ----------
+    total : Tensor of float32, shape (columns, columns)
+    values : Tensor of bfloat16 or float16, shape (tokens, columns)
+    chunk : int
+        Tokens whose products have a sum of their own first; a multiple of 64.
+    """
+    check_layout(total, values)
+    tokens, columns = values.shape
+    count = triton.cdiv(columns, _TILE)
+    tiles = _tiles(count, total.device)
+    with current(values):
+        _upper[(len(tiles),)](
+            values,
+            total,
+            tiles,
+            tokens,
+            columns,
+            values.stride(0),
+            total.stride(0),
+            EVEN=columns % _TILE == 0 and tokens % chunk == 0,
+            CHUNK=chunk,
+            TILE=_TILE,
+            DEPTH=_DEPTH,
+            num_warps=8,
+            num_stages=4,
+        )
+
+
+@cache
+def _tiles(count: int, device: torch.device) -> torch.Tensor:
+    """Return row and column of each tile at and above the diagonal, those that are near together."""
+    groups = range(0, count, _GROUP)
+    found = [
+        (i, j)
+        for above in groups
+        for across in groups
+        for i in range(above, min(above + _GROUP, count))
+        for j in range(max(across, i), min(across + _GROUP, count))
+    ]
+    return torch.tensor(found, dtype=torch.int32, device=device)
