@@ -43,8 +43,10 @@ from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["gptq_on", "why_on_host"]
 
-# Columns whose errors reach the later ones together.
+# Columns whose errors reach the later ones of as many as are below together.
 _COLUMNS = 128
+# Columns whose errors reach all later ones together: products of many are quicker.
+_WIDE = 1024
 
 
 def why_on_host(device: torch.device, options: Recipe) -> str:
@@ -230,7 +232,7 @@ class _Solve:
         W = weight if self._turned is None else weight[:, self._turned]
         sums = torch.zeros_like(W)
         codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-        for block, parts in self._cuts(inputs):
+        for wide, block, parts in self._cuts(inputs):
             for part in parts:
                 if self._groups is not None:
                     self._whole_group(self._groups, W, sums, part, scales, zeros, codes)
@@ -239,7 +241,9 @@ class _Solve:
                         self._fit_group(W, sums, part.start, scales, zeros)
                     self._step(W, sums, part, scales, zeros, codes)
                 self._spread(sums, part, slice(part.stop, block.stop))
-            self._spread(sums, block, slice(block.stop, inputs))
+            self._spread(sums, block, slice(block.stop, wide.stop))
+            if block.stop == wide.stop:
+                self._spread(sums, wide, slice(wide.stop, inputs))
         del W
         if self._back is not None:
             codes, sums = codes[:, self._back], sums[:, self._back]
@@ -283,21 +287,25 @@ class _Solve:
             return objectives
         return np.ldexp(objectives, self.shift if far is None else self.shift + 2 * far[:, 0])
 
-    def _cuts(self, inputs: int) -> Iterator[tuple[slice, list[slice]]]:
-        """Yield blocks of columns, and where they begin a new group inside of it."""
-        width = _COLUMNS
-        if not self.static and self.size <= _COLUMNS:
-            width = _COLUMNS // self.size * self.size
-            for start in range(0, inputs, width):
-                stop = min(start + width, inputs)
-                inner = range(start, stop, self.size)
-                yield slice(start, stop), [slice(c, c + self.size) for c in inner]
-            return
-        period = inputs if self.static else self.size
-        for first in range(0, inputs, period):
-            for start in range(first, first + period, width):
-                block = slice(start, min(start + width, first + period))
-                yield block, [block]
+    def _cuts(self, inputs: int) -> Iterator[tuple[slice, slice, list[slice]]]:
+        """Yield blocks of columns, each after the wide one it is in, with its groups.
+
+        A wide block begins with a group, as a block does or is part of one.
+        """
+        small = not self.static and self.size <= _COLUMNS
+        width = _COLUMNS // self.size * self.size if small else _COLUMNS
+        unit = width if small or self.static else self.size
+        reach = max(1, _WIDE // unit) * unit
+        for first in range(0, inputs, reach):
+            wide = slice(first, min(first + reach, inputs))
+            period = self.size if unit == self.size else reach
+            for begin in range(wide.start, wide.stop, period):
+                end = min(begin + period, wide.stop)
+                for start in range(begin, end, width):
+                    block = slice(start, min(start + width, end))
+                    inner = range(start, block.stop, self.size) if small else [start]
+                    size = self.size if small else block.stop - start
+                    yield wide, block, [slice(c, c + size) for c in inner]
 
     def _step(
         self,

@@ -75,9 +75,7 @@ class BlockPlaces:
             return
         self._device = next(self._modules[self._blocks[0]].parameters()).device
         pinned = self._device.type == "cuda"
-        self._stages = [
-            torch.empty(_STAGE, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)
-        ]
+        self._stages = [torch.empty(_STAGE, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "ptqkit-blocks")
         try:
             for name in reversed(self._blocks[-self._count :]):

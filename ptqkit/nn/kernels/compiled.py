@@ -229,6 +229,7 @@ def _descend(
     group,
     codes,
     moved,
+    change,
     rows,
     width,
     sums_stride,
@@ -247,6 +248,7 @@ def _descend(
     place = codes + row[:, None] * codes_stride + column[None, :]
     now = tl.load(place, mask=inside, other=0).to(tl.float32)
     steps = tl.zeros([ROWS, COLUMNS], tl.float32)
+    less = tl.zeros([ROWS], tl.float32)
     for j in range(0, width):
         pick = (column == j)[None, :]
         tj = tl.sum(tl.where(pick, t, 0.0), 1)
@@ -259,8 +261,10 @@ def _descend(
         step = tl.where(able, step, 1.0)
         found = clamp(round_even(code + tl.div_rn(tj, step)), top)
         d = scale * (code - found)
-        able = able & (d * (2.0 * tj + d * h) < 0.0)
+        gain = d * (2.0 * tj + d * h)
+        able = able & (gain < 0.0)
         d = tl.where(able, d, 0.0)
+        less += tl.where(able, gain, 0.0)
         found = tl.where(able, found, code)
         now = tl.where(pick, found[:, None], now)
         steps = tl.where(pick, d[:, None], steps)
@@ -269,6 +273,7 @@ def _descend(
         t += d[:, None] * r[None, :]
     tl.store(place, now.to(tl.uint8), mask=inside)
     tl.store(moved + row[:, None] * width + column[None, :], steps, mask=inside)
+    tl.store(change + row, less, mask=there)
 
 
 def descend_columns(
@@ -278,10 +283,11 @@ def descend_columns(
     group: torch.Tensor,
     codes: torch.Tensor,
     max_code: int,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As that of :mod:`ptqkit.nn.kernels.plain`."""
     check_layout(sums, hessian, scales, codes)
     rows, width = sums.shape
+    change = torch.empty(rows, dtype=torch.float32, device=sums.device)
     moved = torch.empty(rows, width, dtype=torch.float32, device=sums.device)
     with current(sums):
         _descend[(triton.cdiv(rows, _ROWS),)](
@@ -291,6 +297,7 @@ def descend_columns(
             group,
             codes,
             moved,
+            change,
             rows,
             width,
             sums.stride(0),
@@ -302,7 +309,7 @@ def descend_columns(
             COLUMNS=padded(width),
             num_warps=4,
         )
-    return moved
+    return moved, change
 
 
 @triton.jit

@@ -19,13 +19,14 @@ from ptqkit.nn.kernels.plain import check_layout
 
 __all__ = ["GroupGrid", "add_rows", "quantize_group"]
 
-# Rows of a program that makes a group, and its warps.
+# Rows of a program that fits and rounds a group, and its warps.
 _ROWS, _WARPS = 16, 4
 # Rows and columns of a product's tile; of the inner size, what is loaded at once, and what is
 # added up by itself first: tensor cores cut the bits off that a long sum shifts out.
-_TILE, _DEPTH, _CHUNK = 128, 32, 256
-# Float32 as three products of the tensor cores' own type: exact but for some last bits.
-_PRECISION = "tf32x3"
+_TILE, _DEPTH, _CHUNK = 128, 16, 256
+# Within a group, float32 as three products of the tensor cores' own type: exact but for some last
+# bits. Elsewhere that is slower than float32's own units.
+_PRECISION, _ROWS_PRECISION = "tf32x3", "ieee"
 
 
 class GroupGrid(NamedTuple):
@@ -122,6 +123,7 @@ def _group(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -129,22 +131,30 @@ def _group(
     there = row < rows
     known = column < width
     inside = there[:, None] & known[None, :]
-    square = known[:, None] & known[None, :]
+    some = tl.arange(0, DEPTH)
     at = row[:, None] * weight_stride + column[None, :]
     w = tl.load(weight + at, mask=inside, other=0.0)
     place = sums + row[:, None] * sums_stride + column[None, :]
     t = tl.load(place, mask=inside, other=0.0)
     x = w
     if CORRECTED:
-        turned = tl.load(
-            inverse + column[:, None] * width + column[None, :], mask=square, other=0.0
-        )
-        x = w + tl.dot(t, turned, input_precision=PRECISION)
+        # A few columns at a time, here and below: what a program holds decides how many run.
+        for k in range(0, COLUMNS, DEPTH):
+            part = k + some
+            a = tl.load(
+                sums + row[:, None] * sums_stride + part[None, :],
+                mask=there[:, None] & (part < width)[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                inverse + part[:, None] * width + column[None, :],
+                mask=(part < width)[:, None] & known[None, :],
+                other=0.0,
+            )
+            x = tl.dot(a, b, x, input_precision=PRECISION)
     low = tl.minimum(tl.min(x, 1), 0.0)
     high = tl.maximum(tl.max(x, 1), 0.0)
-    scale, zero = _grid(
-        low, high, top, least_zero, distance, tiny, largest, SYMMETRIC, KIND
-    )
+    scale, zero = _grid(low, high, top, least_zero, distance, tiny, largest, SYMMETRIC, KIND)
     if METHOD != "minmax":
         step = tl.arange(0, STEPS)
         costs = tl.full([ROWS, STEPS], float("inf"), tl.float32)
@@ -163,10 +173,6 @@ def _group(
             total = tl.sum(tl.where(inside, cost, 0.0), 1)
             total = tl.where(total < float("inf"), total, float("inf"))  # not NaN
             costs = tl.where((step == k)[None, :], total[:, None], costs)
-        if METHOD == "hessian":
-            B = tl.load(
-                block + column[:, None] * block_stride + column[None, :], mask=square, other=0.0
-            )
         least = tl.full([ROWS], float("inf"), tl.float32)
         for turn in range(0, candidates):
             best = tl.min(costs, 1)
@@ -178,8 +184,29 @@ def _group(
                 low * f, high * f, top, least_zero, distance, tiny, largest, SYMMETRIC, KIND
             )
             if METHOD == "hessian":
+                product = tl.zeros([ROWS, COLUMNS], tl.float32)
+                for k in range(0, COLUMNS, DEPTH):
+                    part = k + some
+                    own = there[:, None] & (part < width)[None, :]
+                    y = tl.load(
+                        weight + row[:, None] * weight_stride + part[None, :], mask=own, other=0.0
+                    )
+                    if CORRECTED:
+                        b = tl.load(
+                            inverse + column[:, None] * width + part[None, :],
+                            mask=known[:, None] & (part < width)[None, :],
+                            other=0.0,
+                        )
+                        y = tl.dot(t, b, y, input_precision=PRECISION)
+                    d = tl.where(own, _rounding(y, s, z, top), 0.0)
+                    b = tl.load(
+                        block + part[:, None] * block_stride + column[None, :],
+                        mask=(part < width)[:, None] & known[None, :],
+                        other=0.0,
+                    )
+                    product = tl.dot(d, b, product, input_precision=PRECISION)
                 d = tl.where(inside, _rounding(x, s, z, top), 0.0)
-                cost = tl.sum(tl.dot(d, B, input_precision=PRECISION) * d, 1)
+                cost = tl.sum(product * d, 1)
                 better = (cost < least) | (turn == 0)
                 least = tl.where(better, cost, least)
                 scale = tl.where(better, s, scale)
@@ -205,9 +232,7 @@ def _group(
         errors = tl.where(pick, error[:, None], errors)
         found = tl.where(pick, code[:, None], found)
         if FEEDBACK:
-            r = tl.load(
-                factor + j * factor_stride + column, mask=(column > j) & known, other=0.0
-            )
+            r = tl.load(factor + j * factor_stride + column, mask=(column > j) & known, other=0.0)
             t += error[:, None] * r[None, :]
     tl.store(place, errors, mask=inside)
     to = codes + row[:, None] * codes_stride + column[None, :]
@@ -285,6 +310,7 @@ def quantize_group(
             PRECISION=_PRECISION,
             ROWS=_ROWS,
             COLUMNS=padded(width),
+            DEPTH=min(32, padded(width)),
             STEPS=padded(len(grid.shrink)),
             num_warps=_WARPS,
         )
@@ -336,9 +362,7 @@ def _rows_product(
     tl.store(place, total, mask=there & known)
 
 
-def add_rows(
-    to: torch.Tensor, left: torch.Tensor, right: torch.Tensor, add: bool = True
-) -> None:
+def add_rows(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor, add: bool = True) -> None:
     """Add ``left @ right`` to a tensor, or write it there.
 
     Parameters
@@ -362,7 +386,7 @@ def add_rows(
             left.stride(0),
             right.stride(0),
             ADD=add,
-            PRECISION=_PRECISION,
+            PRECISION=_ROWS_PRECISION,
             TILE=_TILE,
             DEPTH=_DEPTH,
             CHUNK=_CHUNK,
