@@ -340,12 +340,14 @@ class _Solve:
     ) -> None:
         """Fit the grid of a group and round it, by one kernel."""
         number = part.start // self.size
-        corrected = self._inverses is not None and part.start > 0
+        inverse = None
+        if self._inverses is not None and part.start > 0:
+            inverse = self._inverses[number]
         groups.quantize_group(
             W[:, part],
             sums[:, part],
             self.R[part, part],
-            self._inverses[number] if corrected else None,
+            inverse,
             self._blocks[number][0] if self._blocks else None,
             self._fit.of_group(groups),
             scales,

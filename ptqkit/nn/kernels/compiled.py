@@ -35,16 +35,19 @@ _TINY = tl.constexpr(2.0**-120)
 
 @triton.jit
 def round_even(x):
+    """Return the nearest integers, ties to even."""
     return (x + _MAGIC) - _MAGIC
 
 
 @triton.jit
 def clamp(x, top):
+    """Return what is between 0 and the largest code."""
     return tl.minimum(tl.maximum(x, 0.0), top)
 
 
 @triton.jit
 def power(x, norm):
+    """Return powers of magnitudes; tiny ones are 0."""
     size = tl.abs(x)
     found = tl.exp2(norm * tl.log2(tl.maximum(size, _TINY)))
     return tl.where(size < _TINY, 0.0, found)
@@ -412,4 +415,5 @@ def current(tensor: torch.Tensor) -> AbstractContextManager[None]:
 
 
 def padded(count: int) -> int:
+    """Return the power of two, at least 16, that holds so many."""
     return max(16, triton.next_power_of_2(count))

@@ -89,6 +89,103 @@ def _rounding(x, scale, zero, top):
 
 
 @triton.jit
+def _searched(
+    x,
+    t,
+    low,
+    high,
+    weight,
+    inverse,
+    block,
+    shrink,
+    row,
+    rows,
+    width,
+    weight_stride,
+    block_stride,
+    top,
+    least_zero,
+    distance,
+    tiny,
+    largest,
+    norm,
+    steps,
+    candidates,
+    SYMMETRIC: tl.constexpr,
+    METHOD: tl.constexpr,
+    KIND: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    column = tl.arange(0, COLUMNS)
+    some = tl.arange(0, DEPTH)
+    there = row < rows
+    known = column < width
+    inside = there[:, None] & known[None, :]
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    zero = tl.zeros([ROWS], tl.float32)
+    step = tl.arange(0, STEPS)
+    costs = tl.full([ROWS, STEPS], float("inf"), tl.float32)
+    if METHOD == "hessian":
+        h = tl.load(block + column * (block_stride + 1), mask=known, other=0.0)
+    for k in range(0, steps):
+        f = tl.load(shrink + k)
+        s, z = _grid(low * f, high * f, top, least_zero, distance, tiny, largest, SYMMETRIC, KIND)
+        d = _rounding(x, s, z, top)
+        if METHOD == "hessian":
+            cost = d * d * h[None, :]
+        else:
+            cost = power(d, norm)
+        total = tl.sum(tl.where(inside, cost, 0.0), 1)
+        total = tl.where(total < float("inf"), total, float("inf"))  # not NaN
+        costs = tl.where((step == k)[None, :], total[:, None], costs)
+    least = tl.full([ROWS], float("inf"), tl.float32)
+    for turn in range(0, candidates):
+        best = tl.min(costs, 1)
+        first = tl.min(tl.where(costs == best[:, None], step[None, :], STEPS), 1)
+        first = tl.minimum(first, steps - 1)
+        costs = tl.where(step[None, :] == first[:, None], float("inf"), costs)
+        f = tl.load(shrink + first)
+        s, z = _grid(low * f, high * f, top, least_zero, distance, tiny, largest, SYMMETRIC, KIND)
+        if METHOD == "hessian":
+            product = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for k in range(0, COLUMNS, DEPTH):
+                part = k + some
+                own = there[:, None] & (part < width)[None, :]
+                y = tl.load(
+                    weight + row[:, None] * weight_stride + part[None, :], mask=own, other=0.0
+                )
+                if CORRECTED:
+                    turned = tl.load(
+                        inverse + column[:, None] * width + part[None, :],
+                        mask=known[:, None] & (part < width)[None, :],
+                        other=0.0,
+                    )
+                    y = tl.dot(t, turned, y, input_precision=PRECISION)
+                error = tl.where(own, _rounding(y, s, z, top), 0.0)
+                square = tl.load(
+                    block + part[:, None] * block_stride + column[None, :],
+                    mask=(part < width)[:, None] & known[None, :],
+                    other=0.0,
+                )
+                product = tl.dot(error, square, product, input_precision=PRECISION)
+            whole = tl.where(inside, _rounding(x, s, z, top), 0.0)
+            cost = tl.sum(product * whole, 1)
+            better = (cost < least) | (turn == 0)
+            least = tl.where(better, cost, least)
+            scale = tl.where(better, s, scale)
+            zero = tl.where(better, z, zero)
+        else:
+            scale = s
+            zero = z
+    return scale, zero
+
+
+@triton.jit
 def _group(
     weight,
     sums,
@@ -156,64 +253,38 @@ def _group(
     high = tl.maximum(tl.max(x, 1), 0.0)
     scale, zero = _grid(low, high, top, least_zero, distance, tiny, largest, SYMMETRIC, KIND)
     if METHOD != "minmax":
-        step = tl.arange(0, STEPS)
-        costs = tl.full([ROWS, STEPS], float("inf"), tl.float32)
-        if METHOD == "hessian":
-            h = tl.load(block + column * (block_stride + 1), mask=known, other=0.0)
-        for k in range(0, steps):
-            f = tl.load(shrink + k)
-            s, z = _grid(
-                low * f, high * f, top, least_zero, distance, tiny, largest, SYMMETRIC, KIND
-            )
-            d = _rounding(x, s, z, top)
-            if METHOD == "hessian":
-                cost = d * d * h[None, :]
-            else:
-                cost = power(d, norm)
-            total = tl.sum(tl.where(inside, cost, 0.0), 1)
-            total = tl.where(total < float("inf"), total, float("inf"))  # not NaN
-            costs = tl.where((step == k)[None, :], total[:, None], costs)
-        least = tl.full([ROWS], float("inf"), tl.float32)
-        for turn in range(0, candidates):
-            best = tl.min(costs, 1)
-            first = tl.min(tl.where(costs == best[:, None], step[None, :], STEPS), 1)
-            first = tl.minimum(first, steps - 1)
-            costs = tl.where(step[None, :] == first[:, None], float("inf"), costs)
-            f = tl.load(shrink + first)
-            s, z = _grid(
-                low * f, high * f, top, least_zero, distance, tiny, largest, SYMMETRIC, KIND
-            )
-            if METHOD == "hessian":
-                product = tl.zeros([ROWS, COLUMNS], tl.float32)
-                for k in range(0, COLUMNS, DEPTH):
-                    part = k + some
-                    own = there[:, None] & (part < width)[None, :]
-                    y = tl.load(
-                        weight + row[:, None] * weight_stride + part[None, :], mask=own, other=0.0
-                    )
-                    if CORRECTED:
-                        b = tl.load(
-                            inverse + column[:, None] * width + part[None, :],
-                            mask=known[:, None] & (part < width)[None, :],
-                            other=0.0,
-                        )
-                        y = tl.dot(t, b, y, input_precision=PRECISION)
-                    d = tl.where(own, _rounding(y, s, z, top), 0.0)
-                    b = tl.load(
-                        block + part[:, None] * block_stride + column[None, :],
-                        mask=(part < width)[:, None] & known[None, :],
-                        other=0.0,
-                    )
-                    product = tl.dot(d, b, product, input_precision=PRECISION)
-                d = tl.where(inside, _rounding(x, s, z, top), 0.0)
-                cost = tl.sum(product * d, 1)
-                better = (cost < least) | (turn == 0)
-                least = tl.where(better, cost, least)
-                scale = tl.where(better, s, scale)
-                zero = tl.where(better, z, zero)
-            else:
-                scale = s
-                zero = z
+        scale, zero = _searched(
+            x,
+            t,
+            low,
+            high,
+            weight,
+            inverse,
+            block,
+            shrink,
+            row,
+            rows,
+            width,
+            weight_stride,
+            block_stride,
+            top,
+            least_zero,
+            distance,
+            tiny,
+            largest,
+            norm,
+            steps,
+            candidates,
+            SYMMETRIC,
+            METHOD,
+            KIND,
+            CORRECTED,
+            PRECISION,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+            STEPS,
+        )
     tl.store(scales + row * groups, scale, mask=there)
     tl.store(zeros + row * groups, zero, mask=there)
     errors = tl.zeros([ROWS, COLUMNS], tl.float32)

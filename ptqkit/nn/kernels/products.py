@@ -104,7 +104,7 @@ def add_upper_products(total: torch.Tensor, values: torch.Tensor, chunk: int) ->
 
 @cache
 def _tiles(count: int, device: torch.device) -> torch.Tensor:
-    """Return row and column of each tile at and above the diagonal, those that are near together."""
+    """Return row and column of each tile at and above the diagonal, near ones together."""
     groups = range(0, count, _GROUP)
     found = [
         (i, j)

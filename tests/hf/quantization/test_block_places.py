@@ -39,7 +39,7 @@ def test_blocks_change_places_and_come_back(monkeypatch):
         away = {n for n, p in model.named_parameters() if p.data_ptr() not in first}
         assert {name[0] for name in away} == {"3", "4"}
         out = x
-        for position, name in enumerate(NAMES):
+        for position in range(len(NAMES)):
             out = model[position](out)
             own = model[position][0].weight.data_ptr()
             moved.append(first.get(own, "")[:1])
