@@ -71,7 +71,7 @@ class Plan:
         One pass was asked for, or error propagation needs it: nothing else may take over.
     estimate : dict of str to int or None
         Bytes that decided: ``estimate_one_pass``, ``estimate_replay``, ``budget`` and
-        ``available``; empty without calibration.
+        ``available``, and the number of ``blocks_on_host`` if some are; empty without calibration.
     warnings : list of str
     experts_at_once : int
         Experts whose moments replay accumulates in one forward pass: as many as there is room for.
