@@ -65,7 +65,8 @@ def descend_rows(
         del errors
         codes = codes.clone() if natural else codes[:, turned]
         change = torch.zeros(len(codes), dtype=torch.float64, device=device)
-        wide, taken = 0, torch.empty(len(codes), min(_WIDE, inputs), device=device)
+        taken = torch.empty((len(codes), min(_WIDE, inputs)), dtype=torch.float32, device=device)
+        wide = 0
         for first in range(0, inputs, _COLUMNS):
             block = slice(first, min(first + _COLUMNS, inputs))
             moved, less = steps.descend_columns(
