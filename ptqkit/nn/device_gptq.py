@@ -212,6 +212,10 @@ class _Solve:
         hessian = self.spec.method == GRID_METHODS["hessian"]
         self._blocks = self._diagonal_blocks(self.static) if hessian else []
         self._groups = None if self.static or self.size > _COLUMNS else groups_on(device)
+        self._places = self._group[:: self.size].contiguous()
+        self._stacked: torch.Tensor | None = None
+        if self._groups is not None and self._blocks:
+            self._stacked = torch.stack([own[0] for own in self._blocks])
         self._inverses = None
         if self.feedback and not self.static:
             self._inverses = self._inverse_blocks()
@@ -233,15 +237,15 @@ class _Solve:
         sums = torch.zeros_like(W)
         codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
         for wide, block, parts in self._cuts(inputs):
-            for part in parts:
-                if self._groups is not None:
-                    self._whole_group(self._groups, W, sums, part, scales, zeros, codes)
-                else:
+            if self._groups is not None:
+                self._all_groups(self._groups, W, sums, wide, scales, zeros, codes)
+            else:
+                for part in parts:
                     if not self.static and part.start % self.size == 0:
                         self._fit_group(W, sums, part.start, scales, zeros)
                     self._step(W, sums, part, scales, zeros, codes)
-                self._spread(sums, part, slice(part.stop, block.stop))
-            self._spread(sums, block, slice(block.stop, wide.stop))
+                    self._spread(sums, part, slice(part.stop, block.stop))
+                self._spread(sums, block, slice(block.stop, wide.stop))
             if block.stop == wide.stop:
                 self._spread(sums, wide, slice(wide.stop, inputs))
         del W
@@ -290,7 +294,8 @@ class _Solve:
     def _cuts(self, inputs: int) -> Iterator[tuple[slice, slice, list[slice]]]:
         """Yield blocks of columns, each after the wide one it is in, with its groups.
 
-        A wide block begins with a group, as a block does or is part of one.
+        A wide block begins with a group, as a block does or is part of one. Where one kernel makes
+        all groups of a wide block, it is one block.
         """
         small = not self.static and self.size <= _COLUMNS
         width = _COLUMNS // self.size * self.size if small else _COLUMNS
@@ -298,6 +303,9 @@ class _Solve:
         reach = max(1, _WIDE // unit) * unit
         for first in range(0, inputs, reach):
             wide = slice(first, min(first + reach, inputs))
+            if self._groups is not None:
+                yield wide, wide, []
+                continue
             period = self.size if unit == self.size else reach
             for begin in range(wide.start, wide.stop, period):
                 end = min(begin + period, wide.stop)
@@ -328,32 +336,29 @@ class _Solve:
             self.feedback,
         )
 
-    def _whole_group(
+    def _all_groups(
         self,
         groups: ModuleType,
         W: torch.Tensor,
         sums: torch.Tensor,
-        part: slice,
+        wide: slice,
         scales: torch.Tensor,
         zeros: torch.Tensor,
         codes: torch.Tensor,
     ) -> None:
-        """Fit the grid of a group and round it, by one kernel."""
-        number = part.start // self.size
-        inverse = None
-        if self._inverses is not None and part.start > 0:
-            inverse = self._inverses[number]
-        groups.quantize_group(
-            W[:, part],
-            sums[:, part],
-            self.R[part, part],
-            inverse,
-            self._blocks[number][0] if self._blocks else None,
+        """Fit the grids of all groups of a wide block and round it, by one kernel."""
+        own = slice(wide.start // self.size, wide.stop // self.size)
+        groups.quantize_groups(
+            W[:, wide],
+            sums[:, wide],
+            self.R[wide, wide],
+            None if self._inverses is None else self._inverses[own],
+            None if self._stacked is None else self._stacked[own],
             self._fit.of_group(groups),
             scales,
             zeros,
-            int(self.group[part.start]),
-            codes[:, part],
+            self._places[own],
+            codes[:, wide],
             self.feedback,
         )
 

@@ -37,7 +37,7 @@ def add_products(total: torch.Tensor, values: torch.Tensor) -> None:
     """
     products = products_on(values.device)
     if products is not None:
-        products.add_upper_products(total, values, _TOKENS)
+        products.add_upper_products(total, values)
         return
     for part in values.split(_TOKENS):
         _add(total, part, part)

@@ -18,6 +18,8 @@ __all__ = ["WEIGHTS_AT_ONCE", "add_product", "row_product", "rows_at_once"]
 WEIGHTS_AT_ONCE = 1 << 26
 # Rows of one product.
 _ROWS = 1024
+# Up to so many numbers inside, a kernel of its own is quicker than calls for so many rows.
+_SMALL = 256
 
 
 def rows_at_once(rows: int, inputs: int) -> int:
@@ -54,7 +56,7 @@ def add_product(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> No
 
 def _multiply(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor, beta: float) -> None:
     kernels = groups_on(to.device)
-    if kernels is not None:
+    if kernels is not None and left.shape[1] <= _SMALL:
         kernels.add_rows(to, left, right, bool(beta))
         return
     with full_float32(to.device):

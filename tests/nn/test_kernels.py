@@ -135,7 +135,7 @@ def test_upper_products_are_exact_but_for_sums(shape):
     for kind in kinds:
         x, total = draw.normal(*shape).to(kind), draw.normal(shape[1], shape[1])
         expected = total.double() + x.double().T @ x.double()
-        products.add_upper_products(total, x, 256)
+        products.add_upper_products(total, x)
         torch.testing.assert_close(total.double().triu(), expected.triu(), rtol=0, atol=1e-3)
         with pytest.raises(AssertionError):  # 1e-3 is a bound that a token would break
             torch.testing.assert_close(
@@ -161,8 +161,10 @@ def test_a_group_at_once_is_its_steps(shape, method, symmetric):
         scales, zeros = (torch.zeros(draw.rows, 3, device=DEVICE) for _ in range(2))
         sums, codes = T.clone(), torch.zeros(draw.rows, width, dtype=torch.uint8, device=DEVICE)
         if at_once:
-            own = fit.of_group(groups)
-            groups.quantize_group(W, sums, R, inverse, block, own, scales, zeros, 1, codes)
+            own, place = fit.of_group(groups), group[:1]
+            groups.quantize_groups(
+                W, sums, R, inverse[None], block[None], own, scales, zeros, place, codes
+            )
         else:
             scales[:, 1], zeros[:, 1] = fit(W + T @ inverse, [block])
             plain.quantize_columns(W, sums, R, scales, zeros, group, codes, 15)
@@ -193,9 +195,10 @@ def test_rows_are_multiplied(add):
 
 @pytest.mark.parametrize("order", ["natural", "group-act"])
 def test_a_solve_by_kernels_is_that_of_plain_torch(order, monkeypatch):
-    draw = Draw(20, 64, 1)
-    W, X = draw.normal(20, 64), draw.normal(200, 64) + draw.normal(200, 3) @ draw.normal(3, 64)
-    H = (X.T @ X / 100).cpu().numpy()
+    draw = Draw(20, 160, 1)
+    W, X = draw.normal(20, 160), draw.normal(400, 160) + draw.normal(400, 3) @ draw.normal(3, 160)
+    H = (X.T @ X / 200).cpu().numpy()
+    monkeypatch.setattr(device_gptq, "_WIDE", 128)  # and a part of another one
     options = Recipe(group_size=32, order=order, grid="hessian", scale_dtype="float16")
     factor, found = factorize_on(DEVICE, H, order=order, group_size=32), []
     for reason in ("none", ""):

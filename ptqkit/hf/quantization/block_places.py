@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -149,7 +150,9 @@ class BlockPlaces:
         """Put a block into the host's memory."""
         for parameter in self._parameters(name).values():
             there = parameter.data
-            here = torch.empty(there.shape, dtype=there.dtype)
+            # NumPy's large arrays are of large pages, which are there sooner.
+            bytes_here = np.empty(there.numel() * there.element_size(), np.uint8)
+            here = torch.from_numpy(bytes_here).view(there.dtype).view(there.shape)
             for source, target in _parts(there, here):
                 stage = self._stages[0][: len(source)]
                 target.copy_(stage.copy_(source))

@@ -17,13 +17,13 @@ import triton.language as tl
 from ptqkit.nn.kernels.compiled import clamp, current, padded, power, round_even
 from ptqkit.nn.kernels.plain import check_layout
 
-__all__ = ["GroupGrid", "add_rows", "quantize_group"]
+__all__ = ["GroupGrid", "add_rows", "quantize_groups"]
 
 # Rows of a program that fits and rounds a group, and its warps.
 _ROWS, _WARPS = 16, 4
 # Rows and columns of a product's tile; of the inner size, what is loaded at once, and what is
 # added up by itself first: tensor cores cut the bits off that a long sum shifts out.
-_TILE, _DEPTH, _CHUNK = 128, 16, 256
+_TILE, _DEPTH, _CHUNK = 64, 16, 256
 # Within a group, float32 as three products of the tensor cores' own type: exact but for some last
 # bits. Elsewhere that is slower than float32's own units.
 _PRECISION, _ROWS_PRECISION = "tf32x3", "ieee"
@@ -310,59 +310,171 @@ def _group(
     tl.store(to, found.to(tl.uint8), mask=inside)
 
 
+@triton.jit
+def _groups(
+    weight,
+    sums,
+    factor,
+    inverses,
+    blocks,
+    shrink,
+    scales,
+    zeros,
+    places,
+    codes,
+    rows,
+    columns,
+    width,
+    weight_stride,
+    sums_stride,
+    factor_stride,
+    codes_stride,
+    groups,
+    top,
+    least_zero,
+    distance,
+    tiny,
+    largest,
+    norm,
+    steps,
+    candidates,
+    SYMMETRIC: tl.constexpr,
+    METHOD: tl.constexpr,
+    KIND: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    FEEDBACK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = (row < rows)[:, None]
+    some = tl.arange(0, DEPTH)
+    wide = tl.arange(0, TILE)
+    for number in range(0, columns // width):
+        first = number * width
+        own = factor + first * (factor_stride + 1)
+        place = tl.load(places + number)
+        _group(
+            weight + first,
+            sums + first,
+            own,
+            inverses + number * width * width,
+            blocks + number * width * width,
+            shrink,
+            scales + place,
+            zeros + place,
+            codes + first,
+            rows,
+            width,
+            weight_stride,
+            sums_stride,
+            factor_stride,
+            width,
+            codes_stride,
+            groups,
+            top,
+            least_zero,
+            distance,
+            tiny,
+            largest,
+            norm,
+            steps,
+            candidates,
+            SYMMETRIC,
+            METHOD,
+            KIND,
+            CORRECTED,
+            FEEDBACK,
+            PRECISION,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+            STEPS,
+        )
+        tl.debug_barrier()  # what other threads have written is read now
+        if FEEDBACK:
+            for after in range(first + width, columns, TILE):
+                later = after + wide
+                known = (later < columns)[None, :]
+                at = sums + row[:, None] * sums_stride + later[None, :]
+                total = tl.load(at, mask=there & known, other=0.0)
+                for k in range(0, COLUMNS, DEPTH):
+                    part = k + some
+                    inside = part < width
+                    error = tl.load(
+                        sums + row[:, None] * sums_stride + (first + part)[None, :],
+                        mask=there & inside[None, :],
+                        other=0.0,
+                    )
+                    r = tl.load(
+                        factor + (first + part)[:, None] * factor_stride + later[None, :],
+                        mask=inside[:, None] & known,
+                        other=0.0,
+                    )
+                    total = tl.dot(error, r, total, input_precision=PRECISION)
+                tl.store(at, total, mask=there & known)
+            tl.debug_barrier()
+
+
 _KINDS = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 
 
-def quantize_group(
+def quantize_groups(
     weight: torch.Tensor,
     sums: torch.Tensor,
     factor: torch.Tensor,
-    inverse: torch.Tensor | None,
-    block: torch.Tensor | None,
+    inverses: torch.Tensor | None,
+    blocks: torch.Tensor | None,
     grid: GroupGrid,
     scales: torch.Tensor,
     zeros: torch.Tensor,
-    place: int,
+    places: torch.Tensor,
     codes: torch.Tensor,
     feedback: bool = True,
 ) -> None:
-    """Fit the grid of a group of columns, and round them one after the other.
+    """Fit the grids of groups of columns, and round these one after the other.
 
     Parameters
     ----------
     weight, sums, factor, codes, feedback
-        As :func:`ptqkit.nn.kernels.plain.quantize_columns` takes them, at most 128 columns.
-    inverse : Tensor of float32, shape (columns, columns), optional
-        What ``sums`` are multiplied with, and added to the weights, for the grid alone.
-    block : Tensor of float32, shape (columns, columns), optional
+        As :func:`ptqkit.nn.kernels.plain.quantize_columns` takes them, of all groups.
+    inverses : Tensor of float32, shape (groups, size, size), optional
+        What the sums of each group are multiplied with, and added to its weights, for the grid
+        alone; at most 128 columns make a group.
+    blocks : Tensor of float32, shape (groups, size, size), optional
         Of H, for a search under it.
     grid : GroupGrid
-    scales, zeros : Tensor of float32, shape (rows, groups)
-        Written in column ``place``.
-    place : int
+    scales, zeros : Tensor of float32, shape (rows, all groups)
+        Written.
+    places : Tensor of int32, shape (groups,)
+        Where each group's are written.
     """
-    check_layout(weight, sums, factor, codes, scales, zeros)
-    rows, width = weight.shape
+    check_layout(weight, sums, factor, codes)
+    rows, columns = weight.shape
+    width = columns // len(places)
     limits = torch.finfo(getattr(torch, grid.scale_dtype))
-    own = factor if block is None else block
-    own = own.contiguous()
     with current(weight):
-        _group[(triton.cdiv(rows, _ROWS),)](
+        _groups[(triton.cdiv(rows, _ROWS),)](
             weight,
             sums,
             factor,
-            factor if inverse is None else inverse.contiguous(),
-            own,
+            factor if inverses is None else inverses.contiguous(),
+            factor if blocks is None else blocks.contiguous(),
             grid.shrink,
-            scales[:, place],
-            zeros[:, place],
+            scales,
+            zeros,
+            places,
             codes,
             rows,
+            columns,
             width,
             weight.stride(0),
             sums.stride(0),
             factor.stride(0),
-            own.stride(0),
             codes.stride(0),
             scales.stride(0),
             float(grid.max_code),
@@ -376,13 +488,14 @@ def quantize_group(
             SYMMETRIC=grid.symmetric,
             METHOD=grid.method,
             KIND=_KINDS[grid.scale_dtype],
-            CORRECTED=inverse is not None,
+            CORRECTED=inverses is not None,
             FEEDBACK=feedback,
             PRECISION=_PRECISION,
             ROWS=_ROWS,
             COLUMNS=padded(width),
             DEPTH=min(32, padded(width)),
             STEPS=padded(len(grid.shrink)),
+            TILE=128,
             num_warps=_WARPS,
         )
 
@@ -443,6 +556,7 @@ def add_rows(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor, add: boo
     right : Tensor of float32, shape (inner, columns)
     add : bool
     """
+    left, right = (v if v.stride(-1) == 1 else v.contiguous() for v in (left, right))
     check_layout(to, left, right)
     rows, columns = to.shape
     with current(to):
@@ -461,6 +575,6 @@ def add_rows(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor, add: boo
             TILE=_TILE,
             DEPTH=_DEPTH,
             CHUNK=_CHUNK,
-            num_warps=8,
+            num_warps=4,
             num_stages=3,
         )

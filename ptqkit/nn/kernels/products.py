@@ -17,8 +17,9 @@ from ptqkit.nn.kernels.plain import check_layout
 
 __all__ = ["add_upper_products"]
 
-# Columns of a tile; tokens that are loaded at once.
-_TILE, _DEPTH = 128, 64
+# Columns of a tile; tokens of a product, and of those whose products have a sum of their own first:
+# tensor cores cut the bits off that a long sum shifts out.
+_TILE, _DEPTH, _CHUNK = 128, 32, 128
 # Tiles that are next to each other in both directions run at the same time and read the same.
 _GROUP = 12
 
@@ -36,6 +37,7 @@ def _upper(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     one = tl.program_id(0)
     above = tl.load(tiles + 2 * one) * TILE + tl.arange(0, TILE)
@@ -50,19 +52,21 @@ def _upper(
         sums = tl.load(place)
     else:
         sums = tl.load(place, mask=inside, other=0.0)
-    for start in range(0, tokens, CHUNK):
+    for start in tl.range(0, tokens, CHUNK, num_stages=STAGES):
         own = tl.zeros([TILE, TILE], tl.float32)
-        for at in range(start, start + CHUNK, DEPTH):
+        for part in tl.static_range(CHUNK // DEPTH):
             if EVEN:
-                a = tl.load(left)
-                b = tl.load(right)
+                a = tl.load(left + part * step)
+                b = tl.load(right + part * step)
             else:
-                there = (at + token < tokens)[:, None]
-                a = tl.load(left, mask=there & (above < columns)[None, :], other=0.0)
-                b = tl.load(right, mask=there & (across < columns)[None, :], other=0.0)
+                there = (start + part * DEPTH + token < tokens)[:, None]
+                a = tl.load(left + part * step, mask=there & (above < columns)[None, :], other=0.0)
+                b = tl.load(
+                    right + part * step, mask=there & (across < columns)[None, :], other=0.0
+                )
             own = tl.dot(tl.trans(a), b, own)
-            left += step
-            right += step
+        left += step * (CHUNK // DEPTH)
+        right += step * (CHUNK // DEPTH)
         sums += own
     if EVEN:
         tl.store(place, sums)
@@ -70,15 +74,13 @@ def _upper(
         tl.store(place, sums, mask=inside)
 
 
-def add_upper_products(total: torch.Tensor, values: torch.Tensor, chunk: int) -> None:
+def add_upper_products(total: torch.Tensor, values: torch.Tensor) -> None:
     """Add values^T values to a sum, at and above its diagonal; what is below has no meaning.
 
     Parameters
     ----------
     total : Tensor of float32, shape (columns, columns)
     values : Tensor of bfloat16 or float16, shape (tokens, columns)
-    chunk : int
-        Tokens whose products have a sum of their own first; a multiple of 64.
     """
     check_layout(total, values)
     tokens, columns = values.shape
@@ -93,12 +95,12 @@ def add_upper_products(total: torch.Tensor, values: torch.Tensor, chunk: int) ->
             columns,
             values.stride(0),
             total.stride(0),
-            EVEN=columns % _TILE == 0 and tokens % chunk == 0,
-            CHUNK=chunk,
+            EVEN=columns % _TILE == 0 and tokens % _CHUNK == 0,
+            CHUNK=_CHUNK,
             TILE=_TILE,
             DEPTH=_DEPTH,
+            STAGES=3,
             num_warps=8,
-            num_stages=4,
         )
 
 
