@@ -31,11 +31,19 @@ _I16: TypeAlias = NDArray[np.int16]
 _I32: TypeAlias = NDArray[np.int32]
 _I64: TypeAlias = NDArray[np.int64]
 _Bool: TypeAlias = NDArray[np.bool_]
+_Values: TypeAlias = _F32 | _U16  # uint16: the bits of bfloat16
 _Tokens: TypeAlias = _F32 | NDArray[np.float16] | _U16  # uint16: the bits of bfloat16
 
 # GridSpec: max_code, symmetric, method (0 min-max, 1 MSE, 2 Hessian), steps, candidates,
 # scale_type (0 float32, 1 float16, 2 bfloat16), min_zero, min_shrink, norm
 _Grid: TypeAlias = tuple[int, int, int, int, int, int, int, float, float]
+# Block of a decoder: dtype (0 float32, 2 bfloat16), hidden, inner, heads, kv_heads, head_dim, eps,
+# head_eps
+_Block: TypeAlias = tuple[int, int, int, int, int, int, float, float]
+# Its layers: (mode, bias, words, order, bits, scales, zeros, starts) of packed_matmul with int8 as
+# mode, or (2, bias, words, w_scales, w_zeros, w_sums, grid, x_scale or None, x_zero + 128) of
+# int8_linear; bias (outputs,) of the block's dtype or None
+_Layer: TypeAlias = tuple[object, ...]
 # SolverOptions: group_size, block_size, static_groups, groups_follow_order, feedback,
 # refine_passes, refit_rounds, shift
 _SolverOptions: TypeAlias = tuple[int, int, int, int, int, int, int, float]
@@ -349,6 +357,40 @@ def packed_matmul(
     threads: int,
     /,
 ) -> None: ...  # FloatingPointError: NaN or Inf in X, with int8
+def decoder_begin(
+    block: _Block,
+    x: _Values,  # (hidden,)
+    cos: _Values,  # (head_dim,)
+    sin: _Values,  # (head_dim,)
+    norm: _Values,  # (hidden,)
+    q_norm: _Values | None,  # (head_dim,)
+    k_norm: _Values | None,  # (head_dim,)
+    q: _Layer,
+    k: _Layer,
+    v: _Layer,
+    query: _F32,  # (heads, head_dim), written
+    key: _Values,  # (kv_heads, head_dim), written
+    value: _Values,  # (kv_heads, head_dim), written
+    threads: int,
+    /,
+) -> None: ...  # FloatingPointError: NaN or Inf in an input that a layer rounds
+def decoder_end(
+    block: _Block,
+    query: _F32,  # (heads, head_dim)
+    keys: _Values,  # (kv_heads, tokens, head_dim)
+    values: _Values,  # (kv_heads, tokens, head_dim)
+    allowed: _U8 | None,  # (tokens,)
+    scaling: float,
+    x: _Values,  # (hidden,)
+    norm: _Values,  # (hidden,)
+    o: _Layer,
+    gate: _Layer,
+    up: _Layer,
+    down: _Layer,
+    y: _Values,  # (hidden,), written
+    threads: int,
+    /,
+) -> None: ...  # ValueError: every key is hidden
 def softmax_quantize(
     scores: _F32,  # (batch, heads, q, k)
     allowed: _Bool | None,  # (batch or 1, heads or 1, q or 1, k)

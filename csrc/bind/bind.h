@@ -39,6 +39,8 @@
     X(words_unpack)         \
     X(packed_dequantize)    \
     X(packed_matmul)        \
+    X(decoder_begin)        \
+    X(decoder_end)          \
     X(softmax_quantize)     \
     X(softmax_statistics)   \
     X(softmax_exp)          \
@@ -62,6 +64,12 @@ PTQ_FUNCTIONS(PTQ_DECLARE)
         return args_call(#name "(" arguments ")", name##_call, args, nargs, count);  \
     }                                                                                \
     static PyObject *name##_call(PyObject *const *args)
+
+/* (words, order, bits, scales, zeros, starts) of outputs and inputs that are set; w->starts is a
+ * copy, to be freed with PyMem_Free (bind_lowbit.c). */
+int args_packed(PyObject *const *args, ptq_packed *w);
+/* Refuse what are no panels of words of 8-bit weights (outputs, n) (bind_int8.c). */
+int args_words(PyArrayObject *words, npy_intp outputs, npy_intp n);
 
 /* Run a core call with the GIL released. Arguments are evaluated without it, so they may read
  * PyArray_DATA, which is held (args_call), but no shape, which another thread may set. */

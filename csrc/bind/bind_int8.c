@@ -73,8 +73,7 @@ PTQ_BIND(int8_matmul, 10,
     return args_result(status);
 }
 
-/* Panels of words of weights (outputs, n). */
-static int args_words(PyArrayObject *words, npy_intp outputs, npy_intp n) {
+int args_words(PyArrayObject *words, npy_intp outputs, npy_intp n) {
     return args_shape(words, "words", (npy_intp)ptq_panels(outputs),
                       (n + PTQ_QUAD - 1) / PTQ_QUAD) ||
            args_dim(words, "words", 2, PTQ_ROW_WORDS);

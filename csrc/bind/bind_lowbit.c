@@ -81,8 +81,7 @@ PTQ_BIND(words_unpack, 5, "codes, words, order, bits, threads",
     return args_result(status);
 }
 
-/* (words, order, bits, scales, zeros, starts); w->starts is a copy to be freed. */
-static int parse_packed(PyObject *const *args, ptq_packed *w) {
+int args_packed(PyObject *const *args, ptq_packed *w) {
     PyArrayObject *scales, *zeros, *starts;
     int32_t *copy;
     if (parse_words(args, w, 0)) return -1;
@@ -116,7 +115,7 @@ PTQ_BIND(
     if (args_output(&out, args[0], "out", NPY_FLOAT32, 2)) return NULL;
     w.outputs = PyArray_DIM(out, 0);
     w.inputs = PyArray_DIM(out, 1);
-    if (args_threads(args[7], &threads) || parse_packed(args + 1, &w)) return NULL;
+    if (args_threads(args[7], &threads) || args_packed(args + 1, &w)) return NULL;
     ptq_status status;
     PTQ_WITHOUT_GIL(status, ptq_packed_dequantize(&w, PyArray_DATA(out), threads));
     PyMem_Free((void *)(uintptr_t)w.starts);
@@ -144,7 +143,7 @@ PTQ_BIND(
     w.inputs = PyArray_DIM(X, 1);
     w.outputs = PyArray_DIM(y, 1);
     if (args_dim(y, "y", 0, PyArray_DIM(X, 0)) || args_threads(args[10], &threads) ||
-        parse_packed(args + 4, &w))
+        args_packed(args + 4, &w))
         return NULL;
     ptq_status status;
     PTQ_WITHOUT_GIL(status, ptq_packed_matmul(&w, PyArray_DATA(X), ldx, dtype, tokens, int8,

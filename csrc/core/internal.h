@@ -34,6 +34,10 @@ int64_t ptq_second_cache(void);
 void ptq_signed_grid_codes(const ptq_kernels *k, const ptq_signed_grid *grid, const float *x,
                            int64_t n, float scale, int zero, void *codes);
 
+/* Whether sizes and groups of packed weights belong together, no group having more places than
+ * `longest` (lowbit.c). */
+int ptq_packed_valid(const ptq_packed *w, int64_t longest);
+
 /* A size of blocks, or what an environment variable says in a build for measuring (-DPTQ_TUNE). */
 #ifdef PTQ_TUNE
 static inline int64_t ptq_tuned(const char *variable, int64_t size) {

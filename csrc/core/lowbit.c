@@ -19,7 +19,7 @@ static int valid(const ptq_packed *w) {
            w->places % ptq_step_places(w->bits) == 0 && w->places >= w->inputs;
 }
 
-static int valid_groups(const ptq_packed *w, int64_t longest) {
+int ptq_packed_valid(const ptq_packed *w, int64_t longest) {
     if (!valid(w) || w->groups < 1 || w->starts[0] || w->starts[w->groups] != w->places) return 0;
     for (int64_t g = 0; g < w->groups; g++) {
         const int64_t places = (int64_t)w->starts[g + 1] - w->starts[g];
@@ -125,7 +125,7 @@ ptq_status ptq_words_unpack(const ptq_packed *w, uint8_t *codes, int threads) {
 
 ptq_status ptq_packed_dequantize(const ptq_packed *w, float *out, int threads) {
     conversion c = {.w = w, .row = dequantize_row, .values = out};
-    return valid_groups(w, w->places) ? convert(&c, threads) : PTQ_INVALID;
+    return ptq_packed_valid(w, w->places) ? convert(&c, threads) : PTQ_INVALID;
 }
 
 /* ---- products -------------------------------------------------------------------------- */
@@ -414,7 +414,7 @@ static ptq_status multiply_tiles(product *p, int64_t tokens, int threads) {
 
 ptq_status ptq_packed_matmul(const ptq_packed *w, const void *x, int64_t ldx, ptq_dtype dtype,
                              int64_t tokens, int int8, float *y, int threads) {
-    if (tokens < 0 || ldx < 0 || !valid_groups(w, int8 ? PTQ_INT8_GROUP : w->places))
+    if (tokens < 0 || ldx < 0 || !ptq_packed_valid(w, int8 ? PTQ_INT8_GROUP : w->places))
         return PTQ_INVALID;
     product p = {.k = ptq_kernels_get(),
                  .w = w,
@@ -426,7 +426,7 @@ ptq_status ptq_packed_matmul(const ptq_packed *w, const void *x, int64_t ldx, pt
     threads =
         ptq_threads_for_work(threads, (double)tokens * (double)w->outputs * (double)w->places / 8);
     p.fixed = !int8 && p.k->lowbit.fixed && w->bits <= p.k->lowbit.fixed_bits &&
-              tokens <= p.k->lowbit.fixed_tokens && valid_groups(w, PTQ_FIXED_GROUP);
+              tokens <= p.k->lowbit.fixed_tokens && ptq_packed_valid(w, PTQ_FIXED_GROUP);
     const int blocks = !int8 && tokens >= p.k->lowbit.block_tokens;
     const ptq_status status =
         blocks ? multiply_blocks(&p, tokens, threads) : multiply_tiles(&p, tokens, threads);

@@ -86,6 +86,16 @@ int ptq_should_stop(void);
  * PTQ_INTERRUPTED if poll said so. */
 ptq_status ptq_parallel_for(int64_t tasks, int threads, ptq_task task, void *ctx);
 
+/* Tasks of a loop that may begin when those of the phase before are done. */
+typedef struct {
+    int64_t tasks; /* at least 1 */
+    ptq_task task;
+    void (*after)(void *ctx); /* run once when all are done, before the next phase; or NULL */
+} ptq_phase;
+/* Run phases one after the other, as ptq_parallel_for does each, for work that is over within
+ * milliseconds: threads that have nothing to do until the next phase spin, then yield. */
+ptq_status ptq_parallel_phases(const ptq_phase *phases, int count, int threads, void *ctx);
+
 /* ---- hessian.c ------------------------------------------------------------------------- */
 /* S upper triangle += sum over the given rows of x x^T, in float32; the strict lower triangle is
  * scratch, tiles on the diagonal write below it too.
@@ -547,6 +557,72 @@ ptq_status ptq_packed_dequantize(const ptq_packed *w, float *out, int threads);
  * No sum depends on the number of threads. */
 ptq_status ptq_packed_matmul(const ptq_packed *w, const void *x, int64_t ldx, ptq_dtype dtype,
                              int64_t tokens, int int8, float *y, int threads);
+
+/* ---- decoder.c ------------------------------------------------------------------------- */
+/* One layer of packed weights as it is used in a block. Float: as ptq_packed_matmul; int8: with its
+ * int8. Simulated: w has 8 bits, one group and no order, and the token is rounded to `grid`, its
+ * own or (x_grids 1) one that is given, as by ptq_int8_matmul; scales and zeros of w are not used.
+ */
+typedef enum { PTQ_ROW_FLOAT = 0, PTQ_ROW_INT8 = 1, PTQ_ROW_SIMULATED = 2 } ptq_row_mode;
+
+/* Most places of simulated layers: their products of 255 and 128 surely fit int32. */
+#define PTQ_DOTS_PLACES ((INT32_MAX) / (255 * 128))
+
+typedef struct {
+    ptq_packed w;
+    ptq_row_mode mode;
+    const void *bias; /* (outputs) of the block's dtype, or NULL */
+    ptq_signed_grid grid;
+    int x_grids, x_zero;
+    float x_scale;
+    const int32_t *w_sums;           /* (outputs) of ptq_int8_pack */
+    const float *w_scales, *w_zeros; /* (outputs) */
+} ptq_row_layer;
+
+/* A root mean square norm: weight * (x / sqrt(mean(x^2) + eps)), weight NULL: none. */
+typedef struct {
+    const void *weight;
+    float eps;
+} ptq_norm;
+
+/* Sizes of a block, and its dtype: float32 or bfloat16. */
+typedef struct {
+    ptq_dtype dtype;
+    int64_t hidden, inner;             /* of the block's input, of the MLP */
+    int64_t heads, kv_heads, head_dim; /* heads a multiple of kv_heads, head_dim even */
+} ptq_block;
+
+/* What comes before the keys and values are cached: norm, products, norms of heads, rotation. */
+typedef struct {
+    ptq_block block;
+    const void *x, *cos, *sin; /* (hidden), (head_dim) */
+    ptq_norm norm, q_norm, k_norm;
+    ptq_row_layer q, k, v;
+    float *query;      /* out (heads, head_dim) */
+    void *key, *value; /* out (kv_heads, head_dim) */
+} ptq_block_begin;
+
+/* What comes after: attention, product, residual, norm, products, residual. */
+typedef struct {
+    ptq_block block;
+    const float *query;
+    const void *keys, *values; /* (kv_heads, tokens, head_dim), the last contiguous */
+    int64_t tokens, key_head, key_token, value_head, value_token; /* strides in elements */
+    const uint8_t *allowed; /* (tokens), not 0 where the token sees one, or NULL: all */
+    float scaling;
+    const void *x; /* (hidden) the block's input */
+    ptq_norm norm;
+    ptq_row_layer o, gate, up, down;
+    void *y; /* out (hidden) */
+} ptq_block_end;
+
+/* One token of one sequence, in one parallel region each; between operations, numbers are rounded
+ * to the dtype where PyTorch's modules round them. The numbers of products are those of the
+ * functions named above; scores and their softmax are in float32. No result depends on the number
+ * of threads. PTQ_NONFINITE: a layer rounds its input, which is not finite. PTQ_ROW_REFUSED: no
+ * token is allowed. */
+ptq_status ptq_decoder_begin(const ptq_block_begin *args, int threads);
+ptq_status ptq_decoder_end(const ptq_block_end *args, int threads);
 
 /* ---- cpu.c, blas.c --------------------------------------------------------------------- */
 /* Choose the kernels: the name of a level ("base", "avx2", "avx512", "neon"), with an underscore

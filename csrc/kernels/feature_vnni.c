@@ -35,6 +35,7 @@ void ptq_add_avx512_vnni(ptq_kernels *k) {
     k->int8 = (ptq_int8_kernels){INT8_GROUP, .finish = k->int8.finish};
     _Static_assert(LOWBIT_TOKENS == 8 && LOWBIT_PANELS == 4, "as the level's");
     k->lowbit.int8 = lowbit_int8;
+    k->lowbit.dots = lowbit_dots;
     k->lowbit.fixed = lowbit_fixed;
     k->lowbit.fixed_bits = 8;
     k->lowbit.fixed_tokens = k->lowbit.block_tokens;

@@ -304,7 +304,35 @@ typedef struct {
      * PTQ_FIXED_GROUP places, the same at every level that has it. */
     void (*fixed)(const ptq_lowbit_args *args);
     int fixed_bits, fixed_tokens; /* most with which it is faster than f32 */
+    /* sums (panels, 16) of the products of codes of 8 bits with those of one token, all places,
+     * modulo 2^32. */
+    void (*dots)(const ptq_lowbit_args *args, int32_t *sums);
 } ptq_lowbit_kernels;
+
+/* One token in a decoder block: n floats that hold numbers of a dtype, float32 or bfloat16, to
+ * which results are rounded where PyTorch rounds; cos, sin and weights are floats too. */
+typedef struct {
+    /* Sum of x^2, in double: the same at every level. */
+    double (*squares)(const float *x, int64_t n);
+    void (*round)(ptq_dtype dtype, int64_t n, float *x);
+    /* y += x */
+    void (*add)(ptq_dtype dtype, int64_t n, const float *x, float *y);
+    /* out = weight * (x * factor) */
+    void (*norm)(ptq_dtype dtype, int64_t n, const float *x, float factor, const float *weight,
+                 float *out);
+    /* x (2, half) turned by the angles of cos, sin (2, half) */
+    void (*rotate)(ptq_dtype dtype, int64_t half, const float *cos, const float *sin, float *x);
+    /* out = gate / (1 + e^-gate) * up */
+    void (*swish)(ptq_dtype dtype, int64_t n, const float *gate, const float *up, float *out);
+    /* out (n) of the dtype */
+    void (*narrow)(ptq_dtype dtype, int64_t n, const float *x, void *out);
+    /* Not rounded: scores (n) = scale * the products of q (d) with keys, `stride` bytes apart. */
+    void (*scores)(ptq_dtype dtype, int64_t n, int64_t d, const float *q, const char *keys,
+                   int64_t stride, float scale, float *scores);
+    /* Not rounded: out (d) = factor * sum of p_t times the values of t. */
+    void (*mix)(ptq_dtype dtype, int64_t n, int64_t d, const float *p, const char *values,
+                int64_t stride, float factor, float *out);
+} ptq_decoder_kernels;
 
 typedef struct {
     const char *name;
@@ -321,6 +349,7 @@ typedef struct {
     ptq_int8_kernels int8;
     ptq_statistics_kernels statistics;
     ptq_lowbit_kernels lowbit;
+    ptq_decoder_kernels decoder;
 } ptq_kernels;
 
 extern const ptq_kernels ptq_kernels_base;

@@ -76,6 +76,15 @@ static output *within(output *o, double relative) {
     return o;
 }
 
+/* The same, relative to the largest value. */
+static output *near(output *o, double relative) {
+    double most = 0.0;
+    for (int64_t i = 0; i < o->count; i++) most = fmax(most, fabs(o->value[i]));
+    o->bound = must(calloc((size_t)o->count, sizeof *o->bound));
+    for (int64_t i = 0; i < o->count; i++) o->bound[i] = relative * most;
+    return o;
+}
+
 /* Inputs, the same in every run. */
 static struct {
     float X[TOKENS * N], W[ROWS * N], W_hat[ROWS * N], H[N * N], R[N * N], scores[ENTRIES];
@@ -577,6 +586,99 @@ static void run_lowbit(results *r) {
         }
 }
 
+/* A decoder block on one token: products in float, int8 and with simulated inputs, grouped heads.
+ * Floats differ by the order of sums alone. */
+static void run_decoder(results *r) {
+    enum { HIDDEN = 96, INNER = 80, HEADS_Q = 4, HEADS_KV = 2, HEAD = 40, SEEN = 45, WIDEST = 160 };
+    static uint8_t codes[7][WIDEST * WIDEST], zeros[7][WIDEST * 16];
+    static uint32_t words[7][WIDEST * WIDEST];
+    static float scales[7][WIDEST * 16], w_scales[WIDEST], w_zeros[WIDEST];
+    static int32_t w_sums[7][WIDEST], starts[7][2];
+    static const int outputs[] = {HEADS_Q * HEAD, HEADS_KV * HEAD, HEADS_KV * HEAD, HIDDEN,
+                                  INNER,          INNER,           HIDDEN};
+    static const int inputs[] = {HIDDEN, HIDDEN, HIDDEN, HEADS_Q * HEAD, HIDDEN, HIDDEN, INNER};
+    static float x[HIDDEN], gain[HIDDEN], angle[HEAD], kv[2][HEADS_KV * SEEN * HEAD];
+    static float query[HEADS_Q * HEAD], key[HEADS_KV * HEAD], value[HEADS_KV * HEAD], y[HIDDEN];
+    state = 88172645463325252u;
+    for (int i = 0; i < HIDDEN; i++) x[i] = normal();
+    for (int i = 0; i < HIDDEN; i++) gain[i] = 0.5f + uniform();
+    for (int i = 0; i < HEAD; i++) angle[i] = (float)(i % 20) / 20.0f;
+    for (int i = 0; i < HEADS_KV * SEEN * HEAD; i++) kv[0][i] = normal(), kv[1][i] = normal();
+    for (int i = 0; i < WIDEST; i++) w_scales[i] = 0.002f, w_zeros[i] = 120.0f;
+    for (int mode = 0; mode < 3; mode++) {
+        ptq_row_layer layer[7];
+        const int bits = mode == 2 ? 8 : mode == 1 ? 3 : 4;
+        for (int l = 0; l < 7; l++) {
+            for (int i = 0; i < outputs[l] * inputs[l]; i++)
+                codes[l][i] = (uint8_t)(uniform() * (float)(1 << bits));
+            for (int i = 0; i < WIDEST * 16; i++) scales[l][i] = 0.2f / (float)(1 << bits);
+            for (int i = 0; i < WIDEST * 16; i++) zeros[l][i] = (uint8_t)((1 << bits) / 2 - 1);
+            starts[l][1] = (inputs[l] + 31) / 32 * 32;
+            layer[l] = (ptq_row_layer){.w = {.bits = bits,
+                                             .outputs = outputs[l],
+                                             .inputs = inputs[l],
+                                             .places = bits == 8 ? inputs[l] : starts[l][1],
+                                             .groups = 1,
+                                             .words = words[l],
+                                             .scales = scales[l],
+                                             .scale_dtype = PTQ_F32,
+                                             .zeros = zeros[l],
+                                             .starts = starts[l]},
+                                       .mode = (ptq_row_mode)mode,
+                                       .grid = {.bits = 8},
+                                       .w_sums = w_sums[l],
+                                       .w_scales = w_scales,
+                                       .w_zeros = w_zeros};
+            if (bits == 8) starts[l][1] = inputs[l];
+            if (mode == 2)
+                check(
+                    ptq_int8_pack(codes[l], 0, outputs[l], inputs[l], words[l], w_sums[l], THREADS),
+                    "words of 8 bits");
+            else check(ptq_words_pack(&layer[l].w, codes[l], words[l], THREADS), "words");
+        }
+        const ptq_block block = {PTQ_F32, HIDDEN, INNER, HEADS_Q, HEADS_KV, HEAD};
+        const ptq_norm norm = {gain, 1e-5f}, heads = {gain, 1e-5f}, none = {0};
+        const ptq_block_begin begin = {.block = block,
+                                       .x = x,
+                                       .cos = angle,
+                                       .sin = angle,
+                                       .norm = norm,
+                                       .q_norm = mode ? none : heads,
+                                       .k_norm = none,
+                                       .q = layer[0],
+                                       .k = layer[1],
+                                       .v = layer[2],
+                                       .query = query,
+                                       .key = key,
+                                       .value = value};
+        const ptq_block_end end = {.block = block,
+                                   .query = query,
+                                   .keys = kv[0],
+                                   .values = kv[1],
+                                   .tokens = SEEN,
+                                   .key_head = SEEN * HEAD,
+                                   .key_token = HEAD,
+                                   .value_head = SEEN * HEAD,
+                                   .value_token = HEAD,
+                                   .scaling = 0.158f,
+                                   .x = x,
+                                   .norm = norm,
+                                   .o = layer[3],
+                                   .gate = layer[4],
+                                   .up = layer[5],
+                                   .down = layer[6],
+                                   .y = y};
+        char name[40];
+        check(ptq_decoder_begin(&begin, THREADS), "begin");
+        snprintf(name, sizeof name, "decoder begin, mode %d", mode);
+        near(record_float(r, name, query, HEADS_Q * HEAD), 1e-5);
+        check(ptq_decoder_end(&end, THREADS), "end");
+        snprintf(name, sizeof name, "decoder end, mode %d", mode);
+        /* a code of an input on a tie may fall to the other side */
+        near(record_float(r, name, y, HIDDEN), mode ? 2e-2 : 1e-5);
+    }
+}
+
 static void run_energy(results *r) {
     double rows[2 * ROWS], columns[2 * N];
     check(ptq_energy(in.W, in.W_hat, PTQ_F32, ROWS, N, rows, THREADS), "energy");
@@ -624,6 +726,7 @@ static results run(const char *level) {
     run_activations(&r);
     run_int8(&r);
     run_lowbit(&r);
+    run_decoder(&r);
     run_softmax(&r);
     run_energy(&r);
     run_equalization(&r);

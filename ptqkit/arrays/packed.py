@@ -355,14 +355,29 @@ class PackedMatrix:
         """
         self._multiply(x, _DTYPES[dtype][1], activations, out, 0)
 
-    def _multiply(
-        self, x: np.ndarray, code: int, activations: str, out: np.ndarray, threads: int
-    ) -> None:
+    def layer(self, activations: str, bias: np.ndarray | None = None) -> tuple[Any, ...]:
+        """Return the matrix as a layer of :mod:`ptqkit.arrays.decoder`.
+
+        Parameters
+        ----------
+        activations : {"float", "int8"}
+            As in :meth:`matmul`, whose numbers the layer gives.
+        bias : ndarray of the block's dtype, shape (out,), optional
+        """
+        self._check_activations(activations)
+        return (ACTIVATIONS[activations], bias, *self._held)
+
+    def _check_activations(self, activations: str) -> None:
         if activations == "int8" and self._longest_group > LONGEST_INT8_GROUP:
             raise ValueError(
                 f"groups of more than {LONGEST_INT8_GROUP} inputs can leave int32: use "
                 "activations='float'"
             )
+
+    def _multiply(
+        self, x: np.ndarray, code: int, activations: str, out: np.ndarray, threads: int
+    ) -> None:
+        self._check_activations(activations)
         _core.packed_matmul(x, code, ACTIVATIONS[activations], out, *self._held, threads)
 
     def dequantize(self) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.activations import QuantizedActivations
+from ptqkit.arrays.decoder import MOST_SIMULATED_INPUTS, simulated_layer
 from ptqkit.arrays.matmul import LONGEST_SUM, int8_linear, int8_matmul
 from ptqkit.arrays.packed import PackedMatrix
 from ptqkit.arrays.packing import native_pack
@@ -25,11 +26,18 @@ from ptqkit.nn.panels import (
 from ptqkit.nn.qlinear import QLinear
 from ptqkit.recipe.options import ActivationQuantization
 
-__all__ = ["COMPUTE", "PackedLinear"]
+__all__ = ["COMPUTE", "PackedLinear", "bits_of"]
 
 #: Ways to compute; see :class:`PackedLinear`.
 COMPUTE = ("auto", "packed", "int8", "dequantize")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def bits_of(tensor: torch.Tensor) -> np.ndarray:
+    """Return a CPU tensor as an array over its memory; bfloat16, which NumPy lacks, as uint16."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.numpy()
 
 
 class PackedLinear(QLinear):
@@ -291,7 +299,7 @@ class PackedLinear(QLinear):
         if x.requires_grad:  # under no_grad, which is nothing to NumPy
             x = x.detach()
         dtype = _DTYPES[x.dtype]
-        values = x.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else x.numpy()
+        values = bits_of(x)
         y = np.empty((values.size // self.in_features, self.out_features), np.float32)
         self.matrix().multiply_rows(values.reshape(-1, self.in_features), y, dtype, activations)
         return torch.from_numpy(y.reshape(shape))
@@ -300,14 +308,7 @@ class PackedLinear(QLinear):
         symmetric, scale, zero = bool(spec.symmetric), self.input_scale, self.input_zero_point
         if x.dtype != torch.float16:
             # The simulation's arithmetic is that of its inputs.
-            return self._packed_integers(
-                x.contiguous(),
-                bits=spec.bits,
-                symmetric=symmetric,
-                scale=None if scale is None else float(scale.to(x.dtype)),
-                zero_point=0 if zero is None else int(zero),
-                arithmetic="bfloat16" if x.dtype == torch.bfloat16 else "float32",
-            )
+            return self._packed_integers(x.contiguous(), **self._input_grid(spec, x.dtype))
         # The simulation makes codes in float16: a grid of step 1 finds them again, and the step is
         # multiplied by afterwards.
         codes, scales, zeros = input_codes(x, spec, scale, zero)
@@ -332,15 +333,20 @@ class PackedLinear(QLinear):
         )
         return y.mul_(scales.float())
 
+    def _input_grid(self, spec: ActivationQuantization, dtype: torch.dtype) -> dict[str, Any]:
+        """Return the grid of inputs of a dtype as the kernels take it."""
+        scale, zero = self.input_scale, self.input_zero_point
+        return {
+            "bits": spec.bits,
+            "symmetric": bool(spec.symmetric),
+            "scale": None if scale is None else float(scale.to(dtype)),
+            "zero_point": 0 if zero is None else int(zero),
+            "arithmetic": "bfloat16" if dtype == torch.bfloat16 else "float32",
+        }
+
     def _packed_integers(self, x: torch.Tensor, **grid: Any) -> torch.Tensor:
         """Multiply inputs that are rounded to this grid on the way."""
-        matrix = self.matrix()
-        if self._integers is None or self._integers[0] is not matrix:
-            codes, scales, zeros, _ = matrix.unpack()
-            sums = codes.sum(axis=1, dtype=np.int64) - 128 * self.in_features
-            column = (np.ascontiguousarray(scales[:, 0]), zeros[:, 0].astype(np.float32))
-            self._integers = (matrix, *column, sums.astype(np.int32))
-        _, scales, zeros, sums = self._integers
+        matrix, scales, zeros, sums = self._integer_weights()
         y = int8_linear(
             x.numpy() if x.dtype == torch.float32 else x,
             matrix.words,
@@ -351,3 +357,39 @@ class PackedLinear(QLinear):
             **grid,
         )
         return torch.from_numpy(y)
+
+    def _integer_weights(self) -> tuple[Any, ...]:
+        """Return the matrix, and scales, zero-points and sums of the codes of its outputs."""
+        matrix = self.matrix()
+        if self._integers is None or self._integers[0] is not matrix:
+            codes, scales, zeros, _ = matrix.unpack()
+            sums = codes.sum(axis=1, dtype=np.int64) - 128 * self.in_features
+            column = (np.ascontiguousarray(scales[:, 0]), zeros[:, 0].astype(np.float32))
+            self._integers = (matrix, *column, sums.astype(np.int32))
+        return self._integers
+
+    def takes_one_token(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`one_token_layer` returns a layer for inputs of this dtype."""
+        bias, spec = self._parameters["bias"], self.activations
+        if self.compute == "dequantize" or not self._buffers["scales"].is_cpu:
+            return False
+        if bias is not None and (bias.dtype != dtype or not bias.is_cpu):
+            return False
+        simulated = spec is None or (self.integers() and self.in_features <= MOST_SIMULATED_INPUTS)
+        return simulated and dtype in (torch.float32, torch.bfloat16)
+
+    def one_token_layer(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
+        """Return the layer as :mod:`ptqkit.arrays.decoder` takes it, with inputs of ``dtype``.
+
+        None if it cannot be one, as it is not packed, has simulated inputs that are no integers,
+        or a bias of another dtype.
+        """
+        if not self.takes_one_token(dtype):
+            return None
+        bias, spec = self._parameters["bias"], self.activations
+        added = None if bias is None else bits_of(bias.detach())
+        if spec is None:
+            return self.matrix().layer("int8" if self.compute == "int8" else "float", added)
+        matrix, scales, zeros, sums = self._integer_weights()
+        grid = self._input_grid(spec, dtype)
+        return simulated_layer(matrix.words, scales, zeros, sums, **grid, bias=added)

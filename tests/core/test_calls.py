@@ -20,6 +20,19 @@ def _f32(*shape):
     return np.ones(shape, np.float32)
 
 
+def _packed_layer(outputs, inputs):
+    """Words of 4 bits, one group, and what goes with them."""
+    panels = -(-outputs // 16)
+    return (
+        np.zeros((panels, inputs // 8, 16), np.uint32),
+        np.arange(inputs, dtype=np.int32),
+        4,
+        _f32(panels, 1, 16),
+        np.zeros((panels, 1, 16), np.uint8),
+        np.array([0, inputs], np.int32),
+    )
+
+
 def _calls():
     """A valid call of every function: name -> list of arguments."""
     eye, order = np.eye(8, dtype=np.float32), np.arange(8)
@@ -36,7 +49,45 @@ def _calls():
         np.array([0, 8], np.int32),
         1,
     ]
+    block = (0, 8, 16, 4, 2, 4, 1e-5, 0.0)
+    wide, square, narrow = (
+        (0, None, *_packed_layer(outputs, inputs)) for outputs, inputs in ((16, 8), (8, 16), (8, 8))
+    )
+    simulated = (2, _f32(8), np.zeros((1, 2, 16), np.uint32), _f32(8), _f32(8))
+    simulated += (np.zeros(8, np.int32), signed, 0.5, 128)
     return {
+        "decoder_begin": [
+            block,
+            _f32(8),
+            _f32(4),
+            _f32(4),
+            _f32(8),
+            _f32(4),
+            _f32(4),
+            wide,
+            narrow,
+            simulated,
+            _f32(4, 4),
+            _f32(2, 4),
+            _f32(2, 4),
+            1,
+        ],
+        "decoder_end": [
+            block,
+            _f32(4, 4),
+            _f32(2, 3, 4),
+            _f32(2, 3, 4),
+            np.ones(3, np.uint8),
+            0.5,
+            _f32(8),
+            _f32(8),
+            square,
+            wide,
+            wide,
+            square,
+            _f32(8),
+            1,
+        ],
         "codes_on_grid": [_f32(3, 8), _f32(3), np.zeros(3, np.uint8), 15, codes, 1],
         "signed_grid": [-1.0, 2.0, signed],
         "activation_range": [_f32(5, 8), 0, np.zeros(8, bool), 1],
@@ -208,6 +259,8 @@ OUTPUTS = {  # positions that are written
     "words_unpack": [0],
     "packed_dequantize": [0],
     "packed_matmul": [3],
+    "decoder_begin": [10, 11, 12],
+    "decoder_end": [12],
     "symmetric_check": [],
     "finite_check": [],
     "signed_grid": [],
@@ -241,6 +294,9 @@ OPTIONAL = {  # None is allowed
     ("words_unpack", 2),
     ("packed_dequantize", 2),
     ("packed_matmul", 5),
+    ("decoder_begin", 5),
+    ("decoder_begin", 6),
+    ("decoder_end", 4),
     *SOFTMAX_OPTIONAL,
 }
 INT8 = {
@@ -561,6 +617,69 @@ def test_packed_groups_are_whole_steps_and_cover_all_places():
     arguments[7], arguments[8] = _f32(1, 3, 16), np.zeros((1, 3, 16), np.uint8)
     arguments[9] = np.array([0, 16, 0, 8], np.int32)
     _fails("packed_matmul", arguments, ValueError)
+
+
+LAYERS = [("decoder_begin", 7), ("decoder_begin", 9), ("decoder_end", 8), ("decoder_end", 11)]
+
+
+@pytest.mark.parametrize(("name", "at"), LAYERS)
+def test_bad_layers_of_blocks(name, at):
+    layer = _calls()[name][at]
+    bad = [(), layer[:-1], (*layer, 1), (*layer[:-1], None, None), list(layer), (3, *layer[1:])]
+    bad += [(-1, *layer[1:]), ("0", *layer[1:]), (layer[0], _f32(3), *layer[2:])]
+    for part, value in enumerate(layer):
+        if part == 0 or value is None:
+            continue
+        number = isinstance(value, float)
+        for junk in (-1.0, "x", np.nan) if number else (object(), "x", [], np.float32(1)):
+            bad.append((*layer[:part], junk, *layer[part + 1 :]))
+        if isinstance(value, np.ndarray):
+            for wrong in (
+                value[None],
+                value[:0],
+                np.concatenate([value, value]),
+                value.astype("c8"),
+            ):
+                bad.append((*layer[:part], wrong, *layer[part + 1 :]))
+    for wrong in bad:
+        arguments = _calls()[name]
+        arguments[at] = wrong
+        with pytest.raises(BAD):
+            getattr(_core, name)(*arguments)
+            pytest.fail(f"{wrong!r} was accepted")
+
+
+BLOCK = (0, 8, 16, 4, 2, 4, 1e-5, 0.0)
+BAD_BLOCKS = [
+    (),
+    BLOCK[:-1],
+    list(BLOCK),
+    (1, *BLOCK[1:]),
+    (3, *BLOCK[1:]),
+    (0, 0, *BLOCK[2:]),
+    (0, 2**40, *BLOCK[2:]),
+    (0, 8, 16, 3, 2, 4, 1e-5, 0.0),
+    (0, 8, 16, 4, 0, 4, 1e-5, 0.0),
+    (0, 8, 16, 4, 2, 3, 1e-5, 0.0),
+    (0, 8, 16, 2**28, 2**28, 2**28, 1e-5, 0.0),
+    (0, 8, 16, 4, 2, 4, np.nan, 0.0),
+    (0.0, *BLOCK[1:]),
+]
+
+
+@pytest.mark.parametrize("block", BAD_BLOCKS, ids=range(len(BAD_BLOCKS)))
+def test_bad_blocks(block):
+    for name in ("decoder_begin", "decoder_end"):
+        arguments = _calls()[name]
+        arguments[0] = block
+        _fails(name, arguments)
+
+
+def test_the_inner_size_of_a_block():
+    arguments = _calls()["decoder_end"]
+    for inner in (17, 40, 2**28):
+        arguments[0] = (0, 8, inner, *BLOCK[3:])
+        _fails("decoder_end", arguments)
 
 
 def test_numbers_that_are_no_inputs_are_padding():

@@ -26,6 +26,11 @@ codes = rng.integers(0, 8, W.shape, dtype=np.uint8)
 signed = ptqkit.quantize_activations(X, symmetric=False)
 ones = np.ones((len(W), 1), np.float32)
 packed = ptqkit.PackedMatrix.pack(codes, ones, ones.astype(np.uint8), bits=3)
+LAYER = (0, None, *ptqkit.PackedMatrix.pack(codes[:8, :8], ones[:8], ones[:8].astype(np.uint8),
+                                            bits=3)._held)
+EIGHT, FOUR = np.ones(8, np.float32), np.ones((2, 4), np.float32)
+BEGIN = [(0, 8, 8, 2, 2, 4, 1e-5, 0.0), EIGHT, EIGHT[:4], EIGHT[:4], EIGHT, None, None]
+BEGIN += [LAYER, LAYER, LAYER, FOUR, FOUR.copy(), FOUR.copy(), 0]
 def fails(call, *args, **kwargs):
     try:
         call(*args, **kwargs)
@@ -104,6 +109,10 @@ CALLS = {
     "packed": lambda: (
         packed.matmul(X), packed.matmul(X, activations="int8"), packed.dequantize(),
         packed.unpack(), fails(packed.matmul, X[:, 1:]), fails(_core.packed_matmul, *[None] * 11),
+    ),
+    "decoder": lambda: (
+        _core.decoder_begin(*BEGIN), fails(_core.decoder_begin, *BEGIN[:8], None, *BEGIN[9:]),
+        fails(_core.decoder_begin, *[None] * 14), fails(_core.decoder_end, *[None] * 14),
     ),
     "packing": lambda: ptqkit.unpack_rows(ptqkit.pack_rows(codes, 3), 3, n),
     "core errors": lambda: (

@@ -254,6 +254,16 @@ elif what == "target":
     n = 4096
     W, H = np.ones((n, n), np.float32), np.eye(n, dtype=np.float32)
     call = lambda: ptqkit.target_weights(W, H, H + np.float32(0.5))
+elif what == "block":  # thousands of heads, each of which takes a millisecond
+    from ptqkit.arrays import decoder
+    def layer(out, inputs):
+        ones = np.ones((out, 1), np.float32)
+        codes, zeros = np.ones((out, inputs), np.uint8), np.zeros((out, 1), np.uint8)
+        return ptqkit.PackedMatrix.pack(codes, ones, zeros, bits=8).layer("float")
+    sizes = decoder.BlockSizes("float32", 8, 8, 4096, 1, 2, 1e-5)
+    keys, x = np.ones((1, 400_000, 2), np.float32), np.ones(8, np.float32)
+    query, layers = np.ones((4096, 2), np.float32), [layer(8, n) for n in (8192, 8, 8, 8)]
+    call = lambda: decoder.end(sizes, query, keys, keys, None, 1.0, x, x, layers, x.copy())
 sent = []
 def fire():
     sent.append(time.perf_counter())
@@ -277,7 +287,7 @@ print(late)
 
 
 @pytest.mark.parametrize(
-    "what", ["gptq", "obq", "rtn", "factor", "int8", "refit", "beam", "drift", "target"]
+    "what", ["gptq", "obq", "rtn", "factor", "int8", "refit", "beam", "drift", "target", "block"]
 )
 def test_ctrl_c_stops_a_long_call_and_leaves_the_process_usable(script, what):
     slack = "1.0"  # for a loaded machine; without polling each of these calls goes on for longer

@@ -12,6 +12,7 @@ from torch import nn
 from ptqkit._frames import Tabular
 from ptqkit._repr import one_line_repr
 from ptqkit.errors import check_choice
+from ptqkit.hf.models.one_token import fuse_blocks, unfuse_blocks
 from ptqkit.nn.packed_linear import COMPUTE, PackedLinear
 from ptqkit.nn.panels import has_panels
 from ptqkit.nn.qlinear import QLinear
@@ -29,12 +30,15 @@ class ComputeReport(Tabular):
         The ``compute`` of :func:`ptqkit.load`.
     layers : dict of str to str
         What is done, by module name.
+    fused_blocks : int
+        Decoder blocks that take a single token in two calls of the core.
     """
 
     __repr__ = one_line_repr
 
     asked: str
     layers: dict[str, str] = field(default_factory=dict)
+    fused_blocks: int = 0
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"layer": name, "computed": what} for name, what in self.layers.items()]
@@ -42,7 +46,9 @@ class ComputeReport(Tabular):
     def __str__(self) -> str:
         counts = Counter(self.layers.values())
         found = "; ".join(f"{count} x {what}" for what, count in counts.most_common())
-        return f"compute={self.asked!r}: {found or 'no quantized layers'}"
+        blocks = self.fused_blocks
+        fused = f"; {blocks} block{'s' * (blocks != 1)} fused for single tokens" if blocks else ""
+        return f"compute={self.asked!r}: {found or 'no quantized layers'}{fused}"
 
 
 def check_compute(compute: str) -> None:
@@ -50,7 +56,7 @@ def check_compute(compute: str) -> None:
     check_choice("compute", compute, COMPUTE)
 
 
-def set_compute(model: nn.Module, compute: str = "auto") -> ComputeReport:
+def set_compute(model: nn.Module, compute: str = "auto", *, fused: bool = True) -> ComputeReport:
     """Choose how the quantized layers of a loaded model compute; packs them if they are not yet.
 
     Layers are packed one after the other, so memory holds one more at a time. What cannot be
@@ -63,6 +69,9 @@ def set_compute(model: nn.Module, compute: str = "auto") -> ComputeReport:
         As :func:`ptqkit.load` returns it; changed in place.
     compute : {"auto", "packed", "int8", "dequantize"}
         See :class:`ptqkit.nn.PackedLinear`.
+    fused : bool
+        Let decoder blocks whose layers are all packed take a single token in two calls of the core
+        (:func:`ptqkit.hf.models.one_token.fuse_blocks`).
 
     Returns
     -------
@@ -82,7 +91,9 @@ def set_compute(model: nn.Module, compute: str = "auto") -> ComputeReport:
             model.set_submodule(name, module)
         packed = isinstance(module, PackedLinear) and not obstacle
         done[name] = module.describe() if packed else f"dequantized{obstacle}"
-    report = ComputeReport(compute, done)
+    unfuse_blocks(model)
+    blocks = fuse_blocks(model) if fused and compute != "dequantize" else 0
+    report = ComputeReport(compute, done, blocks)
     model.ptqkit_compute = report
     left = [name for name, what in done.items() if what.startswith("dequantized (")]
     if left and compute in ("packed", "int8"):

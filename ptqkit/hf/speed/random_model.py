@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ptqkit.errors import check_choice
+from ptqkit.hf.models.one_token import fuse_blocks
 from ptqkit.hf.speed.shapes import ModelShape
 from ptqkit.nn.packed_linear import PackedLinear
 from ptqkit.recipe.options import ActivationQuantization
@@ -34,6 +35,7 @@ def random_model(
     *,
     dtype: torch.dtype = torch.float32,
     compute: str = "packed",
+    fused: bool = True,
     positions: int = 2048,
     seed: int = 0,
 ) -> Any:
@@ -49,6 +51,8 @@ def random_model(
         Of what is not packed, and of the inputs.
     compute : {"packed", "int8", "dequantize"}
         Of packed layers.
+    fused : bool
+        As :func:`ptqkit.load` takes it.
 
     Returns
     -------
@@ -84,6 +88,8 @@ def random_model(
             if isinstance(module, nn.Linear):
                 layer.set_submodule(name, _packed(module, variant, dtype, compute))
         model.model.layers.append(_filled(layer, dtype, random).eval())
+    if fused and variant != "float" and compute != "dequantize":
+        fuse_blocks(model)
     return model.requires_grad_(False)
 
 

@@ -43,6 +43,8 @@ class SpeedCase:
         Of a random model.
     dequantized : bool
         Run the float model that a quantized folder stands for.
+    fused : bool
+        As :func:`ptqkit.load` takes it.
     """
 
     __repr__ = one_line_repr
@@ -55,6 +57,7 @@ class SpeedCase:
     variant: str = ""
     shape: ModelShape | None = None
     dequantized: bool = False
+    fused: bool = True
 
 
 def folder_cases(

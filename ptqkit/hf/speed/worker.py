@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ptqkit.hf.checkpoint.plugin import float_module
-from ptqkit.hf.checkpoint.reader import load
+from ptqkit.hf.checkpoint.reader import load, model_class_of, read_folder
 from ptqkit.hf.checkpoint.running import set_compute
 from ptqkit.hf.data.calibration import max_positions
 from ptqkit.hf.evaluation.likelihood import perplexity
@@ -55,15 +55,26 @@ def _open(job: dict[str, Any]) -> Any:
         from ptqkit.hf.speed.random_model import random_model
 
         shape = ModelShape(**job["shape"])
-        return random_model(shape, job["variant"], dtype=dtype, compute=job["compute"])
+        return random_model(
+            shape, job["variant"], dtype=dtype, compute=job["compute"], fused=job["fused"]
+        )
     if not job["dequantized"]:
-        model = load(job["folder"], dtype=dtype, compute=job["compute"])
+        model = load(job["folder"], dtype=dtype, compute=job["compute"], fused=job["fused"])
         return model.eval().requires_grad_(False)
     model = load(job["folder"], dtype=dtype, compute="auto")
     for name, module in list(model.named_modules()):
         if isinstance(module, QLinear):
             model.set_submodule(name, float_module(module, dtype))
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def _import_libraries(job: dict[str, Any]) -> None:
+    """Import what the model will: libraries are not counted as its memory."""
+    if job["variant"]:
+        from ptqkit.hf.speed import random_model  # noqa: F401
+    else:
+        folder, config = read_folder(job["folder"])
+        model_class_of(folder, config)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -124,6 +135,7 @@ def measure(job: dict[str, Any], tell: Callable[[str], None] = lambda what: None
     """
     if job["threads"]:
         torch.set_num_threads(job["threads"])
+    _import_libraries(job)
     before = memory("VmRSS")
     tell("loading")
     start = time.perf_counter()
@@ -147,7 +159,7 @@ def measure(job: dict[str, Any], tell: Callable[[str], None] = lambda what: None
     compute = getattr(model, "ptqkit_compute", None)
     values["computed"] = "" if compute is None or job["dequantized"] else str(compute)
     if job["variant"] not in ("", "float"):
-        values["computed"] = str(set_compute(model, job["compute"]))
+        values["computed"] = str(set_compute(model, job["compute"], fused=job["fused"]))
     return values
 
 
