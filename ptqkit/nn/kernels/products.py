@@ -17,9 +17,11 @@ from ptqkit.nn.kernels.plain import check_layout
 
 __all__ = ["add_upper_products"]
 
-# Columns of a tile; tokens of a product, and of those whose products have a sum of their own first:
-# tensor cores cut the bits off that a long sum shifts out.
-_TILE, _DEPTH, _CHUNK = 128, 32, 128
+# Columns of a tile; tokens of a product.
+_TILE, _DEPTH = 128, 32
+# Tokens whose products have a sum of their own first, as tensor cores cut the bits off that a long
+# sum shifts out, and how many times as many are on the way: what a device has memory for.
+_SHAPES = ((128, 3), (64, 3), (64, 2), (64, 1))
 # Tiles that are next to each other in both directions run at the same time and read the same.
 _GROUP = 12
 
@@ -85,6 +87,7 @@ def add_upper_products(total: torch.Tensor, values: torch.Tensor) -> None:
     check_layout(total, values)
     tokens, columns = values.shape
     count = triton.cdiv(columns, _TILE)
+    chunk, stages = _shape(values.device)
     tiles = _tiles(count, total.device)
     with current(values):
         _upper[(len(tiles),)](
@@ -95,13 +98,24 @@ def add_upper_products(total: torch.Tensor, values: torch.Tensor) -> None:
             columns,
             values.stride(0),
             total.stride(0),
-            EVEN=columns % _TILE == 0 and tokens % _CHUNK == 0,
-            CHUNK=_CHUNK,
+            EVEN=columns % _TILE == 0 and tokens % chunk == 0,
+            CHUNK=chunk,
             TILE=_TILE,
             DEPTH=_DEPTH,
-            STAGES=3,
+            STAGES=stages,
             num_warps=8,
         )
+
+
+@cache
+def _shape(device: torch.device) -> tuple[int, int]:
+    """Return the first of the shapes whose values fit the memory of one of a device's processors."""
+    if device.type != "cuda":
+        return _SHAPES[0]
+    about = torch.cuda.get_device_properties(device)
+    room = getattr(about, "shared_memory_per_block_optin", 48 << 10) - 1024
+    fits = [s for s in _SHAPES if s[0] * s[1] * 2 * _TILE * 2 <= room]
+    return fits[0] if fits else _SHAPES[-1]
 
 
 @cache
