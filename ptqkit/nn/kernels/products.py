@@ -109,7 +109,7 @@ def add_upper_products(total: torch.Tensor, values: torch.Tensor) -> None:
 
 @cache
 def _shape(device: torch.device) -> tuple[int, int]:
-    """Return the first of the shapes whose values fit the memory of one of a device's processors."""
+    """Return the first shape whose values fit the shared memory of a device."""
     if device.type != "cuda":
         return _SHAPES[0]
     about = torch.cuda.get_device_properties(device)
