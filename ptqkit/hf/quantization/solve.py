@@ -37,6 +37,8 @@ from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["LayerResult", "solve_group"]
 
+_SHIFT = "bias shift"
+
 
 @dataclass
 class LayerResult:
@@ -206,10 +208,13 @@ def _solve_stack(
         if diagnostics:
             extra = _diagnose(values, dequantized, matrix, source)
     if shared is not None:
-        matrix, codes = shared.join_matrix(matrix)
+        beside = dict(extra or {})
+        if shift is not None:
+            beside[_SHIFT] = shift
+        matrix, codes, beside = shared.join_matrix(matrix, beside)
         dequantized = dequantize_on(device, matrix, codes)
-        shift = None if shift is None else shared.join_array(shift)
-        extra = extra and {key: shared.join_array(v) for key, v in extra.items()}
+        shift = beside.pop(_SHIFT, None)
+        extra = extra and beside
     whole = LayerResult(matrix, dequantized, middle - start, bias_shift=shift, target=instead)
     whole.solved_on = solved_on
     whole.seconds_propagation = start - begin

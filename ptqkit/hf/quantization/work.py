@@ -10,6 +10,7 @@ from torch import nn
 
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.structure import Target
+from ptqkit.hf.quantization.block_places import BlockPlaces
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
 from ptqkit.hf.quantization.processes import Processes, SharedMoments
 from ptqkit.nn.experts import ExpertLinears
@@ -73,6 +74,12 @@ class Work:
         Others that run other batches.
     spare : int
         Bytes by which the process may grow before free pages are given back.
+    on_host : int
+        Blocks that are not on the device at any time.
+
+    Attributes
+    ----------
+    places : BlockPlaces
     """
 
     model: nn.Module
@@ -89,8 +96,10 @@ class Work:
     done: set[str] = field(default_factory=set)
     processes: Processes | None = None
     spare: int = 0
+    on_host: int = 0
 
     def __post_init__(self) -> None:
+        self.places = BlockPlaces(self.model, self.blocks, self.on_host)
         self.masks = self.calibration.masks()
         self.batches = self.calibration.batches
         self._pools: dict[str, Any] = {}
