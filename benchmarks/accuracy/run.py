@@ -66,6 +66,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "best, tuned": ("best", {"tune": 150}),
     "quality, tuned": ("quality", {"tune": 150}),
     "best, codes learned": ("best", {"tune": 2000, "tune_codes": 0.01, "tune_own_text": 8192}),
+    "best, codes learned, 300 steps": ("best", {"tune": 300, "tune_codes": 0.03,
+                                                "tune_own_text": 2048}),
     "best, average bits, codes learned": ("best", {"tune": 2000, "tune_codes": 0.01,
                                                    "tune_own_text": 8192}),
     "best, rows apart, tuned": ("best", {"row_coupling": 0, "tune": 150}),
@@ -78,7 +80,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 #: Rounding to nearest needs no calibration.
 ONE_DRAW = ("rtn",)
-#: The embedded model's codes are 28 times those of stories260k: each step and window is dearer.
+#: The most for a model whose codes are 28 times those of stories260k: each step is dearer.
 LARGE = {"embedded": {"tune": 1500, "tune_own_text": 2048, "tune_options": {"windows": 8}}}
 #: The grid's bits are an average over the layers, some of which have more and some fewer.
 AVERAGE = ("best, average bits", "best, average bits, beam 16", "best, average bits, codes learned")
@@ -89,7 +91,7 @@ RUNS = ("model", "grid", "recipe", "draw", "seconds", "seconds_solve", "objectiv
 TUNED = ("model", "grid", "recipe", "draw", "steps", "kept", "loss_before", "loss_after", "windows",
          "held_out", "codes_changed", "recorded", "seconds")  # fmt: skip
 #: Windows of own text that are written at once.
-AT_ONCE = {"cpu": 64, "cuda": 4096}
+AT_ONCE = {"cpu": 64, "cuda": 8192}
 
 
 def recipe_options(model: nn.Module, recipe: str, grid: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +278,9 @@ def learning(cells: Cells, batches: Any, options: dict[str, Any]) -> Learning | 
     if "tune_codes" not in options or cells.own is None:
         return None
     teacher = prepared_teacher(cells.alone)
-    options |= LARGE.get(cells.model, {})
+    for key, most in LARGE.get(cells.model, {}).items():
+        given = options.get(key, {})
+        options[key] = given | most if isinstance(most, dict) else min(given, most)
     count = options.pop("tune_own_text")
     path = cells.own / f"{cells.model}-{cells.draw}-{count}.pt"
     text = written(teacher, batches, count, cells.draw, path)

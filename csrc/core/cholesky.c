@@ -31,21 +31,20 @@ typedef struct {
 /* Original index of row i of the reversed matrix. */
 static inline int64_t source(const factor *f, int64_t i) { return f->perm[f->n - 1 - i]; }
 
-/* T (columns j0..j1, nr) = -A of panel p. */
+/* T (columns j0..j1, nr) = -A of panel p, row after row of the symmetric H: down its columns every
+ * value would lie on a page of its own. */
 static void load_panel(const factor *f, int64_t p, float *T) {
-    const int64_t nr = f->k->gemm.nr;
-    for (int64_t c = f->j0; c < f->j1; c++, T += nr) {
-        const float *row = c < f->n ? f->H + source(f, c) * f->n : NULL;
-        for (int64_t r = 0; r < nr; r++) {
-            const int64_t i = p * nr + r;
-            float a = i == c ? 1.0f : 0.0f;
-            if (row && i < f->n) {
-                const int64_t from = source(f, i);
-                a = row[from];
-                if (i == c) a = (float)((double)a + f->shift[from]);
-            }
-            T[r] = -a;
-        }
+    const int64_t nr = f->k->gemm.nr, n = f->n, first = p * nr, end = ptq_min64(f->j1, n);
+    memset(T, 0, sizeof(float) * (size_t)((f->j1 - f->j0) * nr));
+    for (int64_t r = 0; r < ptq_min64(nr, n - first); r++) {
+        const float *row = f->H + source(f, first + r) * n;
+        float *out = T + r;
+        for (int64_t c = f->j0; c < end; c++, out += nr) *out = -row[source(f, c)];
+    }
+    for (int64_t i = ptq_max64(first, f->j0); i < ptq_min64(first + nr, f->j1); i++) {
+        const int64_t from = i < n ? source(f, i) : 0;
+        const float a = i < n ? (float)((double)f->H[from * n + from] + f->shift[from]) : 1.0f;
+        T[(i - f->j0) * nr + i - first] = -a;
     }
 }
 
@@ -166,16 +165,20 @@ static void panel_task(void *ctx, int64_t task, int thread) {
     }
 }
 
-/* Rows [64 b, 64 b + 64) of R: R[k][j] = L[n-1-k][n-1-j]. */
-static void store_task(void *ctx, int64_t b, int thread) {
+/* The rows of R that are panel p of L, R[k][j] = L[n-1-k][n-1-j], a few columns at a time: a line
+ * is read once and written once. */
+static void store_task(void *ctx, int64_t p, int thread) {
     (void)thread;
+    enum { COLUMNS = 64 };
     const factor *f = ctx;
-    const int64_t nr = f->k->gemm.nr, n = f->n;
-    for (int64_t k = b * 64; k < ptq_min64(b * 64 + 64, n); k++) {
-        const int64_t i = n - 1 - k;
-        const float *row = f->L + i / nr * f->padded * nr + i % nr;
-        for (int64_t j = k; j < n; j++) f->R[k * n + j] = row[(n - 1 - j) * nr];
-    }
+    const int64_t nr = f->k->gemm.nr, n = f->n, last = ptq_min64(n, (p + 1) * nr);
+    const float *L = f->L + p * f->padded * nr;
+    for (int64_t c0 = 0; c0 < last; c0 += COLUMNS)
+        for (int64_t i = ptq_max64(p * nr, c0); i < last; i++) {
+            float *row = f->R + (n - 1 - i) * n + n - 1;
+            for (int64_t c = c0; c < ptq_min64(i + 1, c0 + COLUMNS); c++)
+                row[-c] = L[c * nr + i % nr];
+        }
 }
 
 static ptq_status factor_blocks(factor *f, int64_t *info, int threads) {
@@ -197,7 +200,7 @@ static ptq_status factor_blocks(factor *f, int64_t *info, int threads) {
         status = ptq_parallel_for((f->padded - f->j1) / nr, threads, panel_task, f);
         if (status) return status;
     }
-    return ptq_parallel_for(ptq_ceil_div(f->n, 64), threads, store_task, f);
+    return ptq_parallel_for(f->padded / nr, threads, store_task, f);
 }
 
 /* ---- by BLAS -------------------------------------------------------------------------------
@@ -305,7 +308,7 @@ static ptq_status blas_blocks(blas_factor *g, int64_t *info, int threads) {
 }
 
 static ptq_status factor_blas(const factor *f, const ptq_blas *blas, int64_t *info, int threads) {
-    blas_factor g = {.f = f, .blas = blas, .A = ptq_alloc(f->n * f->n, sizeof(float))};
+    blas_factor g = {.f = f, .blas = blas, .A = ptq_alloc_large(f->n * f->n, sizeof(float))};
     if (!g.A) return PTQ_NOMEM;
     const ptq_status status = blas_blocks(&g, info, threads);
     free(g.A);
@@ -324,7 +327,7 @@ ptq_status ptq_factor(const float *H, int64_t n, const int64_t *perm, const doub
     f.padded = ptq_ceil_div(n, k->gemm.nr) * k->gemm.nr;
     f.width = ptq_max64(1, 2 * PTQ_MAX_NR / k->gemm.nr) * k->gemm.nr;
     const int64_t slots = threads + f.width / k->gemm.nr;
-    f.L = ptq_alloc(f.padded * f.padded, sizeof(float));
+    f.L = ptq_alloc_large(f.padded * f.padded, sizeof(float));
     f.T = ptq_alloc(slots * f.width * k->gemm.nr, sizeof(float));
     f.diagonal = ptq_alloc(f.width * k->gemm.mr, sizeof(float));
     ptq_status status = PTQ_NOMEM;

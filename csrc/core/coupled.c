@@ -7,13 +7,14 @@
  * adds d H_j to P_i.
  *
  * The sums of BLOCK rows are made at once, by all threads; inside of the block rows take turns, and
- * hand on what they have changed. */
+ * hand on what they have changed. Products go by tiles of TILE columns, which stay in the cache for
+ * BLOCK rows; each sum is in the order of its terms, whatever the tile. */
 #include <math.h>
 
 #include "internal.h"
 #include "round.h"
 
-enum { BLOCK = 16 };
+enum { BLOCK = 16, TILE = 64, TERMS = 4 };
 
 typedef struct {
     const ptq_coupled_args *a;
@@ -22,6 +23,32 @@ typedef struct {
     double *moved; /* (n) what a row's turn has added to its P */
     int64_t first;
 } state;
+
+/* A tile of sums: to_r += the sum over k < terms of factors_rk from_k, in this order. */
+#define DEFINE_ADD_TILE(NAME, TYPE)                                                      \
+    static void NAME(double *restrict to, const double *restrict factors, int64_t terms, \
+                     const TYPE *restrict from, int64_t stride, int64_t width) {         \
+        int64_t k = 0;                                                                   \
+        for (; k + TERMS <= terms; k += TERMS) {                                         \
+            const TYPE *f0 = from + k * stride, *f1 = f0 + stride, *f2 = f1 + stride,    \
+                       *f3 = f2 + stride;                                                \
+            const double a = factors[k], b = factors[k + 1], c = factors[k + 2],         \
+                         d = factors[k + 3];                                             \
+            for (int64_t j = 0; j < width; j++) {                                        \
+                double sum = to[j];                                                      \
+                sum += a * (double)f0[j];                                                \
+                sum += b * (double)f1[j];                                                \
+                sum += c * (double)f2[j];                                                \
+                sum += d * (double)f3[j];                                                \
+                to[j] = sum;                                                             \
+            }                                                                            \
+        }                                                                                \
+        for (; k < terms; k++)                                                           \
+            for (int64_t j = 0; j < width; j++)                                          \
+                to[j] += factors[k] * (double)from[k * stride + j];                      \
+    }
+DEFINE_ADD_TILE(add_tile, double)
+DEFINE_ADD_TILE(add_tile_of_floats, float)
 
 static double row_scale(const ptq_coupled_args *a, int64_t i, int64_t j) {
     return (double)a->scales[i * a->groups + a->g_idx[j]];
@@ -35,30 +62,38 @@ static void add_row(double *restrict to, double factor, const float *restrict fr
     for (int64_t j = 0; j < n; j++) to[j] += factor * (double)from[j];
 }
 
-static void start_task(void *ctx, int64_t i, int thread) {
+/* Errors of rows, and P of them. */
+static void start_task(void *ctx, int64_t task, int thread) {
     (void)thread;
     const state *s = ctx;
     const ptq_coupled_args *a = s->a;
-    const int64_t n = a->n;
-    double *e = s->E + i * n, *p = s->P + i * n;
-    memset(p, 0, sizeof(double) * (size_t)n);
-    for (int64_t j = 0; j < n; j++) {
-        const double zero = (double)a->zeros[i * a->groups + a->g_idx[j]];
-        e[j] = (double)a->W[i * n + j] - row_scale(a, i, j) * ((double)a->codes[i * n + j] - zero);
-        add_row(p, e[j], a->H + j * n, n);
-    }
+    const int64_t n = a->n, first = task * BLOCK, end = ptq_min64(first + BLOCK, a->rows);
+    for (int64_t i = first; i < end; i++)
+        for (int64_t j = 0; j < n; j++) {
+            const double zero = (double)a->zeros[i * a->groups + a->g_idx[j]];
+            s->E[i * n + j] =
+                (double)a->W[i * n + j] - row_scale(a, i, j) * ((double)a->codes[i * n + j] - zero);
+        }
+    memset(s->P + first * n, 0, sizeof(double) * (size_t)((end - first) * n));
+    for (int64_t at = 0; at < n; at += TILE)
+        for (int64_t k = 0; k < n; k += TILE)
+            for (int64_t i = first; i < end; i++)
+                add_tile_of_floats(s->P + i * n + at, s->E + i * n + k, ptq_min64(TILE, n - k),
+                                   a->H + k * n + at, n, ptq_min64(TILE, n - at));
 }
 
+/* A tile of the sums of all rows of a block. */
 static void sums_task(void *ctx, int64_t task, int thread) {
     (void)thread;
     const state *s = ctx;
     const ptq_coupled_args *a = s->a;
-    const int64_t n = a->n;
-    const double *b = a->B + (s->first + task) * a->rows;
-    double *g = s->G + task * n;
-    memset(g, 0, sizeof(double) * (size_t)n);
-    for (int64_t k = 0; k < a->rows; k++)
-        if (b[k] != 0.0) add(g, b[k], s->P + k * n, n);
+    const int64_t n = a->n, at = task * TILE, width = ptq_min64(TILE, n - at),
+                  rows = ptq_min64(BLOCK, a->rows - s->first);
+    for (int64_t i = 0; i < rows; i++) memset(s->G + i * n + at, 0, sizeof(double) * (size_t)width);
+    for (int64_t k = 0; k < a->rows; k += TERMS)
+        for (int64_t i = 0; i < rows; i++)
+            add_tile(s->G + i * n + at, a->B + (s->first + i) * a->rows + k,
+                     ptq_min64(TERMS, a->rows - k), s->P + k * n + at, n, width);
 }
 
 /* One pass over the codes of row i, whose gradients are g + B_ii moved; returns if any changed. */
@@ -93,7 +128,7 @@ static ptq_status pass(state *s, int threads) {
     const int64_t n = a->n;
     for (s->first = 0; s->first < a->rows; s->first += BLOCK) {
         const int64_t end = ptq_min64(s->first + BLOCK, a->rows);
-        const ptq_status status = ptq_parallel_for(end - s->first, threads, sums_task, s);
+        const ptq_status status = ptq_parallel_for((n + TILE - 1) / TILE, threads, sums_task, s);
         if (status) return status;
         for (int64_t i = s->first; i < end; i++) {
             if (!descend(s, i, s->G + (i - s->first) * n)) continue;
@@ -114,7 +149,7 @@ ptq_status ptq_couple_rows(const ptq_coupled_args *a, int threads) {
     state s = {.a = a, .E = work, .P = work + a->rows * n};
     s.G = s.P + a->rows * n;
     s.moved = s.G + BLOCK * n;
-    ptq_status status = ptq_parallel_for(a->rows, threads, start_task, &s);
+    ptq_status status = ptq_parallel_for((a->rows + BLOCK - 1) / BLOCK, threads, start_task, &s);
     for (int done = 0; done < a->passes && !status; done++) status = pass(&s, threads);
     for (int64_t i = 0; i < a->rows && !status; i++) {
         double sum = 0.0;

@@ -85,7 +85,7 @@ static ptq_status update_builtin(update *u, int threads) {
            ptq_ceil_div(u->left, u->tile) * ptq_ceil_div(u->right, u->tile) < 4 * threads)
         u->tile /= 2;
     const int64_t tiles = ptq_ceil_div(u->left, u->tile) * ptq_ceil_div(u->right, u->tile);
-    u->packed = ptq_alloc((u->left + u->right) * chunk * u->nr, sizeof(float));
+    u->packed = ptq_alloc_large((u->left + u->right) * chunk * u->nr, sizeof(float));
     u->scratch = ptq_alloc(threads * CHUNK * u->nr, sizeof(float));
     ptq_status status = u->packed && u->scratch ? PTQ_OK : PTQ_NOMEM;
     for (u->first = 0; u->first < tokens && !status; u->first += CHUNK) {

@@ -351,7 +351,7 @@ static ptq_status solve(solver *v, int threads) {
     int64_t scratch = ptq_max64(fit, v->block_columns * nr);
     if (a->refit_rounds) scratch = ptq_max64(scratch, ptq_refit_work(&v->refit, v->k));
     v->workspace = ptq_ceil_div(v->per_task * panel_floats(v) + scratch, 16) * 16;
-    v->work = ptq_alloc(v->workspace * threads, sizeof *v->work);
+    v->work = ptq_alloc_large(v->workspace * threads, sizeof *v->work);
     if (!v->work) return PTQ_NOMEM;
     const ptq_status status =
         ptq_parallel_for(ptq_ceil_div(v->panels, v->per_task), threads, solve_task, v);

@@ -71,7 +71,7 @@ ptq_status ptq_strips_make(const ptq_kernels *kernels, ptq_strips *s, const floa
     s->start = ptq_alloc(s->count, sizeof *s->start);
     s->offset = ptq_alloc(s->count, sizeof *s->offset);
     s->width = ptq_alloc(s->count, sizeof *s->width);
-    s->data = ptq_alloc(floats, sizeof *s->data);
+    s->data = ptq_alloc_large(floats, sizeof *s->data);
     if (!s->start || !s->offset || !s->width || !s->data) {
         ptq_strips_free(s);
         return PTQ_NOMEM;

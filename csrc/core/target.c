@@ -216,7 +216,7 @@ ptq_status ptq_target_correction(const ptq_target_args *a, int64_t *info, int th
     threads = ptq_threads_for_work(threads, (double)a->n * (double)a->n * (double)a->n / 16.0);
     if (t.blas) threads = 1;
     t.tile = t.blas ? PTQ_BLAS_TILE : ROWS;
-    t.A = ptq_alloc(a->n * a->n, sizeof(double));
+    t.A = ptq_alloc_large(a->n * a->n, sizeof(double));
     t.wide = ptq_alloc(threads * t.tile * DEPTH, sizeof(double));
     ptq_status status = t.A && t.wide ? factorize(&t, threads) : PTQ_NOMEM;
     if (status == PTQ_NOT_PD) *info = t.bad;

@@ -20,16 +20,17 @@ from ptqkit.nn.transfer import host_copy
 
 __all__ = ["Descent", "descend_rows"]
 
-# Columns of a block: what is changed by them is one product.
-_COLUMNS = 128
+# Columns of a block: what is changed by them reaches those of a wide one by one product, and all
+# later ones by one for the wide block.
+_COLUMNS, _WIDE = 128, 1024
 # The same where rows see each other: a kernel holds a block of a run of rows.
 _COUPLED = 64
 
 
 def descend_rows(
     weight: torch.Tensor, matrix: QuantizedMatrix, H: torch.Tensor, order: np.ndarray
-) -> np.ndarray:
-    """Go over the codes of each row once; return the new ones.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Go over the codes of each row once.
 
     Parameters
     ----------
@@ -44,14 +45,16 @@ def descend_rows(
 
     Returns
     -------
-    ndarray of uint8, shape (out, in)
+    codes : ndarray of uint8, shape (out, in)
+    change : ndarray of float64, shape (out,)
+        By how much the objective of each row changes.
     """
     device, inputs = weight.device, weight.shape[1]
     turned, back = (torch.from_numpy(i).to(device) for i in (order, np.argsort(order)))
     natural = np.array_equal(order, np.arange(inputs))
-    H = H if natural else H[turned][:, turned]
+    H = H if natural else H[turned[:, None], turned]
     group = torch.from_numpy(matrix.g_idx[order]).to(device)
-    steps, found = steps_on(device), []
+    steps, found, changes = steps_on(device), [], []
     count = rows_at_once(len(weight), inputs)
     for start in range(0, len(weight), count):
         part = matrix.rows(start, start + count)
@@ -61,9 +64,12 @@ def descend_rows(
         sums = row_product(errors if natural else errors[:, turned], H)
         del errors
         codes = codes.clone() if natural else codes[:, turned]
+        change = torch.zeros(len(codes), dtype=torch.float64, device=device)
+        taken = torch.empty((len(codes), min(_WIDE, inputs)), dtype=torch.float32, device=device)
+        wide = 0
         for first in range(0, inputs, _COLUMNS):
             block = slice(first, min(first + _COLUMNS, inputs))
-            moved = steps.descend_columns(
+            moved, less = steps.descend_columns(
                 sums[:, block],
                 H[block, block],
                 scales,
@@ -71,10 +77,18 @@ def descend_rows(
                 codes[:, block],
                 max(1, matrix.max_code),
             )
-            if block.stop < inputs:
-                add_product(sums[:, block.stop :], moved, H[block, block.stop :])
+            change += less
+            taken[:, first - wide : block.stop - wide] = moved
+            stop = min(wide + _WIDE, inputs)
+            if block.stop < stop:
+                add_product(sums[:, block.stop : stop], moved, H[block, block.stop : stop])
+            elif stop < inputs:
+                own = taken[:, : stop - wide]
+                add_product(sums[:, stop:], own, H[wide:stop, stop:])
+                wide = stop
         found.append(codes if natural else codes[:, back])
-    return host_copy(found[0] if len(found) == 1 else torch.cat(found))
+        changes.append(change)
+    return host_copy(torch.cat(found)), host_copy(torch.cat(changes))
 
 
 class Descent:
@@ -121,7 +135,7 @@ class Descent:
         self._place, self._filled = place.reshape(-1), filled.reshape(-1)
         self._curves = torch.from_numpy(B).to(device)
         own, turned = (torch.from_numpy(i).to(device) for i in (self._place, order))
-        self._H = H[turned][:, turned]
+        self._H = H[turned[:, None], turned]
         errors = (weight - dequantize_on(device, matrix))[own][:, turned]
         self._P = row_product(errors, self._H).view(self.runs, self.rows, columns)
         del errors

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from ptqkit.arrays.matrix import GRID_METHODS, QuantizedMatrix
 from ptqkit.errors import NotPositiveDefiniteError
 from ptqkit.nn.device_factor import factor_on, hessian_on
 from ptqkit.nn.device_grids import GRID_BLOCK, GridFit
-from ptqkit.nn.kernels.choice import steps_on, why_no_kernels
+from ptqkit.nn.kernels.choice import groups_on, steps_on, why_no_kernels
 from ptqkit.nn.kernels.plain import round_even
 from ptqkit.nn.row_objectives import row_objectives
 from ptqkit.nn.row_products import add_product, rows_at_once
@@ -42,8 +43,10 @@ from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["gptq_on", "why_on_host"]
 
-# Columns whose errors reach the later ones together.
+# Columns whose errors reach the later ones of as many as are below together.
 _COLUMNS = 128
+# Columns whose errors reach all later ones together: products of many are quicker.
+_WIDE = 1024
 
 
 def why_on_host(device: torch.device, options: Recipe) -> str:
@@ -208,6 +211,11 @@ class _Solve:
         self._group = torch.from_numpy(self.group).to(device)
         hessian = self.spec.method == GRID_METHODS["hessian"]
         self._blocks = self._diagonal_blocks(self.static) if hessian else []
+        self._groups = None if self.static or self.size > _COLUMNS else groups_on(device)
+        self._places = self._group[:: self.size].contiguous()
+        self._stacked: torch.Tensor | None = None
+        if self._groups is not None and self._blocks:
+            self._stacked = torch.stack([own[0] for own in self._blocks])
         self._inverses = None
         if self.feedback and not self.static:
             self._inverses = self._inverse_blocks()
@@ -228,13 +236,18 @@ class _Solve:
         W = weight if self._turned is None else weight[:, self._turned]
         sums = torch.zeros_like(W)
         codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-        for block, parts in self._cuts(inputs):
-            for part in parts:
-                if not self.static and part.start % self.size == 0:
-                    self._fit_group(W, sums, part.start, scales, zeros)
-                self._step(W, sums, part, scales, zeros, codes)
-                self._spread(sums, part, slice(part.stop, block.stop))
-            self._spread(sums, block, slice(block.stop, inputs))
+        for wide, block, parts in self._cuts(inputs):
+            if self._groups is not None:
+                self._all_groups(self._groups, W, sums, wide, scales, zeros, codes)
+            else:
+                for part in parts:
+                    if not self.static and part.start % self.size == 0:
+                        self._fit_group(W, sums, part.start, scales, zeros)
+                    self._step(W, sums, part, scales, zeros, codes)
+                    self._spread(sums, part, slice(part.stop, block.stop))
+                self._spread(sums, block, slice(block.stop, wide.stop))
+            if block.stop == wide.stop:
+                self._spread(sums, wide, slice(wide.stop, inputs))
         del W
         if self._back is not None:
             codes, sums = codes[:, self._back], sums[:, self._back]
@@ -278,21 +291,29 @@ class _Solve:
             return objectives
         return np.ldexp(objectives, self.shift if far is None else self.shift + 2 * far[:, 0])
 
-    def _cuts(self, inputs: int) -> Iterator[tuple[slice, list[slice]]]:
-        """Yield blocks of columns, and where they begin a new group inside of it."""
-        width = _COLUMNS
-        if not self.static and self.size <= _COLUMNS:
-            width = _COLUMNS // self.size * self.size
-            for start in range(0, inputs, width):
-                stop = min(start + width, inputs)
-                inner = range(start, stop, self.size)
-                yield slice(start, stop), [slice(c, c + self.size) for c in inner]
-            return
-        period = inputs if self.static else self.size
-        for first in range(0, inputs, period):
-            for start in range(first, first + period, width):
-                block = slice(start, min(start + width, first + period))
-                yield block, [block]
+    def _cuts(self, inputs: int) -> Iterator[tuple[slice, slice, list[slice]]]:
+        """Yield blocks of columns, each after the wide one it is in, with its groups.
+
+        A wide block begins with a group, as a block does or is part of one. Where one kernel makes
+        all groups of a wide block, it is one block.
+        """
+        small = not self.static and self.size <= _COLUMNS
+        width = _COLUMNS // self.size * self.size if small else _COLUMNS
+        unit = width if small or self.static else self.size
+        reach = max(1, _WIDE // unit) * unit
+        for first in range(0, inputs, reach):
+            wide = slice(first, min(first + reach, inputs))
+            if self._groups is not None:
+                yield wide, wide, []
+                continue
+            period = self.size if unit == self.size else reach
+            for begin in range(wide.start, wide.stop, period):
+                end = min(begin + period, wide.stop)
+                for start in range(begin, end, width):
+                    block = slice(start, min(start + width, end))
+                    inner = range(start, block.stop, self.size) if small else [start]
+                    size = self.size if small else block.stop - start
+                    yield wide, block, [slice(c, c + size) for c in inner]
 
     def _step(
         self,
@@ -312,6 +333,32 @@ class _Solve:
             self._group[part],
             codes[:, part],
             self.spec.max_code,
+            self.feedback,
+        )
+
+    def _all_groups(
+        self,
+        groups: ModuleType,
+        W: torch.Tensor,
+        sums: torch.Tensor,
+        wide: slice,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        codes: torch.Tensor,
+    ) -> None:
+        """Fit the grids of all groups of a wide block and round it, by one kernel."""
+        own = slice(wide.start // self.size, wide.stop // self.size)
+        groups.quantize_groups(
+            W[:, wide],
+            sums[:, wide],
+            self.R[wide, wide],
+            None if self._inverses is None else self._inverses[own],
+            None if self._stacked is None else self._stacked[own],
+            self._fit.of_group(groups),
+            scales,
+            zeros,
+            self._places[own],
+            codes[:, wide],
             self.feedback,
         )
 

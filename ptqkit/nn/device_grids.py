@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +74,22 @@ class GridFit:
             first = _ranked(_quadratic(values, blocks, scales, zeros, spec.max_code))[:, :1]
             scales, zeros = scales.gather(1, first), zeros.gather(1, first)
         return scales[:, 0], zeros[:, 0]
+
+    def of_group(self, groups: ModuleType) -> Any:
+        """Return the same for :mod:`ptqkit.nn.kernels.groups`."""
+        spec = self.spec
+        method = next(name for name, number in GRID_METHODS.items() if number == spec.method)
+        kind = next(name for name, number in SCALE_TYPES.items() if number == spec.scale_type)
+        return groups.GroupGrid(
+            spec.max_code,
+            spec.min_zero,
+            bool(spec.symmetric),
+            method,
+            kind,
+            self._shrink,
+            spec.candidates if self._hessian else 1,
+            spec.norm,
+        )
 
     def _grids(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the grids of all shrunk ranges, (rows, factors)."""

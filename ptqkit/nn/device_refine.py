@@ -15,8 +15,6 @@ from ptqkit.arrays.factorization import Factorization
 from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.nn.device_descent import descend_rows
 from ptqkit.nn.device_factor import hessian_on
-from ptqkit.nn.on_grid import dequantize_on
-from ptqkit.nn.row_objectives import row_objectives
 from ptqkit.nn.row_products import WEIGHTS_AT_ONCE, row_product
 
 __all__ = ["refine_on"]
@@ -69,9 +67,9 @@ def refine_on(
             matrix = replace(matrix, scales=scales)
             history.append((before + change)[None])
             continue
-        matrix = replace(matrix, codes=descend_rows(weight, matrix, H, factor.order))
-        errors = weight - dequantize_on(weight.device, matrix)
-        history.append(np.maximum(row_objectives(errors, H), 0.0)[None])
+        codes, change = descend_rows(weight, matrix, H, factor.order)
+        matrix = replace(matrix, codes=codes)
+        history.append(np.maximum(history[-1] + change, 0.0))
     return replace(matrix, row_objectives=np.concatenate(history))
 
 
@@ -87,15 +85,17 @@ def _refitted(
     groups = matrix.scales.shape[1]
     # The inputs of a group next to each other.
     order = np.argsort(matrix.g_idx, kind="stable")
-    place = slice(None)
+    place = None
     if not np.array_equal(order, np.arange(inputs)):
         place = torch.from_numpy(order).to(device)
     zeros = torch.from_numpy(matrix.zero_points).to(device).float()
     scales = torch.from_numpy(matrix.scales).to(device)
-    codes = torch.from_numpy(matrix.codes).to(device)[:, place].view(rows, groups, -1)
+    codes = torch.from_numpy(matrix.codes).to(device)
+    if place is not None:
+        codes, weight, H = codes[:, place], weight[:, place], H[place[:, None], place]
+    codes = codes.view(rows, groups, -1)
     C = codes - zeros[:, :, None]
-    H = H[place][:, place]
-    errors = weight[:, place] - (C * scales[:, :, None]).view(rows, inputs)
+    errors = weight - (C * scales[:, :, None]).view(rows, inputs)
     A = torch.empty(rows, groups, groups, dtype=torch.float64, device=device)
     size = inputs // groups
     b = row_product(errors, H).view_as(C).mul_(C).sum(2, dtype=torch.float64)

@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from ptqkit.nn.kernels.choice import products_on
+
 __all__ = ["add_difference_products", "add_products", "multiplies_halves"]
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -25,7 +27,7 @@ _MOVED_TOKENS = 1024
 
 
 def add_products(total: torch.Tensor, values: torch.Tensor) -> None:
-    """Add values^T values to a sum.
+    """Add values^T values to a sum, at and above its diagonal; what is below has no meaning.
 
     Parameters
     ----------
@@ -33,6 +35,10 @@ def add_products(total: torch.Tensor, values: torch.Tensor) -> None:
     values : Tensor of bfloat16 or float16, shape (tokens, in)
         On the same device, for which :func:`multiplies_halves` is true.
     """
+    products = products_on(values.device)
+    if products is not None:
+        products.add_upper_products(total, values)
+        return
     for part in values.split(_TOKENS):
         _add(total, part, part)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ptqkit.nn.row_products import row_product
+from ptqkit.nn.row_products import add_product, row_product
 
 __all__ = ["row_objectives"]
 
 # Numbers of a block of rows: its product with H is as large.
 _BLOCK = 1 << 25
+# Columns of a product.
+_COLUMNS = 1024
 
 
 def row_objectives(errors: np.ndarray | torch.Tensor, hessian: torch.Tensor) -> np.ndarray:
@@ -26,8 +28,16 @@ def row_objectives(errors: np.ndarray | torch.Tensor, hessian: torch.Tensor) -> 
     -------
     ndarray of float64, shape (out,)
     """
-    found = []
-    for block in torch.as_tensor(errors).split(max(1, _BLOCK // errors.shape[1])):
+    found, columns = [], errors.shape[1]
+    for block in torch.as_tensor(errors).split(max(1, _BLOCK // columns)):
         e = block.to(hessian.device)
-        found.append(row_product(e, hessian).mul_(e).sum(1, dtype=torch.float64))
+        total = torch.zeros(len(e), dtype=torch.float64, device=e.device)
+        for first in range(0, columns, _COLUMNS):
+            own = slice(first, min(first + _COLUMNS, columns))
+            # What is left of the diagonal is, as H is symmetric, twice what is above it.
+            product = row_product(e[:, own], hessian[own, own]).mul_(0.5)
+            if first:
+                add_product(product, e[:, :first], hessian[:first, own])
+            total += product.mul_(e[:, own]).sum(1, dtype=torch.float64)
+        found.append(total.mul_(2.0))
     return torch.cat(found).cpu().numpy()

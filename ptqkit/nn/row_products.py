@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ptqkit.nn.kernels.choice import groups_on
 from ptqkit.nn.statistics import full_float32
 
 __all__ = ["WEIGHTS_AT_ONCE", "add_product", "row_product", "rows_at_once"]
@@ -17,6 +18,8 @@ __all__ = ["WEIGHTS_AT_ONCE", "add_product", "row_product", "rows_at_once"]
 WEIGHTS_AT_ONCE = 1 << 26
 # Rows of one product.
 _ROWS = 1024
+# Up to so many numbers inside, a kernel of its own is quicker than calls for so many rows.
+_SMALL = 256
 
 
 def rows_at_once(rows: int, inputs: int) -> int:
@@ -52,6 +55,10 @@ def add_product(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> No
 
 
 def _multiply(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor, beta: float) -> None:
+    kernels = groups_on(to.device)
+    if kernels is not None and left.shape[1] <= _SMALL:
+        kernels.add_rows(to, left, right, bool(beta))
+        return
     with full_float32(to.device):
         for start in range(0, len(left), _ROWS):
             rows = slice(start, min(start + _ROWS, len(left)))

@@ -11,7 +11,12 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from ptqkit.nn.kernels import compiled, plain
+from ptqkit.arrays._grids import SEARCH, grid_spec, named_grid
+from ptqkit.nn import device_gptq
+from ptqkit.nn.device_grids import GridFit
+from ptqkit.nn.device_solver import factorize_on
+from ptqkit.nn.kernels import choice, compiled, groups, plain, products
+from ptqkit.recipe.recipe import Recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(16, 16, 1), (19, 24, 3), (37, 50, 4)]
@@ -94,9 +99,11 @@ def test_rows_descend(shape):
     before = draw.whole(16, draw.rows, draw.width)
     for steps in (plain, compiled):
         codes = before.clone()
-        moved = steps.descend_columns(P, H, scales, group, codes, 15)
+        moved, change = steps.descend_columns(P, H, scales, group, codes, 15)
         assert (codes != before).any()
         found.append((codes, moved))
+        exact = (moved * (2 * P + moved @ H)).double().sum(1)
+        torch.testing.assert_close(change.double(), exact, rtol=1e-4, atol=1e-4)
     assert_near(found[0][0], found[1][0])
     assert torch.isclose(found[0][1], found[1][1], atol=1e-4).float().mean() > 0.99
 
@@ -117,3 +124,87 @@ def test_coupled_rows_descend(shape):
         found.append((codes, moved))
     assert_near(found[0][0], found[1][0])
     assert torch.isclose(found[0][1], found[1][1], atol=1e-4).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("shape", [(500, 128), (300, 200), (70, 30)])
+def test_upper_products_are_exact_but_for_sums(shape):
+    draw = Draw(*shape, 1)
+    kinds = [torch.float16]
+    if DEVICE.type == "cuda":  # the interpreter has no such numbers
+        kinds.append(torch.bfloat16)
+    for kind in kinds:
+        x, total = draw.normal(*shape).to(kind), draw.normal(shape[1], shape[1])
+        expected = total.double() + x.double().T @ x.double()
+        products.add_upper_products(total, x)
+        torch.testing.assert_close(total.double().triu(), expected.triu(), rtol=0, atol=1e-3)
+        with pytest.raises(AssertionError):  # 1e-3 is a bound that a token would break
+            torch.testing.assert_close(
+                (total.double() + x[:1].double().T @ x[:1].double()).triu(),
+                expected.triu(),
+                rtol=0,
+                atol=1e-3,
+            )
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "hessian"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", SHAPES[::2])
+def test_a_group_at_once_is_its_steps(shape, method, symmetric):
+    draw = Draw(*shape)
+    width, W, T = draw.width, draw.columns(), draw.normal(draw.rows, draw.width) * 0.1
+    R = (draw.normal(width, width) * 0.2).triu(1) + 2 * torch.eye(width, device=DEVICE)
+    inverse, block = torch.linalg.inv(R.double()).float().contiguous(), draw.hessian().contiguous()
+    spec = grid_spec(named_grid(4, width, symmetric, scale_dtype="float16"), method, 1, **SEARCH)
+    fit, found = GridFit(spec, DEVICE), []
+    group = torch.full((width,), 1, dtype=torch.int32, device=DEVICE)
+    for at_once in (False, True):
+        scales, zeros = (torch.zeros(draw.rows, 3, device=DEVICE) for _ in range(2))
+        sums, codes = T.clone(), torch.zeros(draw.rows, width, dtype=torch.uint8, device=DEVICE)
+        if at_once:
+            own, place = fit.of_group(groups), group[:1]
+            groups.quantize_groups(
+                W, sums, R, inverse[None], block[None], own, scales, zeros, place, codes
+            )
+        else:
+            scales[:, 1], zeros[:, 1] = fit(W + T @ inverse, [block])
+            plain.quantize_columns(W, sums, R, scales, zeros, group, codes, 15)
+        assert len(codes.unique()) > 8 and not scales[:, [0, 2]].any()
+        found.append((codes, scales, zeros))
+    for one, two in zip(*found, strict=True):
+        assert_near(one, two)
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_rows_are_multiplied(add):
+    draw = Draw(150, 300, 1)
+    left, right = draw.normal(150, 300), draw.normal(300, 210)[:, 3:203]
+    wide = draw.normal(150, 230)
+    to, expected = wide[:, 7:207], left.double() @ right.double()
+    if add:
+        expected += to.double()
+    before = wide.clone()
+    groups.add_rows(to, left, right, add)
+    torch.testing.assert_close(to.double(), expected, rtol=0, atol=1e-4)
+    assert torch.equal(wide[:, :7], before[:, :7]) and torch.equal(wide[:, 207:], before[:, 207:])
+    rows = torch.empty(20, 200, device=DEVICE)
+    whole = torch.empty(150, 200, device=DEVICE)
+    groups.add_rows(rows, left[:20], right, False)
+    groups.add_rows(whole, left, right, False)
+    assert torch.equal(rows, whole[:20])
+
+
+@pytest.mark.parametrize("order", ["natural", "group-act"])
+def test_a_solve_by_kernels_is_that_of_plain_torch(order, monkeypatch):
+    draw = Draw(20, 160, 1)
+    W, X = draw.normal(20, 160), draw.normal(400, 160) + draw.normal(400, 3) @ draw.normal(3, 160)
+    H = (X.T @ X / 200).cpu().numpy()
+    monkeypatch.setattr(device_gptq, "_WIDE", 128)  # and a part of another one
+    options = Recipe(group_size=32, order=order, grid="hessian", scale_dtype="float16")
+    factor, found = factorize_on(DEVICE, H, order=order, group_size=32), []
+    for reason in ("none", ""):
+        monkeypatch.setattr(choice, "why_no_kernels", lambda device, reason=reason: reason)
+        found.append(device_gptq.gptq_on(W, factor, options))
+    assert (found[0].codes == found[1].codes).mean() > 0.99
+    assert found[1].objective == pytest.approx(found[0].objective, rel=1e-3)
+    part = device_gptq.gptq_on(W[:7], factor, options)
+    assert (part.codes == found[1].codes[:7]).all()

@@ -209,7 +209,8 @@ def quantize(
         propagation needs one pass: if that is not possible it is an error.
     memory_budget : int or str, optional
         Bytes (or ``"8GiB"``) for activations, H, the solver and the codes in addition to the model;
-        by default the free memory. What a container's limit leaves bounds either.
+        by default the free memory. What a container's limit leaves bounds either. Of a model on a
+        GPU, blocks may wait on the host where the room is less than one pass needs.
     share_inputs : bool
         Let layers fed by one tensor share H and its factor.
     blocks : tuple of str, optional

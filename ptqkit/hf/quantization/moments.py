@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ptqkit.arrays.drift import Drift
 from ptqkit.arrays.hessian import Hessian
@@ -21,6 +22,7 @@ from ptqkit.hf.data.calibration import batch_shape
 from ptqkit.hf.models.inputs import match_mask
 from ptqkit.hf.quantization.expert_moments import fill_up, rule_text
 from ptqkit.nn.experts import RoutedRows, routed_rows
+from ptqkit.nn.linear import LinearView
 from ptqkit.nn.statistics import (
     DeviceMean,
     TorchHessian,
@@ -41,9 +43,10 @@ class Moments:
     hessian : Hessian or None
         H = (2/N) sum x x^T of the inputs; None without calibration.
     drift : Drift, DeviceMean or None
-        G - H = (2/N) sum (x - x~) x~^T, if the float model runs along.
+        G - H = (2/N) sum (x - x~) x~^T, if the float model runs along; None where D has it.
     residuals : dict of str to Drift or DeviceMean
-        D = (2/N) sum (r - r~) x~^T of layers that write into a stream r.
+        D = (2/N) sum (r - r~) x~^T of layers that write into a stream r. Without G - H it is of the
+        streams behind the layer, r + W x and r~ + W x~: D + W (G - H).
     ranges : ChannelRanges or None
         Of the inputs, if a layer's activation grid or bias correction needs them.
     seconds, seconds_drift : float
@@ -62,6 +65,11 @@ class Moments:
     seconds_drift: float = 0.0
     routed: int | None = None
     rule: str = ""
+
+    @property
+    def propagates(self) -> bool:
+        """Whether the float model ran along."""
+        return self.drift is not None or bool(self.residuals)
 
     @property
     def tokens(self) -> int:
@@ -84,15 +92,25 @@ class MomentAccumulator:
     needs_ranges : bool
     writer : str, optional
         Layer of the group whose output is added to a stream.
+    narrow : LinearView, optional
+        The writer, still in float, if it is the group's only layer, has fewer outputs than inputs,
+        and is to have the least-squares target, which knows G by W (G - H) alone: then D is of the
+        streams behind it, which is less work than G. For float32 on the host.
     wide : bool
         Of inputs on a GPU: every batch has sums of its own, added up in float64, and
         :meth:`finish` returns sums (:class:`~ptqkit.nn.statistics.DeviceSum`) instead of means.
     """
 
     def __init__(
-        self, name: str, needs_ranges: bool, writer: str | None = None, wide: bool = False
+        self,
+        name: str,
+        needs_ranges: bool,
+        writer: str | None = None,
+        narrow: LinearView | None = None,
+        wide: bool = False,
     ) -> None:
         self.name, self.needs_ranges, self.writer = name, needs_ranges, writer
+        self._narrow = narrow
         self._wide = wide
         self.error: Exception | None = None
         self._hessian: Any = None
@@ -149,9 +167,13 @@ class MomentAccumulator:
             middle = time.perf_counter()
             if floats is not None:
                 check_same_tokens(self.name, floats, value, batch)
-                if self._drift is None:
-                    self._drift = drift_accumulator(channels, channels, device, self._wide)
-                self._drift.update(floats, value, mask=rows)
+                behind = self._behind(floats, value, streams)
+                if behind is None:
+                    if self._drift is None:
+                        self._drift = drift_accumulator(channels, channels, device, self._wide)
+                    self._drift.update(floats, value, mask=rows)
+                else:
+                    streams = behind
                 if streams is not None and self.writer is not None:
                     self._add_streams(*streams, value, rows)
                 self._seconds_drift += time.perf_counter() - middle
@@ -210,6 +232,23 @@ class MomentAccumulator:
         """Take the sum that :meth:`add_pool` has returned, here or for another layer."""
         self._pool = pool
 
+    def _behind(
+        self,
+        floats: torch.Tensor,
+        value: torch.Tensor,
+        streams: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the streams behind the writer, both less W x~, if D is to be of those."""
+        if self._narrow is None or streams is None or self.writer is None:
+            return None
+        weight = self._narrow.matrix
+        wide = {v.dtype for v in (floats, value, weight)} == {torch.float32}
+        if value.device.type != "cpu" or not wide:
+            return None
+        before, quantized = streams
+        moved = F.linear(floats - value, weight)
+        return before + moved.view_as(before), quantized
+
     def _add_streams(
         self,
         floats: torch.Tensor,
@@ -262,9 +301,11 @@ class MomentAccumulator:
         ranges = None if self._ranges is None else self._ranges.finish()
         middle = time.perf_counter()
         seconds = self._seconds + middle - start
-        if self._drift is None or not hessian.tokens:
+        if (self._drift is None and self._residual is None) or not hessian.tokens:
             return Moments(hessian, ranges=ranges, seconds=seconds, routed=routed, rule=rule)
-        drift, residuals = self._finished(self._drift), {}
+        drift, residuals = None, {}
+        if self._drift is not None:
+            drift = self._finished(self._drift)
         if self._residual is not None and self.writer is not None:
             residuals[self.writer] = self._finished(self._residual)
         spent = self._seconds_drift + time.perf_counter() - middle

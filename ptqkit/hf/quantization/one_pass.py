@@ -66,8 +66,12 @@ def one_pass_groups(work: Work) -> Steps:
     pages = HeapPages(device_of(work.model), work.spare)
     streams = following_streams(work.model, work.writers, lambda: current[0])
     try:
-        with hooks(work.modules(), at_layer), streams:
-            for group in work.groups:
+        with work.places.entering(), hooks(work.modules(), at_layer), streams:
+            for number, (group, position) in enumerate(
+                zip(work.groups, work.positions(), strict=True)
+            ):
+                if number:
+                    work.places.settle()
                 with originals.in_place(waiting):
                     reason = _step(floats, current)
                 reason = reason or _step(coroutines, current) or _met(coroutines + floats, group)
@@ -75,6 +79,7 @@ def one_pass_groups(work: Work) -> Steps:
                 if reason is not None:
                     return reason
                 pages.release()
+                work.places.leave(position)
                 if floats:
                     originals.keep(group)
                 waiting = group[0]

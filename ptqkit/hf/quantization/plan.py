@@ -13,9 +13,11 @@ from ptqkit._units import show_bytes
 from ptqkit.errors import PreflightError, Problem, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.models.structure import Target
+from ptqkit.hf.quantization.block_places import movable_bytes
 from ptqkit.hf.quantization.expert_moments import is_expert, solved_together
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import available_memory, memory_limit, spare_memory
+from ptqkit.hf.quantization.waiting import waiting_bytes
 from ptqkit.nn.forward import device_of
 
 __all__ = [
@@ -32,6 +34,10 @@ SCHEDULES = ("auto", "one-pass", "replay")
 
 # Allocators keep more than is alive: one pass measured 1.16 to 1.29 times the plain sum of shapes.
 _SLACK = 1.3
+# The same where what waits is measured.
+_MEASURED_SLACK = 1.05
+# Blocks that stay on the device: the one whose turn it is, its neighbours.
+_FEWEST_BLOCKS = 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Plan:
         One pass was asked for, or error propagation needs it: nothing else may take over.
     estimate : dict of str to int or None
         Bytes that decided: ``estimate_one_pass``, ``estimate_replay``, ``budget`` and
-        ``available``; empty without calibration.
+        ``available``, and the number of ``blocks_on_host`` if some are; empty without calibration.
     warnings : list of str
     experts_at_once : int
         Experts whose moments replay accumulates in one forward pass: as many as there is room for.
@@ -75,6 +81,8 @@ class Plan:
         Meanwhile the device accumulates moments of experts that are independent of these.
     spare : int
         Bytes by which the process may grow before free pages are given back; part of the estimate.
+    on_host : int
+        Blocks that are not on the device at any time, which makes room there.
     """
 
     schedule: str = "no calibration"
@@ -86,6 +94,7 @@ class Plan:
     solved_at_once: int = 0
     ahead: bool = False
     spare: int = 0
+    on_host: int = 0
 
 
 def plan_schedule(
@@ -116,17 +125,22 @@ def plan_schedule(
     if inspection.calibration is None:
         return Plan()
     targets, groups = inspection.structure.targets, inspection.probe.groups
+    device, data = device_of(model), inspection.calibration
+    waiting = None
+    if device.type == "cuda":
+        first = [group[0] for group in groups]
+        waiting = waiting_bytes(model, first, data.batches[0], inspection.probe.positions)
     needed = estimate_memory(
         model,
         targets,
         groups,
-        inspection.calibration,
+        data,
         bool(propagation),
         inspection.probe.positions,
         bool(inspection.stream.writers),
         inspection.experts,
+        waiting,
     )
-    device = device_of(model)
     limit, whose, free = memory_limit(device, budget)
     spares = [spare_memory(device, size) for size in (needed.one_pass, needed.replay)]
     one_pass, replay = needed.one_pass + spares[0], needed.replay + spares[1]
@@ -138,31 +152,52 @@ def plan_schedule(
     }
     strict = bool(propagation) or schedule == "one-pass"
     reason = _obstacle(inspection, schedule)
-    if not reason and one_pass > limit:
+    on_host, room = _on_host(model, inspection, (replay if reason else one_pass) - limit)
+    if not reason and one_pass > limit + room:
+        on_host, room = _on_host(model, inspection, replay - limit)
+    if on_host:
+        estimate["blocks_on_host"] = on_host
+    if not reason and one_pass > limit + room:
         twice = " (for two models' activations)" if propagation else ""
         size = show_bytes(one_pass)
         reason = f"one pass needs about {size}{twice}, the {whose} is {show_bytes(limit)}"
     if not reason:
         # Should replay have to take over.
-        at_once = experts_at_once(inspection, limit - one_pass)
-        overlap = plan_overlap(model, inspection, at_once, limit - one_pass)
-        return Plan("one-pass", "", strict, estimate, [], at_once, *overlap, spares[0])
+        at_once = experts_at_once(inspection, limit + room - one_pass)
+        overlap = plan_overlap(model, inspection, at_once, limit + room - one_pass)
+        return Plan("one-pass", "", strict, estimate, [], at_once, *overlap, spares[0], on_host)
     if propagation:
         problem = Problem(only_one_pass(propagation, reason), UnsupportedModuleError)
         raise PreflightError([problem])
     if schedule == "one-pass":
         raise UnsupportedModuleError(f"schedule='one-pass' is not possible: {reason}")
     warnings = []
-    if replay > limit:
-        text = f"replay needs about {show_bytes(replay)}, there is {show_bytes(limit)}"
+    if replay > limit + room:
+        text = f"replay needs about {show_bytes(replay)}, there is {show_bytes(limit + room)}"
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower samples or batch_size"])
         warnings.append(text)
-    at_once = experts_at_once(inspection, limit - replay)
+    at_once = experts_at_once(inspection, limit + room - replay)
     if inspection.experts:
         estimate["experts_at_once"] = at_once
-    overlap = plan_overlap(model, inspection, at_once, limit - replay)
-    return Plan("replay", reason, strict, estimate, warnings, at_once, *overlap, spares[1])
+    overlap = plan_overlap(model, inspection, at_once, limit + room - replay)
+    return Plan("replay", reason, strict, estimate, warnings, at_once, *overlap, spares[1], on_host)
+
+
+def _on_host(model: nn.Module, inspection: Inspection, missing: int) -> tuple[int, int]:
+    """Return how many blocks must wait on the host for so many bytes, and the bytes they free.
+
+    As many as may, if those are too few.
+    """
+    if missing <= 0 or device_of(model).type == "cpu":
+        return 0, 0
+    blocks = inspection.probe.blocks
+    each = movable_bytes(model, blocks)
+    if not each:
+        return 0, 0
+    most = min(len(blocks) - _FEWEST_BLOCKS, available_memory(torch.device("cpu")) // (2 * each))
+    count = max(0, min(most, -(-missing // each)))
+    return count, count * each
 
 
 def experts_at_once(inspection: Inspection, room: int) -> int:
@@ -249,6 +284,7 @@ def estimate_memory(
     positions: int = 1,
     streams: bool = False,
     experts: Container[str] = (),
+    waiting: Mapping[str, float] | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory that each schedule needs in addition to the model, from shapes.
 
@@ -260,12 +296,15 @@ def estimate_memory(
     residual streams are followed (``streams``), each holds one more of them. In the end all codes
     are there, a byte each, on the host.
     ``positions`` are those of a sample in the probe, for inputs that show none themselves;
-    ``experts`` the names of the mixtures, whose experts are taken to see all tokens.
+    ``experts`` the names of the mixtures, whose experts are taken to see all tokens. ``waiting``,
+    bytes per token, is what waits at the first layers of groups, where that has been measured.
     """
     size = next(model.parameters()).element_size()
     hidden: dict[str | None, int] = {}
     before: dict[str | None, int] = {}
     on_host, live, work, wide = device_of(model).type == "cpu", 0, 0, 0
+    # Per group: what the solver takes.
+    solves: dict[str, int] = {}
     for group in groups:
         target = targets[group[0]]
         inputs = target.view.shape[1]
@@ -284,7 +323,8 @@ def estimate_memory(
         squares, weights = (8, 9) if propagate else (4, 4)
         if not on_host:
             squares, weights = (10, 11) if propagate else (7, 8)
-        work = max(work, 4 * inputs * (squares * inputs + weights * outputs))
+        solves[group[0]] = 4 * inputs * (squares * inputs + weights * outputs)
+        work = max(work, solves[group[0]])
     shapes = [(rows, max(n, positions)) for rows, n in map(batch_shape, calibration.batches)]
     tokens = [rows * length for rows, length in shapes]
     masks = _mask_bytes(model, calibration, shapes, size)
@@ -298,9 +338,12 @@ def estimate_memory(
     if on_host:
         codes = sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))
     work += codes
-    return MemoryEstimate(
-        int(_SLACK * one_pass) + work, int(_SLACK * replay) + work, int(_SLACK * outputs), codes
-    )
+    whole = int(_SLACK * one_pass) + work
+    if waiting:
+        held, extra = _MEASURED_SLACK * sum(tokens) * models, streams * wide * size
+        most = max(solves[name] + held * (each + extra) for name, each in waiting.items())
+        whole = int(most + _SLACK * largest * size * live) + sum(masks) * models
+    return MemoryEstimate(whole, int(_SLACK * replay) + work, int(_SLACK * outputs), codes)
 
 
 def _mask_bytes(

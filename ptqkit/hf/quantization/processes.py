@@ -24,6 +24,7 @@ from ptqkit.arrays.ranges import ChannelRanges
 from ptqkit.errors import LAYER_FAILURES, CalibrationError, UsageError
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
 from ptqkit.nn.device_factor import DeviceHessian
+from ptqkit.nn.linear import LinearView
 from ptqkit.nn.statistics import DeviceMean, DeviceSum, mirror_upper
 from ptqkit.nn.transfer import HostCopies
 
@@ -262,14 +263,21 @@ class SharedMoments(MomentAccumulator):
 
     Parameters
     ----------
-    name, needs_ranges, writer
+    name, needs_ranges, writer, narrow
         As for :class:`~ptqkit.hf.quantization.moments.MomentAccumulator`.
     on_host : bool
         Whether the inputs are on the host; otherwise the sums stay where they are.
     """
 
-    def __init__(self, name: str, needs_ranges: bool, writer: str | None, on_host: bool) -> None:
-        super().__init__(name, needs_ranges, writer, not on_host)
+    def __init__(
+        self,
+        name: str,
+        needs_ranges: bool,
+        writer: str | None,
+        narrow: LinearView | None,
+        on_host: bool,
+    ) -> None:
+        super().__init__(name, needs_ranges, writer, narrow, not on_host)
         self._current: MomentAccumulator | None = None
         self.tokens = 0
         self.sums: dict[str, torch.Tensor] = {}
@@ -286,7 +294,9 @@ class SharedMoments(MomentAccumulator):
     ) -> None:
         """Add one batch's input of the layer."""
         if self._current is None:
-            self._current = MomentAccumulator(self.name, self.needs_ranges, self.writer, self._wide)
+            self._current = MomentAccumulator(
+                self.name, self.needs_ranges, self.writer, self._narrow, self._wide
+            )
         self._current.add(value, batch, mask, floats, streams)
         if not self._wide:
             self.close()

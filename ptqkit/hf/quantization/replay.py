@@ -53,13 +53,19 @@ def replay_groups(
             if not groups and not unprobed:
                 continue
             while recorded.position < position:
+                work.places.settle()
+                work.places.enter(work.blocks[recorded.position])
                 recorded.advance()
+                work.places.leave(recorded.position)
                 pages.release()
                 if at_block_end is not None:
                     at_block_end(recorded.position - 1)
+            if block is not None:
+                work.places.enter(block)
             if block is not None and unprobed:
                 groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
             for wave, more in _waves(work, groups):
+                work.places.settle()
                 found = _moments(work, recorded, wave)
                 pages.release()
                 for group in wave:

@@ -127,7 +127,8 @@ class Report(Tabular, JsonReport):
     memory : dict of str to int or None
         In bytes: ``peak`` resident (or device) memory of the process, and with calibration
         ``estimate_one_pass`` and ``estimate_replay`` (what each schedule needs in addition to the
-        model), ``budget`` (None if none was given) and ``available`` (free before the run).
+        model), ``budget`` (None if none was given) and ``available`` (free before the run); not in
+        bytes, ``blocks_on_host``, if some of a model on a GPU wait there.
     recipe : dict
     tuning : dict or None
         :meth:`TuningReport.to_dict`, if scales, gains and biases were tuned; the layers' rows are

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ __all__ = ["RowShare"]
 
 # A process with fewer rows of a stack than this has more to wait for than to do.
 _FEWEST_ROWS = 16
+# Before the names of arrays beside a matrix.
+_BESIDE = "beside "
 
 
 class RowShare:
@@ -55,14 +58,28 @@ class RowShare:
             return own
         return self._processes.gather_rows(own, self._lengths)
 
-    def join_array(self, own: np.ndarray) -> np.ndarray:
-        """Put rows together that are on the host."""
+    def join_arrays(self, own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Put rows together that are on the host, those of all arrays at once."""
         if not self._lengths:
-            return own
-        return self.join(torch.from_numpy(np.ascontiguousarray(own))).cpu().numpy()
+            return dict(own)
+        rows = {key: values.reshape(len(values), -1) for key, values in own.items()}
+        held = {key: np.ascontiguousarray(values).view(np.uint8) for key, values in rows.items()}
+        # What is wide first, so that every array begins at a multiple of its numbers' size.
+        keys = sorted(held, key=lambda key: -own[key].dtype.itemsize)
+        together = np.concatenate([held[key] for key in keys], axis=1)
+        whole = self.join(torch.from_numpy(together)).cpu().numpy()
+        found, first = {}, 0
+        for key in keys:
+            size, shape = held[key].shape[1], own[key].shape[1:]
+            part = np.ascontiguousarray(whole[:, first : first + size])
+            found[key] = part.view(own[key].dtype).reshape(len(whole), *shape)
+            first += size
+        return found
 
-    def join_matrix(self, own: QuantizedMatrix) -> tuple[QuantizedMatrix, torch.Tensor]:
-        """Put a quantized matrix together from the rows of all processes.
+    def join_matrix(
+        self, own: QuantizedMatrix, beside: Mapping[str, np.ndarray]
+    ) -> tuple[QuantizedMatrix, torch.Tensor, dict[str, np.ndarray]]:
+        """Put a quantized matrix together from the rows of all processes, and what goes with it.
 
         Returns
         -------
@@ -70,20 +87,22 @@ class RowShare:
             Its codes may come later: see :attr:`Processes.copies`.
         Tensor of uint8
             Its codes, where they are now.
+        dict of str to ndarray
+            All rows of ``beside``, an array with a row for each of the matrix under each key.
         """
         codes = self.join(torch.from_numpy(own.codes))
-        objectives, nearest = own.row_objectives, own.rtn_objectives
-        if objectives is not None:
-            objectives = np.ascontiguousarray(self.join_array(objectives.T).T)
-        matrix = replace(
-            own,
-            codes=self._processes.copies.begin(codes),
-            scales=self.join_array(own.scales),
-            zero_points=self.join_array(own.zero_points),
-            row_objectives=objectives,
-            rtn_objectives=None if nearest is None else self.join_array(nearest),
-        )
-        return matrix, codes
+        arrays = {"scales": own.scales, "zero_points": own.zero_points}
+        if own.row_objectives is not None:
+            arrays["row_objectives"] = own.row_objectives.T
+        if own.rtn_objectives is not None:
+            arrays["rtn_objectives"] = own.rtn_objectives
+        arrays |= {_BESIDE + key: values for key, values in beside.items()}
+        found: dict[str, Any] = self.join_arrays(arrays)
+        extra = {key: found.pop(_BESIDE + key) for key in beside}
+        if own.row_objectives is not None:
+            found["row_objectives"] = np.ascontiguousarray(found["row_objectives"].T)
+        matrix = replace(own, codes=self._processes.copies.begin(codes), **found)
+        return matrix, codes, extra
 
 
 def _bounds(size: int, count: int, together: Sequence[slice]) -> list[int]:

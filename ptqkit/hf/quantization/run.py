@@ -212,9 +212,10 @@ class QuantizationRun:
             self.recipe.calibrate_on == "float",
             processes=self.options.processes,
             spare=self.plan.spare,
+            on_host=self.plan.on_host,
         )
         reason: str | None = self.plan.reason
-        with calibration_mode(self.model):
+        with work.places.moving(), calibration_mode(self.model):
             if self.plan.schedule == "one-pass":
                 reason = self._each(one_pass_groups(work), "one-pass")
                 if reason is None:

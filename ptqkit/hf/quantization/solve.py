@@ -37,6 +37,8 @@ from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["LayerResult", "solve_group"]
 
+_SHIFT = "bias shift"
+
 
 @dataclass
 class LayerResult:
@@ -121,7 +123,7 @@ def solve_group(
     for options, stack in stacks:
         name = ", ".join(t.name for t in stack)
         source = moments.hessian
-        shared = len(stacks) > 1 or moments.drift is not None
+        shared = len(stacks) > 1 or moments.propagates
         device = stack[0].view.weight.device
         shared = shared or computes(device)  # which factorizes faster
         if shared and source is not None and options.method == "gptq":
@@ -184,7 +186,7 @@ def _solve_stack(
             part = residual.rows(shared.own.start, shared.own.stop)
             moments = replace(moments, residuals={stack[0].name: part})
     with contextlib.nullcontext() if processes is None else processes.together():
-        if moments.drift is not None:
+        if moments.propagates:
             layer = stack[0].name
             values, instead = _target(values, layer, options, source, moments, threads, name)
             start = time.perf_counter()
@@ -206,10 +208,13 @@ def _solve_stack(
         if diagnostics:
             extra = _diagnose(values, dequantized, matrix, source)
     if shared is not None:
-        matrix, codes = shared.join_matrix(matrix)
+        beside = dict(extra or {})
+        if shift is not None:
+            beside[_SHIFT] = shift
+        matrix, codes, beside = shared.join_matrix(matrix, beside)
         dequantized = dequantize_on(device, matrix, codes)
-        shift = None if shift is None else shared.join_array(shift)
-        extra = extra and {key: shared.join_array(v) for key, v in extra.items()}
+        shift = beside.pop(_SHIFT, None)
+        extra = extra and beside
     whole = LayerResult(matrix, dequantized, middle - start, bias_shift=shift, target=instead)
     whole.solved_on = solved_on
     whole.seconds_propagation = start - begin

@@ -206,7 +206,9 @@ def plan_stream(
     schedule = "no calibration" if inspection.calibration is None else "replay"
     reason = "the model is streamed from its files"
     reason += ", outputs of blocks too" if spool and inspection.calibration is not None else ""
-    return StreamPlan(schedule, reason, False, estimate, warnings, at_once, *overlap, spare, spool)
+    return StreamPlan(
+        schedule, reason, False, estimate, warnings, at_once, *overlap, spare, spool=spool
+    )
 
 
 def _gradient_bytes(source: BlockSource, inspection: Inspection) -> tuple[int, int]:

@@ -142,8 +142,8 @@ def tune(
     progress : bool or callable, optional
         See :func:`ptqkit.hf.progress.make_progress`.
     **options
-        Of :class:`~ptqkit.hf.quantization.tuning.TuningOptions`: ``code_rate``, ``windows`` per
-        step, ``rate``, ``scale_rate``, ``held_out``, ``checks``, ``patience``.
+        Of :class:`~ptqkit.hf.quantization.tuning.TuningOptions`: ``code_rate``, ``code_hold``,
+        ``windows`` per step, ``rate``, ``scale_rate``, ``held_out``, ``checks``, ``patience``.
 
     Returns
     -------

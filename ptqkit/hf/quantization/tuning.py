@@ -64,6 +64,12 @@ class TuningOptions:
         Learning rate of gains and biases.
     code_rate : float
         Learning rate of codes before rounding, in codes; 0: codes stay.
+    code_hold : float
+        How strongly codes hold on to what they are: with every step of rate r a latent code is
+        drawn to the whole number next to it by ``code_hold * r`` of the distance, like the damping
+        of oscillations of Nagel et al. 2022 (arXiv:2203.08617). So a code changes only where its
+        gradient has a direction, of more than half of ``code_hold`` of its usual size; with 0,
+        codes without one walk to and fro between two values while the rate is high.
     own_text : int
         Windows that the float model writes itself (:func:`ptqkit.hf.own_text`) and that are learned
         from besides the calibration windows.
@@ -86,6 +92,7 @@ class TuningOptions:
     scale_rate: float = 4e-3
     rate: float = 3e-4
     code_rate: float = 0.0
+    code_hold: float = 0.3
     own_text: int = 0
     held_out: int = 8
     checks: int = 15
@@ -93,12 +100,14 @@ class TuningOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what would be tuning without windows, checks or an end."""
+        """Raise ValueError for tuning without windows, checks or an end, or a negative hold."""
         for name, least in (("windows", 1), ("patience", 1)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)
         for name, least in (("own_text", 0), ("held_out", 2), ("checks", 1)):
             check_int(name, getattr(self, name), least)
+        if not 0 <= self.code_hold < math.inf:
+            raise ValueError(f"code_hold must be a number of at least 0, not {self.code_hold!r}")
 
 
 @dataclass(frozen=True)
@@ -253,6 +262,12 @@ class _Leaves:
         return {**self._others, **vectors}
 
     @torch.no_grad()
+    def hold(self, share: torch.Tensor) -> None:
+        """Draw latents to the codes that they round to, by a share of the distance."""
+        for latents in self.latents.values():
+            latents.sub_((latents - latents.round()) * share)
+
+    @torch.no_grad()
     def limit(self) -> None:
         """Keep every scale positive, and codes within their grid."""
         for name, matrix in self.matrices.items():
@@ -333,7 +348,8 @@ def learn(
     stage = ProgressStage(progress, "tuning", options.steps, start=start)
     # Codes change in jumps: older squares of gradients tell less of them.
     betas = (0.9, 0.99) if options.code_rate > 0 else (0.9, 0.999)
-    take_step = TuningStep(model, leaves, data, leaves.groups(options), betas)
+    hold = min(1.0, options.code_hold * options.code_rate)
+    take_step = TuningStep(model, leaves, data, leaves.groups(options), betas, hold)
     order = _endless(train, options.seed)
     windows_per_step = options.windows or (16 if options.code_rate else 8)
     patience = options.patience or (math.inf if options.code_rate else 5)

@@ -50,6 +50,10 @@ class Leaves(Protocol):
         """Return the model's parameters as they are run."""
         ...
 
+    def hold(self, share: torch.Tensor) -> None:
+        """Draw codes that learn to what they round to, by a share of the distance."""
+        ...
+
     def limit(self) -> None:
         """Bring the leaves back to what they may be, in place."""
         ...
@@ -97,6 +101,9 @@ class TuningStep:
     groups : list of dict
         Groups of the optimizer, with a learning rate ``lr`` each.
     betas : tuple of float
+    hold : float
+        By which share of the distance a step draws codes that learn to what they round to, at the
+        rate at the beginning.
     """
 
     def __init__(
@@ -106,7 +113,9 @@ class TuningStep:
         data: TuningWindows,
         groups: list[dict[str, Any]],
         betas: tuple[float, float],
+        hold: float = 0.0,
     ) -> None:
+        self._hold = hold
         self._model, self._leaves, self._data = model, leaves, data
         self._rates = [group["lr"] for group in groups]
         device = device_of(model)
@@ -169,6 +178,8 @@ class TuningStep:
             else:
                 group["lr"] = rate * float(self._turn)
         self._optimizer.step()
+        if self._hold:
+            self._leaves.hold(self._turn * self._hold)
         self._leaves.limit()
         return torch.stack([loss, size.to(loss)])
 

@@ -10,10 +10,12 @@ from torch import nn
 
 from ptqkit.hf.data.calibration import CalibrationSet
 from ptqkit.hf.models.structure import Target
+from ptqkit.hf.quantization.block_places import BlockPlaces
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
 from ptqkit.hf.quantization.processes import Processes, SharedMoments
 from ptqkit.nn.experts import ExpertLinears
 from ptqkit.nn.forward import device_of
+from ptqkit.nn.linear import LinearView
 
 __all__ = ["Step", "Steps", "Work"]
 
@@ -72,6 +74,12 @@ class Work:
         Others that run other batches.
     spare : int
         Bytes by which the process may grow before free pages are given back.
+    on_host : int
+        Blocks that are not on the device at any time.
+
+    Attributes
+    ----------
+    places : BlockPlaces
     """
 
     model: nn.Module
@@ -88,8 +96,10 @@ class Work:
     done: set[str] = field(default_factory=set)
     processes: Processes | None = None
     spare: int = 0
+    on_host: int = 0
 
     def __post_init__(self) -> None:
+        self.places = BlockPlaces(self.model, self.blocks, self.on_host)
         self.masks = self.calibration.masks()
         self.batches = self.calibration.batches
         self._pools: dict[str, Any] = {}
@@ -112,10 +122,17 @@ class Work:
     def accumulator(self, group: list[str]) -> MomentAccumulator:
         """Return an empty accumulator for the inputs of a group."""
         needs_ranges = any(target.options.needs_ranges for target in self.members(group))
+        about = (group[0], needs_ranges, self.writer(group), self._narrow(group))
         if self.processes is None:
-            return MomentAccumulator(group[0], needs_ranges, self.writer(group))
-        on_host = device_of(self.model).type == "cpu"
-        return SharedMoments(group[0], needs_ranges, self.writer(group), on_host)
+            return MomentAccumulator(*about)
+        return SharedMoments(*about, on_host=device_of(self.model).type == "cpu")
+
+    def _narrow(self, group: list[str]) -> LinearView | None:
+        """Return the only layer of a group, if it has fewer outputs than inputs."""
+        target = self.targets[group[0]]
+        outputs, inputs = target.view.shape
+        alone = len(group) == 1 and target.options.target == "least-squares"
+        return target.view if alone and outputs < inputs else None
 
     def agree(self, reason: str | None) -> str | None:
         """Return a reason not to go on that this process has, or another one."""

@@ -11,7 +11,7 @@ import torch
 
 from ptqkit.nn.kernels import plain
 
-__all__ = ["steps_on", "why_no_kernels"]
+__all__ = ["groups_on", "products_on", "steps_on", "why_no_kernels"]
 
 
 def why_no_kernels(device: torch.device) -> str:
@@ -29,6 +29,16 @@ def steps_on(device: torch.device) -> ModuleType:
     if why_no_kernels(device):
         return plain
     return importlib.import_module("ptqkit.nn.kernels.compiled")
+
+
+def groups_on(device: torch.device) -> ModuleType | None:
+    """Return :mod:`ptqkit.nn.kernels.groups`, if there are kernels for a device."""
+    return None if why_no_kernels(device) else importlib.import_module("ptqkit.nn.kernels.groups")
+
+
+def products_on(device: torch.device) -> ModuleType | None:
+    """Return :mod:`ptqkit.nn.kernels.products`, if there are kernels for a device."""
+    return None if why_no_kernels(device) else importlib.import_module("ptqkit.nn.kernels.products")
 
 
 @cache

@@ -15,7 +15,17 @@ import triton.language as tl
 
 from ptqkit.nn.kernels.plain import check_layout
 
-__all__ = ["candidate_errors", "couple_columns", "descend_columns", "quantize_columns"]
+__all__ = [
+    "candidate_errors",
+    "clamp",
+    "couple_columns",
+    "current",
+    "descend_columns",
+    "padded",
+    "power",
+    "quantize_columns",
+    "round_even",
+]
 
 # Rows of a program.
 _ROWS = 16
@@ -24,13 +34,23 @@ _TINY = tl.constexpr(2.0**-120)
 
 
 @triton.jit
-def _round_even(x):
+def round_even(x):
+    """Return the nearest integers, ties to even."""
     return (x + _MAGIC) - _MAGIC
 
 
 @triton.jit
-def _clamp(x, top):
+def clamp(x, top):
+    """Return what is between 0 and the largest code."""
     return tl.minimum(tl.maximum(x, 0.0), top)
+
+
+@triton.jit
+def power(x, norm):
+    """Return powers of magnitudes; tiny ones are 0."""
+    size = tl.abs(x)
+    found = tl.exp2(norm * tl.log2(tl.maximum(size, _TINY)))
+    return tl.where(size < _TINY, 0.0, found)
 
 
 @triton.jit
@@ -75,7 +95,7 @@ def _quantize(
             tj = tl.sum(tl.where(pick, t, 0.0), 1)
             pivot = tl.load(factor + j * factor_stride + j)
             wanted = wj + tj * tl.div_rn(1.0, pivot)
-        code = _clamp(_round_even(tl.div_rn(wanted, scale)) + zero, top)
+        code = clamp(round_even(tl.div_rn(wanted, scale)) + zero, top)
         error = wj - scale * (code - zero)
         errors = tl.where(pick, error[:, None], errors)
         found = tl.where(pick, code[:, None], found)
@@ -102,7 +122,7 @@ def quantize_columns(
     """As that of :mod:`ptqkit.nn.kernels.plain`."""
     check_layout(weight, sums, factor, scales, zeros, codes)
     rows, width = weight.shape
-    with _current(weight):
+    with current(weight):
         _quantize[(triton.cdiv(rows, _ROWS),)](
             weight,
             sums,
@@ -121,7 +141,7 @@ def quantize_columns(
             float(max_code),
             FEEDBACK=feedback,
             ROWS=_ROWS,
-            COLUMNS=_padded(width),
+            COLUMNS=padded(width),
             num_warps=4,
         )
 
@@ -155,7 +175,7 @@ def _errors(
             column = start + tl.arange(0, COLUMNS)
             inside = there[:, None] & (column < width)[None, :]
             x = tl.load(values + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
-            code = _clamp(_round_even(x * inverse[:, None]) + zero[:, None], top)
+            code = clamp(round_even(x * inverse[:, None]) + zero[:, None], top)
             d = scale[:, None] * (code - zero[:, None]) - x
             if WEIGHTED:
                 h = tl.load(weight + column, mask=column < width, other=0.0)
@@ -164,9 +184,7 @@ def _errors(
                 if SQUARE:
                     cost = d * d
                 else:
-                    size = tl.abs(d)
-                    power = tl.exp2(norm * tl.log2(tl.maximum(size, _TINY)))
-                    cost = tl.where(size < _TINY, 0.0, power)
+                    cost = power(d, norm)
             total += tl.sum(tl.where(inside, cost, 0.0), 1)
         tl.store(errors + row * grids + k, total, mask=there)
 
@@ -184,7 +202,7 @@ def candidate_errors(
     rows, width = values.shape
     scales, zeros = scales.contiguous(), zeros.contiguous()
     found = torch.empty_like(scales)
-    with _current(values):
+    with current(values):
         _errors[(triton.cdiv(rows, _ROWS),)](
             values,
             scales,
@@ -200,7 +218,7 @@ def candidate_errors(
             WEIGHTED=weight is not None,
             SQUARE=norm == 2.0,
             ROWS=_ROWS,
-            COLUMNS=min(128, _padded(width)),
+            COLUMNS=min(128, padded(width)),
             num_warps=4,
         )
     return found
@@ -214,6 +232,7 @@ def _descend(
     group,
     codes,
     moved,
+    change,
     rows,
     width,
     sums_stride,
@@ -232,6 +251,7 @@ def _descend(
     place = codes + row[:, None] * codes_stride + column[None, :]
     now = tl.load(place, mask=inside, other=0).to(tl.float32)
     steps = tl.zeros([ROWS, COLUMNS], tl.float32)
+    less = tl.zeros([ROWS], tl.float32)
     for j in range(0, width):
         pick = (column == j)[None, :]
         tj = tl.sum(tl.where(pick, t, 0.0), 1)
@@ -242,10 +262,12 @@ def _descend(
         step = scale * h
         able = (scale > 0.0) & (step > 0.0)
         step = tl.where(able, step, 1.0)
-        found = _clamp(_round_even(code + tl.div_rn(tj, step)), top)
+        found = clamp(round_even(code + tl.div_rn(tj, step)), top)
         d = scale * (code - found)
-        able = able & (d * (2.0 * tj + d * h) < 0.0)
+        gain = d * (2.0 * tj + d * h)
+        able = able & (gain < 0.0)
         d = tl.where(able, d, 0.0)
+        less += tl.where(able, gain, 0.0)
         found = tl.where(able, found, code)
         now = tl.where(pick, found[:, None], now)
         steps = tl.where(pick, d[:, None], steps)
@@ -254,6 +276,7 @@ def _descend(
         t += d[:, None] * r[None, :]
     tl.store(place, now.to(tl.uint8), mask=inside)
     tl.store(moved + row[:, None] * width + column[None, :], steps, mask=inside)
+    tl.store(change + row, less, mask=there)
 
 
 def descend_columns(
@@ -263,12 +286,13 @@ def descend_columns(
     group: torch.Tensor,
     codes: torch.Tensor,
     max_code: int,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As that of :mod:`ptqkit.nn.kernels.plain`."""
     check_layout(sums, hessian, scales, codes)
     rows, width = sums.shape
+    change = torch.empty(rows, dtype=torch.float32, device=sums.device)
     moved = torch.empty(rows, width, dtype=torch.float32, device=sums.device)
-    with _current(sums):
+    with current(sums):
         _descend[(triton.cdiv(rows, _ROWS),)](
             sums,
             hessian,
@@ -276,6 +300,7 @@ def descend_columns(
             group,
             codes,
             moved,
+            change,
             rows,
             width,
             sums.stride(0),
@@ -284,10 +309,10 @@ def descend_columns(
             scales.stride(0),
             float(max_code),
             ROWS=_ROWS,
-            COLUMNS=_padded(width),
+            COLUMNS=padded(width),
             num_warps=4,
         )
-    return moved
+    return moved, change
 
 
 @triton.jit
@@ -330,7 +355,7 @@ def _couple(
         turn = 0
         while turn < ROWS:
             gradient = base + h * t
-            found = _clamp(_round_even(code + tl.div_rn(gradient, step)), top)
+            found = clamp(round_even(code + tl.div_rn(gradient, step)), top)
             d = scale * (code - found)
             takes = able & (row > last) & (d * (2.0 * gradient + d * curve) < 0.0)
             turn = tl.min(tl.where(takes, row, ROWS), 0)
@@ -363,7 +388,7 @@ def couple_columns(
         raise ValueError("runs of rows must be contiguous")
     runs, width, rows = sums.shape
     moved = torch.empty(runs, width, rows, dtype=torch.float32, device=sums.device)
-    with _current(sums):
+    with current(sums):
         _couple[(runs,)](
             sums,
             curves,
@@ -375,19 +400,20 @@ def couple_columns(
             width,
             hessian.stride(0),
             float(max_code),
-            ROWS=_padded(rows),
-            COLUMNS=_padded(width),
+            ROWS=padded(rows),
+            COLUMNS=padded(width),
             num_warps=8,
         )
     return moved
 
 
-def _current(tensor: torch.Tensor) -> AbstractContextManager[None]:
+def current(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Make a tensor's GPU the current one, on which kernels start."""
     if not tensor.is_cuda:
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
+    """Return the power of two, at least 16, that holds so many."""
     return max(16, triton.next_power_of_2(count))

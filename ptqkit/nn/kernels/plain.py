@@ -126,8 +126,8 @@ def descend_columns(
     group: torch.Tensor,
     codes: torch.Tensor,
     max_code: int,
-) -> torch.Tensor:
-    """Give each column in turn its best codes given all others; return by how much errors change.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give each column in turn its best codes given all others.
 
     Parameters
     ----------
@@ -143,10 +143,14 @@ def descend_columns(
 
     Returns
     -------
-    Tensor of float32, shape (rows, columns)
+    moved : Tensor of float32, shape (rows, columns)
+        By how much errors change.
+    change : Tensor of float32, shape (rows,)
+        By how much the objectives do.
     """
     check_layout(sums, hessian, scales, codes)
     sums, moved = sums.clone(), torch.zeros_like(sums)
+    change = torch.zeros_like(sums[:, 0])
     for j, g in enumerate(group.tolist()):
         scale, code, h, t = scales[:, g], codes[:, j].float(), hessian[j, j], sums[:, j]
         step = scale * h
@@ -154,12 +158,14 @@ def descend_columns(
         step = torch.where(able, step, 1.0)
         found = round_even(code + t / step).clamp_(0.0, float(max_code))
         d = scale * (code - found)
-        able &= d * (2.0 * t + d * h) < 0
+        less = d * (2.0 * t + d * h)
+        able &= less < 0
         d = torch.where(able, d, 0.0)
+        change += torch.where(able, less, 0.0)
         codes[:, j] = torch.where(able, found, code).to(torch.uint8)
         moved[:, j] = d
         sums[:, j + 1 :] += d[:, None] * hessian[j, j + 1 :]
-    return moved
+    return moved, change
 
 
 def couple_columns(

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from helpers import expert_models
 from helpers.driver_models import build, padded_batches, tokens
 
+from benchmarks.large.models import Size, draw_tokens
+from benchmarks.large.models import build as build_random
 from ptqkit import AWE, RTN, ActivationQuantization, BiasCorrection
 from ptqkit.hf import perplexity, quantize, tune
 from ptqkit.hf.quantization import tuning_step
@@ -40,6 +42,27 @@ def test_gpu_equals_host(name, schedule):
         assert weight.is_cuda
         expected = torch.from_numpy(values.T if name == "gpt2" else values)
         assert torch.equal(weight.cpu(), expected)
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
+def test_blocks_wait_on_the_host_where_room_is_short(schedule):
+    size = Size(128, 256, 8, 2, 2, 64)
+    data, options = draw_tokens(size, 16, 64), {**OPTIONS, "group_size": 32, "schedule": schedule}
+    model = build_random(size, 64, "bfloat16", "cuda")
+    block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    torch.cuda.reset_peak_memory_stats()
+    whole = quantize(model, "quality", data, **options)
+    needed = whole.report.memory[f"estimate_{schedule.replace('-', '_')}"]
+    assert "blocks_on_host" not in whole.report.memory
+    model = build_random(size, 64, "bfloat16", "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    away = quantize(model, "quality", data, memory_budget=needed - 3 * block, **options)
+    assert away.report.memory["blocks_on_host"] == 3
+    assert all(p.is_cuda for p in model.parameters())
+    for key, matrix in whole.matrices.items():
+        assert np.array_equal(matrix.codes, away.matrices[key].codes), key
+        weight = model.get_submodule(key).weight
+        assert torch.equal(weight, whole.model.get_submodule(key).weight)
 
 
 def test_schedules_agree_on_the_gpu():

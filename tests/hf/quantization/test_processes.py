@@ -90,8 +90,8 @@ def test_what_a_device_makes_does_not_depend_on_it_either(monkeypatch):
     """The way of a GPU, by torch on the host: sums of every batch in float64, rows solved there."""
 
     class Wide(SharedMoments):
-        def __init__(self, name, needs_ranges, writer, on_host):
-            super().__init__(name, needs_ranges, writer, False)
+        def __init__(self, name, needs_ranges, writer, narrow, on_host):
+            super().__init__(name, needs_ranges, writer, narrow, False)
 
     for module in (solve, row_coupling):
         monkeypatch.setattr(module, "computes", lambda device: True)

@@ -66,6 +66,7 @@ def by_hand(floats, model, result, writers, batches):
         before = writers[block][: writers[block].index(name)] if name in blocks else ()
         H, drift = ptqkit.Hessian(width), ptqkit.Drift(width, width)
         residual = ptqkit.Drift(outputs, width)
+        narrow = name in blocks and outputs < width  # D is of the streams behind it
         found = zip(
             batches, *(zip(*passing(m, name, block, before, batches), strict=True)
                        for m in (floats, model)), strict=True,
@@ -77,13 +78,16 @@ def by_hand(floats, model, result, writers, batches):
             H.update(x_q)
             drift.update(x, x_q)
             if name in blocks:
-                residual.update(*(v.reshape(-1, outputs)[keep] for v in (r, r_q)), x_q)
+                r, r_q = (v.reshape(-1, outputs)[keep] for v in (r, r_q))
+                moved = torch.nn.functional.linear(x - x_q, goal.matrix) if narrow else 0
+                residual.update(r + moved, r_q, x_q)
         options = {k: getattr(alphas, k) for k in ("bits", "group_size", "order", "grid")}
         options |= {k: getattr(alphas, k) for k in ("refine_passes", "refit_rounds", "damping")}
         D, alpha = None, alphas.error_propagation
         if name in blocks:
             D, alpha = residual, alphas.residual_propagation
-        target = ptqkit.target_weights(goal.read(), H, drift, D, alpha=alpha)
+        G = None if narrow else drift
+        target = ptqkit.target_weights(goal.read(), H, G, D, alpha=alpha)
         matrix = ptqkit.gptq(target, H, **options)
         yield name, matrix
         view.write(matrix.dequantize())
@@ -106,6 +110,24 @@ def test_equals_two_whole_models_by_hand(name):
         model.state_dict().items(), result.model.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), key
+
+
+def test_d_behind_a_writer_is_d_and_g_before_it():
+    rng = np.random.default_rng(0)
+    x, x_q = (rng.normal(size=(200, 16)).astype(np.float32) for _ in range(2))
+    r, r_q = (rng.normal(size=(200, 8)).astype(np.float32) for _ in range(2))
+    W = rng.normal(size=(8, 16)).astype(np.float32)
+    H, G = ptqkit.Hessian(16), ptqkit.Drift(16, 16)
+    before, behind = ptqkit.Drift(8, 16), ptqkit.Drift(8, 16)
+    H.update(x_q)
+    G.update(x, x_q)
+    before.update(r, r_q, x_q)
+    behind.update(r + (x - x_q) @ W.T, r_q, x_q)
+    both = (
+        ptqkit.target_weights(W, H, *parts, alpha=0.75) for parts in ((G, before), (None, behind))
+    )
+    np.testing.assert_allclose(*both, rtol=0, atol=1e-5)
+    assert abs(ptqkit.target_weights(W, H, None, before, alpha=0.75) - W).max() > 0.1
 
 
 def test_without_targets_and_refits_best_is_quality():

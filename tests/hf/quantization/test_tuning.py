@@ -99,9 +99,8 @@ def test_learns_on_every_shape_of_model_and_changes_scales_and_vectors_alone(nam
     assert found == pytest.approx(told.loss_after, rel=1e-4)
 
 
-def test_codes_learn_if_they_are_told_to_and_zero_points_do_not(tmp_path):
-    """From 2-bit codes that a solver would not make, which is easy to do better than."""
-    result, floats, data = quantized()
+def spoil(result):
+    """Change codes as no solver would, which is easy to do better than."""
     rng = np.random.default_rng(0)
     spoiled = {
         key: dataclasses.replace(
@@ -112,6 +111,12 @@ def test_codes_learn_if_they_are_told_to_and_zero_points_do_not(tmp_path):
     for key, matrix in spoiled.items():
         result.model.get_submodule(key).weight.data = torch.from_numpy(matrix.dequantize())
     result.matrices.update(spoiled)
+    return spoiled
+
+
+def test_codes_learn_if_they_are_told_to_and_zero_points_do_not(tmp_path):
+    result, floats, data = quantized()
+    spoiled = spoil(result)
     options = {**QUICK, "code_rate": 0.1, "own_text": 24}
     tune(result, data, steps=20, float_model=floats, **options)
     told = result.tuning
@@ -131,6 +136,26 @@ def test_codes_learn_if_they_are_told_to_and_zero_points_do_not(tmp_path):
     result.save(tmp_path)
     for key, matrix in read_matrices(tmp_path).items():
         np.testing.assert_array_equal(matrix.codes, result.matrices[key].codes)
+
+
+def test_codes_hold_on_to_what_they_are():
+    """By a share of the distance in a step; by all of it none ever gets halfway to another."""
+    changed, options = [], {**QUICK, "code_rate": 0.2, "checks": 4}
+    for hold in (0.0, 5.0):
+        result, floats, data = quantized()
+        spoil(result)
+        tune(result, data, steps=16, float_model=floats, code_hold=hold, **options)
+        changed.append(result.tuning.codes_changed)
+    assert changed[0] > changed[1] == 0
+    result, _, _ = quantized()
+    leaves = tuning._Leaves(result.model, result.matrices, torch.float32, True)
+    latents = next(iter(leaves.latents.values()))
+    with torch.no_grad():
+        latents[0, :3] = torch.tensor([1.4, 1.6, -0.2])
+    leaves.hold(torch.tensor(0.25))
+    torch.testing.assert_close(latents[0, :3].detach(), torch.tensor([1.3, 1.7, -0.15]))
+    with pytest.raises(ValueError, match="code_hold must be a number of at least 0, not -1"):
+        TuningOptions(code_hold=-1)
 
 
 def test_text_that_was_written_before_is_learned_from():
