@@ -31,7 +31,7 @@ from ptqkit.hf.speed.shapes import ONE_B, ModelShape
 from ptqkit.nn.packed_linear import PackedLinear
 
 SHAPES = {"1b": ONE_B, "narrow": ModelShape(256, 704, 22, 8, 2, 1000)}
-CALLS = ("packed_matmul", "int8_linear", "decoder_begin", "decoder_end")
+CALLS = ("packed_matmul", "int8_linear", "decoder_begin", "decoder_end", "decoder_blocks")
 FORMS = ("W8A8", "W8", "W4", "W4 int8", "W3", "W2", "W2 int8")
 PATHS = {"modules": unfuse_blocks, "fused": fuse_blocks}
 CONTEXT = 16

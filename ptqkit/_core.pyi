@@ -391,6 +391,18 @@ def decoder_end(
     threads: int,
     /,
 ) -> None: ...  # ValueError: every key is hidden
+def decoder_blocks(
+    block: _Block,
+    x: _Values,  # (hidden,)
+    cos: _Values,  # (head_dim,)
+    sin: _Values,  # (head_dim,)
+    blocks: tuple[tuple[object, ...], ...],  # norm, q_norm, k_norm, last_norm, scaling, layers ...
+    allowed: _U8 | None,  # (tokens + 1,)
+    new: _Values,  # (blocks, 2, kv_heads * head_dim), written
+    y: _Values,  # (blocks, hidden), written
+    threads: int,
+    /,
+) -> None: ...  # ValueError: every key is hidden
 def softmax_quantize(
     scores: _F32,  # (batch, heads, q, k)
     allowed: _Bool | None,  # (batch or 1, heads or 1, q or 1, k)

@@ -1,17 +1,16 @@
 /* args.c - argument checks, holds on arrays, and the exceptions of the core's statuses. */
 #include "args.h"
 
-enum { MAX_THREADS = 1024, MAX_FIELDS = 16 };
+enum { MAX_THREADS = 1024, MAX_FIELDS = 16, MOST_NESTED = 3 };
 
 /* ---- calls ----------------------------------------------------------------------------- */
 
-/* NumPy never resizes an array that has weak references, whatever its reference count. */
-static int hold(PyObject *holds, PyObject *o) {
+/* NumPy never resizes an array that has weak references, whatever its reference count. Tuples are
+ * looked into as deep as any function does. */
+static int hold(PyObject *holds, PyObject *o, int depth) {
     if (PyTuple_Check(o)) {
-        for (Py_ssize_t i = 0; i < PyTuple_Size(o); i++) {
-            PyObject *item = PyTuple_GetItem(o, i);
-            if (PyArray_Check(item) && hold(holds, item)) return -1;
-        }
+        for (Py_ssize_t i = 0; depth && i < PyTuple_Size(o); i++)
+            if (hold(holds, PyTuple_GetItem(o, i), depth - 1)) return -1;
         return 0;
     }
     if (!PyArray_Check(o)) return 0;
@@ -29,7 +28,7 @@ PyObject *args_call(const char *signature, args_function function, PyObject *con
                             given);
     PyObject *holds = PyList_New(0);
     int held = holds ? 0 : -1;
-    for (Py_ssize_t i = 0; !held && i < given; i++) held = hold(holds, args[i]);
+    for (Py_ssize_t i = 0; !held && i < given; i++) held = hold(holds, args[i], MOST_NESTED);
     PyObject *result = held ? NULL : function(args);
     Py_XDECREF(holds);
     return result;

@@ -20,7 +20,7 @@
  * and never objects with methods, so nothing that was checked can change before it is used. */
 
 /* Call `function` if exactly `expected` arguments were given. Until it returns, NumPy refuses to
- * resize the arrays among them, and those in a tuple. signature: "name(a, b)". */
+ * resize the arrays among them, and those in tuples. signature: "name(a, b)". */
 typedef PyObject *(*args_function)(PyObject *const *args);
 PyObject *args_call(const char *signature, args_function function, PyObject *const *args,
                     Py_ssize_t given, Py_ssize_t expected);

@@ -41,6 +41,7 @@
     X(packed_matmul)        \
     X(decoder_begin)        \
     X(decoder_end)          \
+    X(decoder_blocks)       \
     X(softmax_quantize)     \
     X(softmax_statistics)   \
     X(softmax_exp)          \

@@ -1,4 +1,6 @@
-/* bind_decoder.c - decoder_begin, decoder_end. */
+/* bind_decoder.c - decoder_begin, decoder_end, decoder_blocks. */
+#include <string.h>
+
 #include "../core/words.h"
 #include "bind.h"
 
@@ -173,9 +175,11 @@ static int parse_heads(PyObject *o, const char *name, const ptq_block *b, const 
     }
     PyArrayObject *a = (PyArrayObject *)o;
     const npy_intp size = (npy_intp)PyArray_ITEMSIZE(a);
-    if (PyArray_NDIM(a) != 3 || !PyArray_ISALIGNED(a) || PyArray_STRIDE(a, 2) != size ||
-        PyArray_STRIDE(a, 0) < 0 || PyArray_STRIDE(a, 1) < 0 || PyArray_STRIDE(a, 0) % size ||
-        PyArray_STRIDE(a, 1) % size) {
+    const int empty = PyArray_NDIM(a) == 3 && PyArray_SIZE(a) == 0; /* of any strides */
+    if (PyArray_NDIM(a) != 3 ||
+        (!empty && (!PyArray_ISALIGNED(a) || PyArray_STRIDE(a, 2) != size ||
+                    PyArray_STRIDE(a, 0) < 0 || PyArray_STRIDE(a, 1) < 0 ||
+                    PyArray_STRIDE(a, 0) % size || PyArray_STRIDE(a, 1) % size))) {
         PyErr_Format(PyExc_ValueError,
                      "%s must be (kv_heads, tokens, head_dim) with contiguous channels", name);
         return -1;
@@ -184,8 +188,8 @@ static int parse_heads(PyObject *o, const char *name, const ptq_block *b, const 
         return -1;
     *data = PyArray_DATA(a);
     *tokens = PyArray_DIM(a, 1);
-    *head = PyArray_STRIDE(a, 0) / size;
-    *token = PyArray_STRIDE(a, 1) / size;
+    *head = empty ? 0 : PyArray_STRIDE(a, 0) / size;
+    *token = empty ? 0 : PyArray_STRIDE(a, 1) / size;
     return 0;
 }
 
@@ -233,6 +237,131 @@ PTQ_BIND(
     ptq_status status = PTQ_OK;
     if (!wrong) PTQ_WITHOUT_GIL(status, ptq_decoder_end(&a, threads));
     free_layers(layers, 4);
+    if (!wrong && status == PTQ_ROW_REFUSED) {
+        PyErr_SetString(PyExc_ValueError, "allowed hides every key");
+        return NULL;
+    }
+    return wrong ? NULL : args_result(status);
+}
+
+enum { BLOCK_PARTS = 14, BLOCK_LAYERS = 7, MOST_BLOCKS = 1 << 16 };
+
+/* The layers of a block in the order of its tuple; starts of all are to be freed, after an error
+ * too. */
+static void layers_of(ptq_whole_block *w, ptq_row_layer **layers) {
+    ptq_row_layer *const all[] = {&w->begin.q,  &w->begin.k, &w->begin.v, &w->end.o,
+                                  &w->end.gate, &w->end.up,  &w->end.down};
+    memcpy(layers, all, sizeof all);
+}
+
+/* (norm, q_norm, k_norm, last_norm, scaling, q, k, v, o, gate, up, down, keys, values) */
+static int parse_whole(PyObject *tuple, const ptq_block *b, const double *eps, ptq_whole_block *w) {
+    static const char *const names[] = {"q", "k", "v", "o", "gate", "up", "down"};
+    const int64_t q = b->heads * b->head_dim, kv = b->kv_heads * b->head_dim;
+    const int64_t inputs[] = {b->hidden, b->hidden, b->hidden, q, b->hidden, b->hidden, b->inner};
+    const int64_t outputs[] = {q, kv, kv, b->hidden, b->inner, b->inner, b->hidden};
+    ptq_row_layer *layers[BLOCK_LAYERS];
+    PyObject *parts[BLOCK_PARTS];
+    double scaling;
+    int64_t tokens;
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != BLOCK_PARTS) {
+        PyErr_Format(PyExc_TypeError, "blocks must be tuples of %d parts each", BLOCK_PARTS);
+        return -1;
+    }
+    for (int i = 0; i < BLOCK_PARTS; i++) parts[i] = PyTuple_GetItem(tuple, i);
+    ptq_block_begin *const begin = &w->begin;
+    ptq_block_end *const end = &w->end;
+    begin->block = end->block = *b;
+    if (vector(&begin->norm.weight, parts[0], "norm", b, b->hidden, 0) ||
+        vector(&begin->q_norm.weight, parts[1], "q_norm", b, b->head_dim, 1) ||
+        vector(&begin->k_norm.weight, parts[2], "k_norm", b, b->head_dim, 1) ||
+        vector(&end->norm.weight, parts[3], "last_norm", b, b->hidden, 0) ||
+        args_real(&scaling, parts[4], "scaling") ||
+        parse_heads(parts[12], "keys", b, &end->keys, &end->tokens, &end->key_head,
+                    &end->key_token) ||
+        parse_heads(parts[13], "values", b, &end->values, &tokens, &end->value_head,
+                    &end->value_token))
+        return -1;
+    if (tokens != end->tokens) {
+        PyErr_SetString(PyExc_ValueError, "keys and values must hold as many tokens");
+        return -1;
+    }
+    begin->norm.eps = end->norm.eps = (float)eps[0];
+    begin->q_norm.eps = begin->k_norm.eps = (float)eps[1];
+    end->scaling = (float)scaling;
+    layers_of(w, layers);
+    for (int i = 0; i < BLOCK_LAYERS; i++)
+        if (parse_layer(parts[5 + i], names[i], b, inputs[i], outputs[i], layers[i])) return -1;
+    return 0;
+}
+
+/* What blocks share, and what they write; tokens must be the same in all. */
+static int connect(ptq_whole_block *w, Py_ssize_t count, const ptq_block_begin *first,
+                   PyObject *const *args, float *query) {
+    const ptq_block *b = &first->block;
+    const npy_intp kv = (npy_intp)(b->kv_heads * b->head_dim);
+    PyArrayObject *allowed, *key_value;
+    void *y;
+    if (args_optional(&allowed, args[0], "allowed", NPY_UINT8, 1) ||
+        args_output(&key_value, args[1], "new", value_type(b), 3) ||
+        args_shape(key_value, "new", count, 2) || args_dim(key_value, "new", 2, kv) ||
+        written(&y, args[2], "y", value_type(b), count, b->hidden))
+        return -1;
+    const int64_t size = b->dtype == PTQ_BF16 ? 2 : 4;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        ptq_block_begin *const begin = &w[i].begin;
+        ptq_block_end *const end = &w[i].end;
+        if (allowed && args_dim(allowed, "allowed", 0, (npy_intp)end->tokens + 1)) return -1;
+        begin->x = first->x;
+        begin->cos = first->cos;
+        begin->sin = first->sin;
+        begin->query = query;
+        end->query = query;
+        end->allowed = allowed ? PyArray_DATA(allowed) : NULL;
+        begin->key = (char *)PyArray_DATA(key_value) + 2 * i * kv * size;
+        begin->value = (char *)begin->key + kv * size;
+        end->y = (char *)y + i * b->hidden * size;
+    }
+    return 0;
+}
+
+PTQ_BIND(
+    decoder_blocks, 9, "block, x, cos, sin, blocks, allowed, new, y, threads",
+    "One token through decoder blocks, one after the other.\n\n"
+    "block, x, cos, sin and layers as of decoder_begin; blocks a tuple of tuples (norm, q_norm,\n"
+    "k_norm, last_norm, scaling, q, k, v, o, gate, up, down, keys, values) as of that and of\n"
+    "decoder_end, but keys and values without this token's, which may be none; allowed\n"
+    "(tokens + 1,) uint8 or None; of the block's dtype and written: new (blocks, 2, kv_heads *\n"
+    "head_dim), each block's key and value, and y (blocks, hidden), each block's output.") {
+    ptq_block_begin first = {0};
+    ptq_block *const b = &first.block;
+    double eps[2];
+    int threads;
+    if (parse_block(args[0], b, eps) || vector(&first.x, args[1], "x", b, b->hidden, 0) ||
+        vector(&first.cos, args[2], "cos", b, b->head_dim, 0) ||
+        vector(&first.sin, args[3], "sin", b, b->head_dim, 0) || args_threads(args[8], &threads))
+        return NULL;
+    const Py_ssize_t count = PyTuple_Check(args[4]) ? PyTuple_Size(args[4]) : 0;
+    if (count < 1 || count > MOST_BLOCKS) {
+        PyErr_Format(PyExc_TypeError, "blocks must be a tuple of 1 to %d tuples", MOST_BLOCKS);
+        return NULL;
+    }
+    ptq_whole_block *const w = PyMem_Calloc((size_t)count, sizeof *w);
+    float *const query = PyMem_Calloc((size_t)(b->heads * b->head_dim), sizeof *query);
+    int wrong = !w || !query;
+    if (wrong) PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count && !wrong; i++)
+        wrong = parse_whole(PyTuple_GetItem(args[4], i), b, eps, &w[i]);
+    wrong = wrong || connect(w, count, &first, args + 5, query);
+    ptq_status status = PTQ_OK;
+    if (!wrong) PTQ_WITHOUT_GIL(status, ptq_decoder_blocks(w, count, threads));
+    for (Py_ssize_t i = 0; w && i < count; i++) {
+        ptq_row_layer *layers[BLOCK_LAYERS];
+        layers_of(&w[i], layers);
+        free_layers(layers, BLOCK_LAYERS);
+    }
+    PyMem_Free(w);
+    PyMem_Free(query);
     if (!wrong && status == PTQ_ROW_REFUSED) {
         PyErr_SetString(PyExc_ValueError, "allowed hides every key");
         return NULL;

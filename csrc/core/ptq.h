@@ -91,10 +91,11 @@ typedef struct {
     int64_t tasks; /* at least 1 */
     ptq_task task;
     void (*after)(void *ctx); /* run once when all are done, before the next phase; or NULL */
+    void *ctx;
 } ptq_phase;
 /* Run phases one after the other, as ptq_parallel_for does each, for work that is over within
  * milliseconds: threads that have nothing to do until the next phase spin, then yield. */
-ptq_status ptq_parallel_phases(const ptq_phase *phases, int count, int threads, void *ctx);
+ptq_status ptq_parallel_phases(const ptq_phase *phases, int count, int threads);
 
 /* ---- hessian.c ------------------------------------------------------------------------- */
 /* S upper triangle += sum over the given rows of x x^T, in float32; the strict lower triangle is
@@ -623,6 +624,15 @@ typedef struct {
  * token is allowed. */
 ptq_status ptq_decoder_begin(const ptq_block_begin *args, int threads);
 ptq_status ptq_decoder_end(const ptq_block_end *args, int threads);
+
+/* Blocks one after the other in one parallel region. A block's x, but for the first one's, is the y
+ * of the one before; the keys and values of its end, of 0 tokens or more, are followed by those of
+ * its beginning, which `allowed` (tokens + 1) counts too. */
+typedef struct {
+    ptq_block_begin begin;
+    ptq_block_end end;
+} ptq_whole_block;
+ptq_status ptq_decoder_blocks(const ptq_whole_block *blocks, int64_t count, int threads);
 
 /* ---- cpu.c, blas.c --------------------------------------------------------------------- */
 /* Choose the kernels: the name of a level ("base", "avx2", "avx512", "neon"), with an underscore

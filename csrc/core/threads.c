@@ -155,9 +155,9 @@ static void run_phases(loop *l, int thread) {
             await_phase(l, phase);
             continue;
         }
-        p->task(l->ctx, task, thread);
+        p->task(p->ctx, task, thread);
         if (atomic_fetch_add(&l->done, 1) + 1 < p->tasks) continue;
-        if (p->after) p->after(l->ctx);
+        if (p->after) p->after(p->ctx);
         atomic_store(&l->done, 0);
         atomic_store(&l->turn, (unsigned long long)(phase + 1) << 32);
     }
@@ -368,9 +368,9 @@ ptq_status ptq_parallel_for(int64_t tasks, int threads, ptq_task task, void *ctx
     return run_loop(&l);
 }
 
-ptq_status ptq_parallel_phases(const ptq_phase *phases, int count, int threads, void *ctx) {
+ptq_status ptq_parallel_phases(const ptq_phase *phases, int count, int threads) {
     for (int i = 0; i < count; i++)
         if (phases[i].tasks < 1 || phases[i].tasks > INT32_MAX) return PTQ_INVALID;
-    loop l = {.phases = phases, .count = count, .ctx = ctx, .joined = 1, .threads = threads};
+    loop l = {.phases = phases, .count = count, .joined = 1, .threads = threads};
     return run_loop(&l);
 }

@@ -16,7 +16,7 @@ import ptqkit._core as _core
 from ptqkit._repr import one_line_repr
 from ptqkit.arrays._inputs import BF16, F32
 
-__all__ = ["MOST_SIMULATED_INPUTS", "BlockSizes", "begin", "end", "simulated_layer"]
+__all__ = ["MOST_SIMULATED_INPUTS", "BlockSizes", "begin", "blocks", "end", "simulated_layer"]
 
 MOST_SIMULATED_INPUTS = 65792  # PTQ_DOTS_PLACES, whole quads
 _DTYPES = {"float32": F32, "bfloat16": BF16}
@@ -161,3 +161,41 @@ def end(
     _core.decoder_end(
         block.core, query, keys, values, allowed, scaling, x, norm, *layers, y, threads
     )
+
+
+def blocks(
+    block: BlockSizes,
+    x: np.ndarray,
+    angles: tuple[np.ndarray, np.ndarray],
+    parts: tuple[tuple[Any, ...], ...],
+    allowed: np.ndarray | None,
+    new: np.ndarray,
+    y: np.ndarray,
+    threads: int = 0,
+) -> None:
+    """Take a token through blocks, one after the other, as :func:`begin` and :func:`end` would.
+
+    Parameters
+    ----------
+    block : BlockSizes
+        Of every block.
+    x : ndarray of its dtype, shape (hidden,)
+        Input of the first block.
+    angles : pair of ndarrays of its dtype, shape (head_dim,)
+    parts : tuple of tuples, one for each block
+        Norms as for :func:`begin`, the norm of :func:`end`, its scaling, the seven layers (query,
+        key, value, output of the attention, gate, up, down), and keys and values without those of
+        this token.
+    allowed : ndarray of uint8, shape (tokens + 1,), optional
+        Keys that are seen, this token's last.
+    new : ndarray of the dtype, shape (blocks, 2, kv_heads * head_dim)
+        Written: key and value of the token in each block.
+    y : ndarray of the dtype, shape (blocks, hidden)
+        Written: the output of each block.
+
+    Raises
+    ------
+    TypeError, ValueError, FloatingPointError
+        As of :func:`end`.
+    """
+    _core.decoder_blocks(block.core, x, *angles, parts, allowed, new, y, threads)

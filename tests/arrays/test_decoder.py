@@ -127,6 +127,12 @@ class Case:
         )  # fmt: skip
         return y
 
+    def part(self, keys, values):
+        """The block as one of several, with keys and values of earlier tokens."""
+        norms = (self.norms[0], *self.head_norms, self.norms[1])
+        cached = (self.array(keys), self.array(values))
+        return (*map(self.array, norms), self.sizes.head_dim**-0.5, *self.core, *cached)
+
 
 def close(found, expected, limit):
     scale = np.abs(expected).max()
@@ -207,6 +213,39 @@ def test_products_are_those_of_the_other_functions(dtype, mode, width):
         np.testing.assert_array_equal(
             values_of(found).reshape(-1), case.rounded(want[0]).astype(np.float32)
         )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [0, 1, 30])
+def test_several_blocks_are_one_after_the_other(dtype, tokens):
+    first, *others = [Case(dtype, head_norms=True, seed=i) for i in range(3)]
+    cases, s = [first, *others], first.sizes
+    cached = [case.cached(tokens) for case in cases]
+    kind = np.uint16 if first.bf16 else np.float32
+    width = s.kv_heads * s.head_dim
+    hidden = [(np.arange(tokens + 1) % 4 != 1).astype(np.uint8), None]
+    for allowed in hidden:
+        y, new = np.empty((3, s.hidden), kind), np.empty((3, 2, width), kind)
+        angles = tuple(first.array(a) for a in first.angles)
+        parts = tuple(case.part(*kv) for case, kv in zip(cases, cached, strict=True))
+        decoder.blocks(s, first.array(first.x), angles, parts, allowed, new, y)
+        x = first.x
+        for i, case in enumerate(cases):
+            case.x, case.angles = x, first.angles
+            query, key, value = case.begin()
+            np.testing.assert_array_equal(new[i], [key.reshape(-1), value.reshape(-1)])
+            joined = [
+                np.concatenate([old, values_of(own)[:, None]], axis=1)
+                for old, own in zip(cached[i], (key, value), strict=True)
+            ]
+            want = values_of(case.end(query, *joined, allowed))
+            close(y[i], want, 1e-6 if dtype == "float32" else 8e-3)
+            x = values_of(y[i]).astype(float)
+        again = y.copy()
+        for threads in (2, 5):
+            first.x = values_of(first.array(first.x)).astype(float)
+            decoder.blocks(s, first.array(first.x), angles, parts, allowed, new, again, threads)
+            np.testing.assert_array_equal(again, y)
 
 
 @pytest.mark.parametrize("mode", ["float", "int8"])

@@ -33,6 +33,12 @@ def _packed_layer(outputs, inputs):
     )
 
 
+def _whole_block(wide, narrow, square):
+    norms = (_f32(8), None, _f32(4), _f32(8))
+    layers = (wide, narrow, narrow, square, wide, wide, square)
+    return (*norms, 0.5, *layers, _f32(2, 3, 4), _f32(2, 3, 4))
+
+
 def _calls():
     """A valid call of every function: name -> list of arguments."""
     eye, order = np.eye(8, dtype=np.float32), np.arange(8)
@@ -49,7 +55,7 @@ def _calls():
         np.array([0, 8], np.int32),
         1,
     ]
-    block = (0, 8, 16, 4, 2, 4, 1e-5, 0.0)
+    block = (0, 8, 16, 4, 2, 4, 1e-5, 1e-5)
     wide, square, narrow = (
         (0, None, *_packed_layer(outputs, inputs)) for outputs, inputs in ((16, 8), (8, 16), (8, 8))
     )
@@ -86,6 +92,17 @@ def _calls():
             wide,
             square,
             _f32(8),
+            1,
+        ],
+        "decoder_blocks": [
+            block,
+            _f32(8),
+            _f32(4),
+            _f32(4),
+            (_whole_block(wide, narrow, square), _whole_block(wide, simulated, square)),
+            np.ones(4, np.uint8),
+            _f32(2, 2, 8),
+            _f32(2, 8),
             1,
         ],
         "codes_on_grid": [_f32(3, 8), _f32(3), np.zeros(3, np.uint8), 15, codes, 1],
@@ -261,6 +278,7 @@ OUTPUTS = {  # positions that are written
     "packed_matmul": [3],
     "decoder_begin": [10, 11, 12],
     "decoder_end": [12],
+    "decoder_blocks": [6, 7],
     "symmetric_check": [],
     "finite_check": [],
     "signed_grid": [],
@@ -297,6 +315,7 @@ OPTIONAL = {  # None is allowed
     ("decoder_begin", 5),
     ("decoder_begin", 6),
     ("decoder_end", 4),
+    ("decoder_blocks", 5),
     *SOFTMAX_OPTIONAL,
 }
 INT8 = {
@@ -649,6 +668,23 @@ def test_bad_layers_of_blocks(name, at):
             pytest.fail(f"{wrong!r} was accepted")
 
 
+def test_bad_tuples_of_blocks():
+    blocks = _calls()["decoder_blocks"][4]
+    bad = [(), list(blocks), (blocks[0],), (blocks[0], blocks[0][:-1]), (blocks[0], None)]
+    for part, value in enumerate(blocks[0]):
+        junk = [object(), "x", [], (), np.ones(3, np.complex64)]
+        if isinstance(value, np.ndarray):
+            junk += [value[None], value[:0], np.concatenate([value, value]), value.astype(np.int8)]
+        bad += [((*blocks[0][:part], wrong, *blocks[0][part + 1 :]), blocks[1]) for wrong in junk]
+        bad += [(blocks[0], (*blocks[1][:part], wrong, *blocks[1][part + 1 :])) for wrong in junk]
+    for wrong in bad:
+        arguments = _calls()["decoder_blocks"]
+        arguments[4] = wrong
+        with pytest.raises(BAD):
+            _core.decoder_blocks(*arguments)
+            pytest.fail(f"{wrong!r} was accepted")
+
+
 BLOCK = (0, 8, 16, 4, 2, 4, 1e-5, 0.0)
 BAD_BLOCKS = [
     (),
@@ -669,7 +705,7 @@ BAD_BLOCKS = [
 
 @pytest.mark.parametrize("block", BAD_BLOCKS, ids=range(len(BAD_BLOCKS)))
 def test_bad_blocks(block):
-    for name in ("decoder_begin", "decoder_end"):
+    for name in ("decoder_begin", "decoder_end", "decoder_blocks"):
         arguments = _calls()[name]
         arguments[0] = block
         _fails(name, arguments)

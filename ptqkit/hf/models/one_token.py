@@ -1,8 +1,9 @@
-"""Run the blocks of a decoder on one token at a time in two calls of the core.
+"""Run the blocks of a decoder on one token at a time in one or two calls of the core.
 
 Generation takes a block token after token, and what lies between its products (norms, rotation,
 attention, residuals, and waking threads for each product) takes longer than reading the packed
-weights. Here such a block is computed by :mod:`ptqkit.arrays.decoder` around the model's own cache.
+weights. Here such a block is computed by :mod:`ptqkit.arrays.decoder` around the model's own cache,
+or all blocks are, by the first of them, if that is a plain ``DynamicCache``, whose update is known.
 Whatever is not exactly that case goes through the modules as ever: several tokens or sequences,
 gradients, hooks on inner modules, other attention functions, layers that are not packed.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -76,15 +78,18 @@ class _Step:
     """What the blocks of a model share in one step: each entry with what it was made from."""
 
     def __init__(self) -> None:
+        self.blocks: list[OneToken] = []  # All there are, in order; or none.
         self.angles: tuple[Any, Any] = (None, None)
-        self.mask: tuple[Any, int, Any] = (None, 0, None)
+        self.mask: tuple[Any, Any, Any] = (None, 0, None)
         self.hidden: tuple[Any, Any] = (None, None)
+        self.ahead: _Ahead | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Of a copied model, nothing was run yet.
+        return {"blocks": self.blocks}  # Of a copied model, nothing was run yet.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _Step.__init__(self)
+        self.blocks = state["blocks"]
 
     def angles_of(self, embeddings: Any, plan: _Plan, layer: Any) -> Any:
         """Return cosines and sines as arrays.
@@ -104,7 +109,7 @@ class _Step:
     def allowed(self, mask: torch.Tensor) -> Any:
         """Return which keys a mask shows, uint8 (tokens,); None if it does more than hide some."""
         known, version, found = self.mask
-        if known is mask and version == mask._version:
+        if known is mask and version is not None and version == _version(mask):
             return found
         found = None
         if mask.is_cpu and mask.dim() == 4 and mask.shape[:3] == (1, 1, 1):
@@ -114,13 +119,18 @@ class _Step:
                 hidden = mask <= torch.finfo(mask.dtype).min
             if bool((shown | hidden).all()) and bool(shown.any()):
                 found = shown.reshape(-1).contiguous().view(torch.uint8).numpy()
-        self.mask = (mask, mask._version, found)
+        self.mask = (mask, _version(mask), found)
         return found
 
     def array_of(self, hidden: torch.Tensor) -> np.ndarray:
         """Return the input of a block, which mostly is the output of the block before."""
         known, array = self.hidden
         return array if known is hidden else _bits(hidden).reshape(-1)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Return a number that changes with the tensor's values; None if none is kept."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
@@ -160,6 +170,48 @@ class _Plan:
     watch: _Watch
 
 
+@dataclass
+class _Ahead:
+    """What all blocks made of a token, at the first of them; each takes its own when it is asked.
+
+    Attributes
+    ----------
+    call : tuple
+        Cache, angles and mask that the blocks were given.
+    outputs : sequence of Tensor
+    version : int
+        Of their values.
+    new : sequence of Tensor
+        Key and value of the first block, of the second, ...
+    held : list of pairs of Tensor
+        Keys and values that the cache held.
+    following : int
+        The block that is asked next.
+    """
+
+    call: tuple[Any, Any, Any]
+    outputs: Sequence[torch.Tensor]
+    version: int
+    new: Sequence[torch.Tensor]
+    held: list[tuple[torch.Tensor, torch.Tensor]]
+    following: int = 0
+
+    def take(
+        self, at: int, index: int, hidden: torch.Tensor, call: tuple[Any, Any, Any]
+    ) -> torch.Tensor | None:
+        """Return the output of a block, and cache its key and value; None if something differs."""
+        if at != self.following or not all(map(operator.is_, call, self.call)):
+            return None
+        if at and not (hidden is self.outputs[at - 1] and _version(hidden) == self.version):
+            return None
+        layer = call[0].layers[index]
+        if layer.keys is not self.held[at][0] or layer.values is not self.held[at][1]:
+            return None
+        call[0].update(self.new[2 * at], self.new[2 * at + 1], index)
+        self.following += 1
+        return self.outputs[at]
+
+
 class _Watch:
     """Notice if a block is no longer what a plan was made from: replaced parts, hooks, forwards."""
 
@@ -189,7 +241,7 @@ class _Watch:
             None if name == "forward" else own[name]
             for own, name in zip(self._owners, self._names, strict=True)
         ]
-        self._versions = [(grid, grid._version) for grid in grids]
+        self._versions = [(grid, _version(grid)) for grid in grids]
         # The same parameter may be given other memory (`parameter.data = ...`).
         parts = [p for m in modules[1:] for p in vars(m)["_parameters"].values()]
         self._parameters = [p for p in parts if p is not None]
@@ -207,7 +259,7 @@ class _Watch:
             and all(map(operator.is_, self._current(), self._held))
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
             and [p.data_ptr() for p in self._parameters] == self._addresses
-            and all(grid._version == version for grid, version in self._versions)
+            and all(_version(grid) == version for grid, version in self._versions)
         )
 
 
@@ -321,11 +373,14 @@ class OneToken:
     layer : nn.Module
     step : object, optional
         What the blocks of one model share; one per model.
+    at : int
+        Place of the layer among them.
     """
 
-    def __init__(self, layer: nn.Module, step: _Step | None = None) -> None:
+    def __init__(self, layer: nn.Module, step: _Step | None = None, at: int = 0) -> None:
         self.layer: Any = layer
         self._step = _Step() if step is None else step
+        self._at = at
         self._plan: _Plan | None = None
         self._dtype: torch.dtype | None = None
 
@@ -357,19 +412,78 @@ class OneToken:
         embeddings = kwargs.get("position_embeddings")
         if cache is None or embeddings is None or not _KNOWN.issuperset(kwargs):
             return None
+        step = self._step
+        call = (cache, embeddings, mask)
+        if step.ahead is not None and self._plan is not None:
+            result = step.ahead.take(self._at, self._plan.index, hidden, call)
+            if result is None or self._at + 1 == len(step.blocks):
+                step.ahead = None
+            if result is not None:
+                return result
         plan = self._ready(hidden)
         if plan is None or not _is_plain(hidden, plan.dtype, (1, 1, plan.sizes.hidden)):
             return None
-        angles = self._step.angles_of(embeddings, plan, self.layer)
-        allowed = None if mask is None else self._step.allowed(mask)
+        angles = step.angles_of(embeddings, plan, self.layer)
+        allowed = None if mask is None else step.allowed(mask)
         if angles is None or (mask is not None and allowed is None):
             return None
-        x = self._step.array_of(hidden)
-        query, new = self._begin(plan, x, angles)
+        x = step.array_of(hidden)
         positions = kwargs.get("cache_position")
+        if self._at == 0 and positions is None and type(cache) is DynamicCache:
+            step.ahead = self._all_blocks(plan, hidden, x, angles, allowed, call)
+            if step.ahead is not None:
+                return step.ahead.take(0, plan.index, hidden, call)
+        query, new = self._begin(plan, x, angles)
         more = () if positions is None else ({"cache_position": positions},)
         keys, values = cache.update(*new, plan.index, *more)
         return self._end(plan, hidden, x, query, (keys, values), allowed)
+
+    def _all_blocks(
+        self,
+        plan: _Plan,
+        hidden: torch.Tensor,
+        x: np.ndarray,
+        angles: Any,
+        allowed: np.ndarray | None,
+        call: tuple[Any, Any, Any],
+    ) -> _Ahead | None:
+        """Take the token through all blocks, if each of them is such a case; else None."""
+        s, cache, others = plan.sizes, call[0], self._step.blocks
+        if len(others) < 2 or self.layer.self_attn.config.num_hidden_layers != len(others):
+            return None
+        if hidden.is_inference() or getattr(cache, "offloading", False):
+            return None
+        parts, held = [], []
+        for block in others:
+            its = block._ready(hidden)
+            if its is None or its.sizes != s or its.index >= len(cache.layers):
+                return None
+            layer = cache.layers[its.index]
+            if type(layer) is not DynamicLayer or not layer.is_initialized:
+                return None
+            keys, values = layer.keys, layer.values
+            shape = (1, s.kv_heads, keys.shape[-2], s.head_dim)
+            if not (_is_plain(keys, its.dtype, shape) and _is_plain(values, its.dtype, shape)):
+                return None
+            held.append((keys, values))
+            rest = (its.last_norm, its.scaling, *its.qkv, *its.rest)
+            parts.append((*its.norms, *rest, _bits(keys)[0], _bits(values)[0]))
+        count = len(parts)
+        y, y_array = _new((count, 1, 1, s.hidden), plan.dtype)
+        new, array = _new((2 * count, 1, s.kv_heads, 1, s.head_dim), plan.dtype)
+        try:
+            decoder.blocks(
+                s,
+                x,
+                angles,
+                tuple(parts),
+                allowed,
+                array.reshape(count, 2, -1),
+                y_array.reshape(count, -1),
+            )
+        except FloatingPointError:
+            raise self._not_finite() from None
+        return _Ahead(call, y.unbind(), y._version, new.unbind(), held)
 
     def _begin(self, plan: _Plan, x: np.ndarray, angles: Any) -> tuple[np.ndarray, torch.Tensor]:
         """Return the query, and key and value as (2, 1, kv heads, 1, channels)."""
@@ -453,17 +567,26 @@ def fuse_blocks(model: nn.Module) -> int:
     int
         Layers that do so now.
     """
-    step, count = _Step(), 0
-    for module in model.modules():
-        if _has_head_norms(module) is None or "forward" in vars(module):
-            continue
-        layer: Any = module
-        inner = [m for m in layer.modules() if hasattr(m, "in_features")]
-        dtype = layer.input_layernorm.weight.dtype
-        if all(type(m) is PackedLinear and m.takes_one_token(dtype) for m in inner):
-            layer.forward = OneToken(module, step)
-            count += 1
+    count = 0
+    for parent in list(model.modules()):
+        layers: list[Any] = list(parent.children())
+        found = [layer for layer in layers if _can_be_fused(layer)]
+        step = _Step()
+        made = [OneToken(layer, step, at) for at, layer in enumerate(found)]
+        if len(found) == len(layers):
+            step.blocks = made
+        for layer, forward in zip(found, made, strict=True):
+            layer.forward = forward
+        count += len(found)
     return count
+
+
+def _can_be_fused(layer: Any) -> bool:
+    if _has_head_norms(layer) is None or "forward" in vars(layer):
+        return False
+    inner = [m for m in layer.modules() if hasattr(m, "in_features")]
+    dtype = layer.input_layernorm.weight.dtype
+    return all(type(m) is PackedLinear and m.takes_one_token(dtype) for m in inner)
 
 
 def unfuse_blocks(model: nn.Module) -> int:

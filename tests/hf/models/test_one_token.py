@@ -61,12 +61,18 @@ def steps(model, cache=None, prompt=PROMPT):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often blocks were begun in the core."""
+    """How often blocks were computed by the core; "all" where they all were in one call."""
     count = []
-    begin = one_token.decoder.begin
+    begin, blocks = one_token.decoder.begin, one_token.decoder.blocks
+
+    def all_of_them(*args):
+        blocks(*args)
+        count.extend(["all"] * len(args[3]))
+
     monkeypatch.setattr(
-        one_token.decoder, "begin", lambda *args: (count.append(1), begin(*args))[1]
+        one_token.decoder, "begin", lambda *args: (count.append("one"), begin(*args))[1]
     )
+    monkeypatch.setattr(one_token.decoder, "blocks", all_of_them)
     return count
 
 
@@ -114,6 +120,47 @@ def test_kinds_of_layers(dtype, compute, options, tmp_path, calls):
     model = loaded(tmp_path, dtype=dtype, compute=compute, **options)
     # A code of an input may fall to the other side; in bfloat16 every number may.
     near(*both(model, calls), 0.02 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_all_blocks_at_once(tmp_path, calls):
+    """With the plain cache the first block computes all; what changes on the way is noticed."""
+    model = loaded(tmp_path)
+    near(*both(model, calls), 1e-5)
+    assert set(calls) == {"all"}
+    first, second = model.model.layers
+
+    def same(how, run=steps):
+        calls.clear()
+        found = run(model)
+        assert set(calls) == how
+        unfuse_blocks(model)
+        near(found, run(model), 1e-5)
+        fuse_blocks(model)
+
+    handle = first.register_forward_hook(lambda m, args, output: output * 1.5)
+    same({"all", "one"})
+    handle.remove()
+    handle = first.register_forward_hook(lambda m, args, output: output.mul_(1.5))
+    same({"all", "one"})
+    handle.remove()
+
+    def forget(module, args, kwargs):
+        layer = kwargs["past_key_values"].layers[1]
+        if layer.keys is not None:
+            layer.keys = layer.keys * 0.5
+
+    handle = second.register_forward_pre_hook(forget, with_kwargs=True)
+    same({"all", "one"})
+    handle.remove()
+    handle = second.self_attn.register_forward_hook(lambda *args: None)
+    same({"one"})
+    handle.remove()
+    model.config.num_hidden_layers = 1
+    same({"one"})
+    model.config.num_hidden_layers = 2
+    with torch.inference_mode():
+        same({"one"})
+    same({"all"})
 
 
 def test_caches(tmp_path, calls):

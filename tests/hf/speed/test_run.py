@@ -79,7 +79,11 @@ def test_a_case_runs_in_a_process_of_its_own(folders):
     case = folder_cases({"w4": folders / "ptqkit_v3"}, floats=[])
     report = measure_speed(case, prompt=8, tokens=2, repeat=1, threads=1, tell=told.append)
     [row] = report.rows
-    assert row.threads == 1 and row.peak_bytes > 0 and row.computed == "compute='auto': 14 x packed"
+    assert (
+        row.threads == 1
+        and row.peak_bytes > 0
+        and row.computed == "compute='auto': 14 x packed; 2 blocks fused for single tokens"
+    )
     weights = folders / "ptqkit_v3" / "model.safetensors"
     assert row.file_bytes == weights.stat().st_size and report.cpu
     assert told[0] == "[1/1] w4 ptqkit v3: loading"
