@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers.driver_models import build, tokens
 
 from ptqkit.errors import PreflightError, UnsupportedModuleError
 from ptqkit.hf.models.probe import Probe
 from ptqkit.hf.quantization import memory as memory_module
+from ptqkit.hf.quantization import plan as plan_module
 from ptqkit.hf.quantization.inspection import Inspection, inspect_model
+from ptqkit.hf.quantization.memory import MemoryLimit
 from ptqkit.hf.quantization.plan import (
     Plan,
     estimate_memory,
@@ -116,3 +119,36 @@ def test_the_codes_are_counted(model, seen):
     weights = sum(t.view.weight.numel() for t in last.values())
     full, less = (estimate_memory(model, t, groups[:-1], data) for t in (targets, others))
     assert full.replay - less.replay == full.one_pass - less.one_pass == weights
+
+
+def test_blocks_wait_on_the_host_where_a_gpu_is_short_of_memory(model, seen, monkeypatch):
+    shown = Probe(seen.probe.groups, {}, [], None, [f"block {i}" for i in range(10)])
+    inspection = Inspection(seen.structure, seen.calibration, shown)
+    limits = [2**40]
+    for name, what in (
+        ("device_of", lambda model: torch.device("cuda")),
+        ("waiting_bytes", lambda *rest: {}),
+        ("movable_bytes", lambda model, blocks: 1000),
+        ("memory_limit", lambda device, budget: MemoryLimit(limits[-1], "memory budget", 7)),
+    ):
+        monkeypatch.setattr(plan_module, name, what)
+
+    def planned(limit, schedule="auto"):
+        limits.append(limit)
+        return plan_schedule(model, inspection, schedule, limit)
+
+    found = planned(2**40)
+    assert found.on_host == 0 and "blocks_on_host" not in found.estimate
+    one, replay = found.estimate["estimate_one_pass"], found.estimate["estimate_replay"]
+    assert one > replay + 8000
+    for schedule, needed in (("one-pass", one), ("replay", replay)):
+        for missing, count in ((1, 1), (1000, 1), (1001, 2), (7000, 7)):  # three stay
+            found = planned(needed - missing, schedule)
+            assert (found.schedule, found.on_host) == (schedule, count)
+            assert found.estimate["blocks_on_host"] == count
+    found = planned(one - 7001)
+    assert found.schedule == "replay" and "one pass needs about" in found.reason
+    with pytest.raises(PreflightError, match="replay needs about"):
+        planned(replay - 7001)
+    monkeypatch.setattr(plan_module, "movable_bytes", lambda model, blocks: 0)
+    assert planned(one - 1).schedule == "replay"
