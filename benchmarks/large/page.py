@@ -222,13 +222,15 @@ def _gpu(results: Path, gpu: Mapping[str, Any]) -> str:
     columns = ["run", "seconds", "until H and its factor", "solve", "diagnostics"]
     columns += ["told by the model", "times as fast", "layers with other codes"]
     columns += ["GPU GiB", "host GiB"]
+    kept = max(_gib(run, "gpu_reserved") - _gib(run, "gpu_allocated") for run in runs)
     text = f"""
 ## On a GPU host
 
 LLaMA-7B's shape (4096/11008, 32 layers), random weights, bfloat16, 128 x 2,048 tokens, W4 g128
 symmetric; commit {gpu["commit"]}, one {gpu["machine"]["gpus"][0]} for every process,
 {_machine(gpu)}. {gpu["note"]}
-GPU and host are peaks, of the host what the run added. Work on a GPU is waited for where its result
+GPU and host are peaks: of the GPU what tensors held (torch keeps up to {kept:.0f} GiB more, where a
+card has room), of the host what the run added. Work on a GPU is waited for where its result
 is needed, so the parts are those of the waits. "Times as fast" and "other codes" compare with one
 process under torchrun.
 
@@ -286,9 +288,9 @@ def _rest(gpu: Mapping[str, Any]) -> str:
         + f"""
 The model's seconds per count are those of the run `{run["name"]}`, whose products of H take
 {pieces["products of H"]:.1f} s and whose factors take {pieces["factors"]:.1f} s by themselves; so
-the other runs check it. It takes a solve's time to follow its rows, but the kernels of a solve are
-launched one after the other however few they are; nor does it count what every process does for
-itself but factors (the whole matrices are put together and written, and processes tell each other
+the other runs check it. It takes a solve's time to follow its rows, but the columns of few rows
+follow each other as those of many do; nor does it count what every process does for itself but
+factors (sums are checked, whole matrices put together and written, and processes tell each other
 what they met), or the disk, to which a streamed run writes its state.
 """
     )
