@@ -676,6 +676,10 @@ static void run_decoder(results *r) {
         snprintf(name, sizeof name, "decoder end, mode %d", mode);
         /* a code of an input on a tie may fall to the other side */
         near(record_float(r, name, y, HIDDEN), mode ? 2e-2 : 1e-5);
+        const ptq_whole_block blocks[] = {{begin, end}, {begin, end}};
+        check(ptq_decoder_blocks(blocks, 2, THREADS), "blocks");
+        snprintf(name, sizeof name, "decoder blocks, mode %d", mode);
+        near(record_float(r, name, y, HIDDEN), mode ? 2e-2 : 1e-5);
     }
 }
 
