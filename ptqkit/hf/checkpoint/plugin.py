@@ -93,10 +93,12 @@ class PtqkitQuantizer(HfQuantizer):
             model.set_submodule(name, _replacement(name, module, options))
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], *args: Any, **kwargs: Any
+    ) -> list[Any]:
         """Load the layers of experts one by one, as they are stored."""
-        # Older transformers hand over no model.
-        found = super().update_weight_conversions(weight_conversions, *model)
+        # Older versions of transformers do not pass the model.
+        found = super().update_weight_conversions(weight_conversions, *args, **kwargs)
         return self._experts.conversions(found)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
