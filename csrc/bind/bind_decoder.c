@@ -244,7 +244,7 @@ PTQ_BIND(
     return wrong ? NULL : args_result(status);
 }
 
-enum { BLOCK_PARTS = 14, BLOCK_LAYERS = 7, MOST_BLOCKS = 1 << 16 };
+enum { BLOCK_PARTS = 14, BLOCK_LAYERS = 7 };
 
 /* The layers of a block in the order of its tuple; starts of all are to be freed, after an error
  * too. */
@@ -342,8 +342,8 @@ PTQ_BIND(
         vector(&first.sin, args[3], "sin", b, b->head_dim, 0) || args_threads(args[8], &threads))
         return NULL;
     const Py_ssize_t count = PyTuple_Check(args[4]) ? PyTuple_Size(args[4]) : 0;
-    if (count < 1 || count > MOST_BLOCKS) {
-        PyErr_Format(PyExc_TypeError, "blocks must be a tuple of 1 to %d tuples", MOST_BLOCKS);
+    if (count < 1 || count > PTQ_MOST_BLOCKS) {
+        PyErr_Format(PyExc_TypeError, "blocks must be a tuple of 1 to %d tuples", PTQ_MOST_BLOCKS);
         return NULL;
     }
     ptq_whole_block *const w = PyMem_Calloc((size_t)count, sizeof *w);

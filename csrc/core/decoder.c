@@ -61,9 +61,7 @@ static float *layer_output(const ptq_row_product *p, ptq_dtype dtype) {
     const ptq_row_layer *layer = p->layer;
     const int64_t n = layer->w.outputs;
     if (layer->bias)
-        for (int64_t i = 0; i < n; i++)
-            p->y[i] += dtype == PTQ_BF16 ? ptq_from_bf16(((const uint16_t *)layer->bias)[i])
-                                         : ((const float *)layer->bias)[i];
+        for (int64_t i = 0; i < n; i++) p->y[i] += ptq_value(dtype, layer->bias, i);
     p->k->decoder.round(dtype, n, p->y);
     return p->y;
 }
@@ -266,9 +264,7 @@ static int64_t lay_out_end(char **memory, ending *s, int threads) {
 static void add_value(const ending *s, int64_t group, float p, float factor, float *out) {
     const ptq_block *b = &s->a->block;
     for (int64_t i = 0; i < b->head_dim; i++) {
-        const int64_t at = group * b->head_dim + i;
-        const float v = b->dtype == PTQ_BF16 ? ptq_from_bf16(((const uint16_t *)s->value)[at])
-                                             : ((const float *)s->value)[at];
+        const float v = ptq_value(b->dtype, s->value, group * b->head_dim + i);
         out[i] = (out[i] + p * v) * factor;
     }
 }
@@ -376,7 +372,7 @@ ptq_status ptq_decoder_end(const ptq_block_end *a, int threads) {
 
 /* ---- whole blocks ---------------------------------------------------------------------- */
 
-enum { BLOCK_PHASES = 1 + END_PHASES, MOST_BLOCKS = 1 << 16 };
+enum { BLOCK_PHASES = 1 + END_PHASES };
 
 typedef struct {
     beginning begin;
@@ -431,7 +427,7 @@ static ptq_status run_blocks(const ptq_whole_block *blocks, whole *s, ptq_phase 
 }
 
 ptq_status ptq_decoder_blocks(const ptq_whole_block *blocks, int64_t count, int threads) {
-    if (count < 1 || count > MOST_BLOCKS) return PTQ_INVALID;
+    if (count < 1 || count > PTQ_MOST_BLOCKS) return PTQ_INVALID;
     for (int64_t i = 0; i < count; i++)
         if (!valid_whole(&blocks[i], &blocks[0].begin.block)) return PTQ_INVALID;
     const ptq_block_end *a = &blocks[0].end;

@@ -72,18 +72,12 @@ static void unpack_row(const conversion *c, int64_t p, int64_t r) {
     }
 }
 
-static float scale_at(const ptq_packed *w, int64_t at) {
-    if (w->scale_dtype == PTQ_F32) return ((const float *)w->scales)[at];
-    const uint16_t half = ((const uint16_t *)w->scales)[at];
-    return w->scale_dtype == PTQ_F16 ? ptq_from_half(half) : ptq_from_bf16(half);
-}
-
 static void dequantize_row(const conversion *c, int64_t p, int64_t r) {
     const ptq_packed *w = c->w;
     const uint32_t *const lane = w->words + p * panel_words(w) + r;
     for (int64_t g = 0; g < w->groups; g++) {
         const int64_t at = (p * w->groups + g) * PTQ_LANES + r;
-        const float scale = scale_at(w, at);
+        const float scale = ptq_value(w->scale_dtype, w->scales, at);
         const int zero = w->zeros[at];
         for (int64_t i = w->starts[g]; i < w->starts[g + 1]; i++) {
             const int64_t input = input_at(w, i);

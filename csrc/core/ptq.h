@@ -632,6 +632,7 @@ typedef struct {
     ptq_block_begin begin;
     ptq_block_end end;
 } ptq_whole_block;
+enum { PTQ_MOST_BLOCKS = 1 << 16 };
 ptq_status ptq_decoder_blocks(const ptq_whole_block *blocks, int64_t count, int threads);
 
 /* ---- cpu.c, blas.c --------------------------------------------------------------------- */

@@ -46,6 +46,13 @@ static inline float ptq_from_half(uint16_t h) {
 
 static inline float ptq_from_bf16(uint16_t h) { return ptq_from_bits((uint32_t)h << 16); }
 
+/* One value of an array of a 32 or 16-bit dtype. */
+static inline float ptq_value(ptq_dtype dtype, const void *x, int64_t i) {
+    if (dtype == PTQ_F32) return ((const float *)x)[i];
+    const uint16_t u = ((const uint16_t *)x)[i];
+    return dtype == PTQ_F16 ? ptq_from_half(u) : ptq_from_bf16(u);
+}
+
 /* Nearest, ties to even, without the last `drop` bits (at least 1), of what is not NaN. */
 static inline float ptq_drop_bits(float x, uint32_t drop) {
     const uint32_t u = ptq_to_bits(x), half = (1u << (drop - 1)) - 1 + ((u >> drop) & 1);

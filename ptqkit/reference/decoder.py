@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ptqkit.reference.grids import to_bfloat16
+
 __all__ = ["Linear", "bfloat16", "block_begin", "block_end", "rms_norm", "rotate"]
 
 Rounding = Callable[[np.ndarray], np.ndarray]
@@ -13,9 +15,7 @@ Rounding = Callable[[np.ndarray], np.ndarray]
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
     """Round to bfloat16, ties to even, by way of float32; in float64."""
-    bits = np.asarray(x, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return rounded.view(np.float32).astype(np.float64)
+    return to_bfloat16(x).astype(np.float64)
 
 
 class Linear:

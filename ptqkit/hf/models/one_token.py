@@ -382,11 +382,10 @@ class OneToken:
         self._step = _Step() if step is None else step
         self._at = at
         self._plan: _Plan | None = None
-        self._dtype: torch.dtype | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer has memory of its own, which its plan must view.
-        return {**self.__dict__, "_plan": None, "_dtype": None}
+        return {**self.__dict__, "_plan": None}
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
