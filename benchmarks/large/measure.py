@@ -187,7 +187,7 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
         _warm_up(job["dtype"], device)
         if several:
             _meet(device)
-        with _peak() as memory, _profiled(job.get("profile", "")):
+        with _peak() as memory, _profiled(job.get("profile", ""), rank):
             source, data = given.pop()
             result = ptqkit.quantize(
                 source, job["recipe"], data, batch_size=job["batch_size"], **options
@@ -252,8 +252,8 @@ def _digests(matrices: dict[str, Any]) -> dict[str, str]:
 
 
 @contextmanager
-def _profiled(path: str) -> Iterator[None]:
-    """Write what takes the time to a file: Python functions, and operations of a GPU."""
+def _profiled(path: str, rank: int) -> Iterator[None]:
+    """Write what takes a process's time to a file: Python functions, and operations of a GPU."""
     if not path:
         yield
         return
@@ -277,7 +277,8 @@ def _profiled(path: str) -> Iterator[None]:
     averages = device.key_averages()
     for order in ("self_device_time_total", "self_cpu_time_total"):
         text.write(averages.table(sort_by=order, row_limit=30, max_name_column_width=60))
-    Path(path).write_text(text.getvalue(), encoding="utf-8")
+    file = Path(path)
+    file.with_stem(f"{file.stem}-{rank}").write_text(text.getvalue(), encoding="utf-8")
 
 
 def _meet(device: str) -> None:

@@ -39,7 +39,7 @@ def main() -> None:
     p.add_argument("--threads-each", type=int, default=0, help="of every process, instead")
     p.add_argument("--change", action="append", default=[], help="of the recipe, as refit_rounds=0")
     p.add_argument("--memory-budget", help="as ptqkit.quantize takes it")
-    p.add_argument("--profile", type=Path, help="write what took the time of a run to this file")
+    p.add_argument("--profile", type=Path, help="file for what took the time, one a process")
     p.add_argument("--stream", action="store_true", help="read the model block by block")
     p.add_argument("--schedule", choices=("auto", "one-pass", "replay"), default="auto")
     p.add_argument("--no-diagnostics", action="store_true")
