@@ -135,10 +135,14 @@ def check_scales(scales: np.ndarray, scale_dtype: str, name: str | None) -> None
         raise ValueError(f"{label(name)}a scale does not fit {scale_dtype}: the weights are huge")
 
 
+def far_values(scale: float, max_code: int) -> bool:
+    """Whether values of a grid with this scale may be beyond float32."""
+    return scale * max(max_code, 1) >= float(np.finfo(np.float32).max)
+
+
 def check_values(q: QuantizedMatrix, name: str | None) -> None:
     """Raise ValueError if a value of the result is beyond float32, though its scale is not."""
-    steps = max(q.max_code, 1)
-    if q.scales.size and float(q.scales.max()) * steps >= float(np.finfo(np.float32).max):
+    if q.scales.size and far_values(float(q.scales.max()), q.max_code):
         with np.errstate(over="ignore"):
             finite = np.isfinite(q.dequantize()).all()
         if not finite:

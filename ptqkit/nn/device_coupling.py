@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.coupling import as_coupling
-from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.nn.device_descent import Descent
 from ptqkit.nn.device_factor import hessian_on
+from ptqkit.nn.device_matrix import DeviceMatrix
 from ptqkit.nn.on_grid import dequantize_on
 from ptqkit.nn.row_objectives import row_objectives
 from ptqkit.nn.transfer import host_copy
@@ -26,7 +26,7 @@ __all__ = ["couple_rows_on"]
 
 def couple_rows_on(
     weight: torch.Tensor,
-    matrix: QuantizedMatrix,
+    matrix: DeviceMatrix,
     source: Any,
     parts: Sequence[tuple[slice, np.ndarray]],
     *,
@@ -34,14 +34,14 @@ def couple_rows_on(
     damping: float = 0.1,
     threads: int = 0,
     name: str | None = None,
-) -> QuantizedMatrix:
+) -> DeviceMatrix:
     """Change the codes of runs of rows as :func:`ptqkit.couple_rows` does, in another order.
 
     Parameters
     ----------
     weight : Tensor of float32, shape (out, in)
         On the device that multiplies.
-    matrix : QuantizedMatrix
+    matrix : DeviceMatrix
     source : Hessian, Factorization or ndarray of float32, shape (in, in)
         Undamped.
     parts : sequence of (slice, ndarray of shape (rows, rows))
@@ -63,5 +63,5 @@ def couple_rows_on(
     else:
         assert before is not None
         objectives = before[-1]
-    history = objectives[None] if before is None else np.concatenate([before, objectives[None]])
+    history = objectives[None] if before is None else torch.cat([before, objectives[None]])
     return replace(matrix, row_objectives=history)

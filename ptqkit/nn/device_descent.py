@@ -11,12 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.nn.device_matrix import DeviceMatrix
 from ptqkit.nn.kernels.choice import steps_on
 from ptqkit.nn.on_grid import dequantize_on
 from ptqkit.nn.row_products import add_product, row_product, rows_at_once
 from ptqkit.nn.statistics import full_float32
-from ptqkit.nn.transfer import host_copy
 
 __all__ = ["Descent", "descend_rows"]
 
@@ -28,15 +27,15 @@ _COUPLED = 64
 
 
 def descend_rows(
-    weight: torch.Tensor, matrix: QuantizedMatrix, H: torch.Tensor, order: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    weight: torch.Tensor, matrix: DeviceMatrix, H: torch.Tensor, order: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Go over the codes of each row once.
 
     Parameters
     ----------
     weight : Tensor of float32, shape (out, in)
         On the device that computes.
-    matrix : QuantizedMatrix
+    matrix : DeviceMatrix
         Where to start.
     H : Tensor of float32, shape (in, in)
         Undamped, on that device.
@@ -45,8 +44,8 @@ def descend_rows(
 
     Returns
     -------
-    codes : ndarray of uint8, shape (out, in)
-    change : ndarray of float64, shape (out,)
+    codes : Tensor of uint8, shape (out, in)
+    change : Tensor of float64, shape (out,)
         By how much the objective of each row changes.
     """
     device, inputs = weight.device, weight.shape[1]
@@ -59,11 +58,9 @@ def descend_rows(
     for start in range(0, len(weight), count):
         part = matrix.rows(start, start + count)
         errors = weight[start : start + count] - dequantize_on(device, part)
-        codes = torch.from_numpy(part.codes).to(device)
-        scales = torch.from_numpy(part.scales).to(device)
         sums = row_product(errors if natural else errors[:, turned], H)
         del errors
-        codes = codes.clone() if natural else codes[:, turned]
+        codes = part.codes.clone() if natural else part.codes[:, turned]
         change = torch.zeros(len(codes), dtype=torch.float64, device=device)
         taken = torch.empty((len(codes), min(_WIDE, inputs)), dtype=torch.float32, device=device)
         wide = 0
@@ -72,7 +69,7 @@ def descend_rows(
             moved, less = steps.descend_columns(
                 sums[:, block],
                 H[block, block],
-                scales,
+                part.scales,
                 group[block],
                 codes[:, block],
                 max(1, matrix.max_code),
@@ -88,7 +85,7 @@ def descend_rows(
                 wide = stop
         found.append(codes if natural else codes[:, back])
         changes.append(change)
-    return host_copy(torch.cat(found)), host_copy(torch.cat(changes))
+    return torch.cat(found), torch.cat(changes)
 
 
 class Descent:
@@ -100,7 +97,7 @@ class Descent:
     ----------
     weight : Tensor of float32, shape (out, in)
         On the device that multiplies.
-    matrix : QuantizedMatrix
+    matrix : DeviceMatrix
         Where to start.
     H : Tensor of float32, shape (in, in)
         Undamped, on that device.
@@ -114,7 +111,7 @@ class Descent:
     def __init__(
         self,
         weight: torch.Tensor,
-        matrix: QuantizedMatrix,
+        matrix: DeviceMatrix,
         H: torch.Tensor,
         order: np.ndarray,
         runs: Sequence[slice],
@@ -139,11 +136,11 @@ class Descent:
         errors = (weight - dequantize_on(device, matrix))[own][:, turned]
         self._P = row_product(errors, self._H).view(self.runs, self.rows, columns)
         del errors
-        scales = torch.from_numpy(matrix.scales).to(device)[own].view(self.runs, self.rows, -1)
+        scales = matrix.scales[own].view(self.runs, self.rows, -1)
         self._scales = scales.transpose(1, 2)
         self._group = torch.from_numpy(matrix.g_idx).to(device).long()[turned]
         self._blocks = [slice(k, min(k + _COUPLED, columns)) for k in range(0, columns, _COUPLED)]
-        codes = torch.from_numpy(matrix.codes).to(device)[own][:, turned]
+        codes = matrix.codes[own][:, turned]
         codes = codes.view(self.runs, self.rows, columns).transpose(1, 2)
         self._codes = [codes[:, block].contiguous() for block in self._blocks]
 
@@ -167,12 +164,12 @@ class Descent:
             add_product(self._P.view(len(change), -1), change, self._H[block])
         return bool(changed)
 
-    def codes(self, before: np.ndarray) -> np.ndarray:
-        """Return the codes of the whole matrix, those of other rows as they were."""
+    def codes(self, before: torch.Tensor) -> torch.Tensor:
+        """Return the codes (out, in) of the whole matrix, those of other rows as before."""
         device, filled = self._P.device, torch.from_numpy(self._filled)
         found = torch.cat(self._codes, 1)
         back = torch.from_numpy(np.argsort(self.order)).to(device)
         rows = found.transpose(1, 2).reshape(-1, len(back))[filled.to(device)][:, back]
-        result = torch.from_numpy(before).to(device, copy=True)
+        result = before.clone()
         result[torch.from_numpy(self._place)[filled].to(device)] = rows
-        return host_copy(result)
+        return result

@@ -23,6 +23,7 @@ from ptqkit.arrays._grids import (
     check_scales,
     check_values,
     far_exponent,
+    far_values,
     grid_spec,
     group_width,
     largest_exponents,
@@ -30,10 +31,11 @@ from ptqkit.arrays._grids import (
 )
 from ptqkit.arrays._inputs import label
 from ptqkit.arrays.factorization import Factorization
-from ptqkit.arrays.matrix import GRID_METHODS, QuantizedMatrix
+from ptqkit.arrays.matrix import GRID_METHODS
 from ptqkit.errors import NotPositiveDefiniteError
 from ptqkit.nn.device_factor import factor_on, hessian_on
 from ptqkit.nn.device_grids import GRID_BLOCK, GridFit
+from ptqkit.nn.device_matrix import DeviceMatrix
 from ptqkit.nn.kernels.choice import groups_on, steps_on, why_no_kernels
 from ptqkit.nn.kernels.plain import round_even
 from ptqkit.nn.row_objectives import row_objectives
@@ -73,7 +75,7 @@ def gptq_on(
     *,
     compare_rtn: bool | None = None,
     name: str | None = None,
-) -> QuantizedMatrix:
+) -> DeviceMatrix:
     """Quantize a weight as :func:`ptqkit.gptq` does, without passes after the solve.
 
     Parameters
@@ -97,19 +99,20 @@ def gptq_on(
     solve = _solve(weight, factor, options, name)
     runs = weight.split(rows_at_once(*weight.shape))
     parts = [solve.rows(run) for run in runs]
-    codes, zeros = (host_copy(torch.cat([part[k] for part in parts])) for k in (0, 2))
-    scales, objectives = (np.concatenate([part[k] for part in parts]) for k in (1, 3))
-    if not np.isfinite(objectives).all():
+    codes, scales, zeros, objectives = (torch.cat(each) for each in zip(*parts, strict=True))
+    # The host waits for the solve here, and nowhere else in it.
+    finite, largest = torch.stack([objectives.isfinite().all().float(), scales.max()]).tolist()
+    if not finite:
         raise NotPositiveDefiniteError(
             f"{label(name)}the solve overflowed: the Hessian is too close to singular at damping "
             f"{factor.damping:g}. Raise damping",
             -1,
             factor.damping,
         )
-    check_scales(scales, options.scale_dtype or "float32", name)
+    check_scales(np.array([largest], np.float32), options.scale_dtype or "float32", name)
     g_idx = np.empty(len(factor.order), np.int32)
     g_idx[factor.order] = solve.group
-    matrix = QuantizedMatrix(
+    matrix = DeviceMatrix(
         codes,
         scales,
         zeros,
@@ -120,10 +123,11 @@ def gptq_on(
         damping_raised=factor.damping_raised,
         dead_inputs=int(factor.dead.sum()),
     )
-    check_values(matrix, name)
+    if far_values(largest, solve.grid.max_code):
+        check_values(matrix.finish(), name)
     if not (solve.follows if compare_rtn is None else compare_rtn):
         return matrix
-    return replace(matrix, rtn_objectives=np.concatenate([solve.nearest(run) for run in runs]))
+    return replace(matrix, rtn_objectives=torch.cat([solve.nearest(run) for run in runs]))
 
 
 def _solve(
@@ -162,6 +166,11 @@ def _solve(
         shift,
         name,
     )
+
+
+def _scaled(values: torch.Tensor, exponents: np.ndarray) -> torch.Tensor:
+    """Return values times powers of two, also of those that a float does not hold."""
+    return torch.from_numpy(np.ldexp(host_copy(values), exponents)).to(values.device)
 
 
 @dataclass
@@ -220,9 +229,7 @@ class _Solve:
         if self.feedback and not self.static:
             self._inverses = self._inverse_blocks()
 
-    def rows(
-        self, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, np.ndarray]:
+    def rows(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return codes, scales, zero-points and objectives of some rows."""
         weight, far = self._moderate(weight)
         if self.dead.any():
@@ -251,15 +258,12 @@ class _Solve:
         del W
         if self._back is not None:
             codes, sums = codes[:, self._back], sums[:, self._back]
-        objectives = row_objectives(sums, self.H)
-        np.maximum(objectives, 0.0, out=objectives)  # NaN stays
-        found = host_copy(scales)
         if far is not None:
-            found = np.ldexp(found, far)
-        objectives = self._unscaled(objectives, far)
-        return codes, found, zeros.to(torch.uint8), objectives
+            scales = _scaled(scales, far)
+        objectives = self._unscaled(row_objectives(sums, self.H), far)
+        return codes, scales, zeros.to(torch.uint8), objectives
 
-    def nearest(self, weight: torch.Tensor) -> np.ndarray:
+    def nearest(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the objectives of rows that are rounded to nearest, on groups of neighbours."""
         weight, far = self._moderate(weight)
         groups = weight.shape[1] // self.size
@@ -273,7 +277,7 @@ class _Solve:
             code = round_even(weight[:, part] / scale).add_(zero)
             code.clamp_(0.0, float(self.spec.max_code))
             torch.sub(weight[:, part], code.sub_(zero).mul_(scale), out=errors[:, part])
-        return self._unscaled(np.maximum(row_objectives(errors, self.H), 0.0), far)
+        return self._unscaled(row_objectives(errors, self.H), far)
 
     def _moderate(self, weight: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
         """Return rows that float32 can square, and the exponents (rows, 1) of what was taken."""
@@ -286,10 +290,13 @@ class _Solve:
             return weight, None
         return torch.ldexp(weight, torch.from_numpy(-far).to(weight.device)), far
 
-    def _unscaled(self, objectives: np.ndarray, far: np.ndarray | None) -> np.ndarray:
+    def _unscaled(self, objectives: torch.Tensor, far: np.ndarray | None) -> torch.Tensor:
+        """Return objectives of the weights and H as they were; rounding makes none negative."""
+        objectives = objectives.clamp(min=0.0)  # NaN stays
         if far is None and not self.shift:
             return objectives
-        return np.ldexp(objectives, self.shift if far is None else self.shift + 2 * far[:, 0])
+        exponents = np.array(self.shift) if far is None else self.shift + 2 * far[:, 0]
+        return _scaled(objectives, exponents)
 
     def _cuts(self, inputs: int) -> Iterator[tuple[slice, slice, list[slice]]]:
         """Yield blocks of columns, each after the wide one it is in, with its groups.

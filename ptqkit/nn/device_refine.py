@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.factorization import Factorization
-from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.nn.device_descent import descend_rows
 from ptqkit.nn.device_factor import hessian_on
+from ptqkit.nn.device_matrix import DeviceMatrix
 from ptqkit.nn.row_products import WEIGHTS_AT_ONCE, row_product
 
 __all__ = ["refine_on"]
@@ -27,20 +27,20 @@ _ROUNDING = 1e-6
 
 def refine_on(
     weight: torch.Tensor,
-    matrix: QuantizedMatrix,
+    matrix: DeviceMatrix,
     factor: Factorization,
     *,
     refine_passes: int,
     refit_rounds: int,
-) -> QuantizedMatrix:
+) -> DeviceMatrix:
     """Make passes over the codes, and fit the scales to them again.
 
     Parameters
     ----------
     weight : Tensor of float32, shape (out, in)
         On the device that multiplies.
-    matrix : QuantizedMatrix
-        What :func:`ptqkit.gptq` has made of it, without passes.
+    matrix : DeviceMatrix
+        What :func:`~ptqkit.nn.device_gptq.gptq_on` has made of it, without passes.
     factor : Factorization
         Of its Hessian, in the order of the solve.
     refine_passes, refit_rounds
@@ -63,19 +63,19 @@ def refine_on(
                 )
                 for k in range(0, len(weight), count)
             ]
-            scales, change = (np.concatenate(values) for values in zip(*found, strict=True))
+            scales, change = (torch.cat(values) for values in zip(*found, strict=True))
             matrix = replace(matrix, scales=scales)
             history.append((before + change)[None])
             continue
         codes, change = descend_rows(weight, matrix, H, factor.order)
         matrix = replace(matrix, codes=codes)
-        history.append(np.maximum(history[-1] + change, 0.0))
-    return replace(matrix, row_objectives=np.concatenate(history))
+        history.append((history[-1] + change).clamp(min=0.0))
+    return replace(matrix, row_objectives=torch.cat(history))
 
 
 def _refitted(
-    weight: torch.Tensor, matrix: QuantizedMatrix, H: torch.Tensor, objective: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    weight: torch.Tensor, matrix: DeviceMatrix, H: torch.Tensor, objective: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales fitted to the codes, and how they change the objective of each row.
 
     With c_g the codes of group g less their zero-points and e the row's error, scales s + d give
@@ -88,9 +88,7 @@ def _refitted(
     place = None
     if not np.array_equal(order, np.arange(inputs)):
         place = torch.from_numpy(order).to(device)
-    zeros = torch.from_numpy(matrix.zero_points).to(device).float()
-    scales = torch.from_numpy(matrix.scales).to(device)
-    codes = torch.from_numpy(matrix.codes).to(device)
+    scales, codes, zeros = matrix.scales, matrix.codes, matrix.zero_points.float()
     if place is not None:
         codes, weight, H = codes[:, place], weight[:, place], H[place[:, None], place]
     codes = codes.view(rows, groups, -1)
@@ -115,10 +113,9 @@ def _refitted(
     found = torch.where(fits, rounded, scales)
     d = found.double() - scales.double()
     change = ((A @ d[:, :, None])[:, :, 0] * d - 2 * b * d).sum(1)
-    before = torch.from_numpy(objective).to(device)
-    better = (change < -_ROUNDING * before) & (change < 0)
+    better = (change < -_ROUNDING * objective) & (change < 0)
     found = torch.where(better[:, None], found, scales)
-    return found.cpu().numpy(), torch.where(better, change, 0.0).cpu().numpy()
+    return found, torch.where(better, change, 0.0)
 
 
 def _solved(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

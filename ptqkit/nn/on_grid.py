@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ptqkit.arrays.matrix import QuantizedMatrix
+from ptqkit.nn.device_matrix import DeviceMatrix, matrix_on
 
 __all__ = ["dequantize", "dequantize_on", "nearest", "row_blocks", "rtn_on_grid"]
 
@@ -19,16 +20,14 @@ def dequantize(matrix: QuantizedMatrix) -> np.ndarray:
     return dequantize_on(torch.device("cpu"), matrix).numpy()
 
 
-def dequantize_on(
-    device: torch.device, matrix: QuantizedMatrix, codes: torch.Tensor | None = None
-) -> torch.Tensor:
-    """As ``matrix.dequantize()``, the same bits, on a device, where the codes may be already."""
-    result = torch.empty(matrix.shape, dtype=torch.float32, device=device)
-    every = torch.from_numpy(matrix.codes).to(device) if codes is None else codes.to(device)
-    grid = _Grid(matrix, device)
+def dequantize_on(device: torch.device, matrix: QuantizedMatrix | DeviceMatrix) -> torch.Tensor:
+    """As ``matrix.dequantize()``, the same bits, on a device, where the matrix may be already."""
+    there = matrix_on(device, matrix)
+    result = torch.empty(there.shape, dtype=torch.float32, device=device)
+    grid = _Grid(there)
     for rows in row_blocks(result):
         scales, zeros = grid.rows(rows)
-        own = every[rows].view(zeros.shape[0], zeros.shape[1], -1)
+        own = there.codes[rows].view(zeros.shape[0], zeros.shape[1], -1)
         torch.sub(own, zeros, out=result[rows].view_as(own)).mul_(scales)
     return result
 
@@ -38,10 +37,10 @@ def rtn_on_grid(weight: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
     return nearest(torch.from_numpy(weight), matrix).numpy()
 
 
-def nearest(weight: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
+def nearest(weight: torch.Tensor, matrix: QuantizedMatrix | DeviceMatrix) -> torch.Tensor:
     """As :func:`rtn_on_grid`, on the weight's device."""
     result = torch.empty(matrix.shape, dtype=torch.float32, device=weight.device)
-    grid = _Grid(matrix, weight.device)
+    grid = _Grid(matrix_on(weight.device, matrix))
     for rows in row_blocks(result):
         scales, zeros = grid.rows(rows)
         values = weight[rows].view(zeros.shape[0], zeros.shape[1], -1)
@@ -61,9 +60,9 @@ def row_blocks(values: torch.Tensor) -> list[slice]:
 class _Grid:
     """Scales and zero-points on a device."""
 
-    def __init__(self, matrix: QuantizedMatrix, device: torch.device) -> None:
-        self._scales = torch.from_numpy(matrix.scales).to(device)
-        self._zeros = torch.from_numpy(matrix.zero_points).to(device)
+    def __init__(self, matrix: DeviceMatrix) -> None:
+        self._scales, self._zeros = matrix.scales, matrix.zero_points
+        device = self._scales.device
         groups, inputs = matrix.scales.shape[1], matrix.shape[1]
         runs = inputs % groups == 0 and np.array_equal(
             matrix.g_idx, np.arange(inputs, dtype=np.int32) // (inputs // groups)

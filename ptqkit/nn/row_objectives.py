@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from ptqkit.nn.row_products import add_product, row_product
@@ -15,22 +14,22 @@ _BLOCK = 1 << 25
 _COLUMNS = 1024
 
 
-def row_objectives(errors: np.ndarray | torch.Tensor, hessian: torch.Tensor) -> np.ndarray:
+def row_objectives(errors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Return e H e^T for each row e: as :func:`ptqkit.objective`, in float32 but for the last sum.
 
     Parameters
     ----------
-    errors : ndarray or Tensor of float32, shape (out, in)
+    errors : Tensor of float32, shape (out, in)
     hessian : Tensor of float32, shape (in, in)
-        On the device that computes.
+        Where the errors are.
 
     Returns
     -------
-    ndarray of float64, shape (out,)
+    Tensor of float64, shape (out,)
+        There too.
     """
     found, columns = [], errors.shape[1]
-    for block in torch.as_tensor(errors).split(max(1, _BLOCK // columns)):
-        e = block.to(hessian.device)
+    for e in errors.split(max(1, _BLOCK // columns)):
         total = torch.zeros(len(e), dtype=torch.float64, device=e.device)
         for first in range(0, columns, _COLUMNS):
             own = slice(first, min(first + _COLUMNS, columns))
@@ -40,4 +39,4 @@ def row_objectives(errors: np.ndarray | torch.Tensor, hessian: torch.Tensor) -> 
                 add_product(product, e[:, :first], hessian[:first, own])
             total += product.mul_(e[:, own]).sum(1, dtype=torch.float64)
         found.append(total.mul_(2.0))
-    return torch.cat(found).cpu().numpy()
+    return torch.cat(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 from collections import deque
 
 import numpy as np
@@ -12,8 +13,8 @@ __all__ = ["HostCopies", "computes", "host_copy"]
 
 # Bytes that a device writes at once into memory that it can reach.
 _STAGE = 1 << 25
-# Values that may wait to be copied: they hold memory of the device.
-_WAITING = 3
+# Values that may wait to be copied, those of three matrices: they hold memory of the device.
+_WAITING = 9
 
 
 def computes(device: torch.device) -> bool:
@@ -38,13 +39,15 @@ class HostCopies:
     """Copies of what is on a GPU that are made while the caller goes on.
 
     They are ordinary memory, into which a thread copies by way of one page-locked buffer. Nothing
-    may read them before :meth:`wait`. What is on the host already is returned as it is.
+    may read them before :meth:`wait`. What is on the host already is returned as it is. Several
+    threads may begin copies.
     """
 
     def __init__(self) -> None:
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
         self._waiting: deque[concurrent.futures.Future[None]] = deque()
         self._stage: torch.Tensor | None = None
+        self._lock = threading.Lock()
 
     def begin(self, values: torch.Tensor) -> np.ndarray:
         """Return an array that holds a tensor's values in the end."""
@@ -54,16 +57,17 @@ class HostCopies:
         flat = values.contiguous().view(-1).view(torch.uint8)
         result = torch.empty((), dtype=values.dtype).numpy().dtype
         found = np.empty(tuple(values.shape), result)
-        while len(self._waiting) >= _WAITING:
-            self._waiting.popleft().result()
-        if self._pool is None:
-            self._pool = concurrent.futures.ThreadPoolExecutor(1, "ptqkit-copies")
         device = values.device
         ready = torch.cuda.Event() if device.type == "cuda" else None
         if ready is not None:
             ready.record(torch.cuda.current_stream(device))
         target = torch.from_numpy(found.reshape(-1).view(np.uint8))
-        self._waiting.append(self._pool.submit(self._copy, flat, target, ready))
+        with self._lock:
+            while len(self._waiting) >= _WAITING:
+                self._waiting.popleft().result()
+            if self._pool is None:
+                self._pool = concurrent.futures.ThreadPoolExecutor(1, "ptqkit-copies")
+            self._waiting.append(self._pool.submit(self._copy, flat, target, ready))
         return found
 
     def wait(self) -> None:

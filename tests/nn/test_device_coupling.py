@@ -10,6 +10,7 @@ from helpers.core_cases import layer
 import ptqkit
 from ptqkit.nn import device_descent
 from ptqkit.nn.device_coupling import couple_rows_on
+from ptqkit.nn.device_matrix import matrix_on
 
 RUNS = [slice(0, 20), slice(20, 40), slice(44, 52)]
 
@@ -25,6 +26,11 @@ PARTS = [(rows, moments(rows.stop - rows.start, i)) for i, rows in enumerate(RUN
 
 def damped(B, damping):
     return B / np.diagonal(B).mean() + damping * np.eye(len(B))
+
+
+def coupled(W, q, H, parts, **options):
+    start = matrix_on(torch.device("cpu"), q)
+    return couple_rows_on(torch.tensor(W), start, H, parts, **options).finish()
 
 
 def loss(W, H, q, damping=0.1):
@@ -61,7 +67,7 @@ def test_equals_the_twin(kind, size, order, monkeypatch):
     monkeypatch.setattr(device_descent, "_COUPLED", 20)
     W, H = layer(56, 48, kind)
     q = ptqkit.gptq(W, H, bits=3, group_size=size, order=order)
-    found = couple_rows_on(torch.tensor(W), q, H, PARTS, passes=2)
+    found = coupled(W, q, H, PARTS, passes=2)
     for rows, B in PARTS:
         expected = twin(W, q, H, rows, B, 2, 0.1)
         assert (expected != q.codes[rows]).any()
@@ -79,7 +85,7 @@ def test_lowers_the_loss_as_the_core_does(kind):
     q = ptqkit.gptq(W, H, bits=3, group_size=16, order="group-act", refine_passes=3)
     before, last = loss(W, H, q), loss(W, H, q)
     for passes in (1, 2, 3, 50):
-        found = couple_rows_on(torch.tensor(W), q, H, PARTS, passes=passes)
+        found = coupled(W, q, H, PARTS, passes=passes)
         now = loss(W, H, found)
         assert all(b <= a * (1 + 1e-5) for a, b in zip(last, now, strict=True))
         last = now
@@ -93,7 +99,7 @@ def test_lowers_the_loss_as_the_core_does(kind):
 def test_nothing_known_leaves_all():
     W, H = layer(56, 48)
     q = ptqkit.gptq(W, H, bits=3, group_size=16)
-    found = couple_rows_on(torch.tensor(W), q, H, [])
+    found = coupled(W, q, H, [])
     np.testing.assert_array_equal(found.codes, q.codes)
     with pytest.raises(ValueError, match="layer: B must have the shape"):
-        couple_rows_on(torch.tensor(W), q, H, [(RUNS[0], np.ones((20, 3)))], name="layer")
+        coupled(W, q, H, [(RUNS[0], np.ones((20, 3)))], name="layer")

@@ -9,9 +9,16 @@ from helpers.core_cases import layer
 
 import ptqkit
 from ptqkit.nn import device_refine
+from ptqkit.nn.device_matrix import matrix_on
 from ptqkit.nn.device_refine import refine_on
 
+CPU = torch.device("cpu")
+
 GRIDS = [(None, "act"), (16, "natural"), (16, "act"), (16, "group-act")]
+
+
+def refined(W, start, F, **steps):
+    return refine_on(torch.tensor(W), matrix_on(CPU, start), F, **steps).finish()
 
 
 @pytest.mark.parametrize("kind", ["white", "correlated", "outlier", "dead"])
@@ -24,7 +31,7 @@ def test_equals_the_core(kind, size, order, passes, rounds):
     steps = {"refine_passes": passes, "refit_rounds": rounds}
     expected = ptqkit.gptq(W, F, **options, **steps)
     start = ptqkit.gptq(W, F, **options)
-    found = refine_on(torch.tensor(W), start, F, **steps)
+    found = refined(W, start, F, **steps)
     assert (found.codes != start.codes).any()
     assert (found.scales != start.scales).any() == (rounds > 0)
     # float32 rounds what lies on a tie, and what follows from it.
@@ -52,7 +59,7 @@ def test_rows_are_fitted_in_parts_that_fit_in_memory(monkeypatch):
     found = []
     for memory in (1 << 30, 20 * 8 * 3**2):
         monkeypatch.setattr(device_refine, "_SYSTEMS", memory)
-        found.append(refine_on(torch.tensor(W), start, F, refine_passes=0, refit_rounds=1))
+        found.append(refined(W, start, F, refine_passes=0, refit_rounds=1))
     assert parts == [52, 20, 20, 12]
     one, two = found
     assert (one.scales != start.scales).any()
@@ -67,6 +74,6 @@ def test_a_group_of_zeros_keeps_its_scale():
     F = ptqkit.factorize(H, group_size=16)
     options = {"bits": 3, "group_size": 16, "symmetric": True, "feedback": False}
     start = ptqkit.gptq(W, F, **options)
-    found = refine_on(torch.tensor(W), start, F, refine_passes=0, refit_rounds=1)
+    found = refined(W, start, F, refine_passes=0, refit_rounds=1)
     np.testing.assert_array_equal(found.scales[:, 1], start.scales[:, 1])
     assert np.isfinite(found.scales).all() and (found.scales != start.scales).any()

@@ -203,8 +203,8 @@ def test_a_solve_by_kernels_is_that_of_plain_torch(order, monkeypatch):
     factor, found = factorize_on(DEVICE, H, order=order, group_size=32), []
     for reason in ("none", ""):
         monkeypatch.setattr(choice, "why_no_kernels", lambda device, reason=reason: reason)
-        found.append(device_gptq.gptq_on(W, factor, options))
+        found.append(device_gptq.gptq_on(W, factor, options).finish())
     assert (found[0].codes == found[1].codes).mean() > 0.99
     assert found[1].objective == pytest.approx(found[0].objective, rel=1e-3)
-    part = device_gptq.gptq_on(W[:7], factor, options)
+    part = device_gptq.gptq_on(W[:7], factor, options).finish()
     assert (part.codes == found[1].codes[:7]).all()

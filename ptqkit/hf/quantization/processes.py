@@ -26,7 +26,6 @@ from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
 from ptqkit.nn.device_factor import DeviceHessian
 from ptqkit.nn.linear import LinearView
 from ptqkit.nn.statistics import DeviceMean, DeviceSum, mirror_upper
-from ptqkit.nn.transfer import HostCopies
 
 __all__ = ["TIMEOUT", "Processes", "SharedMoments", "launched", "own_device", "started"]
 
@@ -98,8 +97,6 @@ class Processes:
     Attributes
     ----------
     rank, size : int
-    copies : HostCopies
-        Of what the processes have put together on their GPUs.
 
     Raises
     ------
@@ -118,7 +115,6 @@ class Processes:
         self._dist, self._timeout = dist, timeout
         self._device = device if device.type == "cuda" else torch.device("cpu")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.copies = HostCopies()
 
     def share(self, batches: Sequence[T], rank: int | None = None) -> list[T]:
         """Return the batches of a process: runs of neighbours, as even as possible.
@@ -160,7 +156,12 @@ class Processes:
 
     def agree(self, reason: str | None) -> str | None:
         """Return the first reason that a process has, or None if none has one."""
-        return next((r for r in self.gather(reason) if r is not None), None)
+        some = torch.tensor(int(reason is not None))
+        with _telling(self._timeout):
+            self._dist.all_reduce(some, op=self._dist.ReduceOp.MAX)
+        if not int(some):  # as ever but once: a number travels faster than objects
+            return None
+        return next(r for r in self.gather(reason) if r is not None)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from ptqkit.hf.data.calibration import padding_mask
 from ptqkit.hf.quantization.float_logits import split_windows
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.nn.device_coupling import couple_rows_on
+from ptqkit.nn.device_matrix import DeviceMatrix, matrix_on
 from ptqkit.nn.output_moments import OutputMoments, output_moments
 from ptqkit.nn.transfer import computes
 
@@ -64,20 +65,20 @@ def _activations(modules: Sequence[nn.Module], window: Mapping[str, torch.Tensor
 
 def couple_stack(
     weight: torch.Tensor,
-    matrix: QuantizedMatrix,
+    matrix: QuantizedMatrix | DeviceMatrix,
     source: Any,
     parts: Sequence[tuple[slice, np.ndarray]],
     passes: int,
     *,
     threads: int = 0,
     name: str = "",
-) -> QuantizedMatrix:
+) -> QuantizedMatrix | DeviceMatrix:
     """Couple rows of a stack of layers; rows of which no moments are known stay as they are.
 
     Parameters
     ----------
     weight : Tensor of float32, shape (out, in)
-    matrix : QuantizedMatrix
+    matrix : QuantizedMatrix or DeviceMatrix
     source : Hessian or Factorization
     parts : sequence of tuple
         Runs of rows with their second moments, as
@@ -85,9 +86,10 @@ def couple_stack(
     passes, threads, name
         As :func:`ptqkit.couple_rows` takes them.
     """
-    if computes(weight.device):
+    if isinstance(matrix, DeviceMatrix) or computes(weight.device):
+        there = matrix_on(weight.device, matrix)
         return couple_rows_on(
-            weight, matrix, source, parts, passes=passes, threads=threads, name=name
+            weight, there, source, parts, passes=passes, threads=threads, name=name
         )
     codes, last = matrix.codes.copy(), _objectives(matrix)
     for rows, B in parts:

@@ -12,17 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.quantization.processes import Processes
+from ptqkit.nn.device_matrix import DeviceMatrix
 
 __all__ = ["RowShare"]
 
 # A process with fewer rows of a stack than this has more to wait for than to do.
 _FEWEST_ROWS = 16
-# Before the names of arrays beside a matrix.
+# Before the names of what is beside a matrix.
 _BESIDE = "beside "
 
 
@@ -58,51 +57,47 @@ class RowShare:
             return own
         return self._processes.gather_rows(own, self._lengths)
 
-    def join_arrays(self, own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Put rows together that are on the host, those of all arrays at once."""
+    def join_rows(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Put rows of several tensors together at once, those of few bytes each."""
         if not self._lengths:
             return dict(own)
-        rows = {key: values.reshape(len(values), -1) for key, values in own.items()}
-        held = {key: np.ascontiguousarray(values).view(np.uint8) for key, values in rows.items()}
-        # What is wide first, so that every array begins at a multiple of its numbers' size.
-        keys = sorted(held, key=lambda key: -own[key].dtype.itemsize)
-        together = np.concatenate([held[key] for key in keys], axis=1)
-        whole = self.join(torch.from_numpy(together)).cpu().numpy()
+        held = {name: _bytes(values) for name, values in own.items()}
+        whole = self.join(torch.cat(list(held.values()), 1))
         found, first = {}, 0
-        for key in keys:
-            size, shape = held[key].shape[1], own[key].shape[1:]
-            part = np.ascontiguousarray(whole[:, first : first + size])
-            found[key] = part.view(own[key].dtype).reshape(len(whole), *shape)
-            first += size
+        for name, part in held.items():
+            values = whole[:, first : first + part.shape[1]].clone().view(own[name].dtype)
+            found[name] = values.view(len(whole), *own[name].shape[1:])
+            first += part.shape[1]
         return found
 
     def join_matrix(
-        self, own: QuantizedMatrix, beside: Mapping[str, np.ndarray]
-    ) -> tuple[QuantizedMatrix, torch.Tensor, dict[str, np.ndarray]]:
+        self, own: DeviceMatrix, beside: Mapping[str, torch.Tensor]
+    ) -> tuple[DeviceMatrix, dict[str, torch.Tensor]]:
         """Put a quantized matrix together from the rows of all processes, and what goes with it.
 
         Returns
         -------
-        QuantizedMatrix
-            Its codes may come later: see :attr:`Processes.copies`.
-        Tensor of uint8
-            Its codes, where they are now.
-        dict of str to ndarray
-            All rows of ``beside``, an array with a row for each of the matrix under each key.
+        DeviceMatrix
+        dict of str to Tensor
+            All rows of ``beside``, a tensor with a row for each of the matrix under each key.
         """
-        codes = self.join(torch.from_numpy(own.codes))
-        arrays = {"scales": own.scales, "zero_points": own.zero_points}
+        rows = {"scales": own.scales, "zero_points": own.zero_points}
         if own.row_objectives is not None:
-            arrays["row_objectives"] = own.row_objectives.T
+            rows["row_objectives"] = own.row_objectives.T
         if own.rtn_objectives is not None:
-            arrays["rtn_objectives"] = own.rtn_objectives
-        arrays |= {_BESIDE + key: values for key, values in beside.items()}
-        found: dict[str, Any] = self.join_arrays(arrays)
+            rows["rtn_objectives"] = own.rtn_objectives
+        found: dict[str, Any] = self.join_rows(rows | {_BESIDE + k: v for k, v in beside.items()})
         extra = {key: found.pop(_BESIDE + key) for key in beside}
         if own.row_objectives is not None:
-            found["row_objectives"] = np.ascontiguousarray(found["row_objectives"].T)
-        matrix = replace(own, codes=self._processes.copies.begin(codes), **found)
-        return matrix, codes, extra
+            found["row_objectives"] = found["row_objectives"].T
+        return replace(own, codes=self.join(own.codes), **found), extra
+
+
+def _bytes(values: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of each row, (rows, bytes)."""
+    # A copy: what counts as contiguous with one column need not be so for a view of bytes.
+    own = values.reshape(len(values), -1).clone(memory_format=torch.contiguous_format)
+    return own.view(torch.uint8)
 
 
 def _bounds(size: int, count: int, together: Sequence[slice]) -> list[int]:

@@ -41,6 +41,7 @@ from ptqkit.nn.forward import calibration_mode, device_of
 from ptqkit.nn.on_grid import dequantize_on
 from ptqkit.nn.output_moments import OutputMoments
 from ptqkit.nn.quantized_mark import mark_quantized
+from ptqkit.nn.transfer import HostCopies
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["QuantizationInterrupted", "QuantizationRun", "RunOptions", "describe_data"]
@@ -144,6 +145,7 @@ class QuantizationRun:
         most = 0 if options.processes is not None else options.threads or plan.solved_at_once
         self._at_once = min(plan.solved_at_once, most)
         self.costs = {n: _cost(t, inspection.calibration) for n, t in targets.items()}
+        self._copies = HostCopies()
         self.stage = ProgressStage(
             options.progress,
             "quantizing",
@@ -161,8 +163,7 @@ class QuantizationRun:
         setup -= self.seconds.get("rounding_losses", 0.0) + self.seconds.get("row_coupling", 0.0)
         with self._telling_what_is_done():
             self._all_groups()
-            if self.options.processes is not None:
-                self.options.processes.copies.wait()
+            self._copies.wait()
             self._write_held()
         self.report.warnings += _expert_warnings(self.report.layers, self._uncorrected())
         self.report.layers += _skipped_rows(self.model, self.inspection.structure)
@@ -270,6 +271,7 @@ class QuantizationRun:
                 diagnostics=self.options.diagnostics,
                 processes=self.options.processes,
                 outputs=self.options.outputs,
+                copies=self._copies,
             )
             # What must be taken at once, and parts of one group, which are large, one by one: by
             # the caller, when their turn comes.

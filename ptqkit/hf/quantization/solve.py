@@ -25,6 +25,7 @@ from ptqkit.hf.quantization.row_coupling import couple_stack
 from ptqkit.hf.quantization.row_shares import RowShare
 from ptqkit.nn.device_factor import hessian_on
 from ptqkit.nn.device_gptq import gptq_on, why_on_host
+from ptqkit.nn.device_matrix import DeviceMatrix, matrix_on
 from ptqkit.nn.device_refine import refine_on
 from ptqkit.nn.device_solver import corrected_weights, factorize_on
 from ptqkit.nn.matrix_solver import quantize_matrix
@@ -32,7 +33,7 @@ from ptqkit.nn.on_grid import dequantize_on, nearest, row_blocks
 from ptqkit.nn.output_moments import OutputMoments
 from ptqkit.nn.row_objectives import row_objectives
 from ptqkit.nn.statistics import DeviceMean
-from ptqkit.nn.transfer import computes, host_copy
+from ptqkit.nn.transfer import HostCopies, computes, host_copy
 from ptqkit.recipe.recipe import Recipe
 
 __all__ = ["LayerResult", "solve_group"]
@@ -88,6 +89,7 @@ def solve_group(
     diagnostics: bool = True,
     processes: Processes | None = None,
     outputs: OutputMoments | None = None,
+    copies: HostCopies | None = None,
 ) -> dict[str, LayerResult]:
     """Quantize all layers fed by one tensor; nothing is written to the model.
 
@@ -106,6 +108,9 @@ def solve_group(
         Others with equal targets and moments, each of which solves some of the rows.
     outputs : OutputMoments, optional
         What ``row_coupling`` needs: one process solves rows that are coupled.
+    copies : HostCopies, optional
+        Of codes and grids that were found on a device: they may come later. By default they are
+        there when the call returns.
     """
     stacks: list[tuple[Recipe, list[Target]]] = []
     for target in targets:
@@ -130,7 +135,16 @@ def solve_group(
             source = _factor(factors, source, options, threads, name, device)
         solved.update(
             _solve_stack(
-                stack, options, name, source, moments, threads, diagnostics, processes, outputs
+                stack,
+                options,
+                name,
+                source,
+                moments,
+                threads,
+                diagnostics,
+                processes,
+                outputs,
+                copies,
             )
         )
     return solved
@@ -169,6 +183,7 @@ def _solve_stack(
     diagnostics: bool,
     processes: Processes | None = None,
     outputs: OutputMoments | None = None,
+    copies: HostCopies | None = None,
 ) -> dict[str, LayerResult]:
     """Quantize layers as one matrix; ``source`` is H or its factor."""
     start = begin = time.perf_counter()
@@ -195,31 +210,35 @@ def _solve_stack(
         if coupled:  # in another process, if not here
             most = options.row_coupling
             matrix = couple_stack(values, matrix, source, runs, most, threads=threads, name=name)
+        matrix = matrix_on(device, matrix)
         dequantized = dequantize_on(device, matrix)
-        if shared is None and computes(device):  # page-locked memory is for the next ones
-            matrix = replace(matrix, codes=matrix.codes.copy())
-        shift = None
+        beside: dict[str, torch.Tensor] = {}
         if options.bias_correction:
-            shift = bias_correction(
-                _on_host(values), dequantized.cpu().numpy(), moments.ranges.mean
-            )
+            mean = moments.ranges.mean
+            shift = bias_correction(_on_host(values), dequantized.cpu().numpy(), mean)
+            beside[_SHIFT] = torch.from_numpy(shift).to(device)
         middle = time.perf_counter()
-        extra = None
         if diagnostics:
-            extra = _diagnose(values, dequantized, matrix, source)
+            beside |= _diagnose(values, dequantized, matrix, source)
     if shared is not None:
-        beside = dict(extra or {})
-        if shift is not None:
-            beside[_SHIFT] = shift
-        matrix, codes, beside = shared.join_matrix(matrix, beside)
-        dequantized = dequantize_on(device, matrix, codes)
-        shift = beside.pop(_SHIFT, None)
-        extra = extra and beside
-    whole = LayerResult(matrix, dequantized, middle - start, bias_shift=shift, target=instead)
+        matrix, beside = shared.join_matrix(matrix, beside)
+        dequantized = dequantize_on(device, matrix)
+    extra = _rows_on_host(beside)
+    found = matrix.finish(copies)
+    whole = LayerResult(found, dequantized, middle - start, target=instead)
+    if _SHIFT in extra:
+        whole.bias_shift = extra.pop(_SHIFT)
     whole.solved_on = solved_on
     whole.seconds_propagation = start - begin
     whole.seconds_diagnostics = time.perf_counter() - middle if diagnostics else 0.0
-    return _by_layer(stack, whole, extra or {})
+    return _by_layer(stack, whole, extra)
+
+
+def _rows_on_host(values: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Return vectors of float64 with a number for each row on the host, by one copy."""
+    if not values:
+        return {}
+    return dict(zip(values, host_copy(torch.stack(list(values.values()))), strict=True))
 
 
 def _by_layer(
@@ -253,7 +272,7 @@ def _quantized(
     threads: int,
     compare_rtn: bool | None,
     name: str,
-) -> tuple[QuantizedMatrix, str]:
+) -> tuple[QuantizedMatrix | DeviceMatrix, str]:
     """Quantize a weight where it is, or on the host; return where as well."""
     both: dict[str, Any] = {"compare_rtn": compare_rtn, "name": name}
     if not computes(values.device):
@@ -265,7 +284,8 @@ def _quantized(
     if reason:
         none: dict[str, Any] = dict.fromkeys(passes, 0)
         first, weight = replace(options, **none), _on_host(values)
-        matrix = quantize_matrix(weight, source, first, threads=threads, **both)
+        solved = quantize_matrix(weight, source, first, threads=threads, **both)
+        matrix = matrix_on(values.device, solved)
     else:
         matrix = gptq_on(values, source, options, **both)
     if any(passes.values()):
@@ -342,18 +362,18 @@ def _target(
 
 
 def _diagnose(
-    weight: torch.Tensor, dequantized: torch.Tensor, matrix: QuantizedMatrix, hessian: Any
-) -> dict[str, np.ndarray]:
+    weight: torch.Tensor, dequantized: torch.Tensor, matrix: DeviceMatrix, hessian: Any
+) -> dict[str, torch.Tensor]:
     """Return per row: power of weights and error; with H also RTN's objective, output power.
 
-    Computed where the weights are.
+    In float64, computed where the weights are.
     """
     power, error = torch.empty((2, len(weight)), dtype=torch.float32, device=weight.device)
     for rows in row_blocks(weight):
         torch.linalg.vector_norm(weight[rows], dim=1, out=power[rows])
         torch.linalg.vector_norm(weight[rows] - dequantized[rows], dim=1, out=error[rows])
     squares = {"weight_power": power, "weight_error": error}
-    out = {key: norms.cpu().double().numpy() ** 2 for key, norms in squares.items()}
+    out = {key: norms.double().square() for key, norms in squares.items()}
     if hessian is not None:
         measure = _measure(hessian, weight.device)
         if matrix.rtn_objectives is None:
@@ -367,8 +387,8 @@ def _diagnose(
     return out
 
 
-def _measure(hessian: Any, device: torch.device) -> Callable[[torch.Tensor], np.ndarray]:
+def _measure(hessian: Any, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what gives e H e^T of each row e: on the host, or where the model is."""
     if not computes(device):
-        return lambda errors: objective(errors.numpy(), 0, hessian)
+        return lambda errors: torch.from_numpy(objective(errors.numpy(), 0, hessian))
     return partial(row_objectives, hessian=hessian_on(device, hessian))

@@ -457,6 +457,7 @@ class StreamedRun(QuantizationRun):
         """Write what has been done since the last block was kept."""
         if number < self.state.finished:
             return
+        self._copies.wait()
         tensors = self._note_held()
         names = [n for n in self.matrices if n not in self._kept]
         targets = self.inspection.structure.targets
