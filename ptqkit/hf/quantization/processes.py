@@ -156,7 +156,7 @@ class Processes:
 
     def agree(self, reason: str | None) -> str | None:
         """Return the first reason that a process has, or None if none has one."""
-        some = torch.tensor(int(reason is not None))
+        some = torch.tensor(int(reason is not None), dtype=torch.int32)
         with _telling(self._timeout):
             self._dist.all_reduce(some, op=self._dist.ReduceOp.MAX)
         if not int(some):  # as ever but once: a number travels faster than objects
