@@ -21,10 +21,12 @@ __all__ = [
     "couple_columns",
     "current",
     "descend_columns",
+    "nearest_code",
     "padded",
     "power",
     "quantize_columns",
     "round_even",
+    "rounding_error",
 ]
 
 # Rows of a program.
@@ -43,6 +45,20 @@ def round_even(x):
 def clamp(x, top):
     """Return what is between 0 and the largest code."""
     return tl.minimum(tl.maximum(x, 0.0), top)
+
+
+@triton.jit
+def nearest_code(x, w, scale, zero, top):
+    """Return the codes nearest to x, and the errors of w with them."""
+    code = clamp(round_even(tl.div_rn(x, scale)) + zero, top)
+    return code, w - scale * (code - zero)
+
+
+@triton.jit
+def rounding_error(x, scale, zero, top):
+    """Return by how much x (rows, columns) is less than what it is rounded to, with row grids."""
+    code = clamp(round_even(x * tl.div_rn(1.0, scale)[:, None]) + zero[:, None], top)
+    return scale[:, None] * (code - zero[:, None]) - x
 
 
 @triton.jit
@@ -95,8 +111,7 @@ def _quantize(
             tj = tl.sum(tl.where(pick, t, 0.0), 1)
             pivot = tl.load(factor + j * factor_stride + j)
             wanted = wj + tj * tl.div_rn(1.0, pivot)
-        code = clamp(round_even(tl.div_rn(wanted, scale)) + zero, top)
-        error = wj - scale * (code - zero)
+        code, error = nearest_code(wanted, wj, scale, zero, top)
         errors = tl.where(pick, error[:, None], errors)
         found = tl.where(pick, code[:, None], found)
         if FEEDBACK:
@@ -169,14 +184,12 @@ def _errors(
     for k in range(0, grids):
         scale = tl.load(scales + row * grids + k, mask=there, other=1.0)
         zero = tl.load(zeros + row * grids + k, mask=there, other=0.0)
-        inverse = tl.div_rn(1.0, scale)
         total = tl.zeros([ROWS], tl.float32)
         for start in range(0, width, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             inside = there[:, None] & (column < width)[None, :]
             x = tl.load(values + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
-            code = clamp(round_even(x * inverse[:, None]) + zero[:, None], top)
-            d = scale[:, None] * (code - zero[:, None]) - x
+            d = rounding_error(x, scale, zero, top)
             if WEIGHTED:
                 h = tl.load(weight + column, mask=column < width, other=0.0)
                 cost = d * d * h[None, :]

@@ -14,7 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ptqkit.nn.kernels.compiled import clamp, current, padded, power, round_even
+from ptqkit.nn.kernels.compiled import (
+    current,
+    nearest_code,
+    padded,
+    power,
+    round_even,
+    rounding_error,
+)
 from ptqkit.nn.kernels.plain import check_layout
 
 __all__ = ["GroupGrid", "add_rows", "quantize_groups"]
@@ -83,12 +90,6 @@ def _grid(
 
 
 @triton.jit
-def _rounding(x, scale, zero, top):
-    code = clamp(round_even(x * tl.div_rn(1.0, scale)[:, None]) + zero[:, None], top)
-    return scale[:, None] * (code - zero[:, None]) - x
-
-
-@triton.jit
 def _searched(
     x,
     t,
@@ -135,7 +136,7 @@ def _searched(
     for k in range(0, steps):
         f = tl.load(shrink + k)
         s, z = _grid(low * f, high * f, top, least_zero, distance, tiny, largest, SYMMETRIC, KIND)
-        d = _rounding(x, s, z, top)
+        d = rounding_error(x, s, z, top)
         if METHOD == "hessian":
             cost = d * d * h[None, :]
         else:
@@ -166,14 +167,14 @@ def _searched(
                         other=0.0,
                     )
                     y = tl.dot(t, turned, y, input_precision=PRECISION)
-                error = tl.where(own, _rounding(y, s, z, top), 0.0)
+                error = tl.where(own, rounding_error(y, s, z, top), 0.0)
                 square = tl.load(
                     block + part[:, None] * block_stride + column[None, :],
                     mask=(part < width)[:, None] & known[None, :],
                     other=0.0,
                 )
                 product = tl.dot(error, square, product, input_precision=PRECISION)
-            whole = tl.where(inside, _rounding(x, s, z, top), 0.0)
+            whole = tl.where(inside, rounding_error(x, s, z, top), 0.0)
             cost = tl.sum(product * whole, 1)
             better = (cost < least) | (turn == 0)
             least = tl.where(better, cost, least)
@@ -298,8 +299,7 @@ def _group(
         wanted = wj
         if FEEDBACK:
             wanted = tl.sum(tl.where(pick, w + t * share[None, :], 0.0), 1)
-        code = clamp(round_even(tl.div_rn(wanted, scale)) + zero, top)
-        error = wj - scale * (code - zero)
+        code, error = nearest_code(wanted, wj, scale, zero, top)
         errors = tl.where(pick, error[:, None], errors)
         found = tl.where(pick, code[:, None], found)
         if FEEDBACK:
