@@ -222,9 +222,7 @@ class _Solve:
         self._blocks = self._diagonal_blocks(self.static) if hessian else []
         self._groups = None if self.static or self.size > _COLUMNS else groups_on(device)
         self._places = self._group[:: self.size].contiguous()
-        self._stacked: torch.Tensor | None = None
-        if self._groups is not None and self._blocks:
-            self._stacked = torch.stack([own[0] for own in self._blocks])
+        self._stacked = self._blocks[0] if self._groups is not None and self._blocks else None
         self._inverses = None
         if self.feedback and not self.static:
             self._inverses = self._inverse_blocks()
@@ -391,8 +389,8 @@ class _Solve:
         if self._inverses is not None and start > 0:
             values = values.clone()
             add_product(values, sums[:, part], self._inverses[number])
-        own = self._blocks[number] if self._blocks else []
         place = int(self.group[start])
+        own = [blocks[number] for blocks in self._blocks]
         scales[:, place], zeros[:, place] = self._fit(values, own)
 
     def _fit_all(
@@ -400,37 +398,29 @@ class _Solve:
         weight: torch.Tensor,
         scales: torch.Tensor,
         zeros: torch.Tensor,
-        blocks: list[list[torch.Tensor]],
+        blocks: list[torch.Tensor],
     ) -> None:
         for g in range(scales.shape[1]):
             values = weight[:, g * self.size : (g + 1) * self.size]
-            own = blocks[g] if blocks else []
+            own = [each[g] for each in blocks]
             scales[:, g], zeros[:, g] = self._fit(values, own)
 
-    def _diagonal_blocks(self, stored: bool) -> list[list[torch.Tensor]]:
-        """Return the blocks of H that searches read, of each group of inputs as stored or in order.
+    def _diagonal_blocks(self, stored: bool) -> list[torch.Tensor]:
+        """Return the blocks of H that searches read, of all groups of inputs as stored or in order.
 
-        Those of a group are of ``GRID_BLOCK`` inputs and of the rest.
+        Of a group they are of ``GRID_BLOCK`` inputs and of the rest: tensors (groups, block, block)
+        for the first, the second, ... of each group.
         """
-        inputs, found = len(self.order), []
-        for first in range(0, inputs, self.size):
-            own = []
-            for start in range(first, first + self.size, GRID_BLOCK):
-                part = slice(start, min(start + GRID_BLOCK, first + self.size))
-                if stored or self._turned is None:
-                    own.append(self.H[part, part].contiguous())
-                else:
-                    index = self._turned[part]
-                    own.append(self.H[index[:, None], index])
-            found.append(own)
-        return found
+        index = self._turned
+        if stored or index is None:
+            index = torch.arange(len(self.order), device=self.H.device)
+        groups = index.view(-1, self.size).split(GRID_BLOCK, 1)
+        return [self.H[part[:, :, None], part[:, None, :]] for part in groups]
 
     def _inverse_blocks(self) -> torch.Tensor:
         """Return the inverses of the blocks of R on the diagonal, (groups, size, size)."""
-        count = len(self.order) // self.size
-        blocks = torch.stack(
-            [self.R[k : k + self.size, k : k + self.size] for k in range(0, len(self.R), self.size)]
-        )
+        count, size = len(self.order) // self.size, self.size
+        blocks = self.R.view(count, size, count, size).diagonal(0, 0, 2).permute(2, 0, 1)
         one = torch.eye(self.size, dtype=torch.float64, device=self.R.device)
         wide = torch.triu(blocks).double()
         found = torch.linalg.solve_triangular(wide, one.expand(count, -1, -1), upper=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -154,12 +155,16 @@ class Processes:
         """Return the value of the first process."""
         return self.gather(value if self.rank == 0 else None)[0]
 
+    def gather_numbers(self, *own: int) -> list[list[int]]:
+        """Return the numbers of all processes, as many each: faster than objects."""
+        found = torch.empty((self.size, len(own)), dtype=torch.int64)
+        with _telling(self._timeout):
+            self._dist.all_gather(list(found.unbind()), torch.tensor(own, dtype=torch.int64))
+        return found.tolist()
+
     def agree(self, reason: str | None) -> str | None:
         """Return the first reason that a process has, or None if none has one."""
-        some = torch.tensor(int(reason is not None), dtype=torch.int32)
-        with _telling(self._timeout):
-            self._dist.all_reduce(some, op=self._dist.ReduceOp.MAX)
-        if not int(some):  # as ever but once: a number travels faster than objects
+        if not any(some for (some,) in self.gather_numbers(reason is not None)):
             return None
         return next(r for r in self.gather(reason) if r is not None)
 
@@ -199,20 +204,22 @@ class Processes:
         Moments, Exception or None
             The first error that a process has; None if none has seen a token.
         """
-        about = self.gather(own.describe())
-        errors = [each.error for each in about if each.error is not None]
-        if errors:
-            return own.error or CalibrationError(errors[0])
-        shapes: dict[str, tuple[int, int]] = {}
-        for each in about:
-            shapes |= {n: shape for n, shape in each.shapes.items() if n not in shapes}
+        about = own.describe()
+        numbers = self.gather_numbers(about.tokens, about.kind, about.plain)
+        tokens, shapes, ranges = sum(n[0] for n in numbers), dict(about.shapes), []
+        if not all(plain and kind == about.kind for _, kind, plain in numbers):
+            every = self.gather(about)
+            errors = [each.error for each in every if each.error is not None]
+            if errors:
+                return own.error or CalibrationError(errors[0])
+            for each in every:
+                shapes |= {n: shape for n, shape in each.shapes.items() if n not in shapes}
+            ranges = [each.ranges for each in every if each.ranges is not None]
         if not shapes:
             return None
-        tokens = sum(each.tokens for each in about)
         means = {name: self._mean(own.sums.get(name), shapes[name], tokens) for name in shapes}
         hessian = means.pop(_HESSIAN)
         drift = means.pop(_DRIFT, None)
-        ranges = [each.ranges for each in about if each.ranges is not None]
         for other in ranges[1:]:
             ranges[0].merge(other)
         if not tokens:
@@ -254,6 +261,16 @@ class _About(NamedTuple):
     shapes: dict[str, tuple[int, int]]
     tokens: int
     ranges: ChannelRanges | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing that has to be told but tokens, if the shapes are known."""
+        return self.error is None and self.ranges is None
+
+    @property
+    def kind(self) -> int:
+        """A number that is the same where shapes are."""
+        return zlib.crc32(repr(sorted(self.shapes.items())).encode())
 
 
 class SharedMoments(MomentAccumulator):
