@@ -413,7 +413,7 @@ class _Solve:
         """
         index = self._turned
         if stored or index is None:
-            index = torch.arange(len(self.order), device=self.H.device)
+            index = torch.arange(len(self.order), dtype=torch.int64, device=self.H.device)
         groups = index.view(-1, self.size).split(GRID_BLOCK, 1)
         return [self.H[part[:, :, None], part[:, None, :]] for part in groups]
 
