@@ -10,8 +10,9 @@ from ptqkit.errors import PreflightError, UnsupportedModuleError
 from ptqkit.hf.models.probe import Probe
 from ptqkit.hf.quantization import memory as memory_module
 from ptqkit.hf.quantization import plan as plan_module
+from ptqkit.hf.quantization.float_twin import twin_bytes
 from ptqkit.hf.quantization.inspection import Inspection, inspect_model
-from ptqkit.hf.quantization.memory import MemoryLimit
+from ptqkit.hf.quantization.memory import MemoryLimit, spare_memory
 from ptqkit.hf.quantization.plan import (
     Plan,
     estimate_memory,
@@ -79,9 +80,6 @@ def test_what_the_probe_showed_decides(model, seen, changes, reason):
     assert found.schedule == "replay"
     with pytest.raises(UnsupportedModuleError, match=f"is not possible: .*{reason}"):
         plan_schedule(model, inspection, "one-pass", None)
-    with pytest.raises(PreflightError, match=f"error_propagation=0.5 needs .*{reason}") as error:
-        plan_schedule(model, inspection, "auto", None, "error_propagation=0.5")
-    assert error.value.has(UnsupportedModuleError)
 
 
 def test_memory_decides(model, seen, monkeypatch):
@@ -98,6 +96,22 @@ def test_memory_decides(model, seen, monkeypatch):
     found = plan_schedule(model, seen, "auto", None)
     assert found.schedule == "replay" and "the free memory is" in found.reason
     assert len(found.warnings) == 1 and "replay needs about" in found.warnings[0]
+
+
+def test_a_float_model_that_runs_along_is_counted(model, seen):
+    targets, groups, data = seen.structure.targets, seen.probe.groups, seen.calibration
+    needed = estimate_memory(model, targets, groups, data, propagate=True)
+    found = plan_schedule(model, seen, "auto", 2**40, True)
+    assert (found.schedule, found.strict) == ("one-pass", False)
+    replay = found.estimate["estimate_replay"]
+    whole = needed.replay + twin_bytes(targets, groups)
+    assert replay == whole + spare_memory(torch.device("cpu"), whole)
+    one = found.estimate["estimate_one_pass"]
+    assert replay < one - 1
+    for budget, schedule in ((one, "one-pass"), (one - 1, "replay"), (replay, "replay")):
+        assert plan_schedule(model, seen, "auto", budget, True).schedule == schedule
+    with pytest.raises(PreflightError, match="memory_budget: replay needs about"):
+        plan_schedule(model, seen, "auto", replay - 1, True)
 
 
 def test_a_container_bounds_the_budget(model, seen, monkeypatch):

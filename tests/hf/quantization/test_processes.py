@@ -43,6 +43,7 @@ def run(data=None, recipe="reference", **options):
             },
         ),
         ("best", {}),
+        ("best", {"schedule": "replay"}),
     ],
 )
 def test_two_processes_give_the_codes_of_one(recipe, options, tmp_path, monkeypatch):
