@@ -280,11 +280,13 @@ def estimate_memory(
     While all batches wait at a layer, each holds the embeddings that the model began with, the
     residual stream, the block's normalized input, the outputs of the layers before it in the block,
     and the layer's input; one-pass holds that for all tokens, and as much again for the batch that
-    is running; replay for one batch, with one block output (old and new) for all tokens.
-    With error propagation (``propagate``) both hold it twice: for the float model too, whose
-    weights are not in it (:func:`~ptqkit.hf.quantization.float_twin.twin_bytes`); if the residual
-    streams are followed (``streams``), each holds one more of them. In the end all codes are there,
-    a byte each, on the host.
+    is running; replay for one batch, with a block's outputs for all tokens: twice on the host,
+    whose heap keeps the places of old ones, once per stack of blocks on a device.
+    With error propagation (``propagate``) the float model has the same, but for the batch that is
+    running: only one model's is. Its weights are not in the estimate
+    (:func:`~ptqkit.hf.quantization.float_twin.twin_bytes`). If the residual streams are followed
+    (``streams``), each model holds one more of them. In the end all codes are there, a byte each,
+    on the host.
     ``positions`` are those of a sample in the probe, for inputs that show none themselves;
     ``experts`` the names of the mixtures, whose experts are taken to see all tokens. ``waiting``,
     bytes per token, is what waits at the first layers of groups, where that has been measured.
@@ -322,8 +324,9 @@ def estimate_memory(
     models = 2 if propagate else 1
     one_pass = (sum(tokens) * size * live + sum(masks)) * models
     one_pass += largest * size * live
-    outputs = sum(tokens) * size * 2 * wide * models
-    replay = outputs + (2 * largest * size * live + max(masks)) * models
+    stacks = len({block.rpartition(".")[0] for block in before if block is not None})
+    outputs = sum(tokens) * size * wide * models * (max(2, stacks) if on_host else max(1, stacks))
+    replay = outputs + (models + 1) * largest * size * live + max(masks) * models
     codes = 0
     if on_host:
         codes = sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))

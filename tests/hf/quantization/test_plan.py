@@ -7,7 +7,9 @@ import torch
 from helpers.driver_models import build, tokens
 
 from ptqkit.errors import PreflightError, UnsupportedModuleError
+from ptqkit.hf.data.calibration import prepare_calibration
 from ptqkit.hf.models.probe import Probe
+from ptqkit.hf.models.structure import find_structure
 from ptqkit.hf.quantization import memory as memory_module
 from ptqkit.hf.quantization import plan as plan_module
 from ptqkit.hf.quantization.float_twin import twin_bytes
@@ -133,6 +135,21 @@ def test_the_codes_are_counted(model, seen):
     weights = sum(t.view.weight.numel() for t in last.values())
     full, less = (estimate_memory(model, t, groups[:-1], data) for t in (targets, others))
     assert full.replay - less.replay == full.one_pass - less.one_pass == weights
+
+
+@pytest.mark.parametrize(("name", "stacks"), [("llama", 1), ("t5", 2)])
+def test_outputs_on_a_device_have_one_place_per_stack(name, stacks, monkeypatch):
+    model = build(name)
+    targets, data = find_structure(model, Recipe()).targets, prepare_calibration(tokens(8), None)
+    groups = [[key] for key in targets]
+    for propagate, models in ((False, 1), (True, 2)):
+        host = estimate_memory(model, targets, groups, data, propagate).outputs
+        with monkeypatch.context() as patch:
+            patch.setattr(plan_module, "device_of", lambda model: torch.device("cuda"))
+            found = estimate_memory(model, targets, groups, data, propagate).outputs
+        one = data.tokens * 4 * 32 * models  # float32, 32 wide
+        assert found == pytest.approx(1.3 * stacks * one, abs=1)
+        assert host == pytest.approx(1.3 * 2 * one, abs=1)
 
 
 def test_blocks_wait_on_the_host_where_a_gpu_is_short_of_memory(model, seen, monkeypatch):
