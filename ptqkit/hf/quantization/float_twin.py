@@ -89,7 +89,7 @@ def _second(model: nn.Module) -> nn.Module:
         kind = type(module)
         # What TorchScript has compiled has no attributes to be copied, and no layers of ours.
         scripted = isinstance(module, torch.jit.ScriptModule)
-        pairs[id(module)] = module if scripted else kind.__new__(kind)
+        pairs[id(module)] = module if scripted else object.__new__(kind)
     for module in model.modules():
         other = pairs[id(module)]
         if other is module:

@@ -164,9 +164,9 @@ def test_blocks_wait_on_the_host_where_a_gpu_is_short_of_memory(model, seen, mon
     ):
         monkeypatch.setattr(plan_module, name, what)
 
-    def planned(limit, schedule="auto"):
+    def planned(limit, schedule="auto", propagate=False):
         limits.append(limit)
-        return plan_schedule(model, inspection, schedule, limit)
+        return plan_schedule(model, inspection, schedule, limit, propagate)
 
     found = planned(2**40)
     assert found.on_host == 0 and "blocks_on_host" not in found.estimate
@@ -181,5 +181,10 @@ def test_blocks_wait_on_the_host_where_a_gpu_is_short_of_memory(model, seen, mon
     assert found.schedule == "replay" and "one pass needs about" in found.reason
     with pytest.raises(PreflightError, match="replay needs about"):
         planned(replay - 7001)
+    # Also where the float model runs along, with its copies.
+    twice = planned(2**40, propagate=True).estimate
+    assert twice["estimate_one_pass"] > one and twice["estimate_replay"] > replay
+    found = planned(twice["estimate_replay"] - 1001, propagate=True)
+    assert (found.schedule, found.on_host) == ("replay", 2)
     monkeypatch.setattr(plan_module, "movable_bytes", lambda model, blocks: 0)
     assert planned(one - 1).schedule == "replay"
