@@ -25,10 +25,13 @@ SIZES = {
     "12 blocks of 256": replace(_BASE, layers=12),
     "4 blocks of 512": Size(512, 1408, 4, 8, 8, 1024),
 }
+_ERRORS = {"error_propagation": 0.5, "residual_propagation": 0.5}
 # name: (streamed, options of quantize, key of the estimate)
 WAYS: dict[str, tuple[bool, dict[str, Any], str]] = {
     "one pass": (False, {"schedule": "one-pass"}, "estimate_one_pass"),
     "replay": (False, {"schedule": "replay"}, "estimate_replay"),
+    "one pass, both models": (False, {"schedule": "one-pass", **_ERRORS}, "estimate_one_pass"),
+    "replay, both models": (False, {"schedule": "replay", **_ERRORS}, "estimate_replay"),
     "streamed": (True, {}, "estimate_streamed"),
     "streamed, outputs in files": (True, {"memory_budget": 0}, "estimate_streamed"),
 }

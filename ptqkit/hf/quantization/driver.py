@@ -205,8 +205,7 @@ def quantize(
     tokenizer : optional
         Needed for text; saved with the checkpoint.
     schedule : {"auto", "one-pass", "replay"}
-        Results are equal bit for bit; "auto" takes one pass if memory and model allow it. Error
-        propagation needs one pass: if that is not possible it is an error.
+        Results are equal bit for bit; "auto" takes one pass if memory and model allow it.
     memory_budget : int or str, optional
         Bytes (or ``"8GiB"``) for activations, H, the solver and the codes in addition to the model;
         by default the free memory. What a container's limit leaves bounds either. Of a model on a
@@ -363,7 +362,7 @@ def _quantize_inspected(
         options = replace(options, start=options.start + learned_from.seconds)  # told as tuning's
     processes = options.processes
     held = found if processes is None else _share_of(found, processes, processes.size - 1)
-    plan = plan_schedule(model, held, schedule, budget, recipe.propagation)
+    plan = plan_schedule(model, held, schedule, budget, bool(recipe.propagation))
     equalized = None
     if recipe.equalization is not None and found.calibration is not None:
         with experts.fused():

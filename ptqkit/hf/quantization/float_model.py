@@ -1,4 +1,4 @@
-"""The weights of the float model next to those of the one being quantized.
+"""The weights of the float model next to those of the one being quantized, in one pass.
 
 With ``error_propagation`` every batch has two coroutines, a float one and a quantized one, that
 pause at the same layers of the one model. The weights in the model are the quantized ones; while

@@ -185,6 +185,10 @@ class MomentAccumulator:
             raise
         self._seconds += middle - start
 
+    def fail(self, error: Exception) -> None:
+        """Have :meth:`finish` return an error, if there is none before it."""
+        self.error = self.error or error
+
     @property
     def routed(self) -> int | None:
         """Tokens that have come, if they were routed to the expert of the layer alone."""

@@ -10,11 +10,12 @@ from torch import nn
 
 import ptqkit._core as _core
 from ptqkit._units import show_bytes
-from ptqkit.errors import PreflightError, Problem, UnsupportedModuleError
+from ptqkit.errors import PreflightError, UnsupportedModuleError
 from ptqkit.hf.data.calibration import CalibrationSet, batch_shape
 from ptqkit.hf.models.structure import Target
 from ptqkit.hf.quantization.block_places import movable_bytes
 from ptqkit.hf.quantization.expert_moments import is_expert, solved_together
+from ptqkit.hf.quantization.float_twin import twin_bytes
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.memory import available_memory, memory_limit, spare_memory
 from ptqkit.hf.quantization.waiting import waiting_bytes
@@ -25,7 +26,6 @@ __all__ = [
     "MemoryEstimate",
     "Plan",
     "experts_at_once",
-    "only_one_pass",
     "plan_overlap",
     "plan_schedule",
 ]
@@ -68,7 +68,7 @@ class Plan:
     reason : str
         Why it is not one pass; empty if it is, and without calibration.
     strict : bool
-        One pass was asked for, or error propagation needs it: nothing else may take over.
+        One pass was asked for: nothing else may take over.
     estimate : dict of str to int or None
         Bytes that decided: ``estimate_one_pass``, ``estimate_replay``, ``budget`` and
         ``available``, and the number of ``blocks_on_host`` if some are; empty without calibration.
@@ -102,7 +102,7 @@ def plan_schedule(
     inspection: Inspection,
     schedule: str,
     budget: int | None,
-    propagation: str = "",
+    propagate: bool = False,
 ) -> Plan:
     """Choose the schedule of a run, before anything in the model changes.
 
@@ -114,13 +114,13 @@ def plan_schedule(
         What was asked for.
     budget : int or None
         Bytes; None for the free memory.
-    propagation : str
-        Setting that needs one pass, because the float model runs along; empty if none does.
+    propagate : bool
+        The float model runs along.
 
     Raises
     ------
     PreflightError, UnsupportedModuleError
-        If what was asked for, or error propagation, is not possible.
+        If what was asked for is not possible.
     """
     if inspection.calibration is None:
         return Plan()
@@ -135,22 +135,24 @@ def plan_schedule(
         targets,
         groups,
         data,
-        bool(propagation),
+        propagate,
         inspection.probe.positions,
         bool(inspection.stream.writers),
         inspection.experts,
         waiting,
     )
     limit, whose, free = memory_limit(device, budget)
-    spares = [spare_memory(device, size) for size in (needed.one_pass, needed.replay)]
-    one_pass, replay = needed.one_pass + spares[0], needed.replay + spares[1]
+    one_pass = needed.one_pass
+    replay = needed.replay + (twin_bytes(targets, groups) if propagate else 0)
+    spares = [spare_memory(device, size) for size in (one_pass, replay)]
+    one_pass, replay = one_pass + spares[0], replay + spares[1]
     estimate: dict[str, int | None] = {
         "estimate_one_pass": one_pass,
         "estimate_replay": replay,
         "budget": budget,
         "available": free,
     }
-    strict = bool(propagation) or schedule == "one-pass"
+    strict = schedule == "one-pass"
     reason = _obstacle(inspection, schedule)
     on_host, room = _on_host(model, inspection, (replay if reason else one_pass) - limit)
     if not reason and one_pass > limit + room:
@@ -158,7 +160,7 @@ def plan_schedule(
     if on_host:
         estimate["blocks_on_host"] = on_host
     if not reason and one_pass > limit + room:
-        twice = " (for two models' activations)" if propagation else ""
+        twice = " (for two models' activations)" if propagate else ""
         size = show_bytes(one_pass)
         reason = f"one pass needs about {size}{twice}, the {whose} is {show_bytes(limit)}"
     if not reason:
@@ -166,10 +168,7 @@ def plan_schedule(
         at_once = experts_at_once(inspection, limit + room - one_pass)
         overlap = plan_overlap(model, inspection, at_once, limit + room - one_pass)
         return Plan("one-pass", "", strict, estimate, [], at_once, *overlap, spares[0], on_host)
-    if propagation:
-        problem = Problem(only_one_pass(propagation, reason), UnsupportedModuleError)
-        raise PreflightError([problem])
-    if schedule == "one-pass":
+    if strict:
         raise UnsupportedModuleError(f"schedule='one-pass' is not possible: {reason}")
     warnings = []
     if replay > limit + room:
@@ -243,16 +242,6 @@ def plan_overlap(
     return (count if count > 1 or device.type == "cuda" else 0), device.type == "cuda"
 
 
-def only_one_pass(propagation: str, reason: str) -> str:
-    """Return the message for a setting that cannot have the one-pass schedule it needs."""
-    if reason == "asked for":
-        reason = "schedule='replay' was asked for"
-    return (
-        f"{propagation} needs the one-pass schedule, in which the float model runs along, but "
-        f"{reason}; use {propagation.split('=')[0]}=0"
-    )
-
-
 def _obstacle(inspection: Inspection, schedule: str) -> str:
     """Return what rules one pass out, other than memory; empty if nothing does."""
     unprobed, inside_mode = inspection.unprobed, inspection.probe.inside_mode
@@ -291,10 +280,13 @@ def estimate_memory(
     While all batches wait at a layer, each holds the embeddings that the model began with, the
     residual stream, the block's normalized input, the outputs of the layers before it in the block,
     and the layer's input; one-pass holds that for all tokens, and as much again for the batch that
-    is running; replay for one batch, with one block output (old and new) for all tokens.
-    With error propagation (``propagate``) both hold it twice: for the float model too; if the
-    residual streams are followed (``streams``), each holds one more of them. In the end all codes
-    are there, a byte each, on the host.
+    is running; replay for one batch, with a block's outputs for all tokens: twice on the host,
+    whose heap keeps the places of old ones, once per stack of blocks on a device.
+    With error propagation (``propagate``) the float model has the same, but for the batch that is
+    running: only one model's is. Its weights are not in the estimate
+    (:func:`~ptqkit.hf.quantization.float_twin.twin_bytes`). If the residual streams are followed
+    (``streams``), each model holds one more of them. In the end all codes are there, a byte each,
+    on the host.
     ``positions`` are those of a sample in the probe, for inputs that show none themselves;
     ``experts`` the names of the mixtures, whose experts are taken to see all tokens. ``waiting``,
     bytes per token, is what waits at the first layers of groups, where that has been measured.
@@ -332,8 +324,9 @@ def estimate_memory(
     models = 2 if propagate else 1
     one_pass = (sum(tokens) * size * live + sum(masks)) * models
     one_pass += largest * size * live
-    outputs = sum(tokens) * size * 2 * wide * models
-    replay = outputs + (2 * largest * size * live + max(masks)) * models
+    stacks = len({block.rpartition(".")[0] for block in before if block is not None})
+    outputs = sum(tokens) * size * wide * models * (max(2, stacks) if on_host else max(1, stacks))
+    replay = outputs + (models + 1) * largest * size * live + max(masks) * models
     codes = 0
     if on_host:
         codes = sum(rows * inputs for rows, inputs in (t.view.shape for t in targets.values()))

@@ -2,8 +2,8 @@
 
 It holds one hidden state per batch, runs each block several times, and gives the results of
 :mod:`~ptqkit.hf.quantization.one_pass` bit for bit. It assumes that a block acts on the rest of the
-model through its return value alone. The float model runs along if it is there as a twin of its
-own: each batch goes through its block first, up to the same layer.
+model through its return value alone. Where the float model runs along, it is a twin of its own:
+each batch goes through its block first, up to the same layer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from ptqkit.errors import CalibrationError
+from ptqkit.errors import CalibrationError, UnsupportedModuleError
 from ptqkit.hf.models.recorded import RecordedBlocks
 from ptqkit.hf.models.stream import following_streams
+from ptqkit.hf.quantization.float_twin import FloatTwin
 from ptqkit.hf.quantization.memory import HeapPages
 from ptqkit.hf.quantization.moments import MomentAccumulator, Moments
 from ptqkit.hf.quantization.work import Step, Steps, Work
@@ -36,43 +37,57 @@ def replay_groups(
     ----------
     work : Work
     recorded : RecordedBlocks, optional
-        If some blocks are finished already, or their outputs are kept in another place.
+        If some blocks are finished already, their outputs are kept in another place, or the float
+        model is one that fills itself. Otherwise the float model, if it is to run along, shares
+        its parameters with this one, of which nothing may be quantized yet.
     at_block_end : callable, optional
         Called with the position of each block once its layers are done, and its outputs recorded
         if anything follows that needs them.
     """
+    twin = None
     if recorded is None:
-        recorded = RecordedBlocks(work.model, work.blocks, work.batches)
+        twin = FloatTwin(work.model, work.targets) if work.propagate else None
+        second = None if twin is None else twin.model
+        recorded = RecordedBlocks(work.model, work.blocks, work.batches, twin=second)
     positions = work.positions()
     pages = HeapPages(device_of(work.model), work.spare)
-    with recorded.patched():
-        for position, block in enumerate([*work.blocks, None]):
-            groups = [g for g, p in zip(work.groups, positions, strict=True) if p == position]
-            groups = [g for g in groups if not work.done.issuperset(g)]
-            unprobed = [] if block is None else work.unprobed(block)
-            if not groups and not unprobed:
-                continue
-            while recorded.position < position:
-                work.places.settle()
-                work.places.enter(work.blocks[recorded.position])
-                recorded.advance()
-                work.places.leave(recorded.position)
-                pages.release()
-                if at_block_end is not None:
-                    at_block_end(recorded.position - 1)
-            if block is not None:
-                work.places.enter(block)
-            if block is not None and unprobed:
-                groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
-            for wave, more in _waves(work, groups):
-                work.places.settle()
-                found = _moments(work, recorded, wave)
-                pages.release()
-                for group in wave:
-                    independent = len(found) > 1 or (more and work.ahead) or work.unwritten
-                    yield Step(work.members(group), found.pop(0), independent)
-                    work.done.update(group)
-    pages.release()
+    try:
+        with recorded.patched():
+            for position, block in enumerate([*work.blocks, None]):
+                groups = [g for g, p in zip(work.groups, positions, strict=True) if p == position]
+                groups = [g for g in groups if not work.done.issuperset(g)]
+                unprobed = [] if block is None else work.unprobed(block)
+                if not groups and not unprobed:
+                    continue
+                while recorded.position < position:
+                    work.places.settle()
+                    finished = work.blocks[recorded.position]
+                    work.places.enter(finished)
+                    recorded.advance()
+                    if twin is not None:
+                        twin.let_go(finished)
+                    work.places.leave(recorded.position)
+                    pages.release()
+                    if at_block_end is not None:
+                        at_block_end(recorded.position - 1)
+                if block is not None:
+                    work.places.enter(block)
+                if block is not None and unprobed:
+                    groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
+                for wave, more in _waves(work, groups):
+                    work.places.settle()
+                    found = _moments(work, recorded, wave)
+                    pages.release()
+                    for group in wave:
+                        if twin is not None:
+                            twin.keep(group)
+                        independent = len(found) > 1 or (more and work.ahead) or work.unwritten
+                        yield Step(work.members(group), found.pop(0), independent)
+                        work.done.update(group)
+    finally:
+        if twin is not None:
+            twin.let_go()
+        pages.release()
     return None
 
 
@@ -195,7 +210,10 @@ def _each_input_of_both(
             raise StopForwardError
 
     def add(name: str, value: torch.Tensor, index: int) -> None:
-        other, stream = seen.pop(name, (None, None))
+        if name not in seen:
+            found[name].fail(_unseen(name))
+            return
+        other, stream = seen.pop(name)
         now = followed[1].stream
         streams = None if stream is None or now is None else (stream, now)
         found[name].add(value, work.batches[index], work.masks[index], other, streams)
@@ -211,6 +229,15 @@ def _each_input_of_both(
         following_streams(work.model, work.writers, lambda: followed[1]),
     ):
         _each_input(work, recorded, list(found), add, before)
+
+
+def _unseen(name: str) -> UnsupportedModuleError:
+    """Return the error of a layer that the float model's forward pass has not come to."""
+    return UnsupportedModuleError(
+        f"{name}: error_propagation needs every token's input in both models, but the float one "
+        "did not come to this layer; leave it out with an override 'skip', or quantize with "
+        "error_propagation=0"
+    )
 
 
 def _in_order(

@@ -30,7 +30,7 @@ from ptqkit.hf.quantization.memory import peak_memory
 from ptqkit.hf.quantization.moments import Moments
 from ptqkit.hf.quantization.one_pass import one_pass_groups
 from ptqkit.hf.quantization.overlap import Begin, each_group, helpers
-from ptqkit.hf.quantization.plan import Plan, only_one_pass
+from ptqkit.hf.quantization.plan import Plan
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.replay import replay_groups
 from ptqkit.hf.quantization.report import LayerReport, Report, layer_report
@@ -221,10 +221,10 @@ class QuantizationRun:
                 reason = self._each(one_pass_groups(work), "one-pass")
                 if reason is None:
                     return
-                if self.propagate:
-                    raise UnsupportedModuleError(only_one_pass(self.recipe.propagation, reason))
                 if self.plan.strict:
                     raise UnsupportedModuleError(f"schedule='one-pass' cannot go on: {reason}")
+                if self.propagate and work.done:
+                    raise UnsupportedModuleError(_too_late(self.recipe.propagation, reason))
                 self.report.schedule = "one-pass, then replay"
             self._each(replay_groups(work), "replay")
         self.report.schedule_reason = reason or ""
@@ -366,6 +366,14 @@ class QuantizationRun:
             quantizer = ActivationQuantizer.calibrate(spec, moments.ranges, dtype)
             install_quantizer(target.module, quantizer)
             self.activations[target.name] = quantizer
+
+
+def _too_late(propagation: str, reason: str) -> str:
+    """Return the message of one pass that stops where the first layers are no longer float."""
+    return (
+        f"{propagation}: one pass cannot go on: {reason}; replay would need the float weights of "
+        "the layers that are quantized already: load the model again and use schedule='replay'"
+    )
 
 
 def _stream_warnings(recipe: Recipe, inspection: Inspection) -> list[str]:

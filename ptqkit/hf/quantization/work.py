@@ -56,7 +56,7 @@ class Work:
         In order of execution.
     calibration : CalibrationSet
     propagate : bool
-        Also run the float model (one pass only).
+        Also run the float model.
     writers : mapping of str to tuple of str
         Per block, the layers that write into its residual stream, in order of execution, if they
         are to answer for its errors.

@@ -76,7 +76,9 @@ def test_only_blocks_that_are_alike_may_move():
     assert movable_bytes(outside, [f"0.{name}" for name in NAMES]) == 0
 
 
-@pytest.mark.parametrize(("recipe", "schedule"), [("quality", "replay"), ("best", "one-pass")])
+@pytest.mark.parametrize(
+    ("recipe", "schedule"), [("quality", "replay"), ("best", "one-pass"), ("best", "replay")]
+)
 def test_codes_do_not_depend_on_where_blocks_wait(recipe, schedule, monkeypatch):
     own, found = run.QuantizationRun.__init__, []
     for count in (0, 1):

@@ -51,11 +51,12 @@ def interrupted(monkeypatch, owner, name, alarm, at=2):
 
 @pytest.mark.parametrize("on_error", ["raise", "leave_float"])
 @pytest.mark.parametrize("schedule", ["one-pass", "replay"])
+@pytest.mark.parametrize("recipe", ["quality", "best"])
 @pytest.mark.parametrize("place", [(Hessian, "update"), (quantization, "solve_group")])
-def test_a_time_out_ends_the_run_as_it_is(monkeypatch, alarm, place, schedule, on_error):
+def test_a_time_out_ends_the_run_as_it_is(monkeypatch, alarm, place, recipe, schedule, on_error):
     interrupted(monkeypatch, *place, alarm)
     with pytest.raises(TimeIsUp):
-        quantize(build(), "quality", tokens(), **OPTIONS, schedule=schedule, on_error=on_error)
+        quantize(build(), recipe, tokens(), **OPTIONS, schedule=schedule, on_error=on_error)
 
 
 def test_a_failure_of_a_layer_is_still_one(monkeypatch):

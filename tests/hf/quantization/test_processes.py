@@ -43,6 +43,7 @@ def run(data=None, recipe="reference", **options):
             },
         ),
         ("best", {}),
+        ("best", {"schedule": "replay"}),
     ],
 )
 def test_two_processes_give_the_codes_of_one(recipe, options, tmp_path, monkeypatch):
@@ -84,6 +85,18 @@ def test_codes_do_not_depend_on_the_number_of_processes():
     (one,), two, three = (in_processes(call, size) for size in (1, 2, 3))
     for other in (*two, *three):
         assert all(np.array_equal(a, b) for n in one for a, b in zip(one[n], other[n], strict=True))
+
+
+def test_schedules_agree_where_the_float_model_runs_along():
+    def call(rank):
+        results = [run(recipe="best", distributed=True, schedule=s) for s in ("one-pass", "replay")]
+        assert [r.report.schedule for r in results] == ["one-pass", "replay"]
+        return [{n: (m.codes, m.scales) for n, m in r.matrices.items()} for r in results]
+
+    for one, replay in in_processes(call):
+        assert all(
+            np.array_equal(a, b) for n in one for a, b in zip(one[n], replay[n], strict=True)
+        )
 
 
 def test_what_a_device_makes_does_not_depend_on_it_either(monkeypatch):

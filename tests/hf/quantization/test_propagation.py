@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.driver_models import build, padded_batches, tokens
-from helpers.schedule_models import count_hooks, late, plain
+from helpers.schedule_models import count_hooks, plain
 
 import ptqkit
 import ptqkit.reference as reference
@@ -33,14 +33,15 @@ def weight_of(module):
 
 
 def inputs(model, name, batches):
-    """A layer's input in a plain forward of each batch."""
-    seen = []
+    """A layer's input in a plain forward of each batch; None if that does not reach it."""
+    result, seen = [], []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     with torch.no_grad():
         for batch in batches:
             model(**batch)
+            result.append(seen.pop() if seen else None)
     handle.remove()
-    return seen
+    return result
 
 
 def two_models(floats, model, groups, batches, options, alpha):
@@ -52,6 +53,8 @@ def two_models(floats, model, groups, batches, options, alpha):
         every = []
         pairs = zip(*(inputs(m, group[0], batches) for m in (floats, model)), strict=True)
         for batch, (x, x_q) in zip(batches, pairs, strict=True):
+            if x is None:
+                continue
             mask = batch.get("attention_mask", torch.ones(x.shape[:2])).bool().reshape(-1)
             x, x_q = (v.reshape(-1, width)[mask] for v in (x, x_q))
             hessian.update(x_q)
@@ -98,20 +101,14 @@ def test_equals_two_whole_models_in_half_precision():
     _compare(quantize(one, "quality", batches, **OPTIONS), two, three, batches)
 
 
+def solver(result):
+    names = ("bits", "group_size", "order", "static_groups", "grid", "refine_passes", "damping")
+    return {name: getattr(result.recipe, name) for name in names}
+
+
 def _compare(result, floats, model, batches):
     assert result.report.schedule == "one-pass"
-    options = {
-        k: getattr(result.recipe, k)
-        for k in (
-            "bits",
-            "group_size",
-            "order",
-            "static_groups",
-            "grid",
-            "refine_passes",
-            "damping",
-        )
-    }
+    options = solver(result)
     options["scale_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     expected = two_models(floats, model, groups_of(result), batches, options, ALPHA)
     assert expected.keys() == result.matrices.keys()
@@ -291,44 +288,47 @@ def test_memory_is_that_of_two_models():
     one = quantize(build(), "reference", ids, **PLAIN).report.memory["estimate_one_pass"]
     two = quantize(build(), "reference", ids, **OPTIONS).report.memory["estimate_one_pass"]
     assert 1.8 * one < two < 2.3 * one
-    model = build()
-    with pytest.raises(PreflightError, match=r"error_propagation=0.5 needs.*two models' activ"):
-        quantize(model, "reference", ids, **OPTIONS, memory_budget=(one + two) // 2)
-    assert_untouched(model)
-
-
-def assert_untouched(model, other=None):
-    other = build() if other is None else other
+    found = quantize(build(), "reference", ids, **OPTIONS, memory_budget=(one + two) // 2)
+    assert found.report.schedule == "replay"
+    assert "two models' activations" in found.report.schedule_reason
+    model, replay = build(), found.report.memory["estimate_replay"]
+    with pytest.raises(PreflightError, match="memory_budget: replay needs about"):
+        quantize(model, "reference", ids, **OPTIONS, memory_budget=replay - 1)
     assert count_hooks(model) == 0
-    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+    for a, b in zip(model.state_dict().values(), build().state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_other_schedules_are_refused(monkeypatch):
-    model = build()
-    with pytest.raises(PreflightError, match="schedule='replay' was asked for; use error_prop"):
-        quantize(model, "reference", tokens(), **OPTIONS, schedule="replay")
-    assert_untouched(model)
-    for kind, message in (("autocast", "thread-local"), ("experts", "did not reach")):
-        model = plain(**{kind: True})
-        with pytest.raises(
-            PreflightError, match=f"needs the one-pass schedule.*{message}"
-        ) as error:
-            quantize(model, "reference", tokens(), **OPTIONS)
-        assert error.value.has(UnsupportedModuleError)
-        assert_untouched(model, plain(**{kind: True}))
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "asked for"),
+        ({"autocast": True}, "thread-local mode"),
+        ({"experts": True}, "a short probe did not reach 2 layers"),
+    ],
+)
+def test_replay_where_one_pass_is_not_possible(options, reason):
+    """Also layers that only some batches reach, and a block that sets a mode."""
+    rows = [tokens()[0], tokens()[1, :31], tokens()[2]]
+    schedule = "auto" if options else "replay"
+    result = quantize(plain(**options), "reference", rows, **OPTIONS, schedule=schedule)
+    assert result.report.schedule == "replay" and reason in result.report.schedule_reason
+    by_length = [torch.stack(rows[::2]), rows[1][None]]
+    floats, model = plain(**options), plain(**options)
+    names = ("up", "experts.0", *(["experts.1"] if options.get("experts") else []), "down")
+    groups = [[f"layers.{i}.{name}"] for i in range(2) for name in names]
+    expected = two_models(
+        floats, model, groups, [{"input_ids": ids} for ids in by_length], solver(result), ALPHA
+    )
+    assert expected.keys() == result.matrices.keys()
+    for key, matrix in expected.items():
+        np.testing.assert_array_equal(result.matrices[key].codes, matrix.codes, err_msg=key)
+
+
+def test_replay_without_greenlet(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "greenlet", None)
-    with pytest.raises(PreflightError, match="greenlet"):
-        quantize(build(), "reference", tokens(), **OPTIONS)
-
-
-def test_no_fallback_in_the_middle():
-    model, other = late(), late()
-    with pytest.raises(UnsupportedModuleError, match=r"needs the one-pass.*layers\.1\.up runs ins"):
-        quantize(model, "reference", tokens(), **OPTIONS)
-    assert count_hooks(model) == 0 and not torch.is_autocast_enabled("cpu")
-    assert torch.equal(model.layers[1].up.weight, other.layers[1].up.weight)
-    assert not torch.equal(model.layers[0].down.weight, other.layers[0].down.weight)
+    result = quantize(build(), "reference", tokens(), **OPTIONS)
+    assert result.report.schedule == "replay" and "greenlet" in result.report.schedule_reason
 
 
 @pytest.mark.parametrize("call", [2, 4, 5])
