@@ -41,8 +41,8 @@ static void start_task(void *ctx, int64_t task, int thread) {
                 (double)a->W[i * n + j] - row_scale(a, i, j) * ((double)a->codes[i * n + j] - zero);
         }
     memset(s->P + first * n, 0, sizeof(double) * (size_t)((end - first) * n));
-    s->k->doubles.product_f32(1.0, end - first, n, n, s->E + first * n, n, a->H, n, s->P + first * n,
-                              n);
+    s->k->doubles.product_f32(1.0, end - first, n, n, s->E + first * n, n, a->H, n,
+                              s->P + first * n, n);
 }
 
 /* A tile of the sums of all rows of a block. */
@@ -53,8 +53,8 @@ static void sums_task(void *ctx, int64_t task, int thread) {
     const int64_t n = a->n, at = task * TILE, width = ptq_min64(TILE, n - at),
                   rows = ptq_min64(BLOCK, a->rows - s->first);
     for (int64_t i = 0; i < rows; i++) memset(s->G + i * n + at, 0, sizeof(double) * (size_t)width);
-    s->k->doubles.product(1.0, rows, width, a->rows, a->B + s->first * a->rows, a->rows, s->P + at, n,
-                          s->G + at, n);
+    s->k->doubles.product(1.0, rows, width, a->rows, a->B + s->first * a->rows, a->rows, s->P + at,
+                          n, s->G + at, n);
 }
 
 /* One pass over the codes of row i, whose gradients are g + B_ii moved; returns if any changed. */

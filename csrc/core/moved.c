@@ -73,14 +73,14 @@ ptq_status ptq_moved_outputs(const ptq_moved_args *a, int threads) {
     job t = {.k = ptq_kernels_get(), .a = a};
     t.mr = t.k->gemm.mr;
     t.nr = t.k->gemm.nr;
-    threads =
-        ptq_threads_for_work(threads, (double)a->tokens * (double)a->m * (double)a->n / 16.0);
+    threads = ptq_threads_for_work(threads, (double)a->tokens * (double)a->m * (double)a->n / 16.0);
     const int64_t panels = ptq_ceil_div(a->m, t.nr);
     t.packed = ptq_alloc_large(panels * a->n * t.nr, sizeof(float));
     t.strips = ptq_alloc(threads * TOKENS * DEPTH, sizeof(float));
     ptq_status status = t.packed && t.strips ? PTQ_OK : PTQ_NOMEM;
     if (!status) status = ptq_parallel_for(panels, threads, pack_task, &t);
-    if (!status) status = ptq_parallel_for(ptq_ceil_div(a->tokens, TOKENS), threads, tokens_task, &t);
+    if (!status)
+        status = ptq_parallel_for(ptq_ceil_div(a->tokens, TOKENS), threads, tokens_task, &t);
     free(t.packed);
     free(t.strips);
     return status;
