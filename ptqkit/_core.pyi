@@ -78,6 +78,14 @@ def cross_update(
     threads: int,
     /,
 ) -> None: ...  # FloatingPointError (NaN or Inf), OverflowError: S is left as it was
+def moved_outputs(
+    Y: _F32,  # (tokens, n), rows may be strided, as those of X
+    X: _F32,  # (tokens, n)
+    W: _F32,  # (m, n)
+    out: _F32,  # (tokens, m), added to: (Y - X) W^T
+    threads: int,
+    /,
+) -> None: ...
 def channel_ranges(
     X: _Tokens,  # (tokens, n), rows may be strided
     dtype: int,  # 0 float32, 1 float16, 2 bfloat16 (bits as uint16)

@@ -10,6 +10,7 @@
     X(hessian_update)       \
     X(hessian_finish)       \
     X(cross_update)         \
+    X(moved_outputs)        \
     X(symmetric_check)      \
     X(finite_check)         \
     X(factor)               \

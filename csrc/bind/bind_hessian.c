@@ -1,4 +1,4 @@
-/* bind_hessian.c - hessian_update, hessian_finish, cross_update. */
+/* bind_hessian.c - hessian_update, hessian_finish, cross_update, moved_outputs. */
 #include "bind.h"
 
 PTQ_BIND(hessian_update, 5, "S, X, dtype, rows, threads",
@@ -69,5 +69,32 @@ PTQ_BIND(
     ptq_status status;
     PTQ_WITHOUT_GIL(status, ptq_cross_update(&a, threads));
     PyMem_Free(rows);
+    return args_result(status);
+}
+
+PTQ_BIND(moved_outputs, 5, "Y, X, W, out, threads",
+         "Add (Y - X) W^T to out, all float32.\n\n"
+         "Y, X (tokens, n); W (m, n); out (tokens, m), written.") {
+    PyArrayObject *Y, *X, *W, *out;
+    ptq_moved_args a = {0};
+    int threads;
+    if (args_tokens(&Y, args[0], "Y", PTQ_F32, &a.ldy) ||
+        args_tokens(&X, args[1], "X", PTQ_F32, &a.ldx) ||
+        args_array(&W, args[2], "W", NPY_FLOAT32, 2) ||
+        args_output(&out, args[3], "out", NPY_FLOAT32, 2) || args_threads(args[4], &threads))
+        return NULL;
+    const npy_intp tokens = PyArray_DIM(Y, 0), n = PyArray_DIM(Y, 1), m = PyArray_DIM(W, 0);
+    if (args_shape(X, "X", tokens, n) || args_dim(W, "W", 1, n) ||
+        args_shape(out, "out", tokens, m))
+        return NULL;
+    a.out = PyArray_DATA(out);
+    a.tokens = tokens;
+    a.m = m;
+    a.n = n;
+    a.Y = PyArray_DATA(Y);
+    a.X = PyArray_DATA(X);
+    a.W = PyArray_DATA(W);
+    ptq_status status;
+    PTQ_WITHOUT_GIL(status, ptq_moved_outputs(&a, threads));
     return args_result(status);
 }

@@ -7,59 +7,25 @@
  * adds d H_j to P_i.
  *
  * The sums of BLOCK rows are made at once, by all threads; inside of the block rows take turns, and
- * hand on what they have changed. Products go by tiles of TILE columns, which stay in the cache for
- * BLOCK rows; each sum is in the order of its terms, whatever the tile. */
+ * hand on what they have changed. Each sum is in the order of its terms, whatever the tile. */
 #include <math.h>
 
 #include "internal.h"
 #include "round.h"
 
-enum { BLOCK = 16, TILE = 64, TERMS = 4 };
+enum { BLOCK = 16, TILE = 64 };
 
 typedef struct {
     const ptq_coupled_args *a;
+    const ptq_kernels *k;
     double *E, *P; /* (rows, n) */
     double *G;     /* (BLOCK, n) */
     double *moved; /* (n) what a row's turn has added to its P */
     int64_t first;
 } state;
 
-/* A tile of sums: to_r += the sum over k < terms of factors_rk from_k, in this order. */
-#define DEFINE_ADD_TILE(NAME, TYPE)                                                      \
-    static void NAME(double *restrict to, const double *restrict factors, int64_t terms, \
-                     const TYPE *restrict from, int64_t stride, int64_t width) {         \
-        int64_t k = 0;                                                                   \
-        for (; k + TERMS <= terms; k += TERMS) {                                         \
-            const TYPE *f0 = from + k * stride, *f1 = f0 + stride, *f2 = f1 + stride,    \
-                       *f3 = f2 + stride;                                                \
-            const double a = factors[k], b = factors[k + 1], c = factors[k + 2],         \
-                         d = factors[k + 3];                                             \
-            for (int64_t j = 0; j < width; j++) {                                        \
-                double sum = to[j];                                                      \
-                sum += a * (double)f0[j];                                                \
-                sum += b * (double)f1[j];                                                \
-                sum += c * (double)f2[j];                                                \
-                sum += d * (double)f3[j];                                                \
-                to[j] = sum;                                                             \
-            }                                                                            \
-        }                                                                                \
-        for (; k < terms; k++)                                                           \
-            for (int64_t j = 0; j < width; j++)                                          \
-                to[j] += factors[k] * (double)from[k * stride + j];                      \
-    }
-DEFINE_ADD_TILE(add_tile, double)
-DEFINE_ADD_TILE(add_tile_of_floats, float)
-
 static double row_scale(const ptq_coupled_args *a, int64_t i, int64_t j) {
     return (double)a->scales[i * a->groups + a->g_idx[j]];
-}
-
-static void add(double *restrict to, double factor, const double *restrict from, int64_t n) {
-    for (int64_t j = 0; j < n; j++) to[j] += factor * from[j];
-}
-
-static void add_row(double *restrict to, double factor, const float *restrict from, int64_t n) {
-    for (int64_t j = 0; j < n; j++) to[j] += factor * (double)from[j];
 }
 
 /* Errors of rows, and P of them. */
@@ -75,11 +41,8 @@ static void start_task(void *ctx, int64_t task, int thread) {
                 (double)a->W[i * n + j] - row_scale(a, i, j) * ((double)a->codes[i * n + j] - zero);
         }
     memset(s->P + first * n, 0, sizeof(double) * (size_t)((end - first) * n));
-    for (int64_t at = 0; at < n; at += TILE)
-        for (int64_t k = 0; k < n; k += TILE)
-            for (int64_t i = first; i < end; i++)
-                add_tile_of_floats(s->P + i * n + at, s->E + i * n + k, ptq_min64(TILE, n - k),
-                                   a->H + k * n + at, n, ptq_min64(TILE, n - at));
+    s->k->doubles.product_f32(1.0, end - first, n, n, s->E + first * n, n, a->H, n,
+                              s->P + first * n, n);
 }
 
 /* A tile of the sums of all rows of a block. */
@@ -90,10 +53,8 @@ static void sums_task(void *ctx, int64_t task, int thread) {
     const int64_t n = a->n, at = task * TILE, width = ptq_min64(TILE, n - at),
                   rows = ptq_min64(BLOCK, a->rows - s->first);
     for (int64_t i = 0; i < rows; i++) memset(s->G + i * n + at, 0, sizeof(double) * (size_t)width);
-    for (int64_t k = 0; k < a->rows; k += TERMS)
-        for (int64_t i = 0; i < rows; i++)
-            add_tile(s->G + i * n + at, a->B + (s->first + i) * a->rows + k,
-                     ptq_min64(TERMS, a->rows - k), s->P + k * n + at, n, width);
+    s->k->doubles.product(1.0, rows, width, a->rows, a->B + s->first * a->rows, a->rows, s->P + at,
+                          n, s->G + at, n);
 }
 
 /* One pass over the codes of row i, whose gradients are g + B_ii moved; returns if any changed. */
@@ -117,7 +78,7 @@ static int descend(const state *s, int64_t i, const double *g) {
         if (!(d * (2.0 * gradient + d * b * h) < 0.0)) continue;
         e[j] += d;
         a->codes[i * n + j] = (uint8_t)(int)code;
-        add_row(s->moved, d, a->H + j * n, n);
+        s->k->doubles.add_f32(n, d, a->H + j * n, s->moved);
         changed = 1;
     }
     return changed;
@@ -132,9 +93,9 @@ static ptq_status pass(state *s, int threads) {
         if (status) return status;
         for (int64_t i = s->first; i < end; i++) {
             if (!descend(s, i, s->G + (i - s->first) * n)) continue;
-            add(s->P + i * n, 1.0, s->moved, n);
+            s->k->doubles.add(n, 1.0, s->moved, s->P + i * n);
             for (int64_t k = i + 1; k < end; k++)
-                add(s->G + (k - s->first) * n, a->B[k * a->rows + i], s->moved, n);
+                s->k->doubles.add(n, a->B[k * a->rows + i], s->moved, s->G + (k - s->first) * n);
         }
     }
     return PTQ_OK;
@@ -146,7 +107,7 @@ ptq_status ptq_couple_rows(const ptq_coupled_args *a, int threads) {
     const int64_t n = a->n;
     double *work = ptq_alloc((2 * a->rows + BLOCK + 1) * n, sizeof *work);
     if (!work) return PTQ_NOMEM;
-    state s = {.a = a, .E = work, .P = work + a->rows * n};
+    state s = {.a = a, .k = ptq_kernels_get(), .E = work, .P = work + a->rows * n};
     s.G = s.P + a->rows * n;
     s.moved = s.G + BLOCK * n;
     ptq_status status = ptq_parallel_for((a->rows + BLOCK - 1) / BLOCK, threads, start_task, &s);

@@ -127,6 +127,19 @@ typedef struct {
  * leave S as is; PTQ_INTERRUPTED does not. BLAS: for float32 without `rows`, on its own threads. */
 ptq_status ptq_cross_update(const ptq_cross_args *args, int threads);
 
+/* ---- moved.c --------------------------------------------------------------------------- */
+typedef struct {
+    float *out; /* (tokens, m), added to */
+    int64_t tokens, m, n;
+    const float *Y, *X; /* tokens of n values at strides ldy, ldx elements */
+    int64_t ldy, ldx;
+    const float *W; /* (m, n) */
+} ptq_moved_args;
+
+/* out += (Y - X) W^T, differences and products in float32. No BLAS; results do not depend on the
+ * threads. */
+ptq_status ptq_moved_outputs(const ptq_moved_args *args, int threads);
+
 /* ---- checks.c -------------------------------------------------------------------------- */
 /* PTQ_NONFINITE; else PTQ_NOT_SYMMETRIC if |H_ij - H_ji| > tolerance anywhere in H (n, n). */
 ptq_status ptq_symmetric_check(const float *H, int64_t n, float tolerance, int threads);

@@ -11,7 +11,7 @@
 #include "internal.h"
 
 enum {
-    BLOCK = 64,  /* columns that are solved one by one */
+    BLOCK = 32,  /* columns that are solved one by one */
     ROWS = 32,   /* rows per task with the built-in product */
     DEPTH = 512, /* columns of W that are widened at a time */
     WIDTH = 128, /* columns of F at a time with the built-in product: its rows stay cached */
@@ -19,6 +19,7 @@ enum {
 
 typedef struct {
     const ptq_target_args *a;
+    const ptq_kernels *k;
     const ptq_blas *blas;
     int64_t n;
     double *A;      /* (n, n) */
@@ -28,38 +29,6 @@ typedef struct {
     int64_t bad;    /* pivot that failed, or -1 */
 } job;
 
-/* C (4, columns) += A (4, 4) B (4, columns): as many additions per value of B and C as registers
- * allow without naming a vector's width. */
-static inline void rank4(double sign, int64_t columns, const double *A, int64_t lda,
-                         const double *B, int64_t ldb, double *C, int64_t ldc) {
-    const double *restrict b0 = B, *restrict b1 = B + ldb;
-    const double *restrict b2 = B + 2 * ldb, *restrict b3 = B + 3 * ldb;
-    for (int i = 0; i < 4; i += 2) {
-        const double *x = A + i * lda, *y = x + lda;
-        const double x0 = sign * x[0], x1 = sign * x[1], x2 = sign * x[2], x3 = sign * x[3];
-        const double y0 = sign * y[0], y1 = sign * y[1], y2 = sign * y[2], y3 = sign * y[3];
-        double *restrict c = C + i * ldc, *restrict d = c + ldc;
-        for (int64_t j = 0; j < columns; j++) {
-            c[j] += (x0 * b0[j] + x1 * b1[j]) + (x2 * b2[j] + x3 * b3[j]);
-            d[j] += (y0 * b0[j] + y1 * b1[j]) + (y2 * b2[j] + y3 * b3[j]);
-        }
-    }
-}
-
-static void product_builtin(double sign, int64_t rows, int64_t columns, int64_t depth,
-                            const double *A, int64_t lda, const double *B, int64_t ldb, double *C,
-                            int64_t ldc) {
-    const int64_t r4 = rows / 4 * 4, k4 = depth / 4 * 4;
-    for (int64_t k = 0; k < k4; k += 4)
-        for (int64_t i = 0; i < r4; i += 4)
-            rank4(sign, columns, A + i * lda + k, lda, B + k * ldb, ldb, C + i * ldc, ldc);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t k = i < r4 ? k4 : 0; k < depth; k++) {
-            const double x = sign * A[i * lda + k];
-            for (int64_t j = 0; j < columns; j++) C[i * ldc + j] += x * B[k * ldb + j];
-        }
-}
-
 /* C (rows, columns) += sign * A (rows, depth) B (depth, columns). Row-major is column-major of the
  * transposed: C^T = B^T A^T. */
 static void product(const job *t, double sign, int64_t rows, int64_t columns, int64_t depth,
@@ -67,7 +36,7 @@ static void product(const job *t, double sign, int64_t rows, int64_t columns, in
                     int64_t ldc) {
     if (rows < 1 || columns < 1 || depth < 1) return;
     if (!t->blas) {
-        product_builtin(sign, rows, columns, depth, A, lda, B, ldb, C, ldc);
+        t->k->doubles.product(sign, rows, columns, depth, A, lda, B, ldb, C, ldc);
         return;
     }
     char plain = 'N';
@@ -211,7 +180,7 @@ static void rows_task(void *ctx, int64_t task, int thread) {
 ptq_status ptq_target_correction(const ptq_target_args *a, int64_t *info, int threads) {
     *info = -1;
     if (a->rows < 1 || a->n < 1 || (a->below && a->rows != a->n)) return PTQ_INVALID;
-    job t = {.a = a, .n = a->n, .bad = -1};
+    job t = {.a = a, .k = ptq_kernels_get(), .n = a->n, .bad = -1};
     if (a->n <= INT_MAX) t.blas = ptq_blas_get();
     threads = ptq_threads_for_work(threads, (double)a->n * (double)a->n * (double)a->n / 16.0);
     if (t.blas) threads = 1;

@@ -119,6 +119,18 @@ typedef struct {
                  float *T);
 } ptq_paths_kernels;
 
+/* In double, each sum in the order of its terms: the same at every level. */
+typedef struct {
+    /* C (rows, columns) += sign * A (rows, depth) B (depth, columns); rows lda, ldb, ldc apart. */
+    void (*product)(double sign, int64_t rows, int64_t columns, int64_t depth, const double *A,
+                    int64_t lda, const double *B, int64_t ldb, double *C, int64_t ldc);
+    void (*product_f32)(double sign, int64_t rows, int64_t columns, int64_t depth, const double *A,
+                        int64_t lda, const float *B, int64_t ldb, double *C, int64_t ldc);
+    /* y (n) += factor * x */
+    void (*add)(int64_t n, double factor, const double *x, double *y);
+    void (*add_f32)(int64_t n, double factor, const float *x, double *y);
+} ptq_doubles_kernels;
+
 /* Grids of a panel U (G, nr), one per lane. */
 typedef struct {
     /* Round columns to nearest on their grid. */
@@ -340,6 +352,7 @@ typedef struct {
     ptq_pairs_kernels pairs;
     ptq_solve_kernels solve;
     ptq_paths_kernels paths;
+    ptq_doubles_kernels doubles;
     ptq_grid_kernels grid;
     ptq_tokens_kernels tokens;
     ptq_ranges_kernels ranges;

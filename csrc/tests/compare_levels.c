@@ -198,7 +198,64 @@ static void run_cross(results *r) {
         }
 }
 
-/* In double at every level, by the same code: equal. */
+/* (X - its tokens backwards) W^T, of N inputs and ROWS outputs. */
+static void run_moved(results *r) {
+    static float turned[TOKENS * N], out[TOKENS * ROWS];
+    for (int t = 0; t < TOKENS; t++)
+        memcpy(turned + t * N, in.X + (TOKENS - 1 - t) * N, sizeof(float) * N);
+    memset(out, 0, sizeof out);
+    const ptq_moved_args a = {.out = out,
+                              .tokens = TOKENS,
+                              .m = ROWS,
+                              .n = N,
+                              .Y = in.X,
+                              .X = turned,
+                              .ldy = N,
+                              .ldx = N,
+                              .W = in.W};
+    check(ptq_moved_outputs(&a, THREADS), "moved");
+    output *o = record_float(r, "moved", out, TOKENS * ROWS);
+    within(o, 0.0);
+    for (int i = 0; i < TOKENS * ROWS; i++)
+        for (int j = 0; j < N; j++) {
+            const float moved = in.X[i / ROWS * N + j] - turned[i / ROWS * N + j];
+            o->bound[i] +=
+                2.0 * EPS * (N + 2) * fabs((double)moved * (double)in.W[i % ROWS * N + j]);
+        }
+}
+
+/* In double at every level, each sum in the same order: equal. */
+static void run_coupled(results *r) {
+    static uint8_t codes[ROWS * N], zeros[ROWS * N / GROUP];
+    static float scales[ROWS * N / GROUP];
+    static double B[ROWS * ROWS], objective[ROWS];
+    int32_t g_idx[N];
+    for (int j = 0; j < N; j++) g_idx[j] = j / GROUP;
+    for (int i = 0; i < ROWS * N / GROUP; i++) zeros[i] = 4;
+    for (int i = 0; i < ROWS * N / GROUP; i++) scales[i] = 0.3f + 0.01f * (float)(i % 7);
+    memset(codes, 4, sizeof codes);
+    for (int i = 0; i < ROWS; i++)
+        for (int k = 0; k < ROWS; k++) B[i * ROWS + k] = 1.0 / (1 + abs(i - k));
+    const ptq_coupled_args a = {.W = in.W,
+                                .H = in.H,
+                                .B = B,
+                                .perm = in.perm,
+                                .g_idx = g_idx,
+                                .scales = scales,
+                                .zeros = zeros,
+                                .rows = ROWS,
+                                .n = N,
+                                .groups = N / GROUP,
+                                .max_code = 7,
+                                .passes = 2,
+                                .codes = codes,
+                                .objective = objective};
+    check(ptq_couple_rows(&a, THREADS), "coupled");
+    record_uint8_t(r, "coupled rows", codes, ROWS * N);
+    record_double(r, "  objectives", objective, ROWS);
+}
+
+/* In double at every level, each sum in the same order: equal. */
 static void run_target(results *r) {
     static double F[N * N], out[ROWS * N];
     double shift[N];
@@ -720,7 +777,9 @@ static results run(const char *level) {
     check(ptq_cpu_select(level), level);
     run_hessian(&r);
     run_cross(&r);
+    run_moved(&r);
     run_target(&r);
+    run_coupled(&r);
     run_factor(&r);
     run_gptq(&r);
     run_rtn(&r);

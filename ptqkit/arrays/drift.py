@@ -20,7 +20,7 @@ from ptqkit.arrays._inputs import (
 from ptqkit.arrays.accumulator import MatrixSum
 from ptqkit.errors import CalibrationError
 
-__all__ = ["Drift"]
+__all__ = ["Drift", "moved_outputs"]
 
 _NOT_FINITE = (
     "the values hold NaN or Inf; the batch was not added. Check the calibration data and the "
@@ -192,3 +192,23 @@ class Drift(MatrixSum):
 def _as_float32(values: np.ndarray, kind: int) -> np.ndarray:
     """Return tokens of any dtype as float32."""
     return widen(values) if kind == BF16 else np.ascontiguousarray(values, np.float32)
+
+
+def moved_outputs(outputs: Any, W: np.ndarray, floats: Any, quantized: Any) -> np.ndarray:
+    """Return outputs of a layer and by how much they move if its inputs do: ``+ W (x - x~)``.
+
+    Parameters
+    ----------
+    outputs : array or torch tensor of float32, shape (..., out)
+    W : ndarray of float32, shape (out, in)
+    floats, quantized : array or torch tensor of float32, shape (..., in)
+        x and x~, of the same tokens; if they are equal the outputs are as they were.
+
+    Returns
+    -------
+    ndarray of float32, shape (tokens, out)
+    """
+    x, y = (as_tokens(values, W.shape[1])[0] for values in (floats, quantized))
+    moved = np.array(as_tokens(outputs, len(W))[0], np.float32, order="C")
+    _core.moved_outputs(x, y, W, moved, 0)
+    return moved

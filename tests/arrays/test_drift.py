@@ -6,9 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 import ptqkit
 import ptqkit._core as _core
+from ptqkit.arrays.drift import moved_outputs
 
 RNG = np.random.default_rng(0)
 
@@ -156,3 +158,30 @@ def test_refusals():
     drift.update(a[:0], b[:0], x[:0])
     drift.update(a, b, x, np.zeros(70, bool))
     assert drift.tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "outputs", "inputs"), [(1, 1, 1), (3, 5, 700), (300, 130, 33), (129, 49, 1030)]
+)
+def test_outputs_move_by_w_times_the_difference(count, outputs, inputs):
+    x, x_q, W = (RNG.normal(size=(n, inputs)).astype("f") for n in (count, count, outputs))
+    r = RNG.normal(size=(count, outputs)).astype(np.float32)
+    kept = r.copy()
+    moved = (x - x_q).astype(np.float64)
+    bound = 2e-6 * (np.abs(r) + np.abs(moved) @ np.abs(W).T)
+    found = moved_outputs(r, W, x, x_q)
+    assert (np.abs(found - (r + moved @ W.T.astype(np.float64))) <= bound).all()
+    np.testing.assert_array_equal(r, kept)
+    strided = moved_outputs(r, W, np.hstack([x, x])[:, :inputs], x_q)
+    np.testing.assert_array_equal(found, strided)
+    np.testing.assert_array_equal(moved_outputs(r, W, x_q, x_q), r)
+
+
+def test_outputs_that_move_are_of_any_leading_shape_and_any_number_of_threads():
+    x, x_q = RNG.normal(size=(2, 2, 300, 20)).astype(np.float32)
+    r, W = RNG.normal(size=(2, 300, 7)).astype("f"), RNG.normal(size=(7, 20)).astype("f")
+    found = moved_outputs(torch.from_numpy(r), W, torch.from_numpy(x), x_q)
+    for threads in (1, 2, 5):
+        out = r.reshape(-1, 7).copy()
+        _core.moved_outputs(x.reshape(-1, 20), x_q.reshape(-1, 20), W, out, threads)
+        np.testing.assert_array_equal(found, out)

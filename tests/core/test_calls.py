@@ -151,6 +151,7 @@ def _calls():
         "hessian_update": [_f32(8, 8), _f32(5, 8), 0, np.arange(3), 1],
         "hessian_finish": [_f32(8, 8), _f32(8, 8), 0.5, 1],
         "cross_update": [_f32(3, 8), _f32(5, 3), _f32(5, 3), _f32(5, 8), 0, np.arange(3), 1],
+        "moved_outputs": [_f32(5, 8), _f32(5, 8), _f32(3, 8), _f32(5, 3), 1],
         "target_correction": [
             _f32(8, 8),
             np.ones((8, 8)),
@@ -261,6 +262,7 @@ OUTPUTS = {  # positions that are written
     "hessian_update": [0],
     "hessian_finish": [1],
     "cross_update": [0],
+    "moved_outputs": [3],
     "target_correction": [6],
     "factor": [3],
     "gptq": [6, 7, 8, 9, 10],
@@ -424,6 +426,8 @@ def _legal(name, at, kind):
         return (at in (1, 2, 3) and kind == "strided") or (
             at == 5 and kind in ("longer", "shorter")
         )
+    if name == "moved_outputs":
+        return at in (0, 1) and kind == "strided"
     if kind == "narrow" and (name, at) in INT8:
         return True
     if name in ("activation_range", "outlier_columns") and at == 0:

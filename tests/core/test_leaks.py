@@ -10,6 +10,7 @@ COMMON = """
 import gc, resource, sys
 import numpy as np, ptqkit
 import ptqkit._core as _core
+from ptqkit.arrays.drift import moved_outputs
 rng = np.random.default_rng(0)
 n = 128
 X = rng.normal(size=(300, n)).astype(np.float32)
@@ -66,6 +67,8 @@ CALLS = {
         ptqkit.Drift(n, n).update(X, X, mask=np.arange(300) % 3 > 0),
         fails(ptqkit.Drift(n, n).update, X * np.nan, X),
         fails(_core.cross_update, *[X] * 7),
+        moved_outputs(X @ W.T, W, X, X),
+        fails(_core.moved_outputs, *[X] * 5),
     ),
     "target": lambda: (
         ptqkit.target_weights(W, H, 2.0 * H, W),

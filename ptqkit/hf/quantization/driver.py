@@ -375,7 +375,7 @@ def _quantize_inspected(
                 options.threads,
                 options.progress,
             )
-    learned = _learn(model, recipe, found, options)
+    learned = _learn(model, recipe, found, options, plan.expected)
     recipe, found, options = learned.recipe, learned.inspection, learned.options
     if processes is not None:
         found = _share_of(found, processes, processes.rank)
@@ -422,8 +422,13 @@ class _Learned:
         run.seconds |= self.seconds
 
 
-def _learn(model: nn.Module, recipe: Recipe, found: Inspection, options: RunOptions) -> _Learned:
-    """Run the float model backward for what the recipe needs of that, if anything."""
+def _learn(
+    model: nn.Module, recipe: Recipe, found: Inspection, options: RunOptions, room: int = 0
+) -> _Learned:
+    """Run the float model backward for what the recipe needs of that, if anything.
+
+    ``room`` is what the run itself will need, in bytes.
+    """
     learned = _Learned(recipe, found, options)
     if recipe.bits_budget is not None:
         start = time.perf_counter()
@@ -433,7 +438,7 @@ def _learn(model: nn.Module, recipe: Recipe, found: Inspection, options: RunOpti
         learned.seconds["rounding_losses"] = time.perf_counter() - start
     if any(t.options.row_coupling for t in learned.inspection.structure.targets.values()):
         start = time.perf_counter()
-        outputs = measure_outputs(model, learned.inspection)
+        outputs = measure_outputs(model, learned.inspection, room)
         if options.processes is not None:
             outputs = options.processes.first(outputs)
         learned.options = replace(options, outputs=outputs)

@@ -165,20 +165,26 @@ class HeapPages:
     its threshold for memory of their own). Where batches wait in turn at layers of unlike widths,
     the holes that freed ones leave fit the next ones badly: more than half of the heap was free in
     the end, and all of it resident. But a page that is given back costs a page fault when it is
-    needed again, so nothing happens before the process has grown by ``spare`` bytes. Does nothing
-    with other C libraries, and if the activations are on another device. No setting changes.
+    needed again (a sixth of the time of small models), so nothing happens before the process has
+    grown by more than the ``expected`` bytes and ``spare`` ones. Does nothing with other C
+    libraries, and if the activations are on another device. No setting changes.
     """
 
-    def __init__(self, device: torch.device, spare: int = SPARE) -> None:
+    def __init__(self, device: torch.device, spare: int = SPARE, expected: int = 0) -> None:
         self.spare = spare
         self._trim = _malloc_trim() if device.type == "cpu" else None
-        self._resident = 0 if self._trim is None else _resident()
+        self._start = 0 if self._trim is None else _resident()
+        self._least = self._start + expected
 
-    def release(self) -> None:
-        """Give free pages back, if the process has grown enough since that was done last."""
-        if self._trim is not None and _resident() > self._resident + self.spare:
+    def release(self, ended: bool = False) -> None:
+        """Give free pages back, if the process has grown enough, or by ``spare`` bytes at the end.
+
+        What cannot be given back counts as if it had been expected.
+        """
+        least = self._start if ended else self._least
+        if self._trim is not None and _resident() > least + self.spare:
             self._trim(0)
-            self._resident = _resident()
+            self._least = max(self._least, _resident())
 
 
 def _resident() -> int:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from ptqkit.arrays.drift import Drift
+from ptqkit.arrays.drift import Drift, moved_outputs
 from ptqkit.arrays.hessian import Hessian
 from ptqkit.errors import (
     LAYER_FAILURES,
@@ -250,8 +249,8 @@ class MomentAccumulator:
         if value.device.type != "cpu" or not wide:
             return None
         before, quantized = streams
-        moved = F.linear(floats - value, weight)
-        return before + moved.view_as(before), quantized
+        moved = moved_outputs(before, self._narrow.read(), floats, value)
+        return torch.from_numpy(moved).view(before.shape), quantized
 
     def _add_streams(
         self,

@@ -63,7 +63,7 @@ def one_pass_groups(work: Work) -> Steps:
     floats = _start(work) if work.propagate else []
     originals = OriginalWeights(work.targets, len(floats))
     waiting = None
-    pages = HeapPages(device_of(work.model), work.spare)
+    pages = HeapPages(device_of(work.model), work.spare, work.expected)
     streams = following_streams(work.model, work.writers, lambda: current[0])
     try:
         with work.places.entering(), hooks(work.modules(), at_layer), streams:
@@ -92,7 +92,7 @@ def one_pass_groups(work: Work) -> Steps:
     finally:
         for coroutine in [*coroutines, *floats]:
             coroutine.close()
-        pages.release()
+        pages.release(ended=True)
     return None
 
 

@@ -96,6 +96,13 @@ class Plan:
     spare: int = 0
     on_host: int = 0
 
+    @property
+    def expected(self) -> int:
+        """Bytes that one pass is expected to need without the spare ones; 0 of other schedules."""
+        if self.schedule != "one-pass":
+            return 0
+        return (self.estimate.get("estimate_one_pass") or 0) - self.spare
+
 
 def plan_schedule(
     model: nn.Module,

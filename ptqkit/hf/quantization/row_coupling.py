@@ -24,11 +24,11 @@ __all__ = ["couple_stack", "measure_outputs"]
 
 #: Calibration windows that it is measured on.
 WINDOWS = 8
-#: Bytes: blocks run again on the way back if more had to be kept of a window.
+#: Bytes that may be kept of a window in any case: blocks run again on the way back if it is more.
 _KEPT = 1 << 26
 
 
-def measure_outputs(model: nn.Module, found: Inspection) -> OutputMoments:
+def measure_outputs(model: nn.Module, found: Inspection, room: int = 0) -> OutputMoments:
     """Return the second moments of the gradients at the outputs of layers with ``row_coupling``.
 
     Parameters
@@ -37,6 +37,8 @@ def measure_outputs(model: nn.Module, found: Inspection) -> OutputMoments:
         Float; it is as before afterwards.
     found : Inspection
         With calibration data.
+    room : int
+        Bytes that the run will need later on, half of which may be kept of a window.
     """
     assert found.calibration is not None
     targets = found.structure.targets
@@ -51,7 +53,8 @@ def measure_outputs(model: nn.Module, found: Inspection) -> OutputMoments:
     modules = [targets[n].module for n in targets]
     # What is kept would keep the weights of blocks that are read by turns.
     by_turns = any(p.device.type == "meta" for p in model.parameters())
-    if not by_turns and all(_activations(modules, window) <= _KEPT for window in windows):
+    most = max(_KEPT, room // 2)
+    if not by_turns and all(_activations(modules, window) <= most for window in windows):
         blocks = []  # what is inside of all of them is kept: no block runs again
     return output_moments(model, [g for g in groups if g], blocks, windows, masks)
 

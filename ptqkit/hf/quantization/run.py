@@ -213,6 +213,7 @@ class QuantizationRun:
             self.recipe.calibrate_on == "float",
             processes=self.options.processes,
             spare=self.plan.spare,
+            expected=self.plan.expected,
             on_host=self.plan.on_host,
         )
         reason: str | None = self.plan.reason

@@ -74,6 +74,8 @@ class Work:
         Others that run other batches.
     spare : int
         Bytes by which the process may grow before free pages are given back.
+    expected : int
+        Bytes that one pass is expected to need, which the process may grow by as well.
     on_host : int
         Blocks that are not on the device at any time.
 
@@ -96,6 +98,7 @@ class Work:
     done: set[str] = field(default_factory=set)
     processes: Processes | None = None
     spare: int = 0
+    expected: int = 0
     on_host: int = 0
 
     def __post_init__(self) -> None:

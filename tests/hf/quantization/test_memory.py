@@ -99,11 +99,12 @@ def test_memory_of_the_process(monkeypatch):
 
 def test_free_memory_is_released_between_the_groups(monkeypatch):
     calls = []
-    monkeypatch.setattr(HeapPages, "release", lambda pages: calls.append(pages))
+    monkeypatch.setattr(HeapPages, "release", lambda pages, ended=False: calls.append(ended))
     result = quantize(build(), "reference", tokens(64), group_size=16, schedule="one-pass")
     groups = {r.name: r for r in result.report.layers if not r.status.startswith("skipped")}
     shared = sum(len(r.shares_input_with) / (1 + len(r.shares_input_with)) for r in groups.values())
     assert len(calls) == round(len(groups) - shared) + 1
+    assert calls[-1] and not any(calls[:-1])
 
 
 def test_pages_are_released_once_the_process_has_grown(monkeypatch):
@@ -115,6 +116,37 @@ def test_pages_are_released_once_the_process_has_grown(monkeypatch):
         sizes.append(size)
         pages.release()
         assert len(trims) == times
+
+
+def test_pages_are_released_once_the_process_has_grown_by_what_was_expected(monkeypatch):
+    sizes, trims = [100], []
+    monkeypatch.setattr(memory_module, "_resident", lambda: sizes[-1])
+    monkeypatch.setattr(memory_module, "_malloc_trim", lambda: trims.append)
+    pages = HeapPages(HOST, spare=10, expected=50)
+    for size, times in ((120, 0), (160, 0), (161, 1), (160, 1), (170, 1), (172, 2)):
+        sizes.append(size)
+        pages.release()
+        assert len(trims) == times
+    for size, times in ((110, 2), (111, 3)):
+        sizes.append(size)
+        pages.release(ended=True)
+        assert len(trims) == times
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "replay"])
+def test_one_pass_may_grow_by_what_it_is_expected_to_need(monkeypatch, schedule):
+    made, own = [], HeapPages.__init__
+
+    def init(pages, device, spare=0, expected=0):
+        made.append((spare, expected))
+        own(pages, device, spare, expected)
+
+    monkeypatch.setattr(HeapPages, "__init__", init)
+    result = quantize(build(), "reference", tokens(64), group_size=16, schedule=schedule)
+    estimate = result.report.memory["estimate_one_pass"]
+    ((spare, expected),) = made
+    assert spare > 0
+    assert expected == (estimate - spare if schedule == "one-pass" else 0)
 
 
 def test_free_memory_is_released_between_the_groups_of_replay(monkeypatch):

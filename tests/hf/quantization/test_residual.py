@@ -11,6 +11,7 @@ from helpers.driver_models import build, padded_batches, tokens
 from helpers.schedule_models import count_hooks
 
 import ptqkit
+from ptqkit.arrays.drift import moved_outputs
 from ptqkit.hf import quantize
 from ptqkit.hf.models.stream import find_writers
 from ptqkit.hf.models.structure import find_blocks
@@ -78,8 +79,9 @@ def by_hand(floats, model, result, writers, batches):
             drift.update(x, x_q)
             if name in blocks:
                 r, r_q = (v.reshape(-1, outputs)[keep] for v in (r, r_q))
-                moved = torch.nn.functional.linear(x - x_q, goal.matrix) if narrow else 0
-                residual.update(r + moved, r_q, x_q)
+                if narrow:
+                    r = moved_outputs(r, goal.read(), x, x_q)
+                residual.update(r, r_q, x_q)
         options = {k: getattr(alphas, k) for k in ("bits", "group_size", "order", "grid")}
         options |= {k: getattr(alphas, k) for k in ("refine_passes", "refit_rounds", "damping")}
         D, alpha = None, alphas.error_propagation
