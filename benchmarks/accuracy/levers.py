@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.models import Case, load_case
-from benchmarks.accuracy.prototypes import attention, codes, rotation
+from benchmarks.accuracy.prototypes import attention, codes, fits, rotation
 from benchmarks.accuracy.run import grid_options
 from benchmarks.accuracy.windows import window_losses
 from ptqkit.arrays.solvers import gptq
@@ -40,7 +40,9 @@ COLUMNS = ("model", "grid", "recipe", "lever", "draw", "seconds", "objective", "
 GRIDS: dict[str, dict[str, Any]] = {
     "3 g64": {"bits": 3, "group_size": 64},
     "2 g64": {"bits": 2, "group_size": 64},
+    "4 channel": {"bits": 4, "group_size": None},
     "3 channel": {"bits": 3, "group_size": None},
+    "4 channel symmetric": {"bits": 4, "group_size": None, "symmetric": True},
     "3 g64 symmetric": {"bits": 3, "group_size": 64, "symmetric": True},
     "2 g64 symmetric": {"bits": 2, "group_size": 64, "symmetric": True},
     "2.5 average g64": {"bits": 2.5, "group_size": 64},
@@ -106,6 +108,11 @@ LEVERS: dict[str, Callable[[Case, Any], Any]] = {
     "beam of 16": lambda case, batches: {"beam_width": 16},
     "attention under v": lambda case, batches: attention.attended_values(case.model),
     "rows of q and k": lambda case, batches: attention.coupled_rows(case.model),
+    # The float64 solver for all of these, so "fit: search" is what they are compared to.
+    **{
+        f"fit: {name}": lambda case, batches, name=name: fits.solving_with(name)
+        for name in fits.FITS
+    },
 }
 
 
