@@ -106,6 +106,7 @@ LEVERS: dict[str, Callable[[Case, Any], Any]] = {
         functools.partial(codes.fit_again, zeros=1)
     ),
     "scales refitted": lambda case, batches: {"refit_rounds": 2},
+    "grid feedback": lambda case, batches: {"grid": "feedback"},
     "rows coupled": lambda case, batches: {"row_coupling": 3},
     "beam of 4": lambda case, batches: {"beam_width": 4},
     "beam of 16": lambda case, batches: {"beam_width": 16},
@@ -114,7 +115,7 @@ LEVERS: dict[str, Callable[[Case, Any], Any]] = {
     # The float64 solver for all of these, so "fit: search" is what they are compared to.
     **{
         f"fit: {name}": lambda case, batches, name=name: fits.solving_with(name)
-        for name in fits.FITS | fits.FACTOR_FITS
+        for name in fits.FITS
     },
 }
 

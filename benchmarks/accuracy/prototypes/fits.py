@@ -17,10 +17,9 @@ from ptqkit.arrays.solvers import rtn
 from ptqkit.hf.quantization import solve
 from ptqkit.recipe.recipe import Recipe
 from ptqkit.reference import grids, solvers
-from ptqkit.reference.grids import GRID_BLOCK, fit_grid, quantize, round_to_dtype, shrink_factors
-from ptqkit.reference.hessian import dampen
+from ptqkit.reference.grids import fit_grid, round_to_dtype, shrink_factors
 
-__all__ = ["FACTOR_FITS", "FITS", "feedback_errors", "fit_errors", "solving_with"]
+__all__ = ["FITS", "fit_errors", "solving_with"]
 
 Grid = tuple[np.ndarray, np.ndarray]
 #: The package's search, by default.
@@ -115,77 +114,17 @@ FITS: dict[str, Callable[[np.ndarray, np.ndarray, WeightGrid], Grid]] = {
 }
 
 
-def feedback_errors(
-    w: np.ndarray, R: np.ndarray, grid: WeightGrid, scale: np.ndarray, zero: np.ndarray
-) -> np.ndarray:
-    """Return what the group adds to the solver's objective (rows,), its columns fed back.
-
-    R (G, G) is the group's block of the upper factor of H, columns in quantization order; of more
-    than GRID_BLOCK columns those of a run of so many answer to each other alone.
-    """
-    E, total = np.zeros_like(w), np.zeros(len(w))
-    for j in range(w.shape[1]):
-        part = slice(j // GRID_BLOCK * GRID_BLOCK, j)
-        carried = E[:, part] @ R[part, j]
-        code = quantize(w[:, j] + carried / R[j, j], scale, zero, grid.max_code)
-        E[:, j] = w[:, j] - scale * (code - zero)
-        total += (carried + E[:, j] * R[j, j]) ** 2
-    return total
-
-
-def fed_back(w: np.ndarray, R: np.ndarray, grid: WeightGrid, candidates: int) -> Grid:
-    """Return the factor of the search with the least error once its columns are fed back.
-
-    Only the ``candidates`` that are best under the squared diagonal of R are compared so.
-    """
-    options = {"symmetric": grid.symmetric, "scale_dtype": grid.scale_dtype}
-    tried = []
-    for factor in shrink_factors(STEPS, MIN_SHRINK):
-        scale, zero, _ = fit_grid(w * factor, max_code=grid.max_code, **options)
-        tried.append((scale, zero, fit_errors(w, np.diag(R) ** 2, grid, scale, zero)))
-    scales, zeros, cheap = (np.array(values) for values in zip(*tried, strict=True))
-    first, every = np.argsort(cheap, axis=0)[:candidates], np.arange(len(w))
-    scales, zeros = (values[first, every] for values in (scales, zeros))
-    errors = np.array(
-        [feedback_errors(w, R, grid, *each) for each in zip(scales, zeros, strict=True)]
-    )
-    best = errors.argmin(0)
-    return scales[best, every], zeros[best, every]
-
-
-#: The same of w (rows, G) under the group's block of the solver's factor (G, G).
-FACTOR_FITS: dict[str, Callable[[np.ndarray, np.ndarray, WeightGrid], Grid]] = {
-    "fed back": functools.partial(fed_back, candidates=STEPS),
-    "fed back, 10 of 40": functools.partial(fed_back, candidates=10),
-    "fed back, 4 of 40": functools.partial(fed_back, candidates=CANDIDATES),
-    "search under R": lambda w, R, grid: searched(w, R @ R.T, grid),
-    "exact scales under R": lambda w, R, grid: exact(w, R @ R.T, grid, searched),
-}
-
-
 @contextlib.contextmanager
 def solving_with(name: str) -> Iterator[None]:
-    """Solve with the float64 twin, the grid of each group fitted by one of the fits above."""
+    """Solve with the float64 twin, the grid of each group fitted by ``FITS[name]``."""
 
     def solved(weight: np.ndarray, source: Any, options: Recipe, **rest: Any) -> QuantizedMatrix:
         grid = WeightGrid(
             options.bits, options.group_size, options.symmetric, False, options.scale_dtype
         )
 
-        whole = np.asarray(source.matrix, np.float64)
-        order = solvers.make_order(np.diag(whole), options.order, options.group_size)
-        R = solvers.upper_factor(dampen(whole, options.damping)[0][np.ix_(order, order)])
-        starts = iter(range(0, len(order), options.group_size or len(order)))
-
         def fit(w: np.ndarray, *, H: np.ndarray, **_: Any) -> tuple[np.ndarray, ...]:
-            if name in FITS:
-                found = FITS[name](w, H, grid)
-            else:
-                # A channel is fitted before the solve, its columns as they are stored.
-                part = slice(start := next(starts), start + w.shape[1])
-                columns = order if w.shape[1] == len(order) else slice(None)
-                found = FACTOR_FITS[name](w[:, columns], R[part, part], grid)
-            return *found, np.full(len(w), np.nan)
+            return *FITS[name](w, H, grid), np.full(len(w), np.nan)
 
         with (
             mock.patch.object(grids, "fit_grid", fit),
@@ -193,7 +132,7 @@ def solving_with(name: str) -> Iterator[None]:
         ):
             found = solvers.gptq(
                 weight,
-                whole,
+                np.asarray(source.matrix, np.float64),
                 max_code=grid.max_code,
                 group_size=options.group_size,
                 order=options.order,
