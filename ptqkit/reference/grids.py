@@ -140,7 +140,7 @@ def fit_grid(
 
     factors = shrink_factors(steps, min_shrink)
     if method == "feedback":
-        errors = np.stack([fed_back_error(w, R, *make(p), max_code) for p in factors])
+        errors = np.stack([fed_back_error(w, R, s, z, max_code) for s, z in map(make, factors)])
     elif method == "mse":
         errors = np.stack([error(p, "mse", None) for p in factors])
     else:

@@ -123,7 +123,7 @@ def gptq(
     runs = order == "act" and not static_groups
     group = np.arange(n) // size if runs else perm // size
     fed_back = grid.get("method") == "feedback"
-    R = upper_factor(damped[np.ix_(perm, perm)]) if fed_back else None
+    R = upper_factor(damped[np.ix_(perm, perm)]) if fed_back else np.empty((0, 0))
     if static_groups and fed_back:
         blocks = np.arange(n) // GRID_BLOCK
         R = np.where(blocks[:, None] == blocks, R, 0.0)
