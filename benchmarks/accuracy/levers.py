@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.models import Case, load_case
-from benchmarks.accuracy.prototypes import attention, codes, rotation
+from benchmarks.accuracy.prototypes import attention, codes, fits, rotation
 from benchmarks.accuracy.run import grid_options
 from benchmarks.accuracy.windows import window_losses
 from ptqkit.arrays.solvers import gptq
@@ -40,12 +40,16 @@ COLUMNS = ("model", "grid", "recipe", "lever", "draw", "seconds", "objective", "
 GRIDS: dict[str, dict[str, Any]] = {
     "3 g64": {"bits": 3, "group_size": 64},
     "2 g64": {"bits": 2, "group_size": 64},
+    "4 channel": {"bits": 4, "group_size": None},
     "3 channel": {"bits": 3, "group_size": None},
+    "4 channel symmetric": {"bits": 4, "group_size": None, "symmetric": True},
     "3 g64 symmetric": {"bits": 3, "group_size": 64, "symmetric": True},
     "2 g64 symmetric": {"bits": 2, "group_size": 64, "symmetric": True},
     "2.5 average g64": {"bits": 2.5, "group_size": 64},
     "3.0 average g64": {"bits": 3.0, "group_size": 64},
 }
+#: Objective of the layers, and the loss per token of each test window.
+Run = tuple[float, list[float]]
 #: Rough costs, for the order of the tasks.
 COSTS = {"embedded": 10.0, "stories260k": 2.0, "babyllama105": 1.0}
 
@@ -101,11 +105,18 @@ LEVERS: dict[str, Callable[[Case, Any], Any]] = {
     "grids and zeros again": lambda case, batches: _solving_after(
         functools.partial(codes.fit_again, zeros=1)
     ),
+    "scales refitted": lambda case, batches: {"refit_rounds": 2},
+    "grid feedback": lambda case, batches: {"grid": "feedback"},
     "rows coupled": lambda case, batches: {"row_coupling": 3},
     "beam of 4": lambda case, batches: {"beam_width": 4},
     "beam of 16": lambda case, batches: {"beam_width": 16},
     "attention under v": lambda case, batches: attention.attended_values(case.model),
     "rows of q and k": lambda case, batches: attention.coupled_rows(case.model),
+    # The float64 solver for all of these, so "fit: search" is what they are compared to.
+    **{
+        f"fit: {name}": lambda case, batches, name=name: fits.solving_with(name)
+        for name in fits.FITS
+    },
 }
 
 
@@ -152,35 +163,43 @@ def measure(task: tuple[Any, ...]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _against(draws: dict[int, Run], none: dict[int, Run]) -> tuple[str, str, str]:
+    """Return the difference in mnats with both standard errors, and the part of the objective."""
+    both = sorted(draws.keys() & none.keys())
+    each = np.array([np.subtract(draws[d][1], none[d][1]) for d in both]) * 1e3
+    error = each.mean(0).std(ddof=1) / math.sqrt(each.shape[1])
+    over = f"{each.mean(1).std(ddof=1) / math.sqrt(len(both)):.1f}" if len(both) > 1 else ""
+    part = statistics.fmean(draws[d][0] / none[d][0] for d in both)
+    return f"{each.mean():+.1f} ± {error:.1f}", over, f"{part:.3f}"
+
+
 def summary(path: Path) -> list[str]:
-    """Return the table in Markdown: excess perplexity, and the difference to "none" in mnats."""
-    cells: dict[tuple[str, ...], dict[str, dict[int, list[float]]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
+    """Return the table in Markdown: excess perplexity, and the difference to "none" in mnats.
+
+    Its standard errors are those over test windows and those over draws; then the layers'
+    objective, of that of "none".
+    """
+    cells: dict[tuple[str, ...], dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
     floats = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             key = (row["model"], row["grid"], row["recipe"])
-            cells[key][row["lever"]][int(row["draw"])] = [float(v) for v in row["nll"].split()]
+            run = float(row["objective"]), [float(v) for v in row["nll"].split()]
+            cells[key][row["lever"]][int(row["draw"])] = run
             floats[row["model"]] = float(row["float"])
     lines = [
-        "| model | grid | recipe | lever | draws | excess perplexity | mnats to none |",
-        "|---|---|---|---|---|---|---|",
+        "| model | grid | recipe | lever | draws | excess perplexity | mnats to none | over draws "
+        "| objective |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (model, grid, recipe), levers in cells.items():
         for lever, draws in levers.items():
-            values = [statistics.fmean(v) for v in draws.values()]
-            excess = math.exp(statistics.fmean(values)) - math.exp(floats[model])
-            against = ""
-            both = draws.keys() & levers["none"].keys() if "none" in levers else set()
-            if lever != "none" and both:
-                each = [
-                    statistics.fmean(draws[d][w] - levers["none"][d][w] for d in both)
-                    for w in range(len(next(iter(draws.values()))))
-                ]
-                error = statistics.stdev(each) / math.sqrt(len(each))
-                against = f"{1e3 * statistics.fmean(each):+.1f} ± {1e3 * error:.1f}"
-            line = (model, grid, recipe, lever, len(draws), f"{excess:.4g}", against)
+            mean = statistics.fmean(statistics.fmean(losses) for _, losses in draws.values())
+            excess = math.exp(mean) - math.exp(floats[model])
+            against = ("", "", "")
+            if lever != "none" and draws.keys() & levers.get("none", {}).keys():
+                against = _against(draws, levers["none"])
+            line = (model, grid, recipe, lever, len(draws), f"{excess:.4g}", *against)
             lines.append(f"| {' | '.join(map(str, line))} |")
     return lines
 

@@ -283,7 +283,7 @@ int args_grid(PyObject *tuple, ptq_grid *grid) {
     static const args_field fields[] = {
         {"max_code", 0, 1, 255},
         {"symmetric", 0, 0, 1},
-        {"method", 0, 0, PTQ_GRID_HESSIAN},
+        {"method", 0, 0, PTQ_GRID_FEEDBACK},
         {"steps", 0, 1, PTQ_GRID_MAX_STEPS},
         {"candidates", 0, 1, INT32_MAX},
         {"scale_type", 0, 0, PTQ_BF16},

@@ -45,6 +45,10 @@ PTQ_BIND(rtn, 8, "W, group_size, grid, H, codes, scales, zeros, threads",
         PyErr_SetString(PyExc_ValueError, "H must be given if grid.method is 2, Hessian");
         return NULL;
     }
+    if (grid.method == PTQ_GRID_FEEDBACK) {
+        PyErr_SetString(PyExc_ValueError, "grid.method 3, feedback, is of gptq() alone");
+        return NULL;
+    }
     const float *hessian = H ? PyArray_DATA(H) : NULL;
     ptq_status status;
     PTQ_WITHOUT_GIL(status,
@@ -155,6 +159,12 @@ PTQ_BIND(gptq, 12, "W, H, R, order, options, grid, codes, scales, zeros, g_idx, 
         args_shape(history, "history", 1 + a.refine_passes + 2 * a.refit_rounds, rows) ||
         outputs_parse(args + 6, rows, n, (npy_intp)(n / a.G), &out))
         return NULL;
+    if (a.grid.method == PTQ_GRID_FEEDBACK && (!a.feedback || a.static_groups != (a.G == n))) {
+        PyErr_SetString(PyExc_ValueError,
+                        "grid.method 3, feedback, needs feedback, and static_groups for a channel "
+                        "alone");
+        return NULL;
+    }
     a.W = PyArray_DATA(W);
     a.H = PyArray_DATA(H);
     a.R = PyArray_DATA(R);

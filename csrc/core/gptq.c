@@ -84,13 +84,65 @@ static ptq_strip_args strip_args(const solver *v, panel *p, const ptq_strips *M,
     };
 }
 
+/* A group's strips [s0, s1), to be solved with a grid that is tried. */
+typedef struct {
+    const solver *v;
+    panel *p;
+    int64_t s0, s1;
+    int64_t
+        base; /* of the strips' T, which holds the sums over earlier groups; -1: there is none */
+} trial;
+
+/* error = what the solve itself would add to the objective, its columns fed back; in a channel each
+ * run of PTQ_GRID_BLOCK columns without the others. E and codes of the group are overwritten. */
+static void fed_back_error(void *ctx, const float *scale, const float *zero, float *error) {
+    const trial *t = ctx;
+    const solver *v = t->v;
+    const ptq_strips *R = &v->R;
+    const int64_t nr = v->k->gemm.nr, mr = v->k->gemm.mr, start = R->start[t->s0];
+    const int64_t run = t->base < 0 ? PTQ_GRID_BLOCK : v->a->G;
+    float T[PTQ_MAX_TILE];
+    double objective[PTQ_MAX_NR] = {0}, error2[PTQ_MAX_NR] = {0};
+    memcpy(t->p->scales + v->group[start] * nr, scale, sizeof(float) * (size_t)nr);
+    memcpy(t->p->zeros + v->group[start] * nr, zero, sizeof(float) * (size_t)nr);
+    for (int64_t s = t->s0; s < t->s1; s++) {
+        const int64_t column = R->start[s], from = start + (column - start) / run * run;
+        if (t->base < 0) memset(T, 0, sizeof(float) * (size_t)(mr * nr));
+        else memcpy(T, strip_T(v, t->p, s, t->base), sizeof(float) * (size_t)(mr * nr));
+        v->k->gemm.f32(T, R->data + R->offset[s] + from * mr, mr, t->p->E + from * nr,
+                       column - from);
+        ptq_strip_args args = strip_args(v, t->p, R, s, s);
+        args.T = T;
+        args.objective = objective;
+        args.error2 = error2;
+        v->k->solve.quantize(&args);
+    }
+    for (int64_t r = 0; r < nr; r++) error[r] = (float)objective[r];
+}
+
+/* Fit the grid of U, the weights of strips [s0, s1), as the options say; base as in a trial. */
+static void fit_strips(const solver *v, panel *p, const float *U, int64_t s0, int64_t s1,
+                       int64_t base, float *scratch) {
+    const int64_t nr = v->k->gemm.nr, start = v->R.start[s0], G = v->a->G, g = v->group[start];
+    if (v->a->grid.method != PTQ_GRID_FEEDBACK) {
+        ptq_grid_fit(v->k, &v->a->grid, G, U, &v->blocks, start / G, scratch, p->scales + g * nr,
+                     p->zeros + g * nr);
+        return;
+    }
+    trial t = {v, p, s0, s1, base};
+    float scale[PTQ_MAX_NR], zero[PTQ_MAX_NR];
+    ptq_grid_fit_all(v->k, &v->a->grid, G, U, fed_back_error, &t, scale, zero);
+    memcpy(p->scales + g * nr, scale, sizeof(float) * (size_t)nr);
+    memcpy(p->zeros + g * nr, zero, sizeof(float) * (size_t)nr);
+}
+
 /* Fit the grid of the group whose strips are [s0, s1) to its updated weights
  * U = W_g + D with D R_gg = E[:, :g] R[:g, g]; T already holds the right side. */
 static void fit_updated(const solver *v, panel *p, int64_t s0, int64_t s1, int64_t base,
                         float *scratch) {
     const ptq_strips *R = &v->R;
     const int64_t nr = v->k->gemm.nr, mr = v->k->gemm.mr, start = R->start[s0];
-    const int64_t G = v->a->G, g = v->group[start];
+    const int64_t G = v->a->G;
     const float *U = p->W + start * nr;
     if (v->a->feedback && start > 0) {
         float *N = scratch, *V = N + G * nr, *fit = V + G * nr, T[PTQ_MAX_TILE];
@@ -102,12 +154,10 @@ static void fit_updated(const solver *v, panel *p, int64_t s0, int64_t s1, int64
             v->k->solve.trisolve(R->width[s], column + R->start[s] * mr, T, N + at * nr);
         }
         for (int64_t i = 0; i < G * nr; i++) V[i] = U[i] - N[i];
-        ptq_grid_fit(v->k, &v->a->grid, G, V, &v->blocks, start / G, fit, p->scales + g * nr,
-                     p->zeros + g * nr);
+        fit_strips(v, p, V, s0, s1, base, fit);
         return;
     }
-    ptq_grid_fit(v->k, &v->a->grid, G, U, &v->blocks, start / G, scratch, p->scales + g * nr,
-                 p->zeros + g * nr);
+    fit_strips(v, p, U, s0, s1, base, scratch);
 }
 
 /* All that happens inside a block once T holds the sums over earlier blocks. */
@@ -164,7 +214,9 @@ static void load_task_panel(const solver *v, panel *p, int64_t row, float *scrat
     ptq_panel_load(v->k, a->W, a->rows, a->n, row, natural);
     for (int64_t j = 0; j < a->n; j++)
         memcpy(p->W + j * nr, natural + a->perm[j] * nr, sizeof(float) * (size_t)nr);
-    for (int64_t g = 0; a->static_groups && g < a->n / a->G; g++)
+    const int fed_back = a->grid.method == PTQ_GRID_FEEDBACK;
+    if (a->static_groups && fed_back) fit_strips(v, p, p->W, 0, v->R.count, -1, scratch);
+    for (int64_t g = 0; a->static_groups && !fed_back && g < a->n / a->G; g++)
         ptq_grid_fit(v->k, &a->grid, a->G, natural + g * a->G * nr, &v->blocks, g, scratch,
                      p->scales + g * nr, p->zeros + g * nr);
     memset(p->objective, 0, sizeof p->objective);
@@ -310,7 +362,8 @@ typedef struct {
 static ptq_status prepare(solver *v, index_tables *t, int threads) {
     const ptq_gptq_args *a = v->a;
     /* Dynamic groups need strips that end with the group; strips of H must match those of R. */
-    const int64_t align = dynamic(a) ? a->G : a->n;
+    const int fed_back = a->grid.method == PTQ_GRID_FEEDBACK;
+    const int64_t align = dynamic(a) ? a->G : fed_back ? PTQ_GRID_BLOCK : a->n;
     ptq_status status =
         ptq_strips_make(v->k, &v->R, a->R, a->n, NULL, a->n, align, PTQ_STRIPS_UPPER, threads);
     if (!status && sweeps(a))
@@ -360,6 +413,9 @@ static ptq_status solve(solver *v, int threads) {
 
 ptq_status ptq_gptq(const ptq_gptq_args *a, int threads) {
     if (a->rows < 1 || a->n < 1 || a->G < 1 || a->n % a->G || a->block < 1) return PTQ_INVALID;
+    /* Only groups that are solved as a whole can be tried. */
+    if (a->grid.method == PTQ_GRID_FEEDBACK && (!a->feedback || a->static_groups != (a->G == a->n)))
+        return PTQ_INVALID;
     solver v = {.a = a, .k = ptq_kernels_get()};
     index_tables t = {0};
     threads = ptq_thread_count(threads);

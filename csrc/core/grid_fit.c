@@ -104,6 +104,12 @@ typedef struct {
     float *scales, *zeros, *errors; /* (steps, nr) */
 } candidates;
 
+/* Factor i of a search. */
+static float shrink_factor(const ptq_grid *grid, int i) {
+    const double step = grid->steps > 1 ? (double)i / (grid->steps - 1) : 0.0;
+    return (float)(1.0 - step * (1.0 - (double)grid->min_shrink));
+}
+
 /* Errors of all candidates under the diagonal of H, or |d|^norm. */
 static void rank_candidates(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
                             const float *diagonal, candidates *c) {
@@ -111,8 +117,7 @@ static void rank_candidates(const ptq_kernels *k, const ptq_grid *grid, int64_t 
     float shrink[PTQ_MAX_NR];
     k->grid.range(G, U, c->low, c->high);
     for (int i = 0; i < grid->steps; i++) {
-        const double step = grid->steps > 1 ? (double)i / (grid->steps - 1) : 0.0;
-        c->factors[i] = (float)(1.0 - step * (1.0 - (double)grid->min_shrink));
+        c->factors[i] = shrink_factor(grid, i);
         for (int64_t r = 0; r < nr; r++) shrink[r] = c->factors[i];
         k->grid.from_range(grid, c->low, c->high, shrink, c->scales + i * nr, c->zeros + i * nr);
     }
@@ -147,6 +152,26 @@ static void fit_search(const ptq_kernels *k, const ptq_grid *grid, int64_t G, co
             /* the first one is the fallback if every error overflows */
             if (i > 0 && !(error[r] < best[r])) continue;
             if (rounds > 1 && error[r] < best[r]) best[r] = error[r];
+            s[r] = scale[r];
+            z[r] = zero[r];
+        }
+    }
+}
+
+void ptq_grid_fit_all(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
+                      ptq_grid_error error, void *ctx, float *s, float *z) {
+    const int64_t nr = k->gemm.nr;
+    float low[PTQ_MAX_NR], high[PTQ_MAX_NR], shrink[PTQ_MAX_NR], scale[PTQ_MAX_NR],
+        zero[PTQ_MAX_NR], found[PTQ_MAX_NR], best[PTQ_MAX_NR];
+    k->grid.range(G, U, low, high);
+    for (int i = 0; i < grid->steps; i++) {
+        for (int64_t r = 0; r < nr; r++) shrink[r] = shrink_factor(grid, i);
+        k->grid.from_range(grid, low, high, shrink, scale, zero);
+        error(ctx, scale, zero, found);
+        for (int64_t r = 0; r < nr; r++) {
+            /* the first one is the fallback if every error overflows */
+            if (i > 0 && !(found[r] < best[r])) continue;
+            best[r] = found[r];
             s[r] = scale[r];
             z[r] = zero[r];
         }

@@ -79,6 +79,11 @@ ptq_status ptq_grid_blocks_make(const ptq_kernels *k, ptq_grid_blocks *blocks, c
                                 int64_t n, int64_t G, const int64_t *perm, int threads);
 void ptq_grid_blocks_free(ptq_grid_blocks *blocks);
 
+/* The error (nr) of a candidate grid, of the caller's own. */
+typedef void (*ptq_grid_error)(void *ctx, const float *scale, const float *zero, float *error);
+/* The shrunk range of U (G, nr) whose grid has the least error of all steps: s, z (nr). */
+void ptq_grid_fit_all(const ptq_kernels *k, const ptq_grid *grid, int64_t G, const float *U,
+                      ptq_grid_error error, void *ctx, float *s, float *z);
 /* Floats of scratch that ptq_grid_fit needs. */
 int64_t ptq_grid_fit_work(const ptq_grid *grid);
 /* Fit the grid of group g to U (G, nr): s, z (nr). blocks may be NULL unless the method reads H. */

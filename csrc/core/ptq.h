@@ -45,9 +45,15 @@ typedef enum {
 
 /* PTQ_F64 only for the arguments that name it. */
 typedef enum { PTQ_F32 = 0, PTQ_F16 = 1, PTQ_BF16 = 2, PTQ_F64 = 3 } ptq_dtype;
-typedef enum { PTQ_GRID_MINMAX = 0, PTQ_GRID_MSE = 1, PTQ_GRID_HESSIAN = 2 } ptq_grid_method;
+typedef enum {
+    PTQ_GRID_MINMAX = 0,
+    PTQ_GRID_MSE = 1,
+    PTQ_GRID_HESSIAN = 2,
+    PTQ_GRID_FEEDBACK = 3, /* of gptq with whole groups in quantization order */
+} ptq_grid_method;
 
-/* Width of the diagonal blocks that stand for H in the Hessian grid of wider groups. */
+/* Width of the diagonal blocks that stand for H in the Hessian grid of wider groups, and for R in
+ * the feedback grid. */
 #define PTQ_GRID_BLOCK 128
 /* Most shrink factors a grid search may try. */
 #define PTQ_GRID_MAX_STEPS 256

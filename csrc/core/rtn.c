@@ -37,6 +37,7 @@ static void round_panel(void *ctx, int64_t p, int thread) {
 ptq_status ptq_rtn(const float *W, int64_t rows, int64_t n, int64_t G, const ptq_grid *grid,
                    const float *H, uint8_t *codes, float *scales, uint8_t *zeros, int threads) {
     if (rows < 1 || n < 1 || G < 1 || n % G) return PTQ_INVALID;
+    if (grid->method == PTQ_GRID_FEEDBACK) return PTQ_INVALID;
     rounding t = {.k = ptq_kernels_get(),
                   .W = W,
                   .rows = rows,

@@ -305,8 +305,9 @@ static void run_gptq(results *r) {
     static float scales[ROWS * N / GROUP];
     static int32_t g_idx[N];
     static double history[5 * ROWS];
-    for (int method = PTQ_GRID_MINMAX; method <= PTQ_GRID_HESSIAN; method++)
+    for (int method = PTQ_GRID_MINMAX; method <= PTQ_GRID_FEEDBACK; method++)
         for (int refine_passes = 0; refine_passes <= 2; refine_passes += 2) {
+            const int fixed = refine_passes > 0 && method != PTQ_GRID_FEEDBACK;
             char name[40];
             const ptq_gptq_args a = {.W = in.W,
                                      .H = in.H,
@@ -316,8 +317,8 @@ static void run_gptq(results *r) {
                                      .n = N,
                                      .G = GROUP,
                                      .block = 32,
-                                     .static_groups = refine_passes > 0,
-                                     .groups_follow_order = refine_passes == 0,
+                                     .static_groups = fixed,
+                                     .groups_follow_order = !fixed,
                                      .feedback = 1,
                                      .refine_passes = refine_passes,
                                      .refit_rounds = refine_passes / 2,

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 TERNARY_BITS = float(np.log2(3.0))
-GRID_METHODS = {"minmax": 0, "mse": 1, "hessian": 2}  # ptq_grid_method
+GRID_METHODS = {"minmax": 0, "mse": 1, "hessian": 2, "feedback": 3}  # ptq_grid_method
 SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # ptq_scale_type
 
 

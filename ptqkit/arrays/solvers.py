@@ -63,6 +63,7 @@ def rtn(
         ``grid_min_shrink``) with the least ``sum |d|^grid_norm``; or with the least ``d H_gg d^T``,
         d the rounding error and H_gg the group's block of H, which must then be given. Of the
         factors, the ``grid_candidates`` best under the diagonal of H are compared under all of it.
+        ("feedback" is a grid of :func:`gptq` alone.)
     H : Hessian, Factorization or array, shape (in, in), optional
         With it the result also reports its objective.
     scale_dtype : {"float32", "float16", "bfloat16"}
@@ -88,6 +89,10 @@ def rtn(
     spec = grid_spec(
         result_grid, grid, min_zero_point, grid_steps, grid_min_shrink, grid_norm, grid_candidates
     )
+    if grid == "feedback":
+        raise ValueError(
+            f"{label(name)}grid='feedback' is a grid of gptq: here nothing is fed back"
+        )
     if per_tensor and grid != "minmax":
         raise ValueError(
             f"{label(name)}per_tensor=True needs grid='minmax': a search shrinks each group's range"
@@ -220,8 +225,12 @@ def gptq(
     W : array or tensor, shape (out, in), floating point
     H : Hessian, Factorization or array, shape (in, in)
         ``(2/N) X^T X``. A Factorization brings its own order and damping.
-    bits, group_size, symmetric, grid, scale_dtype, min_zero_point, threads, name
+    bits, group_size, symmetric, scale_dtype, min_zero_point, threads, name
         As in :func:`rtn`; ternary is published with groups of 8.
+    grid : {"minmax", "mse", "hessian", "feedback"}
+        As in :func:`rtn`; or shrunk by the factor of ``grid_steps`` that leaves the least objective
+        once the group itself is solved, each column fed back to the next: ``grid_steps`` solves
+        of every group. A channel counts as groups of 128, each solved by itself.
     order : {"natural", "act", "group-act"}
         As stored; by decreasing H_jj (act-order: with groups, ``g_idx`` is permuted
         unless ``static_groups``); or groups by importance and columns inside them by H_jj
@@ -260,7 +269,7 @@ def gptq(
     NotPositiveDefiniteError
         If H cannot be factorized with any damping up to ``max_damping``.
     TypeError, ValueError
-        As in :func:`rtn`.
+        As in :func:`rtn`; ``grid="feedback"`` without feedback or with ``static_groups``.
     """
     result_grid = named_grid(bits, group_size, symmetric, False, scale_dtype, name=name)
     spec = grid_spec(
@@ -272,6 +281,11 @@ def gptq(
     check_count(beam_width, "beam_width", 1, 16)
     if beam_width > 1 and not feedback:
         raise ValueError(f"beam_width={beam_width} searches with feedback: use feedback=True or 1")
+    if grid == "feedback" and (static_groups or not feedback):
+        raise ValueError(
+            f"{label(name)}grid='feedback' tries a group's grid by its solve: it needs "
+            "feedback=True and static_groups=False"
+        )
     check_count(block_size, "block_size", 1, 1 << 20)
     W = as_matrix(W, "W", name, threads)
     size = group_width(result_grid, W.shape[1], name)
@@ -333,7 +347,7 @@ def gptq(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
-        grid=grid,
+        grid="hessian" if grid == "feedback" else grid,
         H=F,
         scale_dtype=scale_dtype,
         min_zero_point=min_zero_point,

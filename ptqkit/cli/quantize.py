@@ -167,7 +167,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="with order 'act': grids fixed beforehand on consecutive inputs; without, g_idx",
     )
-    group.add_argument("--grid", choices=("minmax", "mse", "hessian"), help="how ranges are chosen")
+    group.add_argument(
+        "--grid",
+        choices=("minmax", "mse", "hessian", "feedback"),
+        help="how ranges are chosen",
+    )
     group.add_argument("--refine-passes", type=int, metavar="N", help="coordinate-descent passes")
     group.add_argument(
         "--refit-rounds",

@@ -65,6 +65,8 @@ def why_on_host(device: torch.device, options: Recipe) -> str:
         return f"method {options.method!r}"
     if options.beam_width > 1:
         return f"beam_width={options.beam_width}"
+    if options.grid == "feedback":
+        return "grid 'feedback'"
     return "" if device.type == "cpu" else why_no_kernels(device)
 
 

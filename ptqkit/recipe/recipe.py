@@ -82,7 +82,8 @@ class Recipe:
         Quantization order: as stored, by decreasing diagonal of H, or group-aware.
     static_groups : bool
         With ``order="act"`` and groups: grids fixed beforehand on runs of consecutive inputs.
-    grid : {"minmax", "mse", "hessian"}
+    grid : {"minmax", "mse", "hessian", "feedback"}
+        "feedback" is of method "gptq", with whole groups: not with ``static_groups``.
     refine_passes : int
         Coordinate-descent passes after the solve.
     refit_rounds : int
@@ -237,6 +238,12 @@ class Recipe:
             )
         if self.beam_width > 1 and not self.feedback:
             raise ValueError(f"beam_width={self.beam_width} needs feedback=True")
+        if self.grid == "feedback" and (
+            self.method != "gptq" or self.static_groups or not self.feedback
+        ):
+            raise ValueError(
+                "grid='feedback' needs method 'gptq' with feedback=True and static_groups=False"
+            )
         check_int("block_size", self.block_size, 1)
         check_int("tune", self.tune, 0)
         check_int("tune_own_text", self.tune_own_text, 0)

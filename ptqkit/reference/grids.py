@@ -6,6 +6,7 @@ import numpy as np
 
 __all__ = [
     "dequantize",
+    "fed_back_error",
     "fit_grid",
     "fit_groups",
     "quantize",
@@ -75,6 +76,21 @@ def _search_error(d, method, norm, H):
     return total
 
 
+def fed_back_error(w, R, scale, zero, max_code):
+    """Return what solving a group on a grid adds to the objective, per row: sum (e R)_j^2.
+
+    Column j is rounded from w_j + (sum_{k<j} e_k R_kj) / R_jj; R (group, group) is the group's
+    block of the upper factor of H.
+    """
+    E, total = np.zeros_like(w), np.zeros(len(w))
+    for j in range(w.shape[1]):
+        carried = E[:, :j] @ R[:j, j]
+        code = quantize(w[:, j] + carried / R[j, j], scale, zero, max_code)
+        E[:, j] = w[:, j] - dequantize(code, scale, zero)
+        total += (carried + E[:, j] * R[j, j]) ** 2
+    return total
+
+
 def fit_grid(
     w,
     *,
@@ -82,6 +98,7 @@ def fit_grid(
     symmetric=False,
     method="minmax",
     H=None,
+    R=None,
     steps=40,
     min_shrink=0.3,
     norm=2.4,
@@ -96,11 +113,12 @@ def fit_grid(
     w : ndarray, shape (rows, group)
     max_code : int
         Largest code, ``2**bits - 1`` or 2 for ternary.
-    method : {"minmax", "mse", "hessian"}
+    method : {"minmax", "mse", "hessian", "feedback"}
         Min-max range; or the shrink factor of that range with the least ``sum |d|^norm``; or the
         one with the least ``d H d^T``, with d the rounding error and H (group, group) the
         group's own block of the Hessian. Only the ``candidates`` factors that are best under the
-        diagonal of H are compared under all of it.
+        diagonal of H are compared under all of it. Or the one with the least error once the group
+        is solved, its columns in quantization order: see :func:`fed_back_error`, which reads R.
 
     Returns
     -------
@@ -121,7 +139,9 @@ def fit_grid(
         )
 
     factors = shrink_factors(steps, min_shrink)
-    if method == "mse":
+    if method == "feedback":
+        errors = np.stack([fed_back_error(w, R, s, z, max_code) for s, z in map(make, factors)])
+    elif method == "mse":
         errors = np.stack([error(p, "mse", None) for p in factors])
     else:
         cheap = np.stack([error(p, "hessian", np.diag(np.diag(H))) for p in factors])

@@ -6,7 +6,14 @@ from itertools import product
 
 import numpy as np
 
-from ptqkit.reference.grids import dequantize, fit_grid, fit_groups, quantize, round_to_dtype
+from ptqkit.reference.grids import (
+    GRID_BLOCK,
+    dequantize,
+    fit_grid,
+    fit_groups,
+    quantize,
+    round_to_dtype,
+)
 from ptqkit.reference.hessian import dampen
 
 __all__ = [
@@ -96,6 +103,8 @@ def gptq(
     With U the upper Cholesky factor of H^-1, column j is rounded, and its error divided by U_jj is
     spread over the later columns by row j of U. A group's grid is fitted to its updated weights
     when its first column is reached; with ``static_groups`` to the original weights beforehand.
+    A "feedback" grid reads the group's block of R, H = R R^T; that of a channel, in quantization
+    order, diagonal blocks of GRID_BLOCK.
 
     Returns
     -------
@@ -113,7 +122,14 @@ def gptq(
     # group of the i-th quantized column: its own, or (act-order with g_idx) a run of the order
     runs = order == "act" and not static_groups
     group = np.arange(n) // size if runs else perm // size
-    if static_groups:
+    fed_back = grid.get("method") == "feedback"
+    R = upper_factor(damped[np.ix_(perm, perm)]) if fed_back else np.empty((0, 0))
+    if static_groups and fed_back:
+        blocks = np.arange(n) // GRID_BLOCK
+        R = np.where(blocks[:, None] == blocks, R, 0.0)
+        scale, zero, _ = fit_grid(W0[:, perm], R=R, max_code=max_code, **grid)
+        scales, zeros = scale[:, None], zero[:, None]
+    elif static_groups:
         scales, zeros = fit_groups(W0, size, H=H, max_code=max_code, **grid)
     else:
         scales, zeros = np.zeros((2, rows, n // size))
@@ -122,8 +138,8 @@ def gptq(
         g = group[j]
         if not static_groups and j % size == 0:
             part = slice(j, j + size)
-            block = H[np.ix_(perm[part], perm[part])]
-            scales[:, g], zeros[:, g], _ = fit_grid(Wp[:, part], H=block, max_code=max_code, **grid)
+            block = {"R": R[part, part]} if fed_back else {"H": H[np.ix_(perm[part], perm[part])]}
+            scales[:, g], zeros[:, g], _ = fit_grid(Wp[:, part], max_code=max_code, **block, **grid)
         codes[:, j] = quantize(Wp[:, j], scales[:, g], zeros[:, g], max_code)
         error = (Wp[:, j] - dequantize(codes[:, j], scales[:, g], zeros[:, g])) / U[j, j]
         if feedback:

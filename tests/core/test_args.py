@@ -71,7 +71,7 @@ MATRIX = {  # what every solver checks of its weights
         f"bits {b!r}": ({"bits": b}, V, "bits must be an integer from 2 to 8 or 'ternary'")
         for b in (0, 1, 9, -4, 4.0, True, "4", "binary", None, [4])
     },
-    "grid": ({"grid": "best"}, V, "grid must be one of 'minmax', 'mse', 'hessian', not 'best'"),
+    "grid": ({"grid": "best"}, V, "grid must be one of 'minmax', 'mse', 'hessian', 'feed"),
     "scale_dtype": ({"scale_dtype": "float64"}, V, "scale_dtype must be one of"),
     "zero 99": ({"min_zero_point": 99}, V, r"min_zero_point must lie in \[0, 15\]"),
     "zero -1": ({"min_zero_point": -1}, V, "min_zero_point must lie in"),

@@ -129,4 +129,5 @@ def test_where_the_host_solves_the_reason_is_told(monkeypatch):
     assert why_on_host(CPU, recipe()) == ""
     assert why_on_host(torch.device("meta"), recipe()) == "none for meta"
     assert why_on_host(CPU, recipe(beam_width=2)) == "beam_width=2"
+    assert why_on_host(CPU, recipe(grid="feedback")) == "grid 'feedback'"
     assert why_on_host(CPU, Recipe.preset("rtn")) == "method 'rtn'"
