@@ -34,7 +34,7 @@ from ptqkit.hf.quantization.opening import open_model, reopen
 from ptqkit.hf.quantization.plan import SCHEDULES, plan_schedule
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.hf.quantization.report import Report
-from ptqkit.hf.quantization.row_coupling import measure_outputs
+from ptqkit.hf.quantization.row_coupling import measure_outputs, outputs_of_first
 from ptqkit.hf.quantization.run import QuantizationInterrupted, QuantizationRun, RunOptions
 from ptqkit.hf.quantization.state import RunState, check_room, state_folder
 from ptqkit.hf.quantization.streamed import (
@@ -440,7 +440,7 @@ def _learn(
         start = time.perf_counter()
         outputs = measure_outputs(model, learned.inspection, room)
         if options.processes is not None:
-            outputs = options.processes.first(outputs)
+            outputs = outputs_of_first(outputs, options.processes)
         learned.options = replace(options, outputs=outputs)
         learned.seconds["row_coupling"] = time.perf_counter() - start
     return learned

@@ -162,6 +162,11 @@ class Processes:
             self._dist.all_gather(list(found.unbind()), torch.tensor(own, dtype=torch.int64))
         return found.tolist()
 
+    def broadcast(self, values: torch.Tensor) -> None:
+        """Write the first process's values into a tensor on the host, in all other processes."""
+        with _telling(self._timeout):
+            self._dist.broadcast(values, 0)
+
     def agree(self, reason: str | None) -> str | None:
         """Return the first reason that a process has, or None if none has one."""
         if not any(some for (some,) in self.gather_numbers(reason is not None)):

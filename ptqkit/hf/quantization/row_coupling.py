@@ -15,12 +15,13 @@ from ptqkit.arrays.matrix import QuantizedMatrix
 from ptqkit.hf.data.calibration import padding_mask
 from ptqkit.hf.quantization.float_logits import split_windows
 from ptqkit.hf.quantization.inspection import Inspection
+from ptqkit.hf.quantization.processes import Processes
 from ptqkit.nn.device_coupling import couple_rows_on
 from ptqkit.nn.device_matrix import DeviceMatrix, matrix_on
 from ptqkit.nn.output_moments import OutputMoments, output_moments
 from ptqkit.nn.transfer import computes
 
-__all__ = ["couple_stack", "measure_outputs"]
+__all__ = ["couple_stack", "measure_outputs", "outputs_of_first"]
 
 #: Calibration windows that it is measured on.
 WINDOWS = 8
@@ -57,6 +58,23 @@ def measure_outputs(model: nn.Module, found: Inspection, room: int = 0) -> Outpu
     if not by_turns and all(_activations(modules, window) <= most for window in windows):
         blocks = []  # what is inside of all of them is kept: no block runs again
     return output_moments(model, [g for g in groups if g], blocks, windows, masks)
+
+
+def outputs_of_first(own: OutputMoments, processes: Processes) -> OutputMoments:
+    """Return what the first process has measured: gradients on a GPU need not repeat to the bit."""
+    lengths = {group: [len(m) for m in runs] for group, runs in own.groups.items()}
+    lengths, sizes = processes.first((lengths, own.sizes))
+    groups = {}
+    for group, each in lengths.items():
+        # All of a group at once, and not as objects: of a large model they are gigabytes.
+        numbers = [n * n for n in each]
+        flat = torch.empty(sum(numbers), dtype=torch.float32)
+        if not processes.rank:
+            flat = torch.from_numpy(np.concatenate([m.reshape(-1) for m in own.groups[group]]))
+        processes.broadcast(flat)
+        parts = flat.split(numbers)
+        groups[group] = [v.view(n, n).numpy() for v, n in zip(parts, each, strict=True)]
+    return OutputMoments(groups, sizes)
 
 
 def _activations(modules: Sequence[nn.Module], window: Mapping[str, torch.Tensor]) -> int:

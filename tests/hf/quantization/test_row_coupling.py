@@ -78,6 +78,40 @@ def test_parts_of_a_group_are_cut_out_of_it():
     assert [rows for rows, _ in found.parts(["a", "b"])] == [slice(0, 5), slice(5, 9)]
 
 
+class Told:
+    """Two processes in turn: what the first one tells is kept for the second."""
+
+    def __init__(self):
+        self.rank, self.value, self.sent = 0, None, []
+
+    def first(self, value):
+        if not self.rank:
+            self.value = value
+        return self.value
+
+    def broadcast(self, values):
+        if not self.rank:
+            self.sent.append(values.clone())
+        else:
+            values.copy_(self.sent.pop(0))
+
+
+def test_processes_take_what_the_first_has_measured():
+    draw = np.random.default_rng(0)
+
+    def measured(seed):
+        runs = [draw.normal(size=(n, n)).astype(np.float32) for n in (5, 3)]
+        return OutputMoments({("q", "k"): runs, ("v",): [runs[1] + seed]}, {"q": 5, "k": 3, "v": 3})
+
+    own, other, told = measured(0), measured(1), Told()
+    for rank, mine in enumerate((own, other)):
+        told.rank = rank
+        found = row_coupling.outputs_of_first(mine, told)
+        assert found.sizes == own.sizes and list(found.groups) == list(own.groups)
+        for group, runs in own.groups.items():
+            assert all(map(np.array_equal, found.groups[group], runs))
+
+
 def test_first_layers_are_coupled_as_by_hand(monkeypatch):
     seen = {}
     own = row_coupling.couple_rows
