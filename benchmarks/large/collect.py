@@ -4,7 +4,7 @@
         --out benchmarks/results/large/pipeline_7b.json
 
 Each run has the command of its file; the machine is that of the first one. Runs of equal names are
-kept once, the last one.
+kept once, the last one. `--older` gives the runs that were not made again, from a file of before.
 """
 
 from __future__ import annotations
@@ -52,11 +52,16 @@ def one_process_of(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) ->
     return next(found, None) if run["processes"] else None
 
 
-def collected(files: Sequence[Mapping[str, Any]], commit: str, note: str) -> dict[str, Any]:
+def collected(
+    files: Sequence[Mapping[str, Any]],
+    commit: str,
+    note: str,
+    older: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return one file's content of several files' contents.
 
     Checksums of codes become the number of layers in which they are others than those of one
-    process.
+    process. Runs of ``older``, and those stopped then, keep their commit.
     """
     runs: dict[str, Any] = {}
     for found in files:
@@ -71,6 +76,9 @@ def collected(files: Sequence[Mapping[str, Any]], commit: str, note: str) -> dic
             others = codes[base["name"]]
             count = sum(digest != others.get(n) for n, digest in codes[name].items())
             run["layers_with_other_codes"], run["layers"] = count, len(codes[name])
+    for run in [] if older is None else older["runs"]:
+        if run["name"] not in runs:
+            runs[run["name"]] = {"commit": older["commit"], **run}
     for run in runs.values():
         run["ranks"] = [{k: v for k, v in r.items() if k != "codes"} for r in run["ranks"]]
     return {
@@ -79,6 +87,7 @@ def collected(files: Sequence[Mapping[str, Any]], commit: str, note: str) -> dic
         "note": note,
         "machine": files[0]["machine"],
         "runs": list(runs.values()),
+        "not_finished": [] if older is None else older.get("not_finished", []),
     }
 
 
@@ -87,10 +96,12 @@ def main() -> None:
     p.add_argument("files", nargs="+", type=Path)
     p.add_argument("--commit", required=True, help="of the package that was measured")
     p.add_argument("--note", default="", help="what was special about the machine or the runs")
+    p.add_argument("--older", type=Path, help="file of before, for the runs not made again")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
     files = [json.loads(path.read_text(encoding="utf-8")) for path in args.files]
-    found = collected(files, args.commit, args.note)
+    older = None if args.older is None else json.loads(args.older.read_text(encoding="utf-8"))
+    found = collected(files, args.commit, args.note, older)
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

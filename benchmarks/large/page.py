@@ -218,7 +218,7 @@ def _gpu(results: Path, gpu: Mapping[str, Any]) -> str:
         other = run.get("layers_with_other_codes")
         shown = "-" if other is None else f"{other} of {run['layers']}"
         gib = [f"{_gib(run, key):.1f}" for key in ("gpu_allocated", "growth")]
-        rows.append([run["name"], *(f"{c:.1f}" for c in cells), told, faster, shown, *gib])
+        rows.append([_named(run), *(f"{c:.1f}" for c in cells), told, faster, shown, *gib])
     columns = ["run", "seconds", "until H and its factor", "solve", "diagnostics"]
     columns += ["told by the model", "times as fast", "layers with other codes"]
     columns += ["GPU GiB", "host GiB"]
@@ -232,10 +232,16 @@ symmetric; commit {gpu["commit"]}, one {gpu["machine"]["gpus"][0]} for every pro
 GPU and host are peaks: of the GPU what tensors held (torch keeps up to {kept:.0f} GiB more, where a
 card has room), of the host what the run added. Work on a GPU is waited for where its result
 is needed, so the parts are those of the waits. "Times as fast" and "other codes" compare with one
-process under torchrun.
+process under torchrun. The gradients by which `best` couples rows need not repeat to the last bit
+on a GPU, so its codes may be others in every run.
 
 """
     return text + _table([*columns], rows) + _goals(runs) + _rest(gpu) + _before(results)
+
+
+def _named(run: Mapping[str, Any]) -> str:
+    """Return a run's name, with its commit if that is not the file's."""
+    return run["name"] + (f" (commit {run['commit']})" if "commit" in run else "")
 
 
 #: Seconds of all layers on one GPU, and how many times as fast several are to be.
@@ -249,16 +255,16 @@ def _goals(runs: Sequence[Mapping[str, Any]]) -> str:
         own = [r for r in whole if r["recipe"] == recipe and r["processes"] == 0]
         if own:
             best = min(own, key=_total)
-            rows.append(_goal(f"`{recipe}`, one GPU, seconds", limit, _total(best), best["name"]))
+            rows.append(_goal(f"`{recipe}`, one GPU, seconds", limit, _total(best), _named(best)))
             least = min(own, key=lambda r: _gib(r, "gpu_allocated"))
             found = _gib(least, "gpu_allocated")
-            rows.append(_goal(f"`{recipe}`, GiB of the GPU", 24.0, found, least["name"]))
+            rows.append(_goal(f"`{recipe}`, GiB of the GPU", 24.0, found, _named(least)))
     for run in runs:
         base, limit = one_process_of(run, runs), FASTER.get(run["processes"])
         if limit is not None and base is not None:
             found = _total(base) / _total(run)
             what = f"times as fast with {run['processes']} GPUs"
-            rows.append(_goal(what, limit, found, run["name"], least=True))
+            rows.append(_goal(what, limit, found, _named(run), least=True))
     for processes in sorted(FASTER.keys() - {run["processes"] for run in runs}):
         what = f"times as fast with {processes} GPUs"
         rows.append([what, f"{FASTER[processes]:g}", "-", "not run", "**no**"])

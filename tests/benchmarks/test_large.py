@@ -93,6 +93,10 @@ def test_runs_are_put_together_by_name_and_compared_with_one_process():
     assert (two["command"], two["layers_with_other_codes"], two["layers"]) == ("b", 1, 2)
     assert all("codes" not in rank for r in found["runs"] for rank in r["ranks"])
     assert "layers_with_other_codes" not in named["reference, 4 layers"]
+    again = collect.collected([a], "decaf", "", found | {"not_finished": ["one"]})
+    commits = [r.get("commit") for r in again["runs"]]
+    assert commits == [None, None, "c0ffee"] and again["not_finished"] == ["one"]
+    assert page._named(again["runs"][2]) == "reference, 4 layers (commit c0ffee)"
     goals = page._goals(found["runs"])
     assert "| times as fast with 2 GPUs | 1.8 | 2.25 |" in goals and goals.count("**no**") == 1
     assert "| times as fast with 4 GPUs | 3.2 | - | not run | **no** |" in goals
