@@ -8,6 +8,9 @@ jackknife: one test window is left out at a time, of all recipes and of the floa
 standard error is of the difference in loss to `quality`, window by window, each window's mean over
 the draws. A second table has the mean of the changes over the models. The picture shows the excess
 against the bits that are stored per quantized weight.
+
+With `peers.csv` a last table has other libraries beside ours, grid by grid: how far the perplexity
+is above that of our recipes, of the same draws, with its jackknife standard error.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ import csv
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 Losses = dict[str, dict[int, dict[int, float]]]  # recipe, draw, window: nats per token
 BASE = "quality"
+OURS = ("quality", "best", "best, codes learned")  # beside other libraries
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -53,6 +58,21 @@ def paired(first: dict[int, dict[int, float]], other: dict[int, dict[int, float]
     ]
 
 
+def jackknife(of: Callable[[int | None], float], windows: Iterable[int]) -> tuple[float, float]:
+    """Return the value of all windows, and its standard error by leaving out one at a time.
+
+    Parameters
+    ----------
+    of : callable
+        The value without a window, of all of them for None.
+    windows : iterable of int
+    """
+    each = [of(window) for window in windows]
+    centre, count = statistics.fmean(each), len(each)
+    variance = (count - 1) / count * math.fsum((x - centre) ** 2 for x in each)
+    return of(None), math.sqrt(variance)
+
+
 def change(
     recipe: dict[int, float], reference: dict[int, float], floats: dict[int, float]
 ) -> tuple[float, float]:
@@ -66,10 +86,7 @@ def change(
         of = [math.exp(statistics.fmean(x[w] for w in kept)) for x in (recipe, reference, floats)]
         return (of[0] - of[2]) / (of[1] - of[2]) - 1
 
-    each = [ratio(window) for window in floats]
-    centre, count = statistics.fmean(each), len(each)
-    variance = (count - 1) / count * math.fsum((x - centre) ** 2 for x in each)
-    return ratio(None), math.sqrt(variance)
+    return jackknife(ratio, floats)
 
 
 def mean_windows(draws: dict[int, dict[int, float]]) -> dict[int, float]:
@@ -125,6 +142,68 @@ def means(found: dict[tuple[str, str], Losses]) -> list[str]:
         each = ", ".join(f"{model} {100 * v:+.0f} ({n})" for model, (v, n) in models.items())
         mean = statistics.fmean(v for v, _ in models.values())
         lines.append(f"| {grid} | {recipe} | {100 * mean:+.0f} % | {each} |")
+    return lines
+
+
+def above(
+    first: dict[int, dict[int, float]], other: dict[int, dict[int, float]]
+) -> tuple[float, float] | None:
+    """Return how far perplexity is above another's, and its jackknife standard error.
+
+    Of the draws that both have: the mean of their differences, window for window the same ones;
+    None if they share none.
+    """
+    draws = sorted(first.keys() & other.keys())
+    if not draws:
+        return None
+
+    def difference(left_out: int | None) -> float:
+        kept = [w for w in first[draws[0]] if w != left_out]
+        return statistics.fmean(
+            math.exp(statistics.fmean(first[d][w] for w in kept))
+            - math.exp(statistics.fmean(other[d][w] for w in kept))
+            for d in draws
+        )
+
+    return jackknife(difference, first[draws[0]])
+
+
+def beside(found: dict[tuple[str, str], Losses], peers: dict[tuple[str, str], Losses]) -> list[str]:
+    """Return the lines of other libraries beside our recipes.
+
+    Ours come from ``found`` for models whose float losses are the same there and in ``peers``, on
+    every window; otherwise the text is another one, and only what is in ``peers`` is beside them.
+    """
+    lines = []
+    for (model, grid), cells in peers.items():
+        if not grid:
+            continue
+        base, known = peers[model, ""]["float"][-1], found.get((model, ""), {})
+        same = "float" in known and all(
+            math.isclose(base[w], value, abs_tol=1e-5) for w, value in known["float"][-1].items()
+        )
+        ours = found.get((model, grid), {}) if same else {}
+        kept = {
+            recipe: whole(draws, len(base))
+            for recipe, draws in (
+                *((r, ours[r]) for r in OURS if r in ours and r not in cells),
+                *cells.items(),
+            )
+        }
+        floats = math.exp(statistics.fmean(base.values()))
+        for recipe, draws in kept.items():
+            values = [math.exp(statistics.fmean(w.values())) - floats for w in draws.values()]
+            if not values:
+                continue
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            against = []
+            for our in OURS:
+                told = above(draws, kept.get(our, {})) if recipe not in OURS else None
+                against.append("" if told is None else f"{told[0]:+.3g} ± {told[1]:.2g}")
+            lines.append(
+                f"| {model} | {grid} | {recipe} | {len(values)} "
+                f"| {statistics.fmean(values):.4g}{spread} | {' | '.join(against)} |"
+            )
     return lines
 
 
@@ -198,6 +277,12 @@ def main(folder: Path) -> None:
     print("| model | recipe | median seconds |\n|---|---|---|")
     for (model, recipe), values in seconds.items():
         print(f"| {model} | {recipe} | {statistics.median(values):.1f} |")
+    if (folder / "peers.csv").exists():
+        print()
+        print("| model | grid | recipe | draws | excess perplexity |", end="")
+        print(*(f" above {our} " for our in OURS), "", sep="|")
+        print("|---|---|---|---|---|---|---|---|")
+        print(*beside(found, losses(read(folder / "peers.csv"))), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import statistics
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.accuracy import run, tables, times
+from benchmarks.accuracy.peers import common
 
 
 def test_a_group_that_does_not_divide_is_the_nearest_divisor():
@@ -19,6 +21,9 @@ def test_a_group_that_does_not_divide_is_the_nearest_divisor():
         found = run.grid_options(model, {"bits": 3, "group_size": size})
         given = {name: change["group_size"] for name, change in found["overrides"].items()}
         assert given == {n: s for n, s in (("up", up), ("down", down)) if s}
+        assert all(
+            common.divisor(getattr(model, n).in_features, size) == s for n, s in given.items()
+        )
     assert run.grid_options(model, run.GRIDS["4 channel"]) == {"bits": 4, "group_size": None}
 
 
@@ -73,6 +78,46 @@ def test_means_over_models():
         found[model, ""] = {"float": {-1: cell(4.0)[0]}}
         found[model, "3 g64"] = {"reference": cell(5.0), "best": cell(*best)}
     assert tables.means(found) == ["| 3 g64 | best | -75 % | a -50 (1), b -100 (2) |"]
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = [1.0, 2.0, 4.0, 9.0]
+
+    def mean(left_out):
+        return statistics.fmean(v for i, v in enumerate(values) if i != left_out)
+
+    error = statistics.stdev(values) / 2
+    assert tables.jackknife(mean, range(4)) == (4.0, pytest.approx(error))
+
+
+def test_above_is_of_the_draws_that_both_have():
+    first = {0: {0: math.log(6.0), 1: math.log(6.0)}, 1: {0: math.log(9.0), 1: math.log(9.0)}}
+    other = {1: {0: math.log(5.0), 1: math.log(5.0)}, 2: {0: 0.0, 1: 0.0}}
+    assert tables.above(first, other) == (pytest.approx(4.0), pytest.approx(0, abs=1e-12))
+    assert tables.above({0: first[0]}, other) is None
+    uneven = {1: {0: math.log(5.0), 1: math.log(20.0)}}  # 10 - 5; 20 - 5 and 5 - 5
+    assert tables.above(uneven, other) == (pytest.approx(5.0), pytest.approx(7.5))
+
+
+def test_other_libraries_stand_beside_ours_on_the_same_text_only():
+    def cell(*values):
+        return {d: {0: math.log(v), 1: math.log(v)} for d, v in enumerate(values)}
+
+    base = {"float": {-1: cell(4.0)[0]}}
+    found = {("m", ""): base, ("m", "3 g64"): {"best": cell(4.5, 4.5), "rtn": cell(7.0)}}
+    theirs = {"P, GPTQ": cell(5.0, 5.5)}
+    peers = {("m", ""): base, ("m", "3 g64"): theirs}
+    assert tables.beside(found, peers) == [
+        "| m | 3 g64 | best | 2 | 0.5 ± 0 |  |  |  |",
+        "| m | 3 g64 | P, GPTQ | 2 | 1.25 ± 0.35 |  | +0.75 ± 0 |  |",
+    ]
+    elsewhere = {"float": {-1: {0: math.log(4.0), 1: math.log(4.1)}}}
+    own = {("m", ""): elsewhere, ("m", "3 g64"): {"quality": cell(4.5), **theirs}}
+    mean = math.sqrt(4.0 * 4.1)
+    assert tables.beside(found, own) == [
+        f"| m | 3 g64 | quality | 1 | {4.5 - mean:.4g} |  |  |  |",
+        f"| m | 3 g64 | P, GPTQ | 2 | {5.25 - mean:.4g} ± 0.35 | +0.5 ± 0 |  |  |",
+    ]
 
 
 def test_times_are_compared_within_a_round(tmp_path):

@@ -1,4 +1,4 @@
-"""What the scripts of all libraries share; it needs PyTorch and NumPy alone."""
+"""What the scripts of all libraries share; it needs PyTorch, transformers and NumPy."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.accuracy.windows import window_losses
 
-__all__ = ["GRIDS", "main"]
+__all__ = ["GRIDS", "divisor", "main"]
 
-#: Of the comparison; groups of the layers whose inputs 64 does not divide are the nearest divisor.
+#: Of the comparison; see `divisor` for the layers whose inputs 64 does not divide.
 GRIDS: dict[str, tuple[int, int | None]] = {
     "4 channel": (4, None),
     "4 g64": (4, 64),
@@ -29,10 +30,19 @@ GRIDS: dict[str, tuple[int, int | None]] = {
 COLUMNS = ("model", "grid", "recipe", "draw", "window", "nll", "tokens")
 
 
+def divisor(inputs: int, size: int) -> int:
+    """Return the width of groups: the divisor of `inputs` that is nearest to `size`."""
+    divisors = (d for d in range(1, inputs + 1) if inputs % d == 0)
+    return min(divisors, key=lambda d: (abs(d - size), d))
+
+
 def main(
     peer: str, quantize: dict[str, Callable[[Path, torch.Tensor, int, int | None], Any]]
 ) -> None:
     """Run a library's methods over models, grids and draws, and append to a CSV file of windows.
+
+    Every model's own losses come first, as `float` of draw -1: whether it is the one that ours were
+    measured on.
 
     Parameters
     ----------
@@ -57,8 +67,20 @@ def main(
         writer = csv.writer(file, lineterminator="\n")
         if not seen:
             writer.writerow(COLUMNS)
+
+        def note(key: tuple[str, ...], model: Any, windows: torch.Tensor) -> float:
+            losses, count = window_losses(model, windows), windows.shape[1] - 1
+            writer.writerows((*key, i, f"{v:.4f}", count) for i, v in enumerate(losses))
+            file.flush()
+            return float(np.exp(sum(losses) / len(losses) / count))
+
         for name in args.model or sorted(f.name for f in args.peers.iterdir()):
             windows = torch.from_numpy(np.load(args.peers / name / "windows.npy"))
+            base = (name, "", "float", "-1")
+            if base not in seen:
+                folder = args.peers / name / "model"
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+                print(*base, f"perplexity {note(base, model.eval(), windows):.4f}", flush=True)
             for grid in args.grid or GRIDS:
                 for method, run in quantize.items():
                     for draw in range(args.draws):
@@ -77,9 +99,5 @@ def main(
                             print(*key, f"{type(error).__name__}: {error}"[:300], flush=True)
                             break
                         seconds = time.perf_counter() - start
-                        losses = window_losses(model, windows)
-                        count = windows.shape[1] - 1
-                        writer.writerows((*key, i, f"{v:.4f}", count) for i, v in enumerate(losses))
-                        file.flush()
-                        mean = np.exp(sum(losses) / len(losses) / count)
+                        mean = note(key, model, windows)
                         print(*key, f"{seconds:.1f} s, perplexity {mean:.4f}", flush=True)

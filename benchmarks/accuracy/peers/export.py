@@ -22,8 +22,8 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--model", action="append", choices=MODELS)
     p.add_argument("--draws", type=int, default=3)
-    p.add_argument("--samples", type=int, default=32)
-    p.add_argument("--windows", type=int, default=32)
+    p.add_argument("--samples", type=int, default=64)
+    p.add_argument("--windows", type=int, default=48)
     args = p.parse_args()
     for name in args.model or MODELS:
         case = load_case(name, args.data, args.windows)

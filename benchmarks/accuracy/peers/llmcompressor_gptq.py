@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,36 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM
 
-from benchmarks.accuracy.peers.common import main
+from benchmarks.accuracy.peers.common import divisor, main
 
 
-def _scheme(targets: list[str], bits: int, group_size: int | None) -> QuantizationScheme:
+def _scheme(
+    targets: list[str], bits: int, group_size: int | None, observer: str
+) -> QuantizationScheme:
     weights = QuantizationArgs(
         num_bits=bits,
         symmetric=False,
         strategy="channel" if group_size is None else "group",
         group_size=group_size,
-        actorder="static" if group_size else None,
+        actorder="static",
+        observer=observer,
     )
     return QuantizationScheme(targets=targets, weights=weights)
 
 
-def gptq(folder: Path, calibration: torch.Tensor, bits: int, group_size: int | None) -> Any:
-    """Asymmetric grids, its defaults otherwise (static act-order with groups)."""
+def gptq(
+    folder: Path, calibration: torch.Tensor, bits: int, group_size: int | None, observer: str
+) -> Any:
+    """Asymmetric grids, columns in the order of activations, grids by an observer of its."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     layers = {n: m for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
     groups: dict[int | None, list[str]] = {}
     for name, layer in layers.items():
-        size = group_size
-        if size is not None and layer.in_features % size:  # the divisor nearest to it
-            divisors = [d for d in range(1, layer.in_features + 1) if layer.in_features % d == 0]
-            size = min(divisors, key=lambda d: abs(d - group_size))
+        size = None if group_size is None else divisor(layer.in_features, group_size)
         groups.setdefault(size, []).append(f"re:.*{name}$")
-    config = {f"group_{i}": _scheme(t, bits, s) for i, (s, t) in enumerate(groups.items())}
+    config = {
+        f"group_{i}": _scheme(t, bits, s, observer) for i, (s, t) in enumerate(groups.items())
+    }
     rows = Dataset.from_dict(
         {"input_ids": calibration.tolist(), "attention_mask": torch.ones_like(calibration).tolist()}
     )
@@ -53,4 +58,11 @@ def gptq(folder: Path, calibration: torch.Tensor, bits: int, group_size: int | N
 
 
 if __name__ == "__main__":
-    main("llm-compressor", {"GPTQ": gptq})
+    main(
+        "llm-compressor",
+        {
+            "GPTQ": partial(gptq, observer="memoryless_minmax"),
+            "GPTQ, MSE grids": partial(gptq, observer="memoryless_mse"),
+            "GPTQ, weighted MSE grids": partial(gptq, observer="imatrix_mse"),
+        },
+    )

@@ -1,7 +1,8 @@
-"""Weight compression of NNCF (`pip install nncf torch transformers`)."""
+"""Weight compression of NNCF (`pip install nncf torch transformers`), which has GPTQ elsewhere."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ def _compress(
     folder: Path, calibration: torch.Tensor, bits: int, group_size: int | None, **options: Any
 ) -> Any:
     if bits != 4:
-        raise ValueError("weights of 4 bits only")
-    model = _Logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
+        raise ValueError("asymmetric grids of 4 bits only")
+    float_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = _Logits(float_model).eval()
+    inputs = {m.in_features for m in float_model.model.modules() if isinstance(m, torch.nn.Linear)}
+    if group_size is not None and any(n % group_size for n in inputs):
+        raise ValueError("its groups are one width in all layers, which these do not divide")
     return nncf.compress_weights(
         model,
         mode=nncf.CompressWeightsMode.INT4_ASYM,
@@ -40,10 +45,11 @@ def _compress(
     )
 
 
-def scale_estimation(folder: Path, calibration: torch.Tensor, bits: int, size: int | None) -> Any:
-    """Scale estimation with its defaults."""
-    return _compress(folder, calibration, bits, size, scale_estimation=True)
-
-
 if __name__ == "__main__":
-    main("NNCF", {"scale estimation": scale_estimation})
+    main(
+        "NNCF",
+        {
+            "scale estimation": partial(_compress, scale_estimation=True),
+            "scale estimation, AWQ": partial(_compress, scale_estimation=True, awq=True),
+        },
+    )
