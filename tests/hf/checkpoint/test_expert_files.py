@@ -42,6 +42,15 @@ def settings_in(folder):
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
+def same_logits(kind, one, other):
+    """Whether two models compute the same, one of which may have its experts one by one.
+
+    Llama 4's own are one batched product, whose sums some CPUs make in another order.
+    """
+    a, b = logits(one), logits(other)
+    return torch.allclose(a, b, rtol=0.0, atol=1e-5) if kind == "llama4" else torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     "kind, checkpoint_format",
     [
@@ -71,7 +80,7 @@ def test_stock_transformers_joins_the_experts_again(kind, tmp_path):
     info = result.save(tmp_path / "out")
     assert info.format == "compressed-tensors" and "stock transformers" in info.reason
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(model), logits(result.model))
+    assert same_logits(kind, model, result.model)
     assert not any(isinstance(m, ExpertLinears) for m in model.modules())
     model = load(tmp_path / "out")
     assert torch.equal(logits(model), logits(result.model))
@@ -146,9 +155,8 @@ def test_a_loaded_model_is_saved_again(kind, tmp_path):
     assert torch.equal(logits(load(tmp_path / "second")), logits(result.model))
     info = ptqkit.hf.save_loaded(model, tmp_path / "third")
     assert info.format == "compressed-tensors"
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "third")), logits(result.model)
-    )
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "third")
+    assert same_logits(kind, stock, result.model)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4"])
