@@ -89,8 +89,8 @@ typedef struct {
     const solver *v;
     panel *p;
     int64_t s0, s1;
-    int64_t
-        base; /* of the strips' T, which holds the sums over earlier groups; -1: there is none */
+    /* Of the strips' T, which holds the sums over earlier groups; -1: there is none. */
+    int64_t base;
 } trial;
 
 /* error = what the solve itself would add to the objective, its columns fed back; in a channel each
