@@ -120,7 +120,7 @@ def _memory(found: Mapping[str, Any]) -> str:
 `{found["command"]}`, {_machine(found)}. MiB; the growth is of resident memory that belongs to no
 file, at its peak. A run in memory has the parameters in addition; of a streamed one, the block is
 in both. Free pages go back once they are an eighth of what the run needs, at most 32 MiB, which is
-in the estimate.
+in the estimate; in one pass, once it has grown by half of its estimate.
 
 """
     columns = ["model", "way", "parameters", "estimate", "growth", "growth / estimate"]

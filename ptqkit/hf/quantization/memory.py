@@ -166,15 +166,16 @@ class HeapPages:
     the holes that freed ones leave fit the next ones badly: more than half of the heap was free in
     the end, and all of it resident. But a page that is given back costs a page fault when it is
     needed again (a sixth of the time of small models), so nothing happens before the process has
-    grown by more than the ``expected`` bytes and ``spare`` ones. Does nothing with other C
-    libraries, and if the activations are on another device. No setting changes.
+    grown by more than half of the ``expected`` bytes and ``spare`` ones: between two looks it grows
+    too, and is not to need more than was expected. Does nothing with other C libraries, and if the
+    activations are on another device. No setting changes.
     """
 
     def __init__(self, device: torch.device, spare: int = SPARE, expected: int = 0) -> None:
         self.spare = spare
         self._trim = _malloc_trim() if device.type == "cpu" else None
         self._start = 0 if self._trim is None else _resident()
-        self._least = self._start + expected
+        self._least = self._start + expected // 2
 
     def release(self, ended: bool = False) -> None:
         """Give free pages back, if the process has grown enough, or by ``spare`` bytes at the end.

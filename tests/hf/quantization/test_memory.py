@@ -118,11 +118,11 @@ def test_pages_are_released_once_the_process_has_grown(monkeypatch):
         assert len(trims) == times
 
 
-def test_pages_are_released_once_the_process_has_grown_by_what_was_expected(monkeypatch):
+def test_pages_are_released_once_the_process_has_grown_by_half_of_what_was_expected(monkeypatch):
     sizes, trims = [100], []
     monkeypatch.setattr(memory_module, "_resident", lambda: sizes[-1])
     monkeypatch.setattr(memory_module, "_malloc_trim", lambda: trims.append)
-    pages = HeapPages(HOST, spare=10, expected=50)
+    pages = HeapPages(HOST, spare=10, expected=100)
     for size, times in ((120, 0), (160, 0), (161, 1), (160, 1), (170, 1), (172, 2)):
         sizes.append(size)
         pages.release()
