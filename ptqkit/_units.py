@@ -49,6 +49,16 @@ def parse_bytes(value: int | str | None, option: str = "memory_budget") -> int |
     return value
 
 
-def show_bytes(size: int) -> str:
-    """Return the text of a size in bytes for a message."""
-    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"
+def show_bytes(size: int, beside: int | None = None) -> str:
+    """Return the text of a size in bytes for a message.
+
+    With two digits more if that of another size ``beside`` it would be the same.
+    """
+    text = _shown(size, 0)
+    same = beside is not None and beside != size and _shown(beside, 0) == text
+    return _shown(size, 2) if same else text
+
+
+def _shown(size: int, digits: int) -> str:
+    unit, name = (2**20, "MiB") if size >= 10 * 2**20 else (2**10, "KiB")
+    return f"{size / unit:,.{digits}f} {name}"

@@ -168,8 +168,8 @@ def plan_schedule(
         estimate["blocks_on_host"] = on_host
     if not reason and one_pass > limit + room:
         twice = " (for two models' activations)" if propagate else ""
-        size = show_bytes(one_pass)
-        reason = f"one pass needs about {size}{twice}, the {whose} is {show_bytes(limit)}"
+        size, most = show_bytes(one_pass, limit), show_bytes(limit, one_pass)
+        reason = f"one pass needs about {size}{twice}, the {whose} is {most}"
     if not reason:
         # Should replay have to take over.
         at_once = experts_at_once(inspection, limit + room - one_pass)
@@ -179,7 +179,9 @@ def plan_schedule(
         raise UnsupportedModuleError(f"schedule='one-pass' is not possible: {reason}")
     warnings = []
     if replay > limit + room:
-        text = f"replay needs about {show_bytes(replay)}, there is {show_bytes(limit + room)}"
+        there = limit + room
+        size, most = show_bytes(replay, there), show_bytes(there, replay)
+        text = f"replay needs about {size}, there is {most}"
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower samples or batch_size"])
         warnings.append(text)

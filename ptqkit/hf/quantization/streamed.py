@@ -191,9 +191,9 @@ def plan_stream(
     }
     warnings = []
     if spool and expected > limit:
+        size, most = show_bytes(expected, limit), show_bytes(limit, expected)
         text = (
-            f"one block at a time, with outputs in files, needs about {show_bytes(expected)}, the "
-            f"{whose} is {show_bytes(limit)}"
+            f"one block at a time, with outputs in files, needs about {size}, the {whose} is {most}"
         )
         if limit == budget:
             raise PreflightError([f"memory_budget: {text}; lower batch_size or sequence_length"])
