@@ -199,16 +199,16 @@ def moved_outputs(outputs: Any, W: np.ndarray, floats: Any, quantized: Any) -> n
 
     Parameters
     ----------
-    outputs : array or torch tensor of float32, shape (..., out)
+    outputs : array or torch tensor, floating point, shape (..., out)
     W : ndarray of float32, shape (out, in)
-    floats, quantized : array or torch tensor of float32, shape (..., in)
+    floats, quantized : array or torch tensor, floating point, shape (..., in)
         x and x~, of the same tokens; if they are equal the outputs are as they were.
 
     Returns
     -------
     ndarray of float32, shape (tokens, out)
     """
-    x, y = (as_tokens(values, W.shape[1])[0] for values in (floats, quantized))
-    moved = np.array(as_tokens(outputs, len(W))[0], np.float32, order="C")
+    x, y = (_as_float32(*as_tokens(v, W.shape[1])[:2]) for v in (floats, quantized))
+    moved = np.array(_as_float32(*as_tokens(outputs, len(W))[:2]), order="C")
     _core.moved_outputs(x, y, W, moved, 0)
     return moved

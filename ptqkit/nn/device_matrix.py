@@ -93,11 +93,11 @@ class DeviceMatrix:
 
 def matrix_on(device: torch.device, matrix: QuantizedMatrix | DeviceMatrix) -> DeviceMatrix:
     """Return a matrix on a device; what is there already is not copied, nor to be written to."""
-    if isinstance(matrix, DeviceMatrix):
+    if isinstance(matrix, DeviceMatrix) and matrix.codes.device == device:
         return matrix
 
     def there(values: Any) -> Any:
-        return None if values is None else torch.from_numpy(values).to(device)
+        return None if values is None else torch.as_tensor(values).to(device)
 
     return DeviceMatrix(
         there(matrix.codes),

@@ -47,6 +47,7 @@ class HostCopies:
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
         self._waiting: deque[concurrent.futures.Future[None]] = deque()
         self._stage: torch.Tensor | None = None
+        self._failed: BaseException | None = None
         self._lock = threading.Lock()
 
     def begin(self, values: torch.Tensor) -> np.ndarray:
@@ -64,7 +65,7 @@ class HostCopies:
         target = torch.from_numpy(found.reshape(-1).view(np.uint8))
         with self._lock:
             while len(self._waiting) >= _WAITING:
-                self._waiting.popleft().result()
+                self._end_one()
             if self._pool is None:
                 self._pool = concurrent.futures.ThreadPoolExecutor(1, "ptqkit-copies")
             self._waiting.append(self._pool.submit(self._copy, flat, target, ready))
@@ -72,11 +73,20 @@ class HostCopies:
 
     def wait(self) -> None:
         """Wait until all copies are made; raise what went wrong, such as a lack of memory."""
-        while self._waiting:
-            self._waiting.popleft().result()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        with self._lock:
+            while self._waiting:
+                self._end_one()
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+            failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def _end_one(self) -> None:
+        """Wait for the first copy; its failure is not that of what is copied now."""
+        failed = self._waiting.popleft().exception()
+        self._failed = self._failed or failed
 
     def _copy(
         self, values: torch.Tensor, target: torch.Tensor, ready: torch.cuda.Event | None

@@ -185,3 +185,13 @@ def test_outputs_that_move_are_of_any_leading_shape_and_any_number_of_threads():
         out = r.reshape(-1, 7).copy()
         _core.moved_outputs(x.reshape(-1, 20), x_q.reshape(-1, 20), W, out, threads)
         np.testing.assert_array_equal(found, out)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_outputs_that_move_are_of_any_type(kind):
+    x, x_q = torch.tensor(RNG.normal(size=(2, 9, 20)).astype("f")).to(kind)
+    r = torch.tensor(RNG.normal(size=(9, 7)).astype("f")).to(kind)
+    W = RNG.normal(size=(7, 20)).astype("f")
+    wide = [v.float().numpy() for v in (r, x, x_q)]
+    found = moved_outputs(r, W, x, x_q)
+    np.testing.assert_array_equal(found, moved_outputs(wide[0], W, wide[1], wide[2]))

@@ -40,7 +40,7 @@ def test_there_and_back(device, order):
     for found in (there.finish(), later):
         same(found, q)
     same(there.rows(5, 20).finish(), q.rows(5, 20))
-    assert matrix_on(torch.device(device), there) is there
+    assert matrix_on(there.codes.device, there) is there
     weight = torch.tensor(W, device=device)
     np.testing.assert_array_equal(dequantize_on(weight.device, there).cpu(), q.dequantize())
     np.testing.assert_array_equal(nearest(weight, there).cpu(), rtn_on_grid(W.copy(), q))

@@ -102,7 +102,7 @@ class Processes:
     Raises
     ------
     UsageError
-        If there is no group.
+        If there is no group, or none for tensors on the host.
     """
 
     def __init__(self, device: torch.device, timeout: float = TIMEOUT) -> None:
@@ -112,6 +112,11 @@ class Processes:
             raise UsageError(
                 "distributed=True needs the processes of torchrun and a process group: call "
                 "torch.distributed.init_process_group first"
+            )
+        if "cpu:" not in dist.get_backend_config():
+            raise UsageError(
+                "distributed=True needs a process group that joins hosts too: call "
+                "torch.distributed.init_process_group('cpu:gloo,cuda:nccl')"
             )
         self._dist, self._timeout = dist, timeout
         self._device = device if device.type == "cuda" else torch.device("cpu")
@@ -222,7 +227,9 @@ class Processes:
             ranges = [each.ranges for each in every if each.ranges is not None]
         if not shapes:
             return None
-        means = {name: self._mean(own.sums.get(name), shapes[name], tokens) for name in shapes}
+        # In one order everywhere: the sums of one name are added up together.
+        names = sorted(shapes)
+        means = {name: self._mean(own.sums.get(name), shapes[name], tokens) for name in names}
         hessian = means.pop(_HESSIAN)
         drift = means.pop(_DRIFT, None)
         for other in ranges[1:]:

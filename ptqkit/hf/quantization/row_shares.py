@@ -65,7 +65,7 @@ class RowShare:
         whole = self.join(torch.cat(list(held.values()), 1))
         found, first = {}, 0
         for name, part in held.items():
-            values = whole[:, first : first + part.shape[1]].clone().view(own[name].dtype)
+            values = _packed(whole[:, first : first + part.shape[1]]).view(own[name].dtype)
             found[name] = values.view(len(whole), *own[name].shape[1:])
             first += part.shape[1]
         return found
@@ -95,9 +95,15 @@ class RowShare:
 
 def _bytes(values: torch.Tensor) -> torch.Tensor:
     """Return the bytes of each row, (rows, bytes)."""
-    # A copy: what counts as contiguous with one column need not be so for a view of bytes.
-    own = values.reshape(len(values), -1).clone(memory_format=torch.contiguous_format)
-    return own.view(torch.uint8)
+    return _packed(values.reshape(len(values), -1)).view(torch.uint8)
+
+
+def _packed(values: torch.Tensor) -> torch.Tensor:
+    """Return a copy that can be viewed as another type.
+
+    What counts as contiguous, with one row or column, need not be so for that.
+    """
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def _bounds(size: int, count: int, together: Sequence[slice]) -> list[int]:

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.driver_models import build, tokens
 from helpers.forked_groups import in_processes
 
@@ -228,3 +229,53 @@ def test_copies_come_in_parts(monkeypatch):
     assert np.array_equal(found, values)
     assert copies.begin(values).base is not None  # the host's own is not copied
     copies.wait()
+
+
+def test_a_copy_that_fails_is_told_of_in_the_end(monkeypatch):
+    told = []
+
+    def copy(self, values, target, ready):
+        told.append(len(values))
+        if len(told) == 2:
+            raise RuntimeError("copy of the second")
+
+    monkeypatch.setattr(transfer.HostCopies, "_copy", copy)
+    monkeypatch.setattr(transfer, "_WAITING", 3)
+    copies = transfer.HostCopies()
+    for size in range(1, 10):  # whoever begins a later copy is not to blame
+        copies.begin(torch.empty(size, dtype=torch.uint8, device="meta"))
+    with pytest.raises(RuntimeError, match="copy of the second"):
+        copies.wait()
+    assert told == list(range(1, 10))
+    copies.begin(torch.empty(1, dtype=torch.uint8, device="meta"))
+    copies.wait()
+
+
+def test_sums_are_added_up_in_one_order():
+    seen = []
+
+    class Alone(Processes):
+        def __init__(self):
+            self.rank, self.size, self._device = 0, 1, torch.device("cpu")
+
+        def gather_numbers(self, *own):
+            return [list(own)]
+
+        def _mean(self, own, shape, tokens):
+            seen.append(int(own[0, 0]))
+            return own.float()
+
+    for names in (("/hessian", "/drift", "w"), ("w", "/drift", "/hessian")):
+        own = SharedMoments("layer", False, "w", None, True)
+        own.sums = {n: torch.full((2, 2), float(len(n)), dtype=torch.float64) for n in names}
+        own.tokens = 1
+        found = Alone().reduce(own)
+        assert found.drift.matrix[0, 0] == 6 and found.residuals["w"].matrix[0, 0] == 1
+    assert seen[:3] == seen[3:] and len(seen) == 6
+
+
+def test_a_group_without_hosts_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(UsageError, match="cpu:gloo,cuda:nccl"):
+        Processes(torch.device("cpu"))
