@@ -8,6 +8,7 @@ each batch goes through its block first, up to the same layer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -51,43 +52,42 @@ def replay_groups(
         recorded = RecordedBlocks(work.model, work.blocks, work.batches, twin=second)
     positions = work.positions()
     pages = HeapPages(device_of(work.model), work.spare)
-    try:
-        with recorded.patched():
-            for position, block in enumerate([*work.blocks, None]):
-                groups = [g for g, p in zip(work.groups, positions, strict=True) if p == position]
-                groups = [g for g in groups if not work.done.issuperset(g)]
-                unprobed = [] if block is None else work.unprobed(block)
-                if not groups and not unprobed:
-                    continue
-                while recorded.position < position:
-                    work.places.settle()
-                    finished = work.blocks[recorded.position]
-                    work.places.enter(finished)
-                    recorded.advance()
-                    if twin is not None:
-                        twin.let_go(finished)
-                    work.places.leave(recorded.position)
-                    pages.release()
-                    if at_block_end is not None:
-                        at_block_end(recorded.position - 1)
-                if block is not None:
-                    work.places.enter(block)
-                if block is not None and unprobed:
-                    groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
-                for wave, more in _waves(work, groups):
-                    work.places.settle()
-                    found = _moments(work, recorded, wave)
-                    pages.release()
-                    for group in wave:
-                        if twin is not None:
-                            twin.keep(group)
-                        independent = len(found) > 1 or (more and work.ahead) or work.unwritten
-                        yield Step(work.members(group), found.pop(0), independent)
-                        work.done.update(group)
-    finally:
+    with contextlib.ExitStack() as stack:
+        stack.callback(pages.release)
         if twin is not None:
-            twin.let_go()
-        pages.release()
+            stack.callback(twin.let_go)
+        stack.enter_context(recorded.patched())
+        for position, block in enumerate([*work.blocks, None]):
+            groups = [g for g, p in zip(work.groups, positions, strict=True) if p == position]
+            groups = [g for g in groups if not work.done.issuperset(g)]
+            unprobed = [] if block is None else work.unprobed(block)
+            if not groups and not unprobed:
+                continue
+            while recorded.position < position:
+                work.places.settle()
+                finished = work.blocks[recorded.position]
+                work.places.enter(finished)
+                recorded.advance()
+                if twin is not None:
+                    twin.let_go(finished)
+                work.places.leave(recorded.position)
+                pages.release()
+                if at_block_end is not None:
+                    at_block_end(recorded.position - 1)
+            if block is not None:
+                work.places.enter(block)
+            if block is not None and unprobed:
+                groups = _in_order(work, recorded, [*groups, *([n] for n in unprobed)], block)
+            for wave, more in _waves(work, groups):
+                work.places.settle()
+                found = _moments(work, recorded, wave)
+                pages.release()
+                for group in wave:
+                    if twin is not None:
+                        twin.keep(group)
+                    independent = len(found) > 1 or (more and work.ahead) or work.unwritten
+                    yield Step(work.members(group), found.pop(0), independent)
+                    work.done.update(group)
     return None
 
 

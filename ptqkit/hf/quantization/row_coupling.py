@@ -17,9 +17,8 @@ from ptqkit.hf.quantization.float_logits import split_windows
 from ptqkit.hf.quantization.inspection import Inspection
 from ptqkit.hf.quantization.processes import Processes
 from ptqkit.nn.device_coupling import couple_rows_on
-from ptqkit.nn.device_matrix import DeviceMatrix, matrix_on
+from ptqkit.nn.device_matrix import DeviceMatrix
 from ptqkit.nn.output_moments import OutputMoments, output_moments
-from ptqkit.nn.transfer import computes
 
 __all__ = ["couple_stack", "measure_outputs", "outputs_of_first"]
 
@@ -100,6 +99,7 @@ def couple_stack(
     ----------
     weight : Tensor of float32, shape (out, in)
     matrix : QuantizedMatrix or DeviceMatrix
+        The latter is coupled on its device.
     source : Hessian or Factorization
     parts : sequence of tuple
         Runs of rows with their second moments, as
@@ -107,10 +107,9 @@ def couple_stack(
     passes, threads, name
         As :func:`ptqkit.couple_rows` takes them.
     """
-    if isinstance(matrix, DeviceMatrix) or computes(weight.device):
-        there = matrix_on(weight.device, matrix)
+    if isinstance(matrix, DeviceMatrix):
         return couple_rows_on(
-            weight, there, source, parts, passes=passes, threads=threads, name=name
+            weight, matrix, source, parts, passes=passes, threads=threads, name=name
         )
     codes, last = matrix.codes.copy(), _objectives(matrix)
     for rows, B in parts:

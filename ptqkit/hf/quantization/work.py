@@ -75,7 +75,7 @@ class Work:
     spare : int
         Bytes by which the process may grow before free pages are given back.
     expected : int
-        Bytes that one pass is expected to need, which the process may grow by as well.
+        Bytes that one pass is expected to need; the process may grow by half of them as well.
     on_host : int
         Blocks that are not on the device at any time.
 

@@ -6,7 +6,7 @@ import pytest
 from helpers.driver_models import build, padded_batches
 
 from ptqkit.hf import quantize
-from ptqkit.hf.quantization import moments, row_coupling, solve
+from ptqkit.hf.quantization import moments, solve
 from ptqkit.nn import statistics
 
 OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
@@ -15,8 +15,7 @@ OPTIONS = {"bits": 3, "group_size": 16, "progress": False}
 @pytest.mark.parametrize("recipe", ["reference", "best"])
 def test_results_are_as_good_as_those_of_the_host(recipe, monkeypatch):
     host = quantize(build(), recipe, padded_batches(), **OPTIONS)
-    for module in (solve, row_coupling):
-        monkeypatch.setattr(module, "computes", lambda device: True)
+    monkeypatch.setattr(solve, "computes", lambda device: True)
     monkeypatch.setattr(moments, "accumulator", statistics.TorchHessian)
     monkeypatch.setattr(moments, "drift_accumulator", statistics.TorchDrift)
     found = quantize(build(), recipe, padded_batches(), **OPTIONS)

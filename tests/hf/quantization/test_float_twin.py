@@ -13,10 +13,10 @@ import pytest
 import torch
 from helpers import expert_models
 from helpers.driver_models import build, padded_batches, tokens
+from helpers.failures import broken_activation, fail_target
 from helpers.schedule_models import count_hooks, late, plain
 from torch import nn
 
-import ptqkit
 from ptqkit.errors import UnsupportedModuleError
 from ptqkit.hf import FloatWeights, quantize
 from ptqkit.hf.models.structure import Target, find_structure
@@ -274,21 +274,11 @@ def test_an_error_in_the_middle_leaves_what_was_written(call, kind, copies):
     """Calls 3, 5, 7 are of the float path up to a layer, 9, 11, 13 of it to the block's end."""
     data, options = padded_batches(), {**OPTIONS, "row_coupling": 0}
     finished = quantize(build(), "best", data, **options).model.state_dict()
-    model, calls = build(), [0]
+    model = build()
     model.train()
-    own = model.model.layers[0].mlp.act_fn
-
-    class Broken(nn.Module):
-        def forward(self, x):
-            calls[0] += 1
-            if calls[0] == call:
-                raise kind("in the model")
-            return own(x)
-
-    model.model.layers[0].mlp.act_fn = Broken()
-    with pytest.raises(kind) as error:
-        quantize(model, "best", data, **options, schedule="replay")
-    model.model.layers[0].mlp.act_fn = own
+    with broken_activation(model.model.layers[0].mlp, call, kind) as calls:
+        with pytest.raises(kind) as error:
+            quantize(model, "best", data, **options, schedule="replay")
     if kind is KeyboardInterrupt:
         assert isinstance(error.value, QuantizationInterrupted)
         assert len(error.value.quantized) == (6 if call < 9 else 7)
@@ -307,16 +297,7 @@ def test_an_error_in_the_middle_leaves_what_was_written(call, kind, copies):
 
 
 def test_a_layer_that_fails_stays_float_in_both(monkeypatch):
-    from ptqkit.hf.quantization import solve
-
-    inner = ptqkit.target_weights
-
-    def fail(*args, name=None, **options):
-        if "layers.0.mlp.down_proj" in name:
-            raise ValueError(f"{name}: on purpose")
-        return inner(*args, name=name, **options)
-
-    monkeypatch.setattr(solve, "target_weights", fail)
+    fail_target(monkeypatch, "layers.0.mlp.down_proj")
     result = both(build, "quality", padded_batches(), on_error="leave_float", **ERRORS)
     assert [r.name for r in result.report.failed] == ["model.layers.0.mlp.down_proj"]
 

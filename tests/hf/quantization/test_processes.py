@@ -15,7 +15,7 @@ from helpers.forked_groups import in_processes
 
 from ptqkit.errors import CalibrationError, UsageError
 from ptqkit.hf import quantize
-from ptqkit.hf.quantization import moments, row_coupling, solve, work
+from ptqkit.hf.quantization import moments, solve, work
 from ptqkit.hf.quantization.processes import Processes, SharedMoments
 from ptqkit.hf.quantization.row_shares import RowShare
 from ptqkit.nn import output_moments, transfer
@@ -107,8 +107,7 @@ def test_what_a_device_makes_does_not_depend_on_it_either(monkeypatch):
         def __init__(self, name, needs_ranges, writer, narrow, on_host):
             super().__init__(name, needs_ranges, writer, narrow, False)
 
-    for module in (solve, row_coupling):
-        monkeypatch.setattr(module, "computes", lambda device: True)
+    monkeypatch.setattr(solve, "computes", lambda device: True)
     monkeypatch.setattr(work, "SharedMoments", Wide)
     monkeypatch.setattr(moments, "accumulator", TorchHessian)
     monkeypatch.setattr(moments, "drift_accumulator", TorchDrift)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.driver_models import build, padded_batches, tokens
+from helpers.failures import broken_activation, fail_target
 from helpers.schedule_models import count_hooks, plain
 
 import ptqkit
@@ -16,7 +17,7 @@ import ptqkit.reference as reference
 from ptqkit.cli.quantize import _recipe, add_parser
 from ptqkit.errors import PreflightError, UnsupportedModuleError, UsageError
 from ptqkit.hf import quantize
-from ptqkit.hf.quantization import moments, solve
+from ptqkit.hf.quantization import moments
 from ptqkit.hf.quantization.moments import check_same_tokens
 from ptqkit.nn import statistics
 from ptqkit.nn.statistics import TorchDrift
@@ -336,22 +337,11 @@ def test_replay_without_greenlet(monkeypatch):
 def test_quantized_weights_are_back_after_an_error(call, kind):
     """Calls 2 to 4 are of the float path (the first is the probe's), 5 to 7 of the quantized."""
     finished = quantize(build(), "quality", padded_batches(), **OPTIONS).model
-    model, calls = build(), [0]
+    model = build()
     model.train()
-    own = model.model.layers[1].mlp.act_fn
-
-    class Broken(torch.nn.Module):
-        def forward(self, x):
-            calls[0] += 1
-            if calls[0] == call:
-                raise kind("in the model")
-            return own(x)
-
-    model.model.layers[1].mlp.act_fn = Broken()
     seed = torch.random.get_rng_state()
-    with pytest.raises(kind):
+    with broken_activation(model.model.layers[1].mlp, call, kind) as calls, pytest.raises(kind):
         quantize(model, "quality", padded_batches(), **OPTIONS)
-    model.model.layers[1].mlp.act_fn = own
     assert calls[0] == call and count_hooks(model) == 0
     assert model.training and torch.is_grad_enabled() and model.config.use_cache is True
     assert torch.equal(torch.random.get_rng_state(), seed)
@@ -362,14 +352,7 @@ def test_quantized_weights_are_back_after_an_error(call, kind):
 
 
 def test_a_layer_that_fails_is_named_or_kept(monkeypatch):
-    inner = ptqkit.target_weights
-
-    def fail(*args, name=None, **options):
-        if "layers.0.mlp.down_proj" in name:
-            raise ValueError(f"{name}: on purpose")
-        return inner(*args, name=name, **options)
-
-    monkeypatch.setattr(solve, "target_weights", fail)
+    fail_target(monkeypatch, "layers.0.mlp.down_proj")
     name = "model.layers.0.mlp.down_proj"
     with pytest.raises(ValueError, match=f"{name}: on purpose"):
         quantize(build(), "reference", tokens(), **OPTIONS)
